@@ -1,0 +1,380 @@
+"""What an experiment is: frozen dataclasses made once from a ConfigDict, every error naming field and value.
+
+`default()` is the editable form (an `ml_collections.ConfigDict` with every field), `freeze()` the validated one. The defaults are
+the published class-conditional model and its training settings (paper section 4; c2i, width 768); files in `configs/` change fields.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from lina_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. Sizes are tokens, channels and layers; `image_grid` and `condition_grid` are (rows, columns)."""
+
+    condition: str = "class"  # class | text
+    num_classes: int = 1000
+    text_encoder: str = "features"  # features (frozen encoder, given as vectors) | bytes (learned with the model)
+    text_length: int = 256
+    text_dim: int = 2560
+    byte_layers: int = 3  # residual convolutions over the byte embeddings
+    mask_text_padding: bool = False  # published: padding tokens are attended
+    latent_channels: int = 16
+    patch_size: int = 1
+    image_grid: tuple[int, int] = (16, 16)
+    condition_grid: tuple[int, int] = (8, 8)
+    width: int = 768
+    heads: int = 12
+    condition_depth: int = 16
+    image_depth: int = 32  # half of it encodes visible tokens, half decodes all
+    mlp_ratio: int = 4
+    head_width: int = 768
+    head_depth: int = 6
+    attention: str = "linear"  # linear | softmax | hybrid
+    softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
+    normalization: str = "division"  # division | subtraction
+    depthwise_conv: bool = True
+    conv_kernel: int = 5
+    kv_gate: str = "head"  # none | head | shared | key | value | decoupled | dynamic
+    rotary: bool = False
+    dtype: str = "bfloat16"  # of activations; parameters are always float32
+    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs)
+    scan_unroll: int = 1
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def condition_tokens(self) -> int:
+        return self.condition_grid[0] * self.condition_grid[1]
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of one patchified token, p * p * C."""
+        return self.patch_size**2 * self.latent_channels
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.image_grid[0] * self.patch_size, self.image_grid[1] * self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on cached moments (spec section 10)."""
+
+    kind: str = "identity"  # identity | mar | sdxl
+    stride: int = 1
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where records come from and how they are read."""
+
+    path: str = ""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    threads: int = 4
+    prefetch: int = 16  # batches kept ready
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Random draws of one training step (paper section 3; spec sections 6, 7, 9)."""
+
+    repeat: int = 4
+    mask_ratio_mean: float = 1.0
+    mask_ratio_std: float = 0.25
+    mask_ratio_min: float = 0.7
+    mask_ratio_per: str = "example"  # example | step (published: one draw per GPU batch)
+    condition_dropout: float = 0.1
+    shift: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (spec section 13). `clip_norm` 0 means no clipping."""
+
+    learning_rate: float = 8e-4
+    schedule: str = "constant"  # constant | cosine (to `final_learning_rate` at `steps`)
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 10_000
+    warmup_factor: float = 0.001
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    clip_norm: float = 0.0
+    accumulate: int = 1  # micro-batches of one step
+    max_skipped: int = 50  # steps in a row with a non-finite loss or gradient before training stops
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Average of the parameters; published: decay 0.99, every 100, no warm-up."""
+
+    decay: float = 0.9999
+    every: int = 1
+    warmup: bool = True  # decay is at most (1 + n) / (10 + n) after n updates
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Decoding (spec section 8). Guidance rises linearly from `guidance_min` to `guidance`, or stays constant."""
+
+    steps: int = 64
+    euler_steps: int = 25
+    guidance: float = 2.5
+    guidance_min: float = 1.0
+    guidance_schedule: str = "linear"  # linear | constant
+    temperature: float = 1.0
+    annealing: str = "none"  # none | linear | cosine | two_stage: Euler steps of later decoding steps (DiSA)
+    annealing_min: int = 5
+    stages: int = 4  # padded sizes of the visible set, one compiled encoder each
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 5_000
+    keep_last: int = 3
+    keep_every: int = 0  # also keep each step divisible by this; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation in the loop and offline: fixed examples, fixed keys. `every` 0 means at the end only."""
+
+    every: int = 5_000
+    examples: int = 2_048
+    batch_size: int = 0  # 0: that of training
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run tells while it runs. A cadence of 0 switches it off."""
+
+    every: int = 50
+    preview_every: int = 5_000
+    preview_prompts: tuple[str, ...] = ()  # text models; class models preview classes 0, 1, 2, ...
+    preview_images: int = 16
+    profile_start: int = 0
+    profile_steps: int = 0
+    peak_flops: float = 0.0  # of one device, for MFU where the device is not in metrics.PEAK_FLOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    seed: int = 3
+    steps: int = 2_500_000
+    batch_size: int = 2_048  # global, in images
+    model: ModelConfig = ModelConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    sample: SampleConfig = SampleConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+
+# A run may be resumed with other values of these; all other fields change the function, the optimiser or the data order.
+FREE_ON_RESUME = (
+    "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
+    "data.validation_split", "model.remat", "model.scan_unroll", "optim.max_skipped",
+)  # fmt: skip
+
+CHOICES = {
+    "model.condition": ("class", "text"),
+    "model.text_encoder": ("features", "bytes"),
+    "model.attention": ("linear", "softmax", "hybrid"),
+    "model.normalization": ("division", "subtraction"),
+    "model.kv_gate": ("none", "head", "shared", "key", "value", "decoupled", "dynamic"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "autoencoder.kind": ("identity", "mar", "sdxl"),
+    "loss.mask_ratio_per": ("example", "step"),
+    "optim.schedule": ("constant", "cosine"),
+    "sample.guidance_schedule": ("linear", "constant"),
+    "sample.annealing": ("none", "linear", "cosine", "two_stage"),
+}
+
+# Fields that may be zero (it means "off", "none" or "inferred"); every other number must be positive.
+MAY_BE_ZERO = frozenset({
+    "seed", "autoencoder.shift_factor", "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
+    "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
+    "ema.decay", "sample.temperature", "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
+    "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
+    "model.byte_layers", "model.condition_depth",
+})  # fmt: skip
+MAY_BE_NEGATIVE = frozenset(
+    {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}
+)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every field with its default, as the locked ConfigDict that a file in `configs/` edits and flags override."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()), convert_dict=True).lock()
+
+
+def freeze(given: Mapping[str, Any]) -> Config:
+    """The validated config. Raises UserError naming the field, its value and what is allowed."""
+    config = _build(Config, given, "")
+    for name, value in flatten(config).items():
+        _check_value(name, value)
+    _check_model(config.model, config.autoencoder)
+    _check_run(config)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{'model.width': 768, ...} in field order."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """'model.width: 768 -> 1024' for each field that a resumed run must not change."""
+    before, after = flatten(old), flatten(new)
+
+    def free(name: str) -> bool:
+        return any(name == f or name.startswith(f + ".") for f in FREE_ON_RESUME)
+
+    changed = [n for n in after if before[n] != after[n] and not free(n)]
+    # A cosine schedule ends at `steps`, so there the number of steps is part of the optimiser.
+    if new.optim.schedule == "cosine" and old.steps != new.steps:
+        changed.append("steps")
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
+
+
+def _build(kind: type, given: Any, prefix: str) -> Any:
+    if not isinstance(given, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{prefix.rstrip('.') or 'config'}: {given!r} is not a group of fields")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(fields)}"
+            raise UserError(f"unknown config field {prefix}{key} ({hint})")
+        value = given[key]
+        nested = dataclasses.is_dataclass(hints[key])
+        values[key] = (
+            _build(hints[key], value, f"{prefix}{key}.") if nested else _typed(prefix + key, hints[key], value)
+        )
+    return kind(**values)
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """The value as the field's type; ints pass as floats and lists as tuples, nothing else is converted."""
+    if isinstance(hint, types.GenericAlias):  # tuple[int, int], tuple[str, ...]
+        args = typing.get_args(hint)
+        kind, length = args[0], None if args[-1] is Ellipsis else len(args)
+        if not isinstance(value, tuple | list) or (length is not None and len(value) != length):
+            wanted = "a list" if length is None else f"{length} values"
+            raise UserError(f"{name}={value!r}: expected {wanted} of type {kind.__name__}")
+        return tuple(_typed(name, kind, v) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise UserError(f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name in CHOICES and value not in CHOICES[name]:
+        raise UserError(f"{name}={value!r}: allowed are {', '.join(CHOICES[name])}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            raise UserError(f"{name}={value!r}: must be finite")
+        if number < 0 and name not in MAY_BE_NEGATIVE:
+            raise UserError(f"{name}={value!r}: must not be negative")
+        if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:
+            raise UserError(f"{name}={value!r}: must be positive")
+
+
+def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    require(model.width % model.heads == 0, f"model.width={model.width} is not divisible by model.heads={model.heads}")
+    require(model.width % 4 == 0, f"model.width={model.width}: position tables need a multiple of 4")
+    require(model.image_depth % 2 == 0, f"model.image_depth={model.image_depth}: two halves need an even depth")
+    require(model.conv_kernel % 2 == 1, f"model.conv_kernel={model.conv_kernel}: must be odd")
+    h, w = model.image_grid
+    if autoencoder.kind == "identity":
+        require(
+            model.latent_channels == 3 and autoencoder.stride == 1,
+            f"model.latent_channels={model.latent_channels}, autoencoder.stride={autoencoder.stride}: "
+            "pixels (autoencoder.kind=identity) have 3 channels and stride 1",
+        )
+    if model.attention == "softmax":
+        require(
+            not model.depthwise_conv and model.kv_gate == "none",
+            f"model.attention=softmax takes neither model.depthwise_conv={model.depthwise_conv} nor "
+            f"model.kv_gate={model.kv_gate}: set them to False and none",
+        )
+    if model.rotary:
+        head = model.width // model.heads
+        require(
+            model.normalization == "division" or model.attention == "softmax",
+            f"model.rotary=True with model.normalization={model.normalization}: only division supports rotary positions",
+        )
+        pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
+        require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
+    if model.text_encoder == "features":
+        require(model.text_length <= 512, f"model.text_length={model.text_length}: the padding table has 512 rows")
+    require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
+
+
+def _check_run(config: Config) -> None:
+    loss, optim = config.loss, config.optim
+    if not 0 <= loss.condition_dropout < 1:
+        raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
+    if not 0 <= loss.mask_ratio_min < 1:
+        raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
+    for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
+        if decay >= 1:
+            raise UserError(f"{name}={decay}: must be in [0, 1)")
+    if config.batch_size % optim.accumulate:
+        raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
+    if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
+        raise UserError(
+            f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
+        )
+    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        raise UserError("mesh: only one axis can be -1")

@@ -1,0 +1,135 @@
+"""Set-by-set decoding: one compiled program from conditions to images (spec section 8; paper section 3.1)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lina_jax.config import Config, ModelConfig, SampleConfig
+from lina_jax.mesh import constrain
+from lina_jax.models import flow
+from lina_jax.models.layers import unpatchify
+from lina_jax.models.lina import LINA, Condition, unconditional
+from lina_jax.state import Blueprint, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What each of K decoding steps does, known before anything runs."""
+
+    visible: np.ndarray  # (K,) tokens that exist before the step
+    predicted: np.ndarray  # (K,) tokens that it makes
+    guidance: np.ndarray  # (K,)
+    euler_steps: np.ndarray  # (K,)
+    sigmas: np.ndarray  # (K, E + 1) noise levels of its Euler steps, padded with zeros
+    stages: tuple[slice, ...]  # steps that share one padded size
+    temperature: float
+
+    @property
+    def guided(self) -> bool:
+        return bool(np.any(self.guidance != 1))
+
+
+def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
+    predicted = flow.cosine_schedule(tokens, config.steps)
+    predicted = predicted[predicted > 0]
+    steps = len(predicted)
+    euler = flow.annealed_steps(config.annealing, steps, config.euler_steps, config.annealing_min)
+    sigmas = np.zeros((steps, int(euler.max()) + 1), np.float32)
+    for row, count in zip(sigmas, euler, strict=True):
+        row[: count + 1] = flow.euler_sigmas(count, shift)
+    groups = np.array_split(np.arange(steps), min(config.stages, steps))
+    return Schedule(
+        visible=np.cumsum(predicted) - predicted,
+        predicted=predicted,
+        guidance=flow.guidance_schedule(config.guidance_schedule, config.guidance_min, config.guidance, steps),
+        euler_steps=euler,
+        sigmas=sigmas,
+        stages=tuple(slice(int(g[0]), int(g[-1]) + 1) for g in groups),
+        temperature=config.temperature,
+    )
+
+
+def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, plan: Schedule) -> jax.Array:
+    """Image tokens (B, N, p*p*C).
+
+    order (B, N): a permutation of the tokens per image; noise (B, N, p*p*C): what each token is denoised from, drawn once,
+    since each token is made once. The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
+    """
+    batch, total = order.shape
+    c = model.encode_condition(condition)
+    copies = 2 if plan.guided else 1
+    if plan.guided:
+        other = model.encode_condition(unconditional(model.config, condition))
+        c = jnp.concatenate([c, jnp.broadcast_to(other, c.shape)])
+    rank = jnp.argsort(order, axis=1)
+
+    def both(x):
+        return jnp.concatenate([x] * copies)
+
+    def make_step(slots: int, width: int):
+        # Slices of the order may run past its end; what lies there is never used.
+        padded = jnp.pad(order, ((0, 0), (0, width)))
+
+        def step(tokens, inputs):
+            count, predicted, guidance, euler, sigmas = inputs
+            visible = jnp.broadcast_to(jnp.arange(slots) < count, (batch, slots))
+            z = model.encode_image(both(tokens), both(rank >= count), both(order[:, :slots]), both(visible), c)
+            ids = jax.lax.dynamic_slice_in_dim(padded, count, width, axis=1)
+            z = model.head.embed.condition(jnp.take_along_axis(z, both(ids)[..., None], axis=1))
+            times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1])
+
+            def euler_step(j, x):
+                velocity = model.head(both(x), times[j], z).astype(jnp.float32)
+                if plan.guided:
+                    with_condition, without = jnp.split(velocity, 2)
+                    velocity = without + guidance * (with_condition - without)
+                return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
+
+            start = plan.temperature * jnp.take_along_axis(noise, ids[..., None], axis=1)
+            made = jax.lax.fori_loop(0, euler, euler_step, start)
+            rows = jnp.where(jnp.arange(width) < predicted, ids, total)
+            return tokens.at[jnp.arange(batch)[:, None], rows].set(made, mode="drop"), None
+
+        return step
+
+    tokens = jnp.zeros_like(noise)
+    for steps in plan.stages:
+        inputs = (plan.visible, plan.predicted, plan.guidance, plan.euler_steps, plan.sigmas)
+        step = make_step(int(plan.visible[steps].max()), int(plan.predicted[steps].max()))
+        tokens, _ = jax.lax.scan(step, tokens, tuple(jnp.asarray(x[steps]) for x in inputs))
+    return tokens
+
+
+def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Decoding order (B, N) and noise (B, N, p*p*C) of each image number (B,), functions of (seed, image number) alone."""
+
+    def one(image):
+        order, noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), image))
+        uniforms = jax.random.uniform(order, (config.image_tokens,))
+        return jnp.argsort(uniforms), jax.random.normal(noise, (config.image_tokens, config.token_dim))
+
+    return jax.vmap(one)(images)
+
+
+def to_pixels(tokens: jax.Array, config: Config) -> jax.Array:
+    """Tokens (B, N, p*p*3) of an identity autoencoder to uint8 images (B, H, W, 3), as published: scaled, clamped, truncated."""
+    pixels = unpatchify(tokens.astype(jnp.float32), config.model.image_grid, config.model.patch_size)
+    return jnp.clip(pixels * 127.5 + 127.5, 0, 255).astype(jnp.uint8)
+
+
+def make_sampler(
+    plan: Blueprint, sample: SampleConfig
+) -> Callable[[Tree, Tree, Condition, jax.Array, jax.Array], jax.Array]:
+    """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3)."""
+    config = plan.config
+    steps = schedule(sample, config.model.image_tokens, config.loss.shift)
+
+    def program(params, frozen, condition, images, seed):
+        order, noise = image_draws(seed, images, config.model)
+        order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
+        return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), config)
+
+    return plan.jit(program)

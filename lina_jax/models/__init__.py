@@ -1,0 +1,1 @@
+"""The networks: Flax NNX modules, no training state, no I/O."""

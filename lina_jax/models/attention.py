@@ -1,0 +1,178 @@
+"""Linear and softmax attention: one module, its variant chosen by fields (spec section 4; paper section 3.2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from lina_jax.mesh import constrain
+from lina_jax.models.layers import Linear, rotate, uniform
+
+RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
+NORMALIZER_EPS = 1e-6
+GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer. Its sequence is `condition_tokens` tokens, then (for convolution and gates) the (h, w) `grid`."""
+
+    width: int
+    heads: int
+    kind: str = "linear"  # linear | softmax
+    normalization: str = "division"  # division | subtraction
+    conv_kernel: int = 0  # 0: no depthwise convolution
+    gate: str = "none"  # none | head | shared | key | value | decoupled | dynamic
+    condition_tokens: int = 0
+    grid: tuple[int, int] = (0, 0)
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def tokens(self) -> int:
+        return self.condition_tokens + self.grid[0] * self.grid[1]
+
+
+class Attention(nnx.Module):
+    """x (B, N, D) -> (B, N, D).
+
+    `valid` (B, N) marks the tokens that exist: others contribute nothing to any sum and means divide by the true count (their
+    own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys.
+    """
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        d = c.width // c.heads
+        self.qkv = Linear(c.width, (3, c.heads, d), ("embed", None, "heads", None), rngs=rngs, dtype=c.dtype)
+        self.proj = Linear((c.heads, d), c.width, ("heads", None, "embed"), rngs=rngs, dtype=c.dtype)
+        if c.conv_kernel:
+            init = uniform(c.conv_kernel**2)
+            self.conv_kernel = nnx.Param(
+                init(rngs.params(), (c.conv_kernel, c.conv_kernel, c.width), jnp.float32), axes=(None, None, "embed")
+            )
+            self.conv_bias = nnx.Param(init(rngs.params(), (c.width,), jnp.float32), axes=(None,))
+        if c.gate == "dynamic":
+            self.key_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
+            self.value_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
+        for name in GATE_NAMES.get(c.gate, ()):
+            shape, axes = (
+                ((c.tokens, 1), (None, None)) if c.gate == "shared" else ((c.tokens, c.heads), (None, "heads"))
+            )
+            setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
+
+    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        out = softmax_attention(q, k, v, valid) if self.config.kind == "softmax" else self._linear(x, q, k, v, valid)
+        if self.config.conv_kernel:
+            out = out + rearrange(self._convolution(x), "b n (h d) -> b n h d", h=self.config.heads)
+        return self.proj(out)
+
+    def _linear(self, x, q, k, v, valid):
+        eps = RELU_EPS if self.config.normalization == "division" else 0.0
+        q, k = jax.nn.relu(q) + eps, jax.nn.relu(k) + eps
+        key_gate, normalizer_gate, value_gate = self._gates(x)
+        k_normalizer = _gated(k, normalizer_gate)
+        k = k_normalizer if normalizer_gate is key_gate else _gated(k, key_gate)
+        v = _gated(v, value_gate)
+        if self.config.normalization == "division":
+            return division_attention(q, k, k_normalizer, v, valid)
+        return subtraction_attention(q, k, k_normalizer, v, valid)
+
+    def _gates(self, x: jax.Array):
+        """Factors (.., N, H or 1) of k in the product, k in the normaliser, and v; None where there is none."""
+        kind = self.config.gate
+        if kind == "dynamic":
+            key, value = (
+                jnp.exp(jax.nn.log_sigmoid(gate(x).astype(jnp.float32)) / GATE_TEMPERATURE)
+                for gate in (self.key_gate, self.value_gate)
+            )
+            return key, key, value
+        if kind == "decoupled":
+            return self.key_scale_gamma[...], self.key_scale_tau[...], self.value_scale[...]
+        key = self.key_scale[...] if kind in ("head", "shared", "key") else None
+        value = self.value_scale[...] if kind in ("head", "shared", "value") else None
+        return key, key, value
+
+    def _convolution(self, x: jax.Array) -> jax.Array:
+        """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
+        (rows, columns), first = self.config.grid, self.config.condition_tokens
+        image = rearrange(x[:, first:], "b (h w) d -> b h w d", h=rows, w=columns).astype(self.config.dtype)
+        y = depthwise_convolution(image, self.conv_kernel[...].astype(x.dtype)) + self.conv_bias[...].astype(x.dtype)
+        return jnp.pad(rearrange(y, "b h w d -> b (h w) d"), ((0, 0), (first, 0), (0, 0)))
+
+
+GATE_NAMES = {
+    "head": ("key_scale", "value_scale"),
+    "shared": ("key_scale", "value_scale"),
+    "key": ("key_scale",),
+    "value": ("value_scale",),
+    "decoupled": ("key_scale_gamma", "key_scale_tau", "value_scale"),
+}
+
+
+def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """x (B, N, H, d) times gate (.., N, H or 1)."""
+    return x if gate is None else x * gate[..., None].astype(x.dtype)
+
+
+def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
+    return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+
+
+def _token_means(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
+    """1 / (number of tokens), shaped for a (B, H, d) sum, and the factor (B, N, 1, 1) that removes tokens that are not there."""
+    if valid is None:
+        return 1.0 / k.shape[1], None
+    count = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)
+    return (1.0 / count)[:, None, None], valid[:, :, None, None].astype(k.dtype)
+
+
+def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
+    """o_n = q_n (mean k v^T) / (q_n . mean k' + eps). All (B, N, H, d); k' is k except with the decoupled gate."""
+    scale, present = _token_means(valid, k)
+    if present is not None:
+        same = k_normalizer is k
+        k = k * present
+        k_normalizer = k if same else k_normalizer * present
+    state = _summed("bmhd,bmhe->bhde", k, v) * jnp.expand_dims(scale, -1)
+    mean_k = jnp.sum(k_normalizer, axis=1, dtype=jnp.float32) * scale
+    numerator = _summed("bnhd,bhde->bnhe", q, state.astype(q.dtype))
+    normalizer = _summed("bnhd,bhd->bnh", q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
+    return (numerator / normalizer[..., None]).astype(q.dtype)
+
+
+def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
+    """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5. All (B, N, H, d)."""
+    scale, present = _token_means(valid, k)
+    if present is not None:
+        same = k_normalizer is k
+        k, v = k * present, v * present
+        k_normalizer = k if same else k_normalizer * present
+    s = q.shape[-1] ** -0.5
+    state = _summed("bmhd,bmhe->bhde", k, v) * (s * jnp.expand_dims(scale, -1))
+    mean_k = jnp.sum(k_normalizer, axis=1, dtype=jnp.float32) * (s * scale)
+    mean_v = jnp.sum(v, axis=1, dtype=jnp.float32) * scale
+    weight = 1.0 - _summed("bnhd,bhd->bnh", q, mean_k.astype(q.dtype))
+    return (_summed("bnhd,bhde->bnhe", q, state.astype(q.dtype)) + weight[..., None] * mean_v[:, None]).astype(q.dtype)
+
+
+def softmax_attention(q, k, v, valid=None) -> jax.Array:
+    """softmax(q k^T / sqrt d) v. All (B, N, H, d)."""
+    mask = None if valid is None else valid[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def depthwise_convolution(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Cross-correlation with zero padding. image (B, h, w, D), kernel (k, k, D) -> (B, h, w, D).
+
+    A sum of shifted products: compilers fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs.
+    """
+    size, (h, w) = kernel.shape[0], image.shape[1:3]
+    edge = size // 2
+    padded = jnp.pad(image, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    shifted = (padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(size) for j in range(size))
+    return sum(shifted)

@@ -1,0 +1,70 @@
+"""Flow matching: noise levels, interpolation, time grids of the sampler (spec sections 7 and 8; paper section 3.1).
+
+sigma = 1 is pure noise, sigma = 0 the data; x_sigma = sigma * noise + (1 - sigma) * data; the velocity is noise - data.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TRAIN_TIMESTEPS = 1000
+
+
+def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def training_sigmas(shift: float = 1.0) -> np.ndarray:
+    """The table of noise levels (1000,), float32, descending from 1; the head is given 1000 * sigma."""
+    return shifted(np.arange(TRAIN_TIMESTEPS, 0, -1) / TRAIN_TIMESTEPS, shift).astype(np.float32)
+
+
+def timestep_index(gaussian: jax.Array) -> jax.Array:
+    """Logit-normal draw of an index into the table from N(0, 1) values (...)."""
+    return jnp.minimum(jnp.floor(TRAIN_TIMESTEPS * jax.nn.sigmoid(gaussian)).astype(jnp.int32), TRAIN_TIMESTEPS - 1)
+
+
+def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """x_sigma; sigma (...) against data and noise (..., C)."""
+    return sigma[..., None] * noise + (1 - sigma[..., None]) * data
+
+
+def euler_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
+    """The sampler's noise levels (steps + 1,), float32, from 1 to 0.
+
+    The grid ends at the already shifted last table entry and is then shifted as a whole: published behaviour (spec section 16.13).
+    """
+    last = shifted(np.asarray(1 / TRAIN_TIMESTEPS), shift)
+    return np.append(shifted(np.linspace(1.0, last, steps), shift), 0.0).astype(np.float32)
+
+
+def euler_step(x: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+    return x + (next_sigma - sigma) * velocity
+
+
+def cosine_schedule(tokens: int, steps: int) -> np.ndarray:
+    """Tokens predicted at each of `steps` decoding steps (steps,), int32; sums to `tokens`, may hold zeros."""
+    left = np.round(np.cos(np.pi / 2 * np.arange(steps + 1) / steps) * tokens).astype(np.int32)
+    return left[:-1] - left[1:]
+
+
+def guidance_schedule(kind: str, low: float, high: float, steps: int) -> np.ndarray:
+    """Guidance of each decoding step (steps,): constant `high`, or low + (high - low) (i + 1) / steps."""
+    if kind == "constant":
+        return np.full(steps, high, np.float32)
+    return (low + (high - low) * np.arange(1, steps + 1) / steps).astype(np.float32)
+
+
+def annealed_steps(kind: str, steps: int, most: int, least: int) -> np.ndarray:
+    """Euler steps of each decoding step (steps,), int32: fewer for later tokens (DiSA, arXiv 2505.20297)."""
+    left = np.linspace(1.0, 0.0, steps) if steps > 1 else np.ones(1)
+    factor = {
+        "none": np.ones(steps),
+        "linear": left,
+        "cosine": np.array([0.5 * (1 - math.cos(math.pi * f)) for f in left]),
+        "two_stage": (left >= 0.5).astype(float),
+    }[kind]
+    # The published rule truncates; the addend forgives representation error in exact ratios.
+    return (factor * (most - least) + least + 1e-9).astype(np.int32)

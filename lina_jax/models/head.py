@@ -1,0 +1,96 @@
+"""The diffusion head: an MLP per token that predicts the flow's velocity (spec section 5; paper section 3.1)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lina_jax.mesh import constrain
+from lina_jax.models.layers import MLP, LayerNorm, Linear, normal, standardize, zeros
+from lina_jax.models.transformer import scan_layers, stacked
+
+TIME_FREQUENCIES = 128
+ADAPTIVE_NORM_EPS = 1e-6
+
+
+def time_features(timesteps: jax.Array) -> jax.Array:
+    """[cos(t f), sin(t f)] in float32. timesteps (...) in (0, 1000] -> (..., 256)."""
+    frequencies = np.exp(-np.arange(TIME_FREQUENCIES) * math.log(1e4) / TIME_FREQUENCIES).astype(np.float32)
+    angles = timesteps[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeCondition(nnx.Module):
+    """Timestep and token condition, embedded separately so that each is computed once and reused; the head sums them."""
+
+    def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.time_mlp = MLP(
+            2 * TIME_FREQUENCIES, width, width, jax.nn.silu,
+            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(),
+        )  # fmt: skip
+        self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
+
+    def time(self, timesteps: jax.Array) -> jax.Array:
+        """(...) -> (..., r), float32."""
+        return self.time_mlp(time_features(timesteps))
+
+    def condition(self, z: jax.Array) -> jax.Array:
+        """(..., D) -> (..., r)."""
+        return self.condition_mlp(z)
+
+
+class AdaptiveNorm(nnx.Module):
+    """Norm without parameters whose scale, shift (and gate) are read off the condition g; starts as the identity map."""
+
+    def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.proj = Linear(
+            width, (outputs, width), ("embed", None, "mlp"), rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros
+        )
+
+    def __call__(self, x: jax.Array, activated: jax.Array) -> tuple[jax.Array, ...]:
+        """x, silu(g) (..., r) -> (modulated x, gate...)."""
+        scale, shift, *gate = jnp.moveaxis(self.proj(activated), -2, 0)
+        return standardize(x, ADAPTIVE_NORM_EPS) * (1 + scale) + shift, *gate
+
+
+class DiffusionBlock(nnx.Module):
+    """x + gate * LN(mlp(adaptive_norm(x)))."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.norm1 = AdaptiveNorm(width, 3, rngs=rngs, dtype=dtype)
+        self.mlp = MLP(width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
+        self.norm2 = LayerNorm(width)
+
+    def __call__(self, x: jax.Array, activated: jax.Array) -> jax.Array:
+        h, gate = self.norm1(x, activated)
+        return x + gate * self.norm2(self.mlp(h))
+
+
+class DiffusionHead(nnx.Module):
+    """Noisy tokens and g = condition + time -> velocity. Tokens never see each other."""
+
+    def __init__(
+        self, token_dim: int, condition_width: int, width: int, depth: int,
+        *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str = "none", unroll: int = 1,
+    ):  # fmt: skip
+        self.patch_embed = Linear(token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros)
+        self.embed = TimeCondition(condition_width, width, rngs=rngs, dtype=dtype)
+        self.blocks = stacked(lambda rngs: DiffusionBlock(width, rngs=rngs, dtype=dtype), depth, rngs)
+        self.norm = AdaptiveNorm(width, 2, rngs=rngs, dtype=dtype)
+        self.out = Linear(width, token_dim, ("embed", None), rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros)
+        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+
+    def __call__(self, x: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
+        """x (..., p*p*C), time and condition (..., r) as `embed` gives them (broadcast against x) -> (..., p*p*C)."""
+        activated = constrain_tokens(jax.nn.silu(time + condition).astype(self.dtype))
+        h = constrain_tokens(self.patch_embed(x))
+        h = scan_layers(lambda h, block: block(h, activated), h, self.blocks, remat=self.remat, unroll=self.unroll)
+        (h,) = self.norm(h, activated)
+        return self.out(h)
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """Cut the batch axis of (repeat, B, N, r) or (B, N, r) tokens."""
+    return constrain(x, *[None] * (x.ndim - 3), "batch", None, None)

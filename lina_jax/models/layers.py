@@ -1,0 +1,226 @@
+"""Patches, positions, linear maps, norms and the embeddings of conditions (spec sections 2 and 4).
+
+Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries `axes`,
+the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+PADDING_ROWS = 512  # of the text padding table in published checkpoints
+NORM_EPS = 1e-5
+
+
+class Frozen(nnx.Variable):
+    """An array that training never changes: published frozen parameters and the text padding table."""
+
+
+def uniform(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for weights and biases alike (spec section 12)."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        # Published initial weights went through float16 on their way to disk.
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(jnp.float16).astype(dtype)
+
+    return init
+
+
+def normal(std: float = 0.02) -> Initializer:
+    def init(key, shape, dtype=jnp.float32):
+        return (std * jax.random.normal(key, shape)).astype(jnp.float16).astype(dtype)
+
+    return init
+
+
+zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+
+
+class Linear(nnx.Module):
+    """y = x W + b, contracting the last len(inputs) axes of x with the first of W.
+
+    x (..., *inputs) -> (..., *outputs); W (*inputs, *outputs), b (*outputs). `axes` names the axes of W.
+    """
+
+    def __init__(
+        self,
+        inputs: int | Sequence[int],
+        outputs: int | Sequence[int],
+        axes: Sequence[str | None],
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        kind: type[nnx.Variable] = nnx.Param,
+    ):
+        inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
+        outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        default = uniform(math.prod(inputs))
+        self.kernel = kind((kernel_init or default)(rngs.params(), (*inputs, *outputs), jnp.float32), axes=tuple(axes))
+        self.bias = kind((bias_init or default)(rngs.params(), outputs, jnp.float32), axes=tuple(axes)[len(inputs) :])
+        self.contracted = len(inputs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) + self.bias[...].astype(self.dtype)
+
+
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit (biased) variance over the last axis, statistics in float32. x (..., D) -> (..., D)."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Affine layer norm over the last axis, eps 1e-5."""
+
+    def __init__(self, width: int, *, kind: type[nnx.Variable] = nnx.Param):
+        self.scale = kind(jnp.ones((width,)), axes=(None,), decay=False)
+        self.bias = kind(jnp.zeros((width,)), axes=(None,), decay=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return standardize(x, NORM_EPS) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs)."""
+
+    def __init__(
+        self, inputs, hidden, outputs, activation, *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param
+    ):
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype, kernel_init=first_init, kind=kind)
+        self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, dtype=dtype, kernel_init=second_init, kind=kind)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """x (B, H, W, C) -> (B, N, p*p*C), tokens in raster order, channels in (row, column, C) order."""
+    return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+    """(B, N, p*p*C) -> (B, H, W, C), the inverse of `patchify`."""
+    return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
+def position_table(grid: tuple[int, int], width: int) -> np.ndarray:
+    """2-D sine-cosine table (h*w, D): [sin column, cos column, sin row, cos row] at integer coordinates."""
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    parts = []
+    for coordinate in (columns.reshape(-1), rows.reshape(-1)):
+        angles = np.outer(coordinate, frequencies)
+        parts += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:
+    """Integer (t, h, w) of every token in raster order, (T*h*w, 3)."""
+    return np.stack(np.meshgrid(np.arange(frames), *map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def rotary_angles(positions: jax.Array, head_width: int) -> jax.Array:
+    """Angles (..., d/2) of integer (t, h, w) positions (..., 3); axes get d//8 and twice (d - d//8)//2 dimensions."""
+    first = head_width // 8
+    angles = []
+    for axis, size in enumerate((first, (head_width - first) // 2, (head_width - first) // 2)):
+        frequencies = (10_000.0 ** (-2 * np.arange(math.ceil(size / 2)) / size)).astype(np.float32)
+        angles.append(positions[..., axis, None].astype(jnp.float32) * frequencies)
+    return jnp.concatenate(angles, axis=-1)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate interleaved channel pairs (2i, 2i+1) of every head by +angle. x (B, N, H, d), angles (B or 1, N, d/2)."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    return rearrange([cos * even - sin * odd, sin * even + cos * odd], "two b n h d -> b n h (d two)").astype(x.dtype)
+
+
+class TimeEmbed(nnx.Module):
+    """The constant vector (D,) that published models add to every condition token (frame 0 of the video table); frozen."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        # Evaluated once per step on one row: float32 whatever the activations are.
+        self.mlp = MLP(256, width, width, jax.nn.silu, rngs=rngs, dtype=jnp.float32, kind=Frozen)
+        self.norm = LayerNorm(width, kind=Frozen)
+
+    def __call__(self, frames: int = 1) -> jax.Array:
+        """(frames, D)."""
+        frequencies = 10_000.0 ** (-np.arange(128) / 128)
+        angles = np.outer(np.arange(frames), frequencies)
+        return self.norm(self.mlp(jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)))
+
+
+class LabelEmbed(nnx.Module):
+    """Class ids (B,) -> (B, 1, D). Row `num_classes` is the unconditional class."""
+
+    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(normal()(rngs.params(), (num_classes + 1, width)), axes=(None, "embed"))
+        self.norm = LayerNorm(width, kind=Frozen)
+        self.unconditional = num_classes
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        return self.norm(self.table[...][labels])[:, None]
+
+
+class TextEmbed(nnx.Module):
+    """Text features (B, L, D_text) and their lengths (B,) -> (B, L, D); rows past the length come from a fixed table.
+
+    Length 0 is the unconditional prompt. The table is saved with the model and never trained.
+    """
+
+    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.padding = Frozen(normal()(rngs.params(), (PADDING_ROWS, text_dim)), axes=(None, None))
+        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype)
+        self.norm = LayerNorm(width, kind=Frozen)
+        self.dtype = dtype
+
+    def pad(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
+        length = features.shape[1]
+        present = jnp.arange(length)[None, :, None] < lengths[:, None, None]
+        return jnp.where(present, features.astype(self.dtype), self.padding[:length].astype(self.dtype))
+
+    def __call__(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
+        return self.norm(self.proj(self.pad(features, lengths)))
+
+
+class ByteEncoder(nnx.Module):
+    """Learned text features for runs without a pretrained encoder: bytes (B, L) and lengths (B,) -> (B, L, D_text).
+
+    The blocks that read the features are blind to order, so it is written into them here: a learned position is added to each
+    byte, and residual depthwise convolutions let neighbours spell words.
+    """
+
+    def __init__(self, length: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
+        def param(shape, std, axes):
+            return nnx.Param(normal(std)(rngs.params(), shape), axes=axes)
+
+        self.bytes = param((256, width), 0.5, (None, None))
+        self.positions = param((length, width), 0.5, (None, None))
+        self.taps = param((layers, taps, width), taps**-0.5, (None, None, None))
+        self.mix = param((layers, width, width), width**-0.5, (None, None, None))
+        self.dtype = dtype
+
+    def __call__(self, text: jax.Array, lengths: jax.Array) -> jax.Array:
+        present = (jnp.arange(text.shape[1])[None] < lengths[:, None])[..., None].astype(self.dtype)
+        x = (self.bytes[...][text] + self.positions[: text.shape[1]]).astype(self.dtype) * present
+        taps = self.taps.shape[1]
+        for kernel, mix in zip(self.taps[...].astype(self.dtype), self.mix[...].astype(self.dtype), strict=True):
+            padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0)))
+            window = sum(padded[:, i : i + x.shape[1]] * kernel[i] for i in range(taps))
+            x = (x + jax.nn.gelu(window, approximate=False) @ mix) * present
+        return x

@@ -1,0 +1,181 @@
+"""LINA: condition encoder, encoder half over visible tokens, decoder half over all, diffusion head (spec section 3; paper section 3).
+
+Images enter as patchified tokens (B, N, p*p*C). A condition is a dict: {"label": (B,)}, or {"text": (B, L) bytes or
+(B, L, D_text) features, "text_length": (B,)}.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lina_jax.config import ModelConfig
+from lina_jax.models import flow
+from lina_jax.models.attention import AttentionConfig
+from lina_jax.models.draws import Draws
+from lina_jax.models.head import DiffusionHead
+from lina_jax.models.layers import (
+    ByteEncoder,
+    Frozen,
+    LabelEmbed,
+    LayerNorm,
+    Linear,
+    TextEmbed,
+    TimeEmbed,
+    grid_positions,
+    normal,
+    position_table,
+    rotary_angles,
+)
+from lina_jax.models.transformer import Transformer
+
+Condition = dict[str, jax.Array]
+
+
+class LINA(nnx.Module):
+    """The whole network; `token_losses` trains it, `encode_condition`, `encode_image` and `head` sample from it."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        dtype = self.dtype = jnp.dtype(c.dtype)
+        plain = AttentionConfig(
+            width=c.width,
+            heads=c.heads,
+            kind="softmax" if c.attention == "softmax" else "linear",
+            normalization=c.normalization,
+            condition_tokens=c.condition_tokens,
+            grid=c.image_grid,
+            dtype=dtype,
+        )
+        gated = plain
+        if c.attention != "softmax":
+            gated = dataclasses.replace(plain, conv_kernel=c.conv_kernel if c.depthwise_conv else 0, gate=c.kv_gate)
+
+        def stack(kind, depth, first=0):
+            return Transformer(
+                kind, depth, c.mlp_ratio, first=first, softmax_period=c.softmax_period if c.attention == "hybrid" else 0,
+                remat=c.remat, unroll=c.scan_unroll, rngs=rngs,
+            )  # fmt: skip
+
+        if c.condition == "class":
+            self.label_embed = LabelEmbed(c.num_classes, c.width, rngs=rngs)
+        else:
+            self.text_embed = TextEmbed(c.text_dim, c.width, rngs=rngs, dtype=dtype)
+            if c.text_encoder == "bytes":
+                self.byte_encoder = ByteEncoder(c.text_length, c.text_dim, c.byte_layers, rngs=rngs, dtype=dtype)
+        self.bos_token = nnx.Param(normal()(rngs.params(), (c.width,)), axes=(None,))
+        self.mask_token = nnx.Param(normal()(rngs.params(), (c.width,)), axes=(None,))
+        if not c.rotary:
+            self.time_embed = TimeEmbed(c.width, rngs=rngs)
+        # Published checkpoints carry the video model's patch embedding; still images never use it.
+        self.video_patch_embed = Linear(4 * c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, kind=Frozen)
+        self.condition_encoder = stack(plain, c.condition_depth)
+        self.condition_norm = LayerNorm(c.width)
+        self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype)
+        half = c.image_depth // 2
+        self.encoder = stack(plain, half)
+        self.decoder = stack(gated, half, first=half)
+        self.image_norm = LayerNorm(c.width)
+        self.head = DiffusionHead(
+            c.token_dim,
+            c.width,
+            c.head_width,
+            c.head_depth,
+            rngs=rngs,
+            dtype=dtype,
+            remat=c.remat,
+            unroll=c.scan_unroll,
+        )
+
+    def embed_condition(self, condition: Condition) -> tuple[jax.Array, jax.Array | None]:
+        """Condition tokens (B, L, D) and which of them are attended (B, L), None for all."""
+        if self.config.condition == "class":
+            return self.label_embed(condition["label"]).astype(self.dtype), None
+        text, lengths = condition["text"], condition["text_length"]
+        features = self.byte_encoder(text, lengths) if self.config.text_encoder == "bytes" else text
+        valid = jnp.arange(text.shape[1])[None] < lengths[:, None] if self.config.mask_text_padding else None
+        return self.text_embed(features, lengths), valid
+
+    def encode_condition(self, condition: Condition) -> jax.Array:
+        """(B, Nc, D): what the image blocks see of the condition."""
+        embedded, valid = self.embed_condition(condition)
+        batch, length = embedded.shape[:2]
+        grid = self.config.condition_grid
+        queries = self.bos_token[...][None]
+        angles = None
+        if self.config.rotary:
+            angles = self._angles(np.concatenate([np.zeros((length, 3), int), grid_positions(grid)])[None])
+        else:
+            queries = queries + self.time_embed() + position_table(grid, self.config.width)
+        queries = jnp.broadcast_to(queries.astype(self.dtype), (batch, self.config.condition_tokens, self.config.width))
+        if valid is not None:
+            valid = jnp.pad(valid, ((0, 0), (0, queries.shape[1])), constant_values=True)
+        x = self.condition_encoder(jnp.concatenate([embedded, queries], axis=1), valid=valid, angles=angles)
+        return self.condition_norm(x[:, length:])
+
+    def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
+        return jnp.where(mask[..., None], self.mask_token[...].astype(self.dtype), self.patch_embed(tokens))
+
+    def encode_image(
+        self, tokens: jax.Array, mask: jax.Array, visible_ids: jax.Array, visible: jax.Array, c: jax.Array
+    ) -> jax.Array:
+        """z (B, N, D), the head's condition for every token.
+
+        tokens (B, N, p*p*C); mask (B, N), True where content is hidden; visible_ids (B, V) raster indices of the
+        visible tokens, of which `visible` (B, V) says which exist; c (B, Nc, D).
+        """
+        batch, conditions = c.shape[:2]
+        x = self.mask_image(tokens, mask)
+        encoder_angles = decoder_angles = None
+        if self.config.rotary:
+            positions = jnp.asarray(grid_positions(self.config.image_grid))
+            origin = jnp.zeros((batch, conditions, 3), positions.dtype)
+            decoder_angles = self._angles(jnp.concatenate([origin[:1], positions[None]], axis=1))
+            encoder_angles = self._angles(jnp.concatenate([origin, positions[visible_ids]], axis=1))
+        else:
+            x = x + jnp.asarray(position_table(self.config.image_grid, self.config.width), self.dtype)
+        gathered = jnp.take_along_axis(x, visible_ids[..., None], axis=1)
+        valid = jnp.pad(visible, ((0, 0), (conditions, 0)), constant_values=True)
+        h = self.encoder(jnp.concatenate([c, gathered], axis=1), valid=valid, angles=encoder_angles)
+        # Rows that do not exist are written past the end, that is, nowhere.
+        rows = jnp.where(visible, visible_ids, x.shape[1])
+        x = x.at[jnp.arange(batch)[:, None], rows].set(h[:, conditions:], mode="drop")
+        x = self.decoder(jnp.concatenate([h[:, :conditions], x], axis=1), angles=decoder_angles)
+        return self.image_norm(x[:, conditions:])
+
+    def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
+        """Predicted velocities (R, B, N, p*p*C) at the drawn noise levels.
+
+        tokens (B, N, p*p*C) float32; sigmas (1000,) the table that draws.timestep (R, B, N) indexes.
+        """
+        c = self.encode_condition(condition)
+        z = self.encode_image(tokens, draws.mask, draws.visible_ids, draws.visible, c)
+        noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
+        # One embedding per entry of the table and one projection of z per token, shared by the repeats.
+        times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas)).astype(self.dtype)[draws.timestep]
+        return self.head(noisy, times, self.head.embed.condition(z))
+
+    def token_losses(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
+        """Squared velocity error of every token, mean over channels, (R, B, N) float32. Only masked tokens are to count."""
+        velocity = self.velocities(tokens, condition, draws, sigmas)
+        return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (draws.noise - tokens)), axis=-1)
+
+    def _angles(self, positions) -> jax.Array:
+        return rotary_angles(jnp.asarray(positions), self.config.width // self.config.heads)
+
+
+def unconditional(config: ModelConfig, like: Condition) -> Condition:
+    """The condition of one image (leading axis 1) that guidance contrasts with: class `num_classes`, or no text."""
+    if config.condition == "class":
+        return {"label": jnp.full((1,), config.num_classes, jnp.int32)}
+    return {"text": jnp.zeros_like(like["text"][:1]), "text_length": jnp.zeros((1,), jnp.int32)}
+
+
+def drop_conditions(config: ModelConfig, condition: Condition, drop: jax.Array) -> Condition:
+    """Replace the conditions where `drop` (B,) by the unconditional one (spec section 9)."""
+    if config.condition == "class":
+        return {"label": jnp.where(drop, config.num_classes, condition["label"])}
+    return {**condition, "text_length": jnp.where(drop, 0, condition["text_length"])}

@@ -1,0 +1,111 @@
+"""Transformer blocks and scanned stacks of them (spec section 4)."""
+
+import dataclasses
+from itertools import groupby
+
+import jax
+from flax import nnx
+
+from lina_jax.mesh import constrain
+from lina_jax.models.attention import Attention, AttentionConfig
+from lina_jax.models.layers import MLP, LayerNorm
+
+
+class Block(nnx.Module):
+    """Residual post-norm block: x + LN(attention(x)), then x + LN(mlp(x)); the stream itself is never normalised."""
+
+    def __init__(self, config: AttentionConfig, mlp_ratio: int, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.norm1 = LayerNorm(config.width)
+        self.mlp = MLP(config.width, mlp_ratio * config.width, config.width, _gelu, rngs=rngs, dtype=config.dtype)
+        self.norm2 = LayerNorm(config.width)
+
+    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+        x = constrain(x + self.norm1(self.attention(x, valid=valid, angles=angles)), "batch", None, None)
+        return constrain(x + self.norm2(self.mlp(x)), "batch", None, None)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan_layers(body, x: jax.Array, layers: nnx.Module, *, remat: str, unroll: int) -> jax.Array:
+    """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer)."""
+
+    def step(x, layer):
+        return body(x, layer), None
+
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return jax.lax.scan(step, x, layers, unroll=unroll)[0]
+
+
+def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules from make(rngs) as one, every array with a leading layer axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs):
+        return make(rngs)
+
+    return build(rngs)
+
+
+def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, bool, range]]:
+    """Neighbouring blocks of one kind: (name, whether they are softmax blocks of a hybrid, their indices)."""
+    runs = []
+
+    def is_softmax(i):
+        return bool(softmax_period) and i % softmax_period == softmax_period - 1
+
+    for softmax, members in groupby(range(first, first + depth), is_softmax):
+        layers = list(members)
+        runs.append((f"from_{layers[0]:02d}", softmax, range(layers[0], layers[-1] + 1)))
+    return runs
+
+
+class Transformer(nnx.Module):
+    """Blocks `first` .. `first + depth - 1` of a stack; runs of equal kind are stacked and scanned.
+
+    `softmax_period` > 0 makes block i a plain softmax block when i % period == period - 1 (hybrid attention).
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        depth: int,
+        mlp_ratio: int,
+        *,
+        first: int = 0,
+        softmax_period: int = 0,
+        remat: str = "none",
+        unroll: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        softmax = dataclasses.replace(config, kind="softmax", conv_kernel=0, gate="none")
+
+        def make(is_softmax):
+            return lambda rngs: Block(softmax if is_softmax else config, mlp_ratio, rngs=rngs)
+
+        runs = {
+            name: stacked(make(is_softmax), len(layers), rngs)
+            for name, is_softmax, layers in layer_runs(first, depth, softmax_period)
+        }
+        self.runs = nnx.Dict(runs)
+        self.remat, self.unroll = remat, unroll
+
+    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+        """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention."""
+
+        def body(x, block):
+            return block(x, valid=valid, angles=angles)
+
+        for name in sorted(self.runs):
+            x = scan_layers(body, x, self.runs[name], remat=self.remat, unroll=self.unroll)
+        return x

@@ -1,0 +1,268 @@
+"""Captioned scenes of coloured shapes: a text-to-image task small enough for a laptop, judged by `scene_score`.
+
+A `Caption` states some facts and leaves the others open; a `Scene` is one picture in which those facts hold. The
+captions follow GenEval's six categories (Ghosh et al. 2023) and are few enough to be listed: the list is the grammar,
+so drawing and parsing cannot disagree. Lengths are in units of the image side, x to the right, y downwards.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lina_jax.errors import UserError
+
+SPLITS = ("train", "validation")
+# The share of each category in a split.
+CATEGORIES = {
+    "single_object": 0.4,
+    "colors": 0.12,
+    "counting": 0.12,
+    "two_objects": 0.12,
+    "color_attribution": 0.12,
+    "position": 0.12,
+}
+COLORS = {
+    "red": (225, 30, 35),
+    "green": (25, 165, 50),
+    "blue": (30, 60, 225),
+    "yellow": (250, 215, 20),
+    "purple": (165, 25, 190),
+    "cyan": (30, 205, 225),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
+PALETTE = COLORS | BACKGROUNDS
+# Radius of an object alone, and of one in company; the boundary tells small from large in either case.
+SIZES = {"small": (4.5 / 32, 4.2 / 32), "large": (8.5 / 32, 6.5 / 32)}
+SIZE_BOUNDARY = 5.5 / 32
+COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+# Directions from the center of the picture, and from the second object to the first.
+PLACES = {
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+    "in the center": (0, 0),
+}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+# Outlines of radius 1 stay within the box [-1, 1]²: objects in disjoint boxes cannot overlap.
+_TURN = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+_CORNER = np.array([(1, 0.36), (0.36, 0.36), (0.36, 1)])  # a quarter of the cross
+_OUTLINES = {
+    "circle": np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1),
+    "square": 0.9 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+    "triangle": np.array([(0, -1), (1, 0.9), (-1, 0.9)]),
+    "cross": np.concatenate([_CORNER, _CORNER[::-1] * (-1, 1), -_CORNER, _CORNER[::-1] * (1, -1)]),
+}
+SHAPES = tuple(_OUTLINES)
+
+_MARGIN = 1 / 32  # what every object keeps free around its box
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Noun:
+    """What a caption says of one object; None where it says nothing."""
+
+    shape: str | None = None
+    color: str | None = None
+    size: str | None = None
+
+    def text(self, count: int = 1) -> str:
+        """Return the noun phrase for `count` such objects: "a small red circle", "two crosses"."""
+        shape = self.shape or "shape"
+        plural = "" if count == 1 else "es" if shape.endswith("s") else "s"
+        return " ".join(filter(None, [COUNTS[count], self.size, self.color, shape + plural]))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """All that a caption states: one noun per object in the picture, and None where it says nothing."""
+
+    category: str
+    nouns: tuple[Noun, ...]
+    relation: str | None = None
+    place: str | None = None
+    background: str | None = None
+
+    def text(self) -> str:
+        """Return the sentence: lower case ASCII, at most 64 bytes."""
+        first, *others = self.nouns
+        if self.category == "counting":
+            sentence = first.text(len(self.nouns))
+        elif others:
+            sentence = f"{first.text()} {self.relation or 'and'} {others[0].text()}"
+        else:
+            sentence = first.text()
+        if self.place:
+            sentence += f" {self.place}"
+        if self.background:
+            sentence += f"{',' if self.place else ''} on {self.background}"
+        return sentence
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: (x, y) is the middle of its box, which reaches `radius` to each side."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture and its caption; the objects stand in the order of the caption's nouns."""
+
+    objects: tuple[Object, ...]
+    background: str
+    caption: str
+    category: str
+
+
+def _captions(category: str) -> Iterator[Caption]:
+    """Yield every caption of a category. Two objects always differ in what the caption says of them."""
+    sizes, backgrounds = (None, *SIZES), (None, *BACKGROUNDS)
+    if category == "single_object":
+        for shape, color, size, place, ground in product(SHAPES, COLORS, sizes, (None, *PLACES), backgrounds):
+            yield Caption(category, (Noun(shape, color, size),), place=place, background=ground)
+    elif category == "colors":
+        for color in COLORS:
+            yield Caption(category, (Noun(color=color),))
+    elif category == "counting":
+        for count, shape, color, ground in product((2, 3, 4), SHAPES, COLORS, backgrounds):
+            yield Caption(category, (Noun(shape, color),) * count, background=ground)
+    elif category == "two_objects":
+        for shapes in permutations(SHAPES, 2):
+            yield Caption(category, tuple(Noun(shape) for shape in shapes))
+    elif category == "color_attribution":
+        for shapes, colors in product(permutations(SHAPES, 2), permutations(COLORS, 2)):
+            yield Caption(category, tuple(map(Noun, shapes, colors)))
+    elif category == "position":
+        kinds = permutations(product(SHAPES, COLORS), 2)
+        for (one, two), size_one, size_two, relation in product(kinds, sizes, sizes, RELATIONS):
+            yield Caption(category, (Noun(*one, size_one), Noun(*two, size_two)), relation)
+
+
+@cache
+def grammar() -> dict[str, dict[str, Caption]]:
+    """Return every caption there is, by category and then by its text."""
+    return {category: {caption.text(): caption for caption in _captions(category)} for category in CATEGORIES}
+
+
+def parse(text: str) -> Caption:
+    """Return what a caption states. Raises UserError if it is not a sentence of the grammar."""
+    for captions in grammar().values():
+        if text in captions:
+            return captions[text]
+    raise UserError(f"caption {text!r} is not one of the shapes task, such as 'a red circle above a small blue square'")
+
+
+@cache
+def _texts(category: str) -> tuple[str, ...]:
+    return tuple(grammar()[category])
+
+
+def evaluation_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Return `count` pairs (category, caption): categories in turn, no caption again before all others had theirs."""
+    rng = np.random.default_rng(seed)
+    orders = {category: rng.permutation(_texts(category)).tolist() for category in CATEGORIES}
+    rounds = ((category, k) for k in range(-(-count // len(CATEGORIES))) for category in CATEGORIES)
+    return [(category, orders[category][k % len(orders[category])]) for category, k in rounds][:count]
+
+
+def scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Return scene `index` of a split, a pure function of the arguments.
+
+    No picture is in both splits, whatever the seeds: a hash of its content, to the nearest 1/32, decides where it goes.
+    Raises UserError on an unknown split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is unknown, expected one of {', '.join(SPLITS)}")
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    while True:
+        category = rng.choice(list(CATEGORIES), p=list(CATEGORIES.values()))
+        drawn = compose(grammar()[category][_pick(_texts(category), rng)], rng)
+        if _split(drawn) == split:
+            return drawn
+
+
+def _split(drawn: Scene) -> str:
+    """Return the split of a picture; the validation split owns 1 hash in 16."""
+    cells = sorted((o.shape, o.color, round(32 * o.x), round(32 * o.y), round(32 * o.radius)) for o in drawn.objects)
+    digest = hashlib.blake2b(repr((drawn.background, cells)).encode(), digest_size=1).digest()
+    return "validation" if digest[0] % 16 == 0 else "train"
+
+
+def compose(caption: Caption, rng: np.random.Generator) -> Scene:
+    """Draw a scene in which the caption holds; what it leaves open is random."""
+    company = len(caption.nouns) > 1
+    # Four large objects would not fit, and a count must not show in the size.
+    sizes = ("small",) if caption.category == "counting" else tuple(SIZES)
+    kinds = [
+        (noun.shape or _pick(SHAPES, rng), noun.color or _pick(COLORS, rng), noun.size or _pick(sizes, rng))
+        for noun in caption.nouns
+    ]
+    radii = np.array([SIZES[size][company] for _, _, size in kinds]) * rng.uniform(0.95, 1.05)
+    if caption.category == "counting":
+        centers = _scattered(radii, rng)
+    elif company:
+        centers = _paired(radii, RELATIONS[caption.relation or _pick(RELATIONS, rng)], rng)
+    else:
+        centers = _alone(radii[0], PLACES[caption.place] if caption.place else None, rng)
+    return Scene(
+        tuple(Object(*kind, *map(float, (*center, r))) for kind, center, r in zip(kinds, centers, radii, strict=True)),
+        caption.background or _pick(BACKGROUNDS, rng),
+        caption.text(),
+        caption.category,
+    )
+
+
+def _pick(options: Collection[str], rng: np.random.Generator) -> str:
+    return tuple(options)[rng.integers(len(options))]
+
+
+def _alone(radius: float, place: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
+    """Return the center (1, 2) of a single object, anywhere if no place is given."""
+    low, high = _MARGIN + radius, 1 - _MARGIN - radius
+    bands = {-1: (low, 0.36), 0: (0.46, 0.54), 1: (0.64, high)}
+    return np.array([[rng.uniform(*bands[step]) for step in place] if place else rng.uniform(low, high, 2)])
+
+
+def _paired(radii: np.ndarray, direction: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Return the centers (2, 2) of two objects: the first in `direction` of the second, farther so than aside."""
+    axis = 0 if direction[0] else 1
+    near, far = (0, 1) if direction[axis] < 0 else (1, 0)
+    slack = 1 - 4 * _MARGIN - 2 * radii.sum()
+    before, until = np.sort(rng.uniform(0, slack, 2))
+    centers = rng.uniform(0.4, 0.6, (2, 2))
+    centers[near, axis] = _MARGIN + radii[near] + before
+    centers[far, axis] = 1 - _MARGIN - radii[far] - (slack - until)
+    return centers
+
+
+def _scattered(radii: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the centers (n, 2) of up to four objects, each within a quarter of the picture of its own."""
+    quarters = rng.permutation([(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)])[: len(radii)]
+    reach = 0.25 - _MARGIN - radii[:, None]
+    return quarters + reach * rng.uniform(-1, 1, quarters.shape)
+
+
+def render(scene: Scene, resolution: int) -> np.ndarray:
+    """Return the picture (resolution, resolution, 3) in uint8 RGB, with smooth edges."""
+    side = resolution * _SUPERSAMPLING
+    image = Image.new("RGB", (side, side), PALETTE[scene.background])
+    draw = ImageDraw.Draw(image)
+    for o in scene.objects:
+        # Pillow counts from the middle of the first pixel, we from its corner.
+        outline = side * (o.radius * _OUTLINES[o.shape] + (o.x, o.y)) - 0.5
+        draw.polygon(outline.ravel().tolist(), PALETTE[o.color])
+    return np.array(image.reduce(_SUPERSAMPLING))

@@ -1,0 +1,240 @@
+"""Everything a run remembers, and the one step that changes it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from lina_jax import mesh as mesh_lib
+from lina_jax import optim
+from lina_jax.config import Config, EmaConfig
+from lina_jax.mesh import constrain
+from lina_jax.models import flow
+from lina_jax.models.draws import draw
+from lina_jax.models.layers import Frozen, patchify
+from lina_jax.models.lina import LINA, drop_conditions
+
+Tree = Any
+Batch = dict[str, jax.Array]
+NOISE_LEVELS = 4  # equal bins of sigma in which validation reports its loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """`step` counts batches consumed: it addresses data and randomness and names checkpoints. `updates` counts updates applied:
+    it drives the learning rate, Adam and the EMA. They differ by `skipped`, of which the last `skipped_in_a_row` were in a row.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    params: Tree
+    frozen: Tree
+    opt_state: Tree
+    ema: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What is known of a run before any array exists: one sharding tree that serves init, step and restore alike."""
+
+    config: Config
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
+    decayed: Tree  # bools like params
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+
+    def model(self, params: Tree, frozen: Tree) -> LINA:
+        return nnx.merge(self.graphdef, params, frozen)
+
+    def init(self) -> TrainState:
+        """A fresh state, each array made where it will live."""
+        make = functools.partial(_initial_state, self.config, self.optimizer)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+    def jit(self, function: Callable, **options) -> Callable:
+        """`jax.jit`, called under this run's mesh."""
+        compiled = jax.jit(function, **options)
+
+        def call(*args):
+            with jax.set_mesh(self.mesh):
+                return compiled(*args)
+
+        return call
+
+
+def blueprint(config: Config, mesh: Mesh) -> Blueprint:
+    model = nnx.eval_shape(lambda: LINA(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params, frozen = nnx.split(model, nnx.Param, Frozen)
+
+    def with_sharding(variable):
+        shape = variable.get_value().shape
+        axes = variable.get_metadata("axes")
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers add a leading axis, never cut
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=mesh_lib.sharding(mesh, *axes))
+
+    def over_variables(function, state):
+        return nnx.to_pure_dict(jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+    decayed = over_variables(lambda v: v.get_metadata().get("decay", True), params)
+    optimizer = optim.optimizer(config.optim, config.steps, decayed)
+    params, frozen = over_variables(with_sharding, params), over_variables(with_sharding, frozen)
+    return Blueprint(config, mesh, graphdef, optimizer, _state_shapes(optimizer, params, frozen, mesh), decayed)
+
+
+def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainState:
+    replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    # Moments live where their parameters live.
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+    )
+    return TrainState(count, count, count, count, params, frozen, opt_state, params)
+
+
+def _initial_state(config: Config, optimizer, key: jax.Array) -> TrainState:
+    _, params, frozen = nnx.split(LINA(config.model, rngs=nnx.Rngs(key)), nnx.Param, Frozen)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    return fresh_state(params, frozen, optimizer)
+
+
+def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """A run that starts from these parameters."""
+    zero = functools.partial(jnp.zeros, (), jnp.int32)
+    return TrainState(
+        zero(), zero(), zero(), zero(), params, frozen, optimizer.init(params), jax.tree.map(jnp.copy, params)
+    )
+
+
+def split_batch(config: Config, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Data tokens (B, N, p*p*C) float32 in the space that is learned, and the condition."""
+    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    tokens = patchify(pixels, config.model.patch_size)
+    names = ("label",) if config.model.condition == "class" else ("text", "text_length")
+    return constrain(tokens, "batch", None, None), {name: batch[name] for name in names}
+
+
+def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step: one global batch, one update (or none, if loss or gradient is not finite). Donates the state."""
+    config, optimizer = plan.config, plan.optimizer
+    sigmas = flow.training_sigmas(config.loss.shift)
+    schedule = optim.learning_rate(config.optim, config.steps)
+
+    def loss_of(params, frozen, tokens, condition, draws, weight):
+        model = plan.model(params, frozen)
+        condition = drop_conditions(config.model, condition, draws.drop)
+        losses = model.token_losses(tokens, condition, draws, sigmas)
+        return jnp.sum(losses * draws.mask) / weight
+
+    def step(state: TrainState, batch: Batch):
+        tokens, condition = split_batch(config, batch)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        draws = draw(key, jnp.arange(tokens.shape[0]), config.model, config.loss)
+        # The mean is over the masked tokens of the whole batch, however many micro-batches it is cut into.
+        weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
+        loss_and_grad = jax.value_and_grad(loss_of)
+        if config.optim.accumulate == 1:
+            loss, grads = loss_and_grad(state.params, state.frozen, tokens, condition, draws, weight)
+        else:
+            loss, grads = _accumulated(loss_and_grad, config, state, (tokens, condition, draws), weight)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        rate = schedule(state.updates)
+        state = jax.lax.cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    return plan.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+
+
+def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):
+    parts = config.optim.accumulate
+    tokens, condition, draws = inputs
+    axis = dataclasses.replace(jax.tree.map(lambda _: 0, draws), timestep=1, noise=1)
+
+    def cut(x, batch_axis=0):
+        # Every parts-th example to a micro-batch, so that each device keeps the examples that it has.
+        before, after = x.shape[:batch_axis], x.shape[batch_axis + 1 :]
+        return jnp.moveaxis(x.reshape(*before, -1, parts, *after), batch_axis + 1, 0)
+
+    micro = (cut(tokens), jax.tree.map(cut, condition), jax.tree.map(cut, draws, axis))
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, loss_and_grad(state.params, state.frozen, *inputs, weight)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    return jax.lax.scan(add, start, micro)[0]
+
+
+def apply_gradients(ema_config: EmaConfig, optimizer, state: TrainState, grads: Tree) -> TrainState:
+    """One update of parameters, moments and EMA."""
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    updates = state.updates + 1
+    return dataclasses.replace(
+        state,
+        updates=updates,
+        skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
+        params=params,
+        opt_state=opt_state,
+        ema=averaged(ema_config, state.ema, params, updates),
+    )
+
+
+def _skip(state: TrainState, grads: Tree) -> TrainState:
+    del grads
+    return dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+
+
+def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> Tree:
+    """The EMA after `updates` updates, of which this one made `params`."""
+    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
+    decay = jnp.where(updates % config.every == 0, decay, 1.0)
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+
+
+def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+    """(params, frozen, batch, examples (B,)) -> summed masked loss and masked tokens in each bin of sigma, (NOISE_LEVELS,).
+
+    The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are padding.
+    """
+    config = plan.config
+    sigmas = flow.training_sigmas(config.loss.shift)
+    loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1)
+
+    def step(params, frozen, batch, examples):
+        tokens, condition = split_batch(config, batch)
+        key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no training step has this number
+        draws = draw(key, examples, config.model, loss_config)
+        losses = plan.model(params, frozen).token_losses(tokens, condition, draws, sigmas)
+        weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
+        level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * NOISE_LEVELS).astype(jnp.int32), 0, NOISE_LEVELS - 1)
+        bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]
+        return jnp.einsum("rbn,rbnl->l", losses, bins), jnp.sum(bins, axis=(0, 1, 2))
+
+    return plan.jit(step)

@@ -1,0 +1,91 @@
+"""What is written is a TFDS dataset, whole or not at all; what cannot be read is named."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from lina_jax import records
+from lina_jax.errors import UserError
+
+
+def png(value: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def write(directory, count=5, label_names=("cat", "dog")):
+    with records.create(directory, "tiny", label_names) as writer:
+        for i in range(count):
+            writer.write("train", image=png(i), caption=f"nº {i}", label=i % 3 - 1, key=f"file:{i}")
+        writer.write("validation", image=png(99), caption="", label=-1, key="file:last")
+    return directory
+
+
+def test_tfds_reads_what_we_write(tmp_path):
+    builder = tfds.builder_from_directory(write(tmp_path / "tiny"))
+    assert builder.info.features["label"].names == ["cat", "dog"]
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 5, "validation": 1}
+    for i, record in enumerate(builder.as_data_source("train")):
+        np.testing.assert_array_equal(record["image"], np.full((4, 6, 3), i))
+        assert record["caption"].decode() == f"nº {i}"
+        assert record["label"] == i % 3 - 1
+        assert record["key"] == f"file:{i}".encode()
+
+
+def test_labels_need_no_names(tmp_path):
+    assert records.open_split(write(tmp_path / "tiny", label_names=()), "train")[2]["label"] == 1
+
+
+def test_shards_make_one_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "SHARD_RECORDS", 2)
+    split = records.open_split(write(tmp_path / "tiny"), "train")
+    assert [record["key"] for record in (split[i] for i in range(len(split)))] == [b"file:%d" % i for i in range(5)]
+    assert split.location(3) == f"record 1 of {tmp_path}/tiny/tiny-train.array_record-00001-of-00003"
+    assert len(records.open_split(tmp_path / "tiny", "train[1:4]")) == 3
+
+
+def test_nothing_appears_when_writing_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), records.create(tmp_path / "deep" / "tiny", "tiny") as writer:
+        writer.write("train", image=png(0), caption="", label=-1, key="0")
+        _ = 1 / 0
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_an_existing_dataset_is_not_overwritten(tmp_path):
+    before = (write(tmp_path / "tiny") / "dataset_info.json").read_bytes()
+    with pytest.raises(UserError, match="tiny"):
+        write(tmp_path / "tiny", count=2)
+    assert (tmp_path / "tiny" / "dataset_info.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_errors_name_the_path_and_what_exists(tmp_path):
+    with pytest.raises(UserError, match="absent does not exist"):
+        records.open_split(tmp_path / "absent", "train")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cat.jpg").touch()
+    with pytest.raises(UserError, match=r"no dataset_info.json; it holds cat.jpg"):
+        records.open_split(tmp_path / "other", "train")
+
+    directory = write(tmp_path / "tiny")
+    with pytest.raises(UserError, match="no split 'test'; its splits: train, validation"):
+        records.open_split(directory, "test")
+
+    (directory / "tiny-validation.array_record-00000-of-00001").unlink()
+    with pytest.raises(UserError, match=r"1 of the 1 shards .*tiny-validation.array_record-00000-of-00001"):
+        records.open_split(directory, "validation")
+    assert len(records.open_split(directory, "train")) == 5
+
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="stored as tfrecord; only array_record"):
+        records.open_split(directory, "train")
+    (directory / "dataset_info.json").write_text('{"name": ')
+    with pytest.raises(UserError, match="cannot read the metadata of"):
+        records.open_split(directory, "train")
