@@ -1,7 +1,8 @@
 """What an experiment is: frozen dataclasses made once from a ConfigDict, every error naming field and value.
 
-`default()` is the editable form (an `ml_collections.ConfigDict` with every field), `freeze()` the validated one. The defaults are
-the published class-conditional model and its training settings (paper section 4; c2i, width 768); files in `configs/` change fields.
+`default()` is the editable form (an `ml_collections.ConfigDict` with every field), `freeze()` the validated one. The
+defaults are the published class-conditional model and its training settings (paper section 4; c2i, width 768); files in
+`configs/` change fields.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ class ModelConfig:
     rotary: bool = False
     dtype: str = "bfloat16"  # of activations; parameters are always float32
     remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs)
-    scan_unroll: int = 1
+    scan_layers: bool = True  # False unrolls them: slower to compile, faster on CPUs for a few layers
 
     @property
     def image_tokens(self) -> int:
@@ -202,10 +203,11 @@ class Config:
     log: LogConfig = LogConfig()
 
 
-# A run may be resumed with other values of these; all other fields change the function, the optimiser or the data order.
+# A run may be resumed with other values of these; all other fields change the function, the optimiser or the data
+# order.
 FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
-    "data.validation_split", "model.remat", "model.scan_unroll", "optim.max_skipped",
+    "data.validation_split", "model.remat", "model.scan_layers", "optim.max_skipped",
 )  # fmt: skip
 
 CHOICES = {
@@ -352,7 +354,7 @@ def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
         head = model.width // model.heads
         require(
             model.normalization == "division" or model.attention == "softmax",
-            f"model.rotary=True with model.normalization={model.normalization}: only division supports rotary positions",
+            f"model.rotary=True with model.normalization={model.normalization}: only division has rotary positions",
         )
         pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
         require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")

@@ -12,10 +12,26 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from lina_jax import records
+from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.records import Split
 
 _MAX_TRIES = 100  # that many bad records in a row are a broken dataset, not bad luck
+
+
+def open_records(config: Config, split: str) -> "Records":
+    """The records of a split as this config's model needs them. Raises UserError when they are not there."""
+    if not config.data.path:
+        raise UserError("data.path is empty: name a directory made by `python -m lina_jax.prepare`")
+    text = config.model.condition == "text"
+    return Records(
+        records.open_split(config.data.path, split),
+        image_size=config.model.latent_size,
+        text_length=config.model.text_length,
+        text_required=text,
+        num_classes=None if text else config.model.num_classes,
+    )
 
 
 class Records:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -18,16 +18,40 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run an absl `main`, turning the errors above into one line on stderr and their exit code."""
 
     def guarded(argv: Sequence[str]) -> int:
+        if flags.FLAGS["verbosity"].using_default_value:  # libraries report each phase of each save at INFO
+            logging.set_verbosity(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _report(error, 2)
         except TrainingDiverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return _report(error, 1)
         return 0
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    # A config file and the overrides of its fields are evaluated while flags are parsed, so a typing mistake can
+    # surface as any of these.
+    except (
+        flags.Error,
+        UserError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        ImportError,
+        SyntaxError,
+    ) as error:
+        sys.exit(_report(error, 2))
+
+
+def _report(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

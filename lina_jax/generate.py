@@ -55,8 +55,8 @@ def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
 def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, plan: Schedule) -> jax.Array:
     """Image tokens (B, N, p*p*C).
 
-    order (B, N): a permutation of the tokens per image; noise (B, N, p*p*C): what each token is denoised from, drawn once,
-    since each token is made once. The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
+    order (B, N): a permutation of the tokens per image; noise (B, N, p*p*C): what each token is denoised from, drawn
+    once, since each token is made once. The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
     """
     batch, total = order.shape
     c = model.encode_condition(condition)
@@ -104,7 +104,7 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
 
 
 def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Decoding order (B, N) and noise (B, N, p*p*C) of each image number (B,), functions of (seed, image number) alone."""
+    """Decoding order (B, N) and noise (B, N, p*p*C) of each image number (B,), functions of (seed, number)."""
 
     def one(image):
         order, noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), image))
@@ -115,7 +115,7 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
 
 
 def to_pixels(tokens: jax.Array, config: Config) -> jax.Array:
-    """Tokens (B, N, p*p*3) of an identity autoencoder to uint8 images (B, H, W, 3), as published: scaled, clamped, truncated."""
+    """Tokens (B, N, p*p*3) of an identity autoencoder -> uint8 images (B, H, W, 3): scaled, clamped, truncated."""
     pixels = unpatchify(tokens.astype(jnp.float32), config.model.image_grid, config.model.patch_size)
     return jnp.clip(pixels * 127.5 + 127.5, 0, 255).astype(jnp.uint8)
 

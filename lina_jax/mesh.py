@@ -11,8 +11,9 @@ from lina_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Parameters: one large axis is cut over `fsdp` (gathered where used, so that no device holds the
-# model), the other over `tensor` (Megatron: heads and hidden units are cut, the width is summed). Activations: cut by batch.
+# Logical axis -> mesh axes. Parameters: one large axis is cut over `fsdp` (gathered where used, so that no device holds
+# the model), the other over `tensor` (Megatron: heads and hidden units are cut, the width is summed). Activations: cut
+# by batch.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, in parameters

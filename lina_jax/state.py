@@ -29,8 +29,11 @@ NOISE_LEVELS = 4  # equal bins of sigma in which validation reports its loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """`step` counts batches consumed: it addresses data and randomness and names checkpoints. `updates` counts updates applied:
-    it drives the learning rate, Adam and the EMA. They differ by `skipped`, of which the last `skipped_in_a_row` were in a row.
+    """The state after `step` batches.
+
+    `step` counts batches consumed: it addresses data and randomness and names checkpoints. `updates` counts updates
+    applied: it drives the learning rate, Adam and the EMA. They differ by `skipped`, of which the last
+    `skipped_in_a_row` were in a row.
     """
 
     step: jax.Array
@@ -219,9 +222,10 @@ def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> 
 
 
 def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
-    """(params, frozen, batch, examples (B,)) -> summed masked loss and masked tokens in each bin of sigma, (NOISE_LEVELS,).
+    """(params, frozen, batch, examples (B,)) -> summed masked loss and masked tokens by bin of sigma, (NOISE_LEVELS,).
 
-    The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are padding.
+    The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are
+    padding.
     """
     config = plan.config
     sigmas = flow.training_sigmas(config.loss.shift)

@@ -19,7 +19,7 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One published tensor: its place in our tree, the layer of a stack it is, the part of an axis it fills, its layout."""
+    """One published tensor: its place in our tree, its layer of a stack, the part of an axis it fills, its layout."""
 
     key: str
     path: Path

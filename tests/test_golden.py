@@ -1,7 +1,7 @@
-"""Every fixture in $LINA_GOLDEN_DIR (default: tests/golden) against this code: values, gradients, trajectories, sampling runs.
+"""Every fixture in $LINA_GOLDEN_DIR (default: tests/golden): values, gradients, trajectories, whole sampling runs.
 
-A fixture is `CASE.json` (what, which sizes, which tolerances) and `CASE.safetensors` (inputs, published weights, outputs,
-gradients). What is computed is chosen by the case's name and its manifest; every recorded array must be checked.
+A fixture is `CASE.json` (what, which sizes, which tolerances) and `CASE.safetensors` (inputs, published weights,
+outputs, gradients). What is computed is chosen by the case's name and its manifest; every recorded array is checked.
 """
 
 import dataclasses

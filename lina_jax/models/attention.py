@@ -17,7 +17,7 @@ GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """One attention layer. Its sequence is `condition_tokens` tokens, then (for convolution and gates) the (h, w) `grid`."""
+    """One attention layer. Its sequence is `condition_tokens` tokens, then (convolution, gates) the (h, w) `grid`."""
 
     width: int
     heads: int
@@ -37,8 +37,8 @@ class AttentionConfig:
 class Attention(nnx.Module):
     """x (B, N, D) -> (B, N, D).
 
-    `valid` (B, N) marks the tokens that exist: others contribute nothing to any sum and means divide by the true count (their
-    own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys.
+    `valid` (B, N) marks the tokens that exist: others contribute nothing to any sum and means divide by the true count
+    (their own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys.
     """
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -62,8 +62,7 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
-        q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
+        q, k, v = (constrain(a, "batch", None, "heads", None) for a in self.qkv.split(x))
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         out = softmax_attention(q, k, v, valid) if self.config.kind == "softmax" else self._linear(x, q, k, v, valid)
@@ -124,7 +123,7 @@ def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
 
 
 def _token_means(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
-    """1 / (number of tokens), shaped for a (B, H, d) sum, and the factor (B, N, 1, 1) that removes tokens that are not there."""
+    """1 / (number of tokens), against a (B, H, d) sum, and the factor (B, N, 1, 1) that removes absent tokens."""
     if valid is None:
         return 1.0 / k.shape[1], None
     count = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)

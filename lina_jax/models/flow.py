@@ -34,7 +34,8 @@ def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Arra
 def euler_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     """The sampler's noise levels (steps + 1,), float32, from 1 to 0.
 
-    The grid ends at the already shifted last table entry and is then shifted as a whole: published behaviour (spec section 16.13).
+    The grid ends at the already shifted last table entry and is then shifted as a whole: published behaviour (spec
+    section 16.13).
     """
     last = shifted(np.asarray(1 / TRAIN_TIMESTEPS), shift)
     return np.append(shifted(np.linspace(1.0, last, steps), shift), 0.0).astype(np.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lina_jax.mesh import constrain
 from lina_jax.models.layers import MLP, LayerNorm, Linear, normal, standardize, zeros
-from lina_jax.models.transformer import scan_layers, stacked
+from lina_jax.models.transformer import apply_layers, stacked
 
 TIME_FREQUENCIES = 128
 ADAPTIVE_NORM_EPS = 1e-6
@@ -23,7 +23,7 @@ def time_features(timesteps: jax.Array) -> jax.Array:
 
 
 class TimeCondition(nnx.Module):
-    """Timestep and token condition, embedded separately so that each is computed once and reused; the head sums them."""
+    """Timestep and token condition, embedded apart so that each is computed once and reused; the head sums them."""
 
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
@@ -42,7 +42,7 @@ class TimeCondition(nnx.Module):
 
 
 class AdaptiveNorm(nnx.Module):
-    """Norm without parameters whose scale, shift (and gate) are read off the condition g; starts as the identity map."""
+    """Norm without parameters; its scale, shift (and gate) are read off the condition g. Starts as the identity."""
 
     def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.proj = Linear(
@@ -51,7 +51,7 @@ class AdaptiveNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, activated: jax.Array) -> tuple[jax.Array, ...]:
         """x, silu(g) (..., r) -> (modulated x, gate...)."""
-        scale, shift, *gate = jnp.moveaxis(self.proj(activated), -2, 0)
+        scale, shift, *gate = self.proj.split(activated)
         return standardize(x, ADAPTIVE_NORM_EPS) * (1 + scale) + shift, *gate
 
 
@@ -73,20 +73,20 @@ class DiffusionHead(nnx.Module):
 
     def __init__(
         self, token_dim: int, condition_width: int, width: int, depth: int,
-        *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str = "none", unroll: int = 1,
+        *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str = "none", scan: bool = True,
     ):  # fmt: skip
         self.patch_embed = Linear(token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros)
         self.embed = TimeCondition(condition_width, width, rngs=rngs, dtype=dtype)
         self.blocks = stacked(lambda rngs: DiffusionBlock(width, rngs=rngs, dtype=dtype), depth, rngs)
         self.norm = AdaptiveNorm(width, 2, rngs=rngs, dtype=dtype)
         self.out = Linear(width, token_dim, ("embed", None), rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros)
-        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+        self.dtype, self.scan, self.remat = dtype, scan, remat
 
     def __call__(self, x: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
         """x (..., p*p*C), time and condition (..., r) as `embed` gives them (broadcast against x) -> (..., p*p*C)."""
         activated = constrain_tokens(jax.nn.silu(time + condition).astype(self.dtype))
         h = constrain_tokens(self.patch_embed(x))
-        h = scan_layers(lambda h, block: block(h, activated), h, self.blocks, remat=self.remat, unroll=self.unroll)
+        h = apply_layers(lambda h, block: block(h, activated), h, self.blocks, scan=self.scan, remat=self.remat)
         (h,) = self.norm(h, activated)
         return self.out(h)
 

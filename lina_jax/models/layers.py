@@ -1,7 +1,7 @@
 """Patches, positions, linear maps, norms and the embeddings of conditions (spec sections 2 and 4).
 
-Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries `axes`,
-the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone.
+Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
+`axes`, the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone.
 """
 
 import math
@@ -72,6 +72,24 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         return jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) + self.bias[...].astype(self.dtype)
+
+    def split(self, x: jax.Array) -> list[jax.Array]:
+        """The parts of the output along its first axis, (..., *outputs[1:]) each.
+
+        One product that is cut, or (on CPUs, where cutting and, in the gradient, joining again cost more than they
+        save) one product for each part.
+        """
+
+        def together(x, kernel, bias):
+            y = jnp.tensordot(x, kernel, self.contracted) + bias
+            return list(jnp.moveaxis(y, -bias.ndim, 0))
+
+        def apart(x, kernel, bias):
+            kernels = jnp.moveaxis(kernel, self.contracted, 0)
+            return [jnp.tensordot(x, k, self.contracted) + b for k, b in zip(kernels, bias, strict=True)]
+
+        arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        return jax.lax.platform_dependent(*arrays, cpu=apart, default=together)
 
 
 def standardize(x: jax.Array, eps: float) -> jax.Array:
@@ -151,7 +169,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class TimeEmbed(nnx.Module):
-    """The constant vector (D,) that published models add to every condition token (frame 0 of the video table); frozen."""
+    """The constant vector that published models add to every condition token (frame 0 of the video table); frozen."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         # Evaluated once per step on one row: float32 whatever the activations are.
@@ -201,8 +219,8 @@ class TextEmbed(nnx.Module):
 class ByteEncoder(nnx.Module):
     """Learned text features for runs without a pretrained encoder: bytes (B, L) and lengths (B,) -> (B, L, D_text).
 
-    The blocks that read the features are blind to order, so it is written into them here: a learned position is added to each
-    byte, and residual depthwise convolutions let neighbours spell words.
+    The blocks that read the features are blind to order, so it is written into them here: a learned position is added
+    to each byte, and residual depthwise convolutions let neighbours spell words.
     """
 
     def __init__(self, length: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):

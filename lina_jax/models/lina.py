@@ -1,4 +1,4 @@
-"""LINA: condition encoder, encoder half over visible tokens, decoder half over all, diffusion head (spec section 3; paper section 3).
+"""LINA: condition encoder, encoder half over visible tokens, decoder half over all, diffusion head (paper section 3).
 
 Images enter as patchified tokens (B, N, p*p*C). A condition is a dict: {"label": (B,)}, or {"text": (B, L) bytes or
 (B, L, D_text) features, "text_length": (B,)}.
@@ -55,8 +55,8 @@ class LINA(nnx.Module):
 
         def stack(kind, depth, first=0):
             return Transformer(
-                kind, depth, c.mlp_ratio, first=first, softmax_period=c.softmax_period if c.attention == "hybrid" else 0,
-                remat=c.remat, unroll=c.scan_unroll, rngs=rngs,
+                kind, depth, c.mlp_ratio, first=first, softmax_period=c.softmax_period if c.attention == "hybrid" else
+                0, remat=c.remat, scan=c.scan_layers, rngs=rngs,
             )  # fmt: skip
 
         if c.condition == "class":
@@ -86,7 +86,7 @@ class LINA(nnx.Module):
             rngs=rngs,
             dtype=dtype,
             remat=c.remat,
-            unroll=c.scan_unroll,
+            scan=c.scan_layers,
         )
 
     def embed_condition(self, condition: Condition) -> tuple[jax.Array, jax.Array | None]:
@@ -159,7 +159,7 @@ class LINA(nnx.Module):
         return self.head(noisy, times, self.head.embed.condition(z))
 
     def token_losses(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
-        """Squared velocity error of every token, mean over channels, (R, B, N) float32. Only masked tokens are to count."""
+        """Squared velocity error of every token, mean over channels, (R, B, N) float32; only masked ones count."""
         velocity = self.velocities(tokens, condition, draws, sigmas)
         return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (draws.noise - tokens)), axis=-1)
 

@@ -35,15 +35,22 @@ REMAT_POLICIES = {
 }
 
 
-def scan_layers(body, x: jax.Array, layers: nnx.Module, *, remat: str, unroll: int) -> jax.Array:
-    """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer)."""
+def apply_layers(body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str) -> jax.Array:
+    """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
+
+    Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
+    """
 
     def step(x, layer):
         return body(x, layer), None
 
     if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
-    return jax.lax.scan(step, x, layers, unroll=unroll)[0]
+        step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
+    if scan:
+        return jax.lax.scan(step, x, layers)[0]
+    for i in range(jax.tree.leaves(layers)[0].shape[0]):
+        x, _ = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return x
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -85,7 +92,7 @@ class Transformer(nnx.Module):
         first: int = 0,
         softmax_period: int = 0,
         remat: str = "none",
-        unroll: int = 1,
+        scan: bool = True,
         rngs: nnx.Rngs,
     ):
         softmax = dataclasses.replace(config, kind="softmax", conv_kernel=0, gate="none")
@@ -98,7 +105,7 @@ class Transformer(nnx.Module):
             for name, is_softmax, layers in layer_runs(first, depth, softmax_period)
         }
         self.runs = nnx.Dict(runs)
-        self.remat, self.unroll = remat, unroll
+        self.scan, self.remat = scan, remat
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
         """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention."""
@@ -107,5 +114,5 @@ class Transformer(nnx.Module):
             return block(x, valid=valid, angles=angles)
 
         for name in sorted(self.runs):
-            x = scan_layers(body, x, self.runs[name], remat=self.remat, unroll=self.unroll)
+            x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat)
         return x

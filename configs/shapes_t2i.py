@@ -1,0 +1,45 @@
+"""Text to image on rendered scenes, 32 px, from nothing to pictures on a laptop: the quickstart.
+
+Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
+Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes
+Then:     python -m lina_jax.sample --workdir=runs/shapes --prompt="a large red circle" --out=runs/shapes/samples
+          python -m lina_jax.evaluate --workdir=runs/shapes --scenes=240
+"""
+
+from lina_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.seed = 0
+    config.steps = 1000
+    config.batch_size = 64
+
+    config.model.update(
+        condition="text", text_encoder="bytes", text_length=56, text_dim=128, mask_text_padding=True,
+        latent_channels=3, patch_size=4, image_grid=(8, 8), condition_grid=(4, 4),
+        width=128, heads=2, condition_depth=2, image_depth=4, head_width=128, head_depth=2,
+        dtype="float32", scan_layers=False,
+    )  # fmt: skip
+    config.data.path = "data/shapes"
+    config.data.threads = 2
+    config.loss.repeat = 2
+    config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0)
+    config.sample.update(steps=16, euler_steps=25, guidance=3.0, guidance_schedule="constant")
+
+    config.checkpoint.every = 250
+    config.eval.update(every=0, examples=256)
+    config.log.every = 20
+    config.log.preview_every = 250
+    config.log.preview_prompts = (
+        "a large red circle on white",
+        "a small blue square, on black",
+        "a green triangle on gray",
+        "three yellow crosses on black",
+        "a red circle above a blue square",
+        "a purple cross and a green circle",
+        "two cyan squares",
+        "a small yellow triangle left of a large purple circle",
+    )
+    config.log.preview_images = 8
+    return config

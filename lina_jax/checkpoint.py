@@ -1,0 +1,138 @@
+"""Checkpoints: orbax, asynchronous, atomic; and the config that a workdir belongs to.
+
+WORKDIR/checkpoints/STEP holds the state after STEP batches in four items, so that sampling reads just the weights it
+needs.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from lina_jax import config as config_lib
+from lina_jax.config import CheckpointConfig, Config
+from lina_jax.errors import UserError
+from lina_jax.state import Blueprint, TrainState, Tree
+
+WEIGHTS = ("params", "frozen", "ema")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, *, read_only: bool = False):
+        self.directory = workdir.resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every or None,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Start saving; the arrays are copied before this returns. Raises UserError when an earlier save failed."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in WEIGHTS}
+        items["progress"] = ocp.args.StandardSave(_progress(state))
+        with self._naming_failures():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
+        """The state at `step` (default: the latest), laid out as `plan` says, whatever mesh it was saved from."""
+        step = self._existing(step)
+        shapes = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
+        items = self._restore(step, shapes)
+        progress = items.pop("progress")
+        return TrainState(**progress, **items)
+
+    def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
+        """(parameters or their EMA, frozen arrays, step), nothing else read from disk."""
+        step, name = self._existing(step), "ema" if ema else "params"
+        items = self._restore(step, {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen})
+        return items[name], items["frozen"], step
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises UserError when a save failed."""
+        with self._naming_failures():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
+        return step
+
+    def _naming_failures(self):
+        return _NamedFailure(self.directory)
+
+
+@dataclasses.dataclass
+class _NamedFailure:
+    """Turns what a failed write raises (a full disk, lost permissions) into one line naming the place."""
+
+    directory: Path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
+            raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
+
+
+def _progress(state: TrainState) -> dict[str, Tree]:
+    names = (f.name for f in dataclasses.fields(TrainState) if f.name not in WEIGHTS)
+    return {name: getattr(state, name) for name in names}
+
+
+def adopt_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
+    """Bind a workdir to a config, or check that a resumed one may go on with it.
+
+    Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
+    otherwise.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changed = config_lib.differences(load_config(workdir), config)
+        if changed and not allow_changes:
+            raise UserError(
+                f"{workdir} belongs to another config: {'; '.join(changed)} "
+                "(choose another --workdir, or pass --allow_config_change)"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def load_config(workdir: Path) -> Config:
+    """The config that a workdir was trained with. Raises UserError when there is none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not a training directory: it has no config.json")
+    return config_lib.freeze(json.loads(path.read_text()))

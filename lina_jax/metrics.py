@@ -1,0 +1,120 @@
+"""What a run reports: JSON lines and TensorBoard events, throughput and MFU, the loss curve."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from lina_jax.config import Config
+from lina_jax.flops import training_flops
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Peak dense bf16 FLOP/s of one device, by what `jax.devices()[0].device_kind` begins with (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(config: Config) -> float:
+    """Peak FLOP/s of one device, 0 where unknown."""
+    kind = jax.devices()[0].device_kind
+    known = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
+    return config.log.peak_flops or (PEAK_FLOPS[known] if known else 0.0)
+
+
+class Writer:
+    """Scalars and pictures to WORKDIR/metrics.jsonl and TensorBoard event files; does nothing except in process 0."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / "metrics.jsonl"
+        self._active = jax.process_index() == 0
+        if self._active:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._lines = self.path.open("a")
+            self._events = SummaryWriter(str(workdir / "events"), flush_secs=10)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        if self._active:
+            values = {name: float(value) for name, value in values.items()}
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """image (H, W, 3) uint8."""
+        if self._active:
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._active:
+            self._lines.close()
+            self._events.close()
+
+
+class Throughput:
+    """Images/s, model FLOP/s and MFU between calls of `rates`."""
+
+    def __init__(self, config: Config, step: int):
+        self._config = config
+        self._flops = training_flops(config.model, config.loss)
+        self._peak = peak_flops(config) * jax.device_count()
+        self._step, self._time = step, time.monotonic()
+
+    def rates(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        images = (step - self._step) * self._config.batch_size / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        rates = {"images_per_s": images, "model_flops_per_s": images * self._flops}
+        return rates | ({"mfu": images * self._flops / self._peak} if self._peak else {})
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training."""
+        self._time += seconds
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    """Rows in order of step; a run that was interrupted repeats steps, and the last row of a step wins.
+
+    A line cut by a kill is left out.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["step"]] = rows.get(row["step"], {}) | row
+    return [rows[step] for step in sorted(rows)]
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """The training loss (and validation losses, where there are any) against the step, as a PNG."""
+    rows = read_jsonl(metrics)
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    for name, style in (("loss", "-"), ("validation/loss_ema", "o-"), ("validation/loss", "s--")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=4)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture)
+    plt.close(figure)

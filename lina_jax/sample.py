@@ -1,0 +1,181 @@
+"""Draw images from a trained model.
+
+python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | --label=K) --out=DIR
+    [--num=4] [--seed=0] [--guidance=G] [--steps=K] [--euler_steps=E] [--temperature=T] [--raw] [--checkpoint=STEP]
+
+Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from lina_jax import data, errors, mesh, pictures, state
+from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.config import Config, MeshConfig, SampleConfig
+from lina_jax.errors import UserError
+from lina_jax.generate import make_sampler
+from lina_jax.state import Blueprint, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A compiled program that is called with any number of conditions, in batches of one size."""
+
+    plan: Blueprint
+    settings: SampleConfig
+    batch_size: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "_program", make_sampler(self.plan, self.settings))
+
+    def __call__(
+        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
+    ) -> np.ndarray:
+        """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
+        config, images = self.plan.config, []
+        starts = range(0, len(conditions), self.batch_size)
+        for start in tqdm(starts, unit="batch", disable=None if len(starts) > 1 else True, leave=False):
+            chunk = list(conditions[start : start + self.batch_size])
+            numbers = first + start + np.arange(self.batch_size)
+            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
+            made = self._program(
+                params, frozen, encode_conditions(config, padded), jnp.asarray(numbers, jnp.int32), jnp.int32(seed)
+            )
+            images.append(np.asarray(made)[: len(chunk)])
+        return np.concatenate(images)
+
+
+def encode_conditions(config: Config, conditions: Sequence[str] | Sequence[int]) -> dict[str, jax.Array]:
+    """Captions or class numbers (B,) as the model takes them. Raises UserError for a class that does not exist."""
+    model = config.model
+    if model.condition == "class":
+        for label in conditions:
+            if not 0 <= label <= model.num_classes:
+                raise UserError(f"label {label}: classes are 0 to {model.num_classes - 1} ({model.num_classes}: any)")
+        return {"label": jnp.asarray(conditions, jnp.int32)}
+    if model.text_encoder != "bytes":
+        raise UserError("model.text_encoder=features: prompts need a text encoder, which is not built in yet")
+    text, length = data.encode_text(conditions, model.text_length)
+    return {"text": jnp.asarray(text), "text_length": jnp.asarray(length)}
+
+
+class Previews:
+    """Pictures of a run's EMA weights: the same prompts, seeds and settings every time."""
+
+    def __init__(self, plan: Blueprint, workdir: Path, writer):
+        config = plan.config
+        self._workdir, self._writer = workdir, writer
+        self._conditions: list = list(range(min(config.log.preview_images, config.model.num_classes)))
+        if config.model.condition == "text":
+            prompts = config.log.preview_prompts or ("",)
+            self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
+        self._sampler = Sampler(plan, config.sample, batch_for(len(self._conditions)))
+
+    def draw(self, step: int, run: state.TrainState) -> None:
+        """WORKDIR/previews/STEP.png, and to TensorBoard."""
+        images = self._sampler(run.ema, run.frozen, self._conditions, seed=0)
+        if jax.process_index() == 0:
+            picture = pictures.grid(images, [str(condition) for condition in self._conditions])
+            pictures.save(self._workdir / "previews" / f"{step:08d}.png", picture)
+            self._writer.image(step, "preview", picture)
+
+
+def batch_for(wanted: int, most: int = 64) -> int:
+    """A batch size near `wanted` that all devices can share."""
+    devices = jax.device_count()
+    return max(1, -(-min(wanted, most) // devices)) * devices
+
+
+def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> tuple[Blueprint, Tree, Tree, int]:
+    """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory."""
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    plan = state.blueprint(config, mesh.build(config.mesh))
+    checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
+    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    return plan, params, frozen, step
+
+
+def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfig:
+    """The config's settings with those that were given on the command line. Raises UserError for impossible ones."""
+    settings = dataclasses.replace(config.sample, **{k: v for k, v in overrides.items() if v is not None})
+    if settings.steps < 1 or settings.euler_steps < 1:
+        raise UserError(f"--steps={settings.steps} --euler_steps={settings.euler_steps}: both must be at least 1")
+    if not np.isfinite(settings.guidance) or settings.guidance < 0 or settings.temperature < 0:
+        raise UserError(f"--guidance={settings.guidance} --temperature={settings.temperature}: must not be negative")
+    return settings
+
+
+def requested(
+    config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[str], num: int
+) -> list:
+    """`num` copies of each condition that was asked for. Raises UserError when there is none or a wrong kind."""
+    if num < 1:
+        raise UserError(f"--num={num}: must be at least 1")
+    prompts = list(prompts)
+    if prompts_file:
+        try:
+            prompts += [line.strip() for line in Path(prompts_file).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file={prompts_file}: {error}") from error
+    if config.model.condition == "text":
+        if labels or not prompts:
+            raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
+        return [prompt for prompt in prompts for _ in range(num)]
+    if prompts or not labels:
+        raise UserError("this model draws classes: give --label, and no prompt")
+    return [int(label) for label in labels for _ in range(num)]
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    if not values.workdir or not values.out:
+        raise UserError("--workdir=DIR (a training directory) and --out=DIR are both needed")
+    workdir, out = Path(values.workdir).expanduser(), Path(values.out).expanduser()
+    config = load_config(workdir)
+    conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
+    encode_conditions(config, conditions)
+    names = ("steps", "euler_steps", "guidance", "temperature")
+    settings = sample_settings(config, {name: values[name].value for name in names})
+    plan, params, frozen, step = load(workdir, ema=not values.raw, step=values.checkpoint)
+    sampler = Sampler(plan, settings, batch_for(len(conditions), values.batch_size))
+    images = sampler(params, frozen, conditions, values.seed)
+    for i, image in enumerate(images):
+        pictures.save(out / f"{i:05d}.png", image)
+    pictures.save(out / "grid.png", pictures.grid(images, [str(c) for c in conditions]))
+    record = {
+        "workdir": str(workdir),
+        "checkpoint": step,
+        "weights": "raw" if values.raw else "ema",
+        "seed": values.seed,
+        "conditions": conditions,
+        "sample": dataclasses.asdict(settings),
+    }
+    (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "training directory")
+    flags.DEFINE_multi_string("prompt", [], "text to draw; may be given several times")
+    flags.DEFINE_string("prompts_file", None, "file with one prompt a line")
+    flags.DEFINE_multi_integer("label", [], "class to draw; may be given several times")
+    flags.DEFINE_integer("num", 4, "images of each prompt or label")
+    flags.DEFINE_integer("seed", 0, "of decoding order and noise")
+    flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = none; default: the config's")
+    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
+    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
+    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
+    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
+    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
+    flags.DEFINE_integer("batch_size", 64, "images drawn at once")
+    flags.DEFINE_string("out", None, "directory for the pictures")
+    errors.run(main)

@@ -1,0 +1,171 @@
+"""Train LINA.
+
+python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--config.any.field=value ...]
+
+Run the same command again and it goes on from the last checkpoint. WORKDIR holds config.json, checkpoints/,
+metrics.jsonl, TensorBoard events/, previews/ and, at the end, loss.png.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags, logging
+from clu import parameter_overview
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from lina_jax import config as config_lib
+from lina_jax import data, errors, evaluate, mesh, metrics, sample, state
+from lina_jax.checkpoint import Checkpoints, adopt_config
+from lina_jax.config import Config
+from lina_jax.errors import TrainingDiverged, UserError
+
+
+def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
+    """Train to `config.steps` batches, starting where the workdir's last checkpoint stands.
+
+    Raises UserError for what the user can mend, before anything is written, and TrainingDiverged after
+    `optim.max_skipped` steps in a row with a non-finite loss or gradient.
+    """
+    if config.autoencoder.kind != "identity":
+        raise UserError(
+            f"autoencoder.kind={config.autoencoder.kind}: records of latents cannot be read yet, only pixels (identity)"
+        )
+    devices = mesh.build(config.mesh)
+    mesh.check(config, devices)
+    train_records = data.open_records(config, config.data.train_split)
+    valid_records = data.open_records(config, config.data.validation_split)
+    validation = evaluate.Validation(config, valid_records)
+    adopt_config(workdir, config, allow_changes=allow_config_change)
+
+    plan = state.blueprint(config, devices)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    resumed = checkpoints.latest_step() is not None
+    run = checkpoints.restore(plan) if resumed else plan.init()
+    first = int(run.step)
+    if not resumed:
+        checkpoints.save(run)
+    _introduce(config, plan, devices, first)
+
+    writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
+    previews = sample.Previews(plan, workdir, writer)
+    train_step = state.make_train_step(plan)
+    batches = device_batches(config, plan, train_records, first)
+    progress = tqdm(total=config.steps, initial=first, unit="step", disable=None if sys.stderr.isatty() else True)
+    pending = None  # metrics of the step before, fetched while the next one runs
+    for step in range(first + 1, config.steps + 1):
+        profile(config, workdir, step)
+        run, scalars = train_step(run, next(batches))
+        if pending:
+            _report(config, writer, throughput, progress, train_records, *pending)
+        pending = step, scalars
+        last = step == config.steps
+        if (
+            last
+            or _due(step, config.eval.every)
+            or _due(step, config.log.preview_every)
+            or _due(step, config.checkpoint.every)
+        ):
+            _report(config, writer, throughput, progress, train_records, *pending)
+            pending = None
+            started = time.monotonic()
+            if last or _due(step, config.checkpoint.every):
+                checkpoints.save(run)
+            if last or _due(step, config.eval.every):
+                writer.scalars(step, validation.both(plan, run))
+            if config.log.preview_images and (last or _due(step, config.log.preview_every)):
+                previews.draw(step, run)
+            throughput.pause(time.monotonic() - started)
+    progress.close()
+    checkpoints.wait()
+    checkpoints.close()
+    writer.close()
+    if jax.process_index() == 0:
+        metrics.plot_losses(writer.path, workdir / "loss.png")
+    return run
+
+
+def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
+    """Global batches on the mesh, from step `first` on; each process reads its own rows."""
+    rows = data.training_batches(
+        source,
+        global_batch=config.batch_size,
+        seed=config.seed,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+    place = mesh.sharding(plan.mesh, "batch")
+    for batch in rows:
+        yield {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
+
+
+def profile(config: Config, workdir: Path, step: int) -> None:
+    """Trace steps profile_start .. profile_start + profile_steps - 1 into WORKDIR/profile."""
+    log = config.log
+    if log.profile_steps and step == log.profile_start:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    if log.profile_steps and step == log.profile_start + log.profile_steps:
+        jax.profiler.stop_trace()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
+    if jax.process_index() != 0:
+        return
+    table = parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False)
+    print(table, file=sys.stderr)
+    print(
+        f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
+        + (f"going on from step {first}" if first else "starting")
+        + f" to step {config.steps}",
+        file=sys.stderr,
+    )
+
+
+def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> None:
+    """Log a step that has ended. Raises TrainingDiverged when too many in a row were skipped."""
+    scalars = {name: np.asarray(value).item() for name, value in scalars.items()}
+    progress.update()
+    in_a_row = scalars.pop("skipped_in_a_row")
+    if in_a_row >= config.optim.max_skipped:
+        raise TrainingDiverged(
+            f"step {step}: loss or gradient was not finite for {in_a_row} steps in a row (optim.max_skipped); "
+            "the parameters are those before the first of them, and the last checkpoint is intact"
+        )
+    if in_a_row:
+        logging.warning("step %d skipped: loss %s, gradient norm %s", step, scalars["loss"], scalars["grad_norm"])
+    if not (_due(step, config.log.every) or step == config.steps):
+        return
+    scalars |= throughput.rates(step)
+    scalars |= {"bad_records": source.skipped, "truncated_captions": source.truncated}
+    writer.scalars(step, scalars)
+    shown = f"loss {scalars['loss']:.4f}  {scalars['images_per_s']:.1f} images/s"
+    progress.set_postfix_str(shown)
+    if progress.disable and jax.process_index() == 0:
+        print(f"step {step}/{config.steps}  {shown}  lr {scalars['learning_rate']:.2e}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    if values.config is None or not values.workdir:
+        raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")
+    config = config_lib.freeze(values.config)
+    train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "file in configs/, with its preset after a colon", lock_config=True)
+    flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go")
+    flags.DEFINE_bool("allow_config_change", False, "go on in a workdir that was trained with another config")
+    errors.run(main)
