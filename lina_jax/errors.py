@@ -18,8 +18,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run an absl `main`, turning the errors above into one line on stderr and their exit code."""
 
     def guarded(argv: Sequence[str]) -> int:
-        if flags.FLAGS["verbosity"].using_default_value:  # libraries report each phase of each save at INFO
-            logging.set_verbosity(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
@@ -35,7 +33,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     # A config file and the overrides of its fields are evaluated while flags are parsed, so a typing mistake can
     # surface as any of these.
     except (
@@ -50,6 +48,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         SyntaxError,
     ) as error:
         sys.exit(_report(error, 2))
+
+    if flags.FLAGS[
+        "verbosity"
+    ].using_default_value:  # absl would choose INFO, where libraries report each save at length
+        flags.FLAGS.verbosity = logging.WARNING
+    return rest
 
 
 def _report(error: Exception, code: int) -> int:
