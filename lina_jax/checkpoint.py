@@ -69,7 +69,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """After everything is on disk. Raises UserError when a save failed."""
+        with self._naming_failures():
+            self._manager.close()
 
     def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}

@@ -57,33 +57,35 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     batches = device_batches(config, plan, train_records, first)
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=None if sys.stderr.isatty() else True)
     pending = None  # metrics of the step before, fetched while the next one runs
-    for step in range(first + 1, config.steps + 1):
-        profile(config, workdir, step)
-        run, scalars = train_step(run, next(batches))
-        if pending:
-            _report(config, writer, throughput, progress, train_records, *pending)
-        pending = step, scalars
-        last = step == config.steps
-        if (
-            last
-            or _due(step, config.eval.every)
-            or _due(step, config.log.preview_every)
-            or _due(step, config.checkpoint.every)
-        ):
-            _report(config, writer, throughput, progress, train_records, *pending)
-            pending = None
-            started = time.monotonic()
-            if last or _due(step, config.checkpoint.every):
-                checkpoints.save(run)
-            if last or _due(step, config.eval.every):
-                writer.scalars(step, validation.both(plan, run))
-            if config.log.preview_images and (last or _due(step, config.log.preview_every)):
-                previews.draw(step, run)
-            throughput.pause(time.monotonic() - started)
-    progress.close()
-    checkpoints.wait()
-    checkpoints.close()
-    writer.close()
+    try:
+        for step in range(first + 1, config.steps + 1):
+            profile(config, workdir, first, step)
+            run, scalars = train_step(run, next(batches))
+            if pending:
+                _report(config, writer, throughput, progress, train_records, *pending)
+            pending = step, scalars
+            last = step == config.steps
+            if (
+                last
+                or _due(step, config.eval.every)
+                or _due(step, config.log.preview_every)
+                or _due(step, config.checkpoint.every)
+            ):
+                _report(config, writer, throughput, progress, train_records, *pending)
+                pending = None
+                started = time.monotonic()
+                if last or _due(step, config.checkpoint.every):
+                    checkpoints.save(run)
+                if last or _due(step, config.eval.every):
+                    writer.scalars(step, validation.both(plan, run))
+                if config.log.preview_images and (last or _due(step, config.log.preview_every)):
+                    previews.draw(step, run)
+                throughput.pause(time.monotonic() - started)
+        profile(config, workdir, first, config.steps + 1)
+    finally:  # a save that is under way is finished, whatever ends the run
+        progress.close()
+        writer.close()
+        checkpoints.close()
     if jax.process_index() == 0:
         metrics.plot_losses(writer.path, workdir / "loss.png")
     return run
@@ -106,12 +108,18 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         yield {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
 
 
-def profile(config: Config, workdir: Path, step: int) -> None:
-    """Trace steps profile_start .. profile_start + profile_steps - 1 into WORKDIR/profile."""
-    log = config.log
-    if log.profile_steps and step == log.profile_start:
+def profile(config: Config, workdir: Path, first: int, step: int) -> None:
+    """Trace steps profile_start .. profile_start + profile_steps - 1 into WORKDIR/profile.
+
+    Called before each step, and once after the last. A run that resumes (at `first`) within these steps traces nothing.
+    """
+    start = config.log.profile_start
+    stop = min(start + config.log.profile_steps, config.steps + 1)
+    if not first < start < stop:
+        return
+    if step == start:
         jax.profiler.start_trace(str(workdir / "profile"))
-    if log.profile_steps and step == log.profile_start + log.profile_steps:
+    if step == stop:
         jax.profiler.stop_trace()
 
 

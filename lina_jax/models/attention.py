@@ -119,7 +119,18 @@ def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
 
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+    """The einsum, accumulated in float32."""
+
+    def product(*arrays):
+        return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+
+    def widened(*arrays):
+        return product(*(a.astype(jnp.float32) for a in arrays))
+
+    if all(a.dtype == jnp.float32 for a in arrays):
+        return product(*arrays)
+    # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
+    return jax.lax.platform_dependent(*arrays, cpu=widened, default=product)
 
 
 def _token_means(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:

@@ -1,0 +1,217 @@
+"""What the tests share: fake devices, a tiny dataset, tiny configs, and batches for them."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lina_jax import mesh, state
+from lina_jax.config import Config, MeshConfig, default, freeze
+from lina_jax.prepare import Settings, prepare
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 8
+QUICKLY_COMPILED = {"test_mesh", "test_state", "test_train", "test_generate"}
+
+jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """A cache for this session alone: runs of equal configs, here and in subprocesses, compile once."""
+    directory = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile(request):
+    """Compile the train steps of these modules without costly optimisations: three times faster."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", request.module.__name__ in QUICKLY_COMPILED)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def shapes_data(tmp_path_factory) -> Path:
+    """64 captioned scenes to train on and 8 to validate, of 8 x 8 pixels."""
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    prepare(out, Settings(resolution=8, train=64, validation=8))
+    return out
+
+
+TINY = {
+    "seed": 1,
+    "steps": 6,
+    "batch_size": 8,
+    "model": {
+        "condition": "class", "num_classes": 3, "text_encoder": "bytes", "text_length": 24, "text_dim": 16,
+        "byte_layers": 1, "latent_channels": 3, "patch_size": 2, "image_grid": (4, 4), "condition_grid": (2, 2),
+        "width": 32, "heads": 4, "condition_depth": 1, "image_depth": 2, "head_width": 32, "head_depth": 1,
+        "conv_kernel": 3, "dtype": "float32", "scan_layers": False,
+    },
+    "data": {"threads": 1, "prefetch": 2},
+    "loss": {"repeat": 2},
+    "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
+    "sample": {"steps": 4, "euler_steps": 3, "guidance": 2.0},
+    "checkpoint": {"every": 3},
+    "eval": {"every": 0, "examples": 6},
+    "log": {"every": 1, "preview_every": 0, "preview_images": 0},
+}  # fmt: skip
+
+
+def tiny_config(**changes) -> Config:
+    """A model of a few thousand parameters; `changes` as in tiny(steps=3, model={"width": 16})."""
+    config = default()
+    config.update(TINY)
+    config.update(changes)
+    return freeze(config)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_text(shapes_data):
+    """Configs of text-conditional models that train on `shapes_data`."""
+
+    def make(**changes) -> Config:
+        data = {"path": str(shapes_data)} | changes.pop("data", {})
+        return tiny_config(**changes | {"data": data, "model": {"condition": "text"} | changes.get("model", {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return mesh.build(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def train_on_one_device(monkeypatch, one_device):
+    """`train` and its kin see a machine with one device."""
+    monkeypatch.setattr(mesh, "build", lambda config: one_device)
+
+
+def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:
+    """A state before the first step whose parameters are all random.
+
+    At initialisation the head predicts exactly zero, so that most gradients vanish.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        around = 1.0 if "scale" in path[-1].key else 0.0  # of norms and of gates
+        return (around + 0.12 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    params, frozen = (jax.tree_util.tree_map_with_path(drawn, t) for t in (plan.shapes.params, plan.shapes.frozen))
+    params, frozen = jax.device_put((params, frozen), (plan.shardings.params, plan.shardings.frozen))
+    return jax.device_put(state.fresh_state(params, frozen, plan.optimizer), plan.shardings)
+
+
+@pytest.fixture(scope="session")
+def rough():
+    return rough_state
+
+
+def random_batch(config: Config, seed: int = 0) -> state.Batch:
+    """A batch of noise, random labels and random text of random lengths."""
+    rng, model, size = np.random.default_rng(seed), config.model, config.batch_size
+    return {
+        "image": rng.integers(0, 256, (size, *model.latent_size, 3), np.uint8),
+        "label": rng.integers(0, model.num_classes, size).astype(np.int32),
+        "text": rng.integers(0, 256, (size, model.text_length), np.uint8),
+        "text_length": rng.integers(0, model.text_length + 1, size).astype(np.int32),
+    }
+
+
+@pytest.fixture(scope="session")
+def batch_of():
+    return random_batch
+
+
+def relative_error(got, want) -> float:
+    """|got - want| / |want| over whole trees, in the Euclidean norm."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    error = sum(np.sum(np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64))) for a, b in pairs)
+    return float(np.sqrt(error / sum(np.sum(np.square(np.asarray(b, np.float64))) for _, b in pairs)))
+
+
+@pytest.fixture(scope="session")
+def error_between():
+    return relative_error
+
+
+def same_bits(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+@pytest.fixture(scope="session")
+def identical():
+    """Whether two trees hold the same bits."""
+    return same_bits
+
+
+@pytest.fixture(scope="session")
+def run_module(compiled_programs):
+    """Run `python -m lina_jax.NAME ...` on one device; start=True returns the process instead of its result."""
+
+    def run(name: str, *args: str, start: bool = False, prefix: tuple[str, ...] = ()):
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [*prefix, sys.executable, "-m", f"lina_jax.{name}", *args]
+        if start:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+            )
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Write a config as the file that --config takes."""
+
+    def write(config: Config) -> str:
+        path = tmp_path / "experiment.py"
+        path.write_text(
+            "import ml_collections\n\n\ndef get_config():\n"
+            f"    return ml_collections.ConfigDict({dataclasses.asdict(config)!r})\n"
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def load_preset():
+    """The frozen config of 'FILE:PRESET', or of 'FILE' alone, in configs/."""
+
+    def load(name: str) -> Config:
+        name, _, preset = name.partition(":")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return freeze(module.get_config(*([preset] if preset else [])))
+
+    return load

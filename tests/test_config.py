@@ -1,0 +1,203 @@
+"""A config is validated once; a mistake gives one line naming the field and its value, and leaves nothing behind."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lina_jax.config import default, differences, flatten, freeze
+from lina_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRESETS = {
+    "shapes_t2i": (),
+    "cifar10_c2i": ("tiny", "w384"),
+    "imagenet256_c2i": ("w768", "w1024", "w1536"),
+    "t2i": ("256", "512", "1024"),
+    "ablation": (
+        "division-none-dynamic-128",
+        "subtraction-conv-none-768",
+        "softmax-1024",
+        "hybrid-division-conv-head-1536",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_every_experiment_is_valid(name, load_preset):
+    for preset in ("", *PRESETS[name]):
+        load_preset(f"{name}:{preset}")
+
+
+@pytest.mark.parametrize("name", [name for name, presets in PRESETS.items() if presets])
+def test_unknown_presets_are_refused_by_name(name, load_preset):
+    with pytest.raises(ValueError, match="no_such"):
+        load_preset(f"{name}:no_such")
+
+
+@pytest.fixture
+def pixels():
+    """The defaults for pixels, as plain dicts."""
+    config = default()
+    config.model.latent_channels = 3
+    return config.to_dict()
+
+
+def change(config, **fields):
+    for group, changes in fields.items():
+        config[group] = config[group] | changes if isinstance(changes, dict) else changes
+    return config
+
+
+def test_a_config_survives_json(pixels):
+    """As config.json of a workdir does, where tuples come back as lists."""
+    assert freeze(json.loads(json.dumps(pixels))) == freeze(pixels)
+
+
+def test_integers_pass_as_floats_and_lists_as_tuples(pixels):
+    config = freeze(
+        change(pixels, optim={"learning_rate": 1}, model={"image_grid": [4, 6]}, log={"preview_prompts": ["a"]})
+    )
+    assert isinstance(config.optim.learning_rate, float)
+    assert (config.model.image_grid, config.log.preview_prompts) == ((4, 6), ("a",))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.widht", 1, "unknown config field model.widht (did you mean model.width?)"),
+        ("stesp", 1, "unknown config field stesp (did you mean steps?)"),
+        ("model", 3, "model: 3 is not a group of fields"),
+        ("model.width", "wide", "model.width='wide': expected int, got str"),
+        ("model.width", 768.0, "model.width=768.0: expected int, got float"),
+        ("model.width", True, "model.width=True: expected int, got bool"),
+        ("optim.learning_rate", True, "optim.learning_rate=True: expected float, got bool"),
+        ("model.image_grid", 16, "model.image_grid=16: expected 2 values of type int"),
+        ("model.image_grid", (16, 16, 16), "model.image_grid=(16, 16, 16): expected 2 values of type int"),
+        ("model.image_grid", (16, 1.5), "model.image_grid=1.5: expected int, got float"),
+        ("log.preview_prompts", "a circle", "log.preview_prompts='a circle': expected a list of type str"),
+        ("model.kv_gate", "both", "model.kv_gate='both': allowed are none, head, shared, key, value, decoupled, "),
+        ("optim.learning_rate", math.nan, "optim.learning_rate=nan: must be finite"),
+        ("optim.learning_rate", math.inf, "optim.learning_rate=inf: must be finite"),
+        ("optim.learning_rate", 0.0, "optim.learning_rate=0.0: must be positive"),
+        ("optim.learning_rate", -1e-3, "optim.learning_rate=-0.001: must not be negative"),
+        ("batch_size", 0, "batch_size=0: must be positive"),
+        ("batch_size", -8, "batch_size=-8: must not be negative"),
+        ("steps", 0, "steps=0: must be positive"),
+        ("model.image_grid", (0, 16), "model.image_grid=(0, 16): must be positive"),
+        ("model.heads", 7, "model.width=768 is not divisible by model.heads=7"),
+        ("model.width", 774, "model.width=774 is not divisible by model.heads=12"),
+        ("model.image_depth", 31, "model.image_depth=31: two halves need an even depth"),
+        ("model.conv_kernel", 4, "model.conv_kernel=4: must be odd"),
+        ("model.image_grid", (1, 1), "model.image_grid=(1, 1): needs more than one token"),
+        ("model.text_length", 513, "model.text_length=513: the padding table has 512 rows"),
+        ("loss.condition_dropout", 1.0, "loss.condition_dropout=1.0: must be in [0, 1)"),
+        ("loss.mask_ratio_min", 1.0, "loss.mask_ratio_min=1.0: must be in [0, 1)"),
+        ("ema.decay", 1.0, "ema.decay=1.0: must be in [0, 1)"),
+        ("optim.b2", 1.5, "optim.b2=1.5: must be in [0, 1)"),
+        ("optim.accumulate", 3, "batch_size=2048 is not divisible by optim.accumulate=3"),
+    ],
+)
+def test_mistakes_name_field_and_value(pixels, name, value, message):
+    group, _, field = name.rpartition(".")
+    with pytest.raises(UserError) as error:
+        freeze(change(pixels, **{group: {field: value}} if group else {field: value}))
+    assert str(error.value).startswith(message)
+
+
+PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"attention": "softmax", "kv_gate": "none"}, "model.attention=softmax takes neither"),
+        ({"attention": "softmax", "depthwise_conv": False}, "model.attention=softmax takes neither"),
+        ({"rotary": True, "normalization": "subtraction"}, "model.rotary=True with model.normalization=subtraction"),
+        (
+            {"rotary": True, "width": 48, "heads": 1},
+            "model.rotary=True: head width 48 (= width / heads) must be a multiple",
+        ),
+        ({"latent_channels": 4}, "model.latent_channels=4, autoencoder.stride=1: pixels"),
+    ],
+)
+def test_combinations_that_do_not_exist_are_refused(pixels, model, message):
+    with pytest.raises(UserError) as error:
+        freeze(change(pixels, model=model))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention": "softmax", **PLAIN},
+        {"attention": "softmax", "rotary": True, "normalization": "subtraction", **PLAIN},
+        {"attention": "hybrid"},
+        {"rotary": True, "width": 96, "heads": 3},
+        {"image_grid": (2, 6)},
+        {"text_encoder": "bytes", "text_length": 600},
+    ],
+)
+def test_combinations_that_exist_are_accepted(pixels, model):
+    freeze(change(pixels, model=model))
+
+
+def test_a_cosine_schedule_must_outlast_its_warmup(pixels):
+    with pytest.raises(
+        UserError, match=re.escape("steps=100: a cosine schedule must be longer than optim.warmup_steps=100")
+    ):
+        freeze(change(pixels, steps=100, optim={"schedule": "cosine", "warmup_steps": 100}))
+
+
+def test_only_one_mesh_axis_is_inferred(pixels):
+    with pytest.raises(UserError, match="mesh: only one axis can be -1"):
+        freeze(change(pixels, mesh={"data": -1, "fsdp": -1}))
+
+
+def test_differences_lists_what_changes_the_function_the_optimiser_or_the_data_order(pixels):
+    old = freeze(pixels)
+    for name, value in (
+        ("seed", 4), ("batch_size", 8), ("model.width", 96), ("model.dtype", "float32"), ("loss.repeat", 1),
+        ("optim.learning_rate", 1.0), ("optim.accumulate", 2), ("ema.decay", 0.5), ("data.train_split", "other"),
+    ):  # fmt: skip
+        group, _, field = name.rpartition(".")
+        was = flatten(old)[name]
+        new = freeze(change(dict(pixels), **{group: {field: value}} if group else {field: value}))
+        assert differences(old, new) == [f"{name}: {was!r} -> {value!r}"]
+
+
+def test_differences_leaves_out_what_a_resumed_run_may_change(pixels):
+    old = freeze(pixels)
+    new = change(
+        pixels, steps=7, mesh={"fsdp": 2}, checkpoint={"every": 7}, eval={"every": 7}, log={"every": 7},
+        sample={"steps": 7}, data={"path": "elsewhere", "threads": 7}, model={"remat": "full", "scan_layers": False},
+        optim={"max_skipped": 7},
+    )  # fmt: skip
+    assert differences(old, freeze(new)) == []
+
+
+def test_the_number_of_steps_belongs_to_a_cosine_schedule(pixels):
+    old = freeze(change(pixels, steps=100_000, optim={"schedule": "cosine"}))
+    assert differences(old, dataclasses.replace(old, steps=200_000)) == ["steps: 100000 -> 200000"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.model.widht=1"], "widht"),
+        (["--config.model.width=wide"], "wide"),
+        (["--config.data.path=no/such/place"], "no/such/place"),
+    ],
+    ids=["unknown field", "bad type", "missing data"],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(run_module, tmp_path, overrides, message):
+    workdir = tmp_path / "run"
+    result = run_module("train", "--config=configs/shapes_t2i.py", f"--workdir={workdir}", *overrides)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error:")
+    assert message in line
+    assert not workdir.exists()

@@ -1,0 +1,219 @@
+"""A run that was interrupted ends like one that was not, workdirs stay with their config, failures leave them whole."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import mesh, metrics, state
+from lina_jax.checkpoint import Checkpoints, adopt_config, load_config
+from lina_jax.config import MeshConfig
+from lina_jax.errors import TrainingDiverged, UserError
+from lina_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("train_on_one_device")
+DEADLINE_S = 240  # for a subprocess to get somewhere
+
+
+def whole(run: state.TrainState):
+    """A state on the host: donation cannot take it away."""
+    return jax.device_get(run)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_text):
+    return tiny_text(log={"preview_images": 2, "preview_every": 3, "preview_prompts": ("a red circle",)})
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory, one_device):
+    """(workdir, state) of six steps in one go."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "build", lambda config: one_device)
+        return workdir, whole(train(config, workdir))
+
+
+def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identical):
+    """Bit for bit: parameters, their average, Adam's moments, counters."""
+    halfway = train(dataclasses.replace(config, steps=3), tmp_path / "run")
+    assert int(halfway.step) == 3
+    resumed = train(config, tmp_path / "run")
+    assert identical(whole(resumed), finished[1])
+
+
+def test_training_changes_the_parameters(finished, one_device, config, identical):
+    workdir, run = finished
+    first = Checkpoints(workdir, config.checkpoint, read_only=True).restore(state.blueprint(config, one_device), 0)
+    assert not identical(run.params, first.params)
+    assert identical(run.frozen, first.frozen)
+
+
+def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
+    workdir, run = finished
+    plan = state.blueprint(config, jax.make_mesh((2, 2, 2), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3))
+    restored = Checkpoints(workdir, config.checkpoint, read_only=True).restore(plan)
+    assert identical(whole(restored), run)
+    shards = restored.params["patch_embed"]["kernel"].addressable_shards
+    assert shards[0].data.size * 2 == restored.params["patch_embed"]["kernel"].size
+
+
+def test_kept_checkpoints(finished, config):
+    assert Checkpoints(finished[0], config.checkpoint, read_only=True).steps() == [0, 3, 6]
+
+
+def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
+    settings = dataclasses.replace(config.checkpoint, every=1, keep_last=1, keep_every=2)
+    config = dataclasses.replace(config, checkpoint=settings, steps=5)
+    train(dataclasses.replace(config, log=dataclasses.replace(config.log, preview_images=0)), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run", settings, read_only=True).steps() == [0, 2, 4, 5]
+
+
+def test_what_a_run_reports(finished, config):
+    rows = metrics.read_jsonl(finished[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    promised = {
+        "loss", "grad_norm", "learning_rate", "skipped", "images_per_s", "model_flops_per_s", "bad_records",
+        "truncated_captions",
+    }  # fmt: skip
+    for row in rows:
+        assert promised <= row.keys()
+        assert np.isfinite(row["loss"])
+        assert row["skipped"] == 0
+    assert [row["learning_rate"] for row in rows[:3]] == pytest.approx([0.5005e-3, 1e-3, 1e-3])  # warm-up of 2
+    levels = {f"validation/loss{level}{kind}" for level in LEVELS for kind in ("", "_ema")}
+    assert levels <= rows[-1].keys()
+
+
+LEVELS = ("", "_sigma_0.00_0.25", "_sigma_0.25_0.50", "_sigma_0.50_0.75", "_sigma_0.75_1.00")
+
+
+def test_what_a_run_leaves_to_look_at(finished):
+    workdir = finished[0]
+    for picture in ("previews/00000003.png", "previews/00000006.png", "loss.png"):
+        with Image.open(workdir / picture) as image:
+            assert min(image.size) > 100
+    assert list((workdir / "events").glob("*tfevents*"))
+
+
+def test_a_finished_run_started_again_changes_nothing(config, finished, tmp_path, identical):
+    shutil.copytree(finished[0], tmp_path / "run")
+    assert identical(whole(train(config, tmp_path / "run")), finished[1])
+
+
+def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):
+    adopt_config(tmp_path, config)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=2e-3), seed=9)
+    with pytest.raises(UserError, match=r"seed: 1 -> 9; optim.learning_rate: 0.001 -> 0.002 .*--allow_config_change"):
+        train(other, tmp_path)
+    assert load_config(tmp_path) == config
+
+
+def test_a_workdir_of_another_config_is_taken_on_request(config, tmp_path):
+    adopt_config(tmp_path, config)
+    other = dataclasses.replace(config, seed=9)
+    adopt_config(tmp_path, other, allow_changes=True)
+    assert load_config(tmp_path) == other
+
+
+def test_steps_logging_and_mesh_may_change(config, tmp_path):
+    adopt_config(tmp_path, config)
+    other = dataclasses.replace(
+        config, steps=60, mesh=MeshConfig(1, 1, 1), log=dataclasses.replace(config.log, every=2)
+    )
+    adopt_config(tmp_path, other)
+    assert load_config(tmp_path) == other
+
+
+def test_a_directory_without_config_is_no_workdir(tmp_path):
+    with pytest.raises(UserError, match=r"is not a training directory: it has no config\.json"):
+        load_config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def exploding(tiny_text):
+    """The first update throws the parameters so far away that every later loss overflows."""
+    return tiny_text(
+        steps=50, optim={"learning_rate": 1e30, "warmup_steps": 0, "max_skipped": 4}, checkpoint={"every": 2}
+    )
+
+
+def test_a_run_that_diverges_stops_and_leaves_a_finite_checkpoint(exploding, tmp_path, one_device):
+    with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite for 4 steps in a row \(optim.max_skipped\)"):
+        train(exploding, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, read_only=True)
+    restored = checkpoints.restore(state.blueprint(exploding, one_device))
+    assert (int(restored.step), int(restored.updates), int(restored.skipped)) == (4, 1, 3)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
+
+
+def wait_for(condition, process):
+    """Until `condition` holds; a process that ends before, or a deadline that passes, is a failure."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.02)
+
+
+def test_chosen_steps_are_profiled(config, tmp_path):
+    """Also where the run ends before the last of them."""
+    log = dataclasses.replace(config.log, preview_images=0, profile_start=2, profile_steps=20)
+    train(dataclasses.replace(config, steps=3, log=log), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_resumed_within_profiled_steps_goes_on(config, tmp_path):
+    log = dataclasses.replace(config.log, preview_images=0)
+    train(dataclasses.replace(config, steps=3, log=log), tmp_path / "run")
+    log = dataclasses.replace(log, profile_start=2, profile_steps=3)
+    assert int(train(dataclasses.replace(config, log=log), tmp_path / "run").step) == 6
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_text):
+    return tiny_text(steps=1_000_000, checkpoint={"every": 2, "keep_last": 2}, log={"every": 1000})
+
+
+def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_path, one_device, identical):
+    """SIGKILL at any time after the first checkpoint: the same command goes on and ends like a run in one go."""
+    options = [f"--config={config_file(endless)}", f"--workdir={tmp_path / 'killed'}"]
+    process = run_module("train", *options, start=True)
+    try:
+        wait_for((tmp_path / "killed" / "checkpoints" / "4").exists, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    steps = Checkpoints(tmp_path / "killed", endless.checkpoint, read_only=True).latest_step() + 3
+    finals = {}
+    for name in ("killed", "in_one_go"):
+        workdir = tmp_path / name
+        result = run_module("train", options[0], f"--workdir={workdir}", f"--config.steps={steps}")
+        assert result.returncode == 0, result.stderr
+        checkpoints = Checkpoints(workdir, endless.checkpoint, read_only=True)
+        finals[name] = whole(checkpoints.restore(state.blueprint(endless, one_device), steps))
+    assert identical(finals["killed"], finals["in_one_go"])
+
+
+def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(
+    config, finished, run_module, config_file, tmp_path, one_device, identical
+):
+    """No file may grow beyond 24 KiB, as on a disk that fills up."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    longer = dataclasses.replace(config, steps=9, log=dataclasses.replace(config.log, preview_images=0))
+    result = run_module(
+        "train", f"--config={config_file(longer)}", f"--workdir={tmp_path / 'run'}",
+        prefix=("bash", "-c", 'ulimit -f 24 && exec "$@"', "bash"),
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert line.startswith(f"error: saving to {tmp_path / 'run' / 'checkpoints'} failed")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, read_only=True)
+    assert identical(whole(checkpoints.restore(state.blueprint(config, one_device))), finished[1])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 9
