@@ -16,7 +16,7 @@ def get_config():
     config.batch_size = 64
 
     config.model.update(
-        condition="text", text_encoder="bytes", text_length=56, text_dim=128, mask_text_padding=True,
+        condition="text", text_encoder="bytes", text_length=66, text_dim=128, mask_text_padding=True,
         latent_channels=3, patch_size=4, image_grid=(8, 8), condition_grid=(4, 4),
         width=128, heads=2, condition_depth=2, image_depth=4, head_width=128, head_depth=2,
         dtype="float32", scan_layers=False,

@@ -91,7 +91,7 @@ class Caption:
     background: str | None = None
 
     def text(self) -> str:
-        """Return the sentence: lower case ASCII, at most 64 bytes."""
+        """Return the sentence: lower case ASCII, at most 66 bytes."""
         first, *others = self.nouns
         if self.category == "counting":
             sentence = first.text(len(self.nouns))
@@ -135,21 +135,21 @@ def _captions(category: str) -> Iterator[Caption]:
         for shape, color, size, place, ground in product(SHAPES, COLORS, sizes, (None, *PLACES), backgrounds):
             yield Caption(category, (Noun(shape, color, size),), place=place, background=ground)
     elif category == "colors":
-        for color in COLORS:
-            yield Caption(category, (Noun(color=color),))
+        for color, ground in product(COLORS, backgrounds):
+            yield Caption(category, (Noun(color=color),), background=ground)
     elif category == "counting":
         for count, shape, color, ground in product((2, 3, 4), SHAPES, COLORS, backgrounds):
             yield Caption(category, (Noun(shape, color),) * count, background=ground)
     elif category == "two_objects":
-        for shapes in permutations(SHAPES, 2):
-            yield Caption(category, tuple(Noun(shape) for shape in shapes))
+        for shapes, ground in product(permutations(SHAPES, 2), backgrounds):
+            yield Caption(category, tuple(Noun(shape) for shape in shapes), background=ground)
     elif category == "color_attribution":
-        for shapes, colors in product(permutations(SHAPES, 2), permutations(COLORS, 2)):
-            yield Caption(category, tuple(map(Noun, shapes, colors)))
+        for shapes, colors, ground in product(permutations(SHAPES, 2), permutations(COLORS, 2), backgrounds):
+            yield Caption(category, tuple(map(Noun, shapes, colors)), background=ground)
     elif category == "position":
         kinds = permutations(product(SHAPES, COLORS), 2)
-        for (one, two), size_one, size_two, relation in product(kinds, sizes, sizes, RELATIONS):
-            yield Caption(category, (Noun(*one, size_one), Noun(*two, size_two)), relation)
+        for (one, two), size_one, size_two, relation, ground in product(kinds, sizes, sizes, RELATIONS, backgrounds):
+            yield Caption(category, (Noun(*one, size_one), Noun(*two, size_two)), relation, background=ground)
 
 
 @cache
