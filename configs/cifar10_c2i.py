@@ -16,6 +16,7 @@ from lina_jax.config import default
 
 def get_config(preset="tiny"):
     config = default()
+    config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
     config.model.update(condition="class", num_classes=10, latent_channels=3, patch_size=2)
     config.model.update(image_grid=(16, 16), condition_grid=(8, 8))
     config.data.path = "data/cifar10"

@@ -15,6 +15,7 @@ def get_config():
     config.steps = 1000
     config.batch_size = 64
 
+    config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
     config.model.update(
         condition="text", text_encoder="bytes", text_length=66, text_dim=128, mask_text_padding=True,
         latent_channels=3, patch_size=4, image_grid=(8, 8), condition_grid=(4, 4),

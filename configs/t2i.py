@@ -6,7 +6,7 @@ Presets:  256    16 x 16 tokens, learning rate 2e-4, batch 768  (published: 48 G
 Latents of the SDXL autoencoder (stride 8, 4 channels) in patches of 2; captions as the last hidden states of Phi-2, 256
 tokens. Each size continues from the one before (565k to 600k steps each); the KV gates start anew.
 
-Expected: GenEval with 128 decoding steps and guidance 7, as in the paper.
+Expected (paper): GenEval 0.74 overall at 1024 px, with 128 decoding steps and guidance 7.
 Command:  python -m lina_jax.train --config=configs/t2i.py:256 --workdir=gs://...
 """
 

@@ -73,9 +73,9 @@ class ModelConfig:
 class AutoencoderConfig:
     """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on cached moments (spec section 10)."""
 
-    kind: str = "identity"  # identity | mar | sdxl
-    stride: int = 1
-    scaling_factor: float = 1.0
+    kind: str = "mar"  # identity | mar | sdxl
+    stride: int = 16
+    scaling_factor: float = 0.2325
     shift_factor: float = 0.0
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -33,6 +34,13 @@ def build(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh: {product} does not make {len(devices)} devices")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def cache_programs(directory: Path) -> None:
+    """Keep compiled programs in a directory, so that the next start need not compile them again."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def check(config: Config, mesh: Mesh) -> None:

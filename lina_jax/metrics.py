@@ -51,9 +51,11 @@ class Writer:
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if self._active:
             values = {name: float(value) for name, value in values.items()}
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value for name, value in values.items() if np.isfinite(value)}
+            # JSON has no NaN: what is not finite is there, as null.
+            self._lines.write(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
             self._lines.flush()
-            for name, value in values.items():
+            for name, value in finite.items():
                 self._events.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -88,7 +90,7 @@ class Throughput:
         self._time += seconds
 
 
-def read_jsonl(path: Path) -> list[dict[str, float]]:
+def read_jsonl(path: Path) -> list[dict[str, float | None]]:
     """Rows in order of step; a run that was interrupted repeats steps, and the last row of a step wins.
 
     A line cut by a kill is left out.
@@ -108,7 +110,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     rows = read_jsonl(metrics)
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for name, style in (("loss", "-"), ("validation/loss_ema", "o-"), ("validation/loss", "s--")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=4)
     axes.set(xlabel="step", ylabel="loss", yscale="log")

@@ -97,6 +97,7 @@ def batch_for(wanted: int, most: int = 64) -> int:
 def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> tuple[Blueprint, Tree, Tree, int]:
     """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory."""
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, mesh.build(config.mesh))
     checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)

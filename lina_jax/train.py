@@ -3,7 +3,7 @@
 python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--config.any.field=value ...]
 
 Run the same command again and it goes on from the last checkpoint. WORKDIR holds config.json, checkpoints/,
-metrics.jsonl, TensorBoard events/, previews/ and, at the end, loss.png.
+metrics.jsonl, TensorBoard events/, previews/, compiled/ programs and, at the end, loss.png.
 """
 
 import sys
@@ -42,6 +42,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     validation = evaluate.Validation(config, valid_records)
     adopt_config(workdir, config, allow_changes=allow_config_change)
 
+    mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None

@@ -61,6 +61,7 @@ TINY = {
         "width": 32, "heads": 4, "condition_depth": 1, "image_depth": 2, "head_width": 32, "head_depth": 1,
         "conv_kernel": 3, "dtype": "float32", "scan_layers": False,
     },
+    "autoencoder": {"kind": "identity", "stride": 1, "scaling_factor": 1.0},
     "data": {"threads": 1, "prefetch": 2},
     "loss": {"repeat": 2},
     "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
