@@ -4,7 +4,8 @@ Presets:  w768   363 M parameters, batch 2048   (published: 32 GPUs x 64)
           w1024  645 M parameters, batch 1536   (32 x 48)
           w1536  1.45 B parameters, batch 768   (32 x 24)
 Latents of the MAR autoencoder (stride 16, 16 channels): 16 x 16 tokens. 2.5 M steps were configured; published results
-are of 1.2 M to 1.4 M steps. Training FLOPs per image (python -c "..." with lina_jax.flops): see docs/results.md.
+are of 1.2 M to 1.4 M steps. Cost of training, by `lina_jax.flops`: 0.45, 0.80, 1.80 TFLOP an image; 0.92, 1.23, 1.38
+PFLOP a step.
 
 Expected (published logs): w768 training loss 2.03 at step 0, about 1.35 at 1k, 0.81 at 10k, 0.70 at 50k; FID of w768
 division + convolution at 200k steps without guidance, 64 decoding steps: 9.1; of w1536 in the paper: 2.18.

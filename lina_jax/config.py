@@ -27,7 +27,7 @@ class ModelConfig:
     text_encoder: str = "features"  # features (frozen encoder, given as vectors) | bytes (learned with the model)
     text_length: int = 256
     text_dim: int = 2560
-    byte_layers: int = 3  # residual convolutions over the byte embeddings
+    byte_layers: int = 2  # residual convolutions over the byte embeddings
     mask_text_padding: bool = False  # published: padding tokens are attended
     latent_channels: int = 16
     patch_size: int = 1

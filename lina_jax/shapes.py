@@ -39,8 +39,8 @@ COLORS = {
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 PALETTE = COLORS | BACKGROUNDS
 # Radius of an object alone, and of one in company; the boundary tells small from large in either case.
-SIZES = {"small": (4.5 / 32, 4.2 / 32), "large": (8.5 / 32, 6.5 / 32)}
-SIZE_BOUNDARY = 5.5 / 32
+SIZES = {"small": (5.6 / 32, 5 / 32), "large": (10 / 32, 6.5 / 32)}
+SIZE_BOUNDARY = 6 / 32
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 # Directions from the center of the picture, and from the second object to the first.
 PLACES = {
@@ -238,7 +238,7 @@ def _pick(options: Collection[str], rng: np.random.Generator) -> str:
 def _alone(radius: float, place: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
     """Return the center (1, 2) of a single object, anywhere if no place is given."""
     low, high = _MARGIN + radius, 1 - _MARGIN - radius
-    bands = {-1: (low, 0.36), 0: (0.46, 0.54), 1: (0.64, high)}
+    bands = {-1: (low, max(low, 0.36)), 0: (0.46, 0.54), 1: (min(high, 0.64), high)}
     return np.array([[rng.uniform(*bands[step]) for step in place] if place else rng.uniform(low, high, 2)])
 
 

@@ -217,28 +217,36 @@ class TextEmbed(nnx.Module):
 
 
 class ByteEncoder(nnx.Module):
-    """Learned text features for runs without a pretrained encoder: bytes (B, L) and lengths (B,) -> (B, L, D_text).
+    """Learned text features for runs without a pretrained encoder: bytes (B, L), lengths (B,) -> (B, L, D_text).
 
     The blocks that read the features are blind to order, so it is written into them here: a learned position is added
-    to each byte, and residual depthwise convolutions let neighbours spell words.
+    to each byte, and residual gated depthwise convolutions let neighbours spell words. What differs between two
+    captions must not drown in what they share (blocks normalise after each sum): hence small positions, and gates
+    rather than one-sided activations, whose mean would be the same for all text.
     """
 
     def __init__(self, length: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
         def param(shape, std, axes):
             return nnx.Param(normal(std)(rngs.params(), shape), axes=axes)
 
-        self.bytes = param((256, width), 0.5, (None, None))
-        self.positions = param((length, width), 0.5, (None, None))
-        self.taps = param((layers, taps, width), taps**-0.5, (None, None, None))
-        self.mix = param((layers, width, width), width**-0.5, (None, None, None))
+        self.bytes = param((256, width), 1.0, (None, None))
+        self.positions = param((length, width), 0.1, (None, None))
+        self.taps = param((layers, 2, taps, width), taps**-0.5, (None,) * 4)
+        self.mix = param((layers, width, width), width**-0.5, (None,) * 3)
         self.dtype = dtype
 
     def __call__(self, text: jax.Array, lengths: jax.Array) -> jax.Array:
-        present = (jnp.arange(text.shape[1])[None] < lengths[:, None])[..., None].astype(self.dtype)
-        x = (self.bytes[...][text] + self.positions[: text.shape[1]]).astype(self.dtype) * present
-        taps = self.taps.shape[1]
-        for kernel, mix in zip(self.taps[...].astype(self.dtype), self.mix[...].astype(self.dtype), strict=True):
-            padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0)))
-            window = sum(padded[:, i : i + x.shape[1]] * kernel[i] for i in range(taps))
-            x = (x + jax.nn.gelu(window, approximate=False) @ mix) * present
+        length = text.shape[1]
+        present = (jnp.arange(length)[None] < lengths[:, None])[..., None].astype(self.dtype)
+        x = (self.bytes[...][text] + self.positions[:length]).astype(self.dtype) * present
+        for (signal, gate), mix in zip(
+            self.taps[...].astype(self.dtype), self.mix[...].astype(self.dtype), strict=True
+        ):
+            x = (x + (_windowed(x, signal) * jax.nn.sigmoid(_windowed(x, gate))) @ mix) * present
         return x
+
+
+def _windowed(x: jax.Array, taps: jax.Array) -> jax.Array:
+    """Depthwise convolution of x (B, L, D) with taps (T, D), zero padding."""
+    padded = jnp.pad(x, ((0, 0), (len(taps) // 2, len(taps) // 2), (0, 0)))
+    return sum(padded[:, i : i + x.shape[1]] * tap for i, tap in enumerate(taps))
