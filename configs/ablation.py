@@ -25,6 +25,8 @@ def get_config(argument="division-conv-head-128"):
     config = _sibling(*WIDTHS[width])
     attention = variant.pop(0) if variant and variant[0] in ("softmax", "hybrid") else "linear"
     config.model.attention = attention
+    if attention == "hybrid" and width == "128":
+        config.model.softmax_period = 2  # its stacks have two and four layers
     if attention == "softmax":
         variant = ["division", "none", "none", *variant]
     if len(variant) != 3 or variant[1] not in CONVOLUTION:

@@ -29,6 +29,7 @@ def get_config(preset="tiny"):
         config.batch_size = 32
         config.model.update(width=128, heads=2, condition_depth=2, image_depth=4, head_width=128, head_depth=3)
         config.model.update(dtype="float32", scan_layers=False)
+        config.loss.mask_ratio_per = "step"
         config.optim.update(learning_rate=5e-4, warmup_steps=100)
         config.eval.every = config.checkpoint.every = config.log.preview_every = 1_000
     elif preset == "w384":

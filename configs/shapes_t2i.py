@@ -34,7 +34,7 @@ def get_config():
     config.log.preview_every = 250
     config.log.preview_prompts = (
         "a large red circle on white",
-        "a small blue square, on black",
+        "a small blue square on black",
         "a green triangle on gray",
         "three yellow crosses on black",
         "a red circle above a blue square",

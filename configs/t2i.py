@@ -33,5 +33,4 @@ def get_config(preset="256"):
     config.data.threads = 16
     config.sample.update(steps=128, euler_steps=25, guidance=7.0, guidance_schedule="constant")
     config.checkpoint.update(every=5_000, keep_last=3, keep_every=100_000)
-    config.eval.examples = 2_048
     return config

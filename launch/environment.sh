@@ -9,9 +9,10 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # make_environment DIR [EXTRA]: a virtual environment in DIR with the pinned requirements, made once per set of them.
 make_environment() {
   local python directory=$1 extra=${2:-} wanted
-  wanted=$(cat "$root/requirements.txt" "$root/pyproject.toml")
+  python=${PYTHON:-$(command -v python3.12 || command -v python3.11 || command -v python3 || true)}
+  [ -n "$python" ] || { echo "error: no python3 found (set PYTHON=...)" >&2; return 2; }
+  wanted=$("$python" --version; cat "$root/requirements.txt" "$root/pyproject.toml")
   if [ ! -f "$directory/ready" ] || [ "$(cat "$directory/ready")" != "$wanted" ]; then
-    python=${PYTHON:-$(command -v python3.12 || command -v python3.11 || command -v python3)}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
       echo "error: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed (set PYTHON=...)" >&2
       return 2

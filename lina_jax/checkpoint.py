@@ -75,7 +75,11 @@ class Checkpoints:
 
     def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+        except (ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.directory / str(step)} does not fit the model of this config: {first}") from error
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -111,22 +115,27 @@ def _progress(state: TrainState) -> dict[str, Tree]:
     return {name: getattr(state, name) for name in names}
 
 
-def adopt_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
-    """Bind a workdir to a config, or check that a resumed one may go on with it.
+def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
+    """Check that a workdir may go on with a config.
 
     Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
     otherwise.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        changed = config_lib.differences(load_config(workdir), config)
-        if changed and not allow_changes:
-            raise UserError(
-                f"{workdir} belongs to another config: {'; '.join(changed)} "
-                "(choose another --workdir, or pass --allow_config_change)"
-            )
+    if not (workdir / "config.json").exists():
+        return
+    changed = config_lib.differences(load_config(workdir), config)
+    if changed and not allow_changes:
+        raise UserError(
+            f"{workdir} belongs to another config: {'; '.join(changed)} "
+            "(choose another --workdir, or pass --allow_config_change)"
+        )
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Bind a workdir to a config."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "config.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         os.replace(partial, path)
@@ -137,4 +146,7 @@ def load_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training directory: it has no config.json")
-    return config_lib.freeze(json.loads(path.read_text()))
+    try:
+        return config_lib.freeze(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is corrupt: {error}") from error

@@ -172,7 +172,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run tells while it runs. A cadence of 0 switches it off."""
+    """What a run tells while it runs; a cadence of 0 means at the end only. No `preview_images`, no previews."""
 
     every: int = 50
     preview_every: int = 5_000
@@ -180,7 +180,7 @@ class LogConfig:
     preview_images: int = 16
     profile_start: int = 0
     profile_steps: int = 0
-    peak_flops: float = 0.0  # of one device, for MFU where the device is not in metrics.PEAK_FLOPS
+    peak_flops: float = 0.0  # of one device, for MFU; 0: as in metrics.PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,8 @@ CHOICES = {
 MAY_BE_ZERO = frozenset({
     "seed", "autoencoder.shift_factor", "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
     "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
-    "ema.decay", "sample.temperature", "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
+    "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
+    "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
     "model.byte_layers", "model.condition_depth",
 })  # fmt: skip
@@ -344,6 +345,11 @@ def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
             f"model.latent_channels={model.latent_channels}, autoencoder.stride={autoencoder.stride}: "
             "pixels (autoencoder.kind=identity) have 3 channels and stride 1",
         )
+        require(
+            autoencoder.scaling_factor == 1.0 and autoencoder.shift_factor == 0.0,
+            f"autoencoder.scaling_factor={autoencoder.scaling_factor}, shift_factor={autoencoder.shift_factor}: "
+            "pixels (autoencoder.kind=identity) are not scaled (1.0, 0.0)",
+        )
     if model.attention == "softmax":
         require(
             not model.depthwise_conv and model.kv_gate == "none",
@@ -358,7 +364,7 @@ def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
         )
         pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
         require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
-    if model.text_encoder == "features":
+    if model.condition == "text":
         require(model.text_length <= 512, f"model.text_length={model.text_length}: the padding table has 512 rows")
     require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
 
@@ -372,6 +378,13 @@ def _check_run(config: Config) -> None:
     for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
         if decay >= 1:
             raise UserError(f"{name}={decay}: must be in [0, 1)")
+    if config.seed >= 2**31:
+        raise UserError(f"seed={config.seed}: must be below 2**31")
+    sample = config.sample
+    if sample.annealing != "none" and sample.annealing_min > sample.euler_steps:
+        raise UserError(
+            f"sample.annealing_min={sample.annealing_min}: more than sample.euler_steps={sample.euler_steps}"
+        )
     if config.batch_size % optim.accumulate:
         raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
     if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:

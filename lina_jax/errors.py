@@ -22,7 +22,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
             main(argv)
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: a full disk, a place that cannot be written or read
             return _report(error, 2)
         except TrainingDiverged as error:
             return _report(error, 1)
@@ -34,19 +34,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    # A config file and the overrides of its fields are evaluated while flags are parsed, so a typing mistake can
-    # surface as any of these.
-    except (
-        flags.Error,
-        UserError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        ImportError,
-        SyntaxError,
-    ) as error:
+    # A config file and the overrides of its fields are evaluated while flags are parsed: any mistake can surface here.
+    except Exception as error:
         sys.exit(_report(error, 2))
 
     if flags.FLAGS[

@@ -1,6 +1,6 @@
 """Measure a model: validation loss by noise level, and how often scenes match their captions.
 
-python -m lina_jax.evaluate --workdir=DIR [--data=DIR] [--scenes=N] [--guidance=G] [--seed=0] [--out=DIR]
+python -m lina_jax.evaluate --workdir=DIR [--raw] [--data=DIR] [--scenes=N] [--guidance=G] [--seed=0] [--out=DIR]
 [--checkpoint=STEP]
 
 Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation/score.json). `--scenes` is for
@@ -34,12 +34,10 @@ class Validation:
         self._examples = data.fixed_examples(records, self._count)
         self._step = None
 
-    def both(self, plan: Blueprint, run: state.TrainState) -> dict[str, float]:
-        """Losses of the parameters and of their EMA."""
-        raw, ema = self.losses(plan, run.params, run.frozen), self.losses(plan, run.ema, run.frozen)
-        return {f"validation/{name}": v for name, v in raw.items()} | {
-            f"validation/{name}_ema": v for name, v in ema.items()
-        }
+    def both(self, plan: Blueprint, params: Tree, ema: Tree, frozen: Tree) -> dict[str, float]:
+        """Losses of the parameters, and (names ending in _ema) of their EMA."""
+        raw, ema = self.losses(plan, params, frozen), self.losses(plan, ema, frozen)
+        return raw | {f"{name}_ema": value for name, value in ema.items()}
 
     def losses(self, plan: Blueprint, params: Tree, frozen: Tree) -> dict[str, float]:
         """'loss', and 'loss_sigma_LOW_HIGH' for each bin of noise levels."""
@@ -78,18 +76,21 @@ def main(argv: Sequence[str]) -> None:
     if values.scenes < 0:
         raise UserError(f"--scenes={values.scenes}: must not be negative")
     workdir = Path(values.workdir).expanduser()
-    plan, params, frozen, step = sample.load(workdir, ema=not values.raw, step=values.checkpoint)
+    plan, ema, frozen, step = sample.load(workdir, ema=True, step=values.checkpoint)
+    raw = sample.load(workdir, ema=False, step=step)[1]
     config = plan.config
+    if values.scenes and (config.model.condition != "text" or len(set(config.model.image_grid)) > 1):
+        raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
     if values.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
     result = {"step": step, "weights": "raw" if values.raw else "ema"}
     validation = Validation(config, data.open_records(config, config.data.validation_split))
-    result["validation"] = validation.losses(plan, params, frozen)
+    result["validation"] = validation.both(plan, raw, ema, frozen)
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
     if values.scenes:
         settings = sample.sample_settings(config, {"guidance": values.guidance})
         sampler = sample.Sampler(plan, settings, sample.batch_for(values.scenes))
-        scores, images, captions = scene_scores(sampler, params, frozen, values.scenes, values.seed)
+        scores, images, captions = scene_scores(sampler, raw if values.raw else ema, frozen, values.scenes, values.seed)
         result = {**scores, **result, "sample": dataclasses.asdict(settings), "seed": values.seed}
         shown = min(len(images), 36)
         pictures.save(out / "samples.png", pictures.grid(images[:shown], captions[:shown]))

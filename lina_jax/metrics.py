@@ -11,6 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from lina_jax.config import Config
+from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
 
 matplotlib.use("Agg")
@@ -45,7 +46,10 @@ class Writer:
         self._active = jax.process_index() == 0
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
+            before = self.path.read_bytes() if self.path.exists() else b""
             self._lines = self.path.open("a")
+            if before and not before.endswith(b"\n"):  # a kill cut the last line
+                self._lines.write("\n")
             self._events = SummaryWriter(str(workdir / "events"), flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -53,8 +57,11 @@ class Writer:
             values = {name: float(value) for name, value in values.items()}
             finite = {name: value for name, value in values.items() if np.isfinite(value)}
             # JSON has no NaN: what is not finite is there, as null.
-            self._lines.write(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
-            self._lines.flush()
+            try:
+                self._lines.write(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
+                self._lines.flush()
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error}") from error
             for name, value in finite.items():
                 self._events.add_scalar(name, value, step)
 

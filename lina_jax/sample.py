@@ -2,6 +2,7 @@
 
 python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | --label=K) --out=DIR
     [--num=4] [--seed=0] [--guidance=G] [--steps=K] [--euler_steps=E] [--temperature=T] [--raw] [--checkpoint=STEP]
+    [--batch_size=64]
 
 Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i).
 """
@@ -42,7 +43,7 @@ class Sampler:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
         config, images = self.plan.config, []
         starts = range(0, len(conditions), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=None if len(starts) > 1 else True, leave=False):
+        for start in tqdm(starts, unit="batch", disable=None, leave=False):
             chunk = list(conditions[start : start + self.batch_size])
             numbers = first + start + np.arange(self.batch_size)
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
@@ -111,11 +112,15 @@ def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfi
         raise UserError(f"--steps={settings.steps} --euler_steps={settings.euler_steps}: both must be at least 1")
     if not np.isfinite(settings.guidance) or settings.guidance < 0 or settings.temperature < 0:
         raise UserError(f"--guidance={settings.guidance} --temperature={settings.temperature}: must not be negative")
+    if settings.annealing != "none" and settings.annealing_min > settings.euler_steps:
+        raise UserError(
+            f"--euler_steps={settings.euler_steps}: fewer than sample.annealing_min={settings.annealing_min}"
+        )
     return settings
 
 
 def requested(
-    config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[str], num: int
+    config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[int], num: int
 ) -> list:
     """`num` copies of each condition that was asked for. Raises UserError when there is none or a wrong kind."""
     if num < 1:
@@ -132,7 +137,7 @@ def requested(
         return [prompt for prompt in prompts for _ in range(num)]
     if prompts or not labels:
         raise UserError("this model draws classes: give --label, and no prompt")
-    return [int(label) for label in labels for _ in range(num)]
+    return [label for label in labels for _ in range(num)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -142,6 +147,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--workdir=DIR (a training directory) and --out=DIR are both needed")
     workdir, out = Path(values.workdir).expanduser(), Path(values.out).expanduser()
     config = load_config(workdir)
+    if not 0 <= values.seed < 2**31:
+        raise UserError(f"--seed={values.seed}: must be in [0, 2**31)")
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     encode_conditions(config, conditions)
     names = ("steps", "euler_steps", "guidance", "temperature")

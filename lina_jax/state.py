@@ -229,7 +229,7 @@ def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], 
     """
     config = plan.config
     sigmas = flow.training_sigmas(config.loss.shift)
-    loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1)
+    loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
 
     def step(params, frozen, batch, examples):
         tokens, condition = split_batch(config, batch)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lina_jax import config as config_lib
 from lina_jax import data, errors, evaluate, mesh, metrics, sample, state
-from lina_jax.checkpoint import Checkpoints, adopt_config
+from lina_jax.checkpoint import Checkpoints, check_config, write_config
 from lina_jax.config import Config
 from lina_jax.errors import TrainingDiverged, UserError
 
@@ -35,12 +35,14 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         raise UserError(
             f"autoencoder.kind={config.autoencoder.kind}: records of latents cannot be read yet, only pixels (identity)"
         )
+    if config.model.condition == "text" and config.model.text_encoder != "bytes":
+        raise UserError("model.text_encoder=features: records of text features cannot be read yet, only bytes")
     devices = mesh.build(config.mesh)
     mesh.check(config, devices)
     train_records = data.open_records(config, config.data.train_split)
     valid_records = data.open_records(config, config.data.validation_split)
     validation = evaluate.Validation(config, valid_records)
-    adopt_config(workdir, config, allow_changes=allow_config_change)
+    check_config(workdir, config, allow_changes=allow_config_change)
 
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices)
@@ -48,6 +50,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else plan.init()
     first = int(run.step)
+    write_config(workdir, config)
     if not resumed:
         checkpoints.save(run)
     _introduce(config, plan, devices, first)
@@ -78,15 +81,18 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 if last or _due(step, config.checkpoint.every):
                     checkpoints.save(run)
                 if last or _due(step, config.eval.every):
-                    writer.scalars(step, validation.both(plan, run))
+                    losses = validation.both(plan, run.params, run.ema, run.frozen)
+                    writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
                 if config.log.preview_images and (last or _due(step, config.log.preview_every)):
                     previews.draw(step, run)
                 throughput.pause(time.monotonic() - started)
         profile(config, workdir, first, config.steps + 1)
     finally:  # a save that is under way is finished, whatever ends the run
         progress.close()
-        writer.close()
-        checkpoints.close()
+        try:
+            writer.close()
+        finally:
+            checkpoints.close()
     if jax.process_index() == 0:
         metrics.plot_losses(writer.path, workdir / "loss.png")
     return run

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lina_jax import data, evaluate, generate, mesh, sample, state
-from lina_jax.checkpoint import Checkpoints, adopt_config
+from lina_jax.checkpoint import Checkpoints, write_config
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import flow
@@ -183,7 +183,7 @@ def text_plan(tiny_text, one_device):
 def workdir(text_plan, rough, tmp_path_factory):
     """A text-conditional training directory with one checkpoint."""
     directory = tmp_path_factory.mktemp("run")
-    adopt_config(directory, text_plan.config)
+    write_config(directory, text_plan.config)
     checkpoints = Checkpoints(directory, text_plan.config.checkpoint)
     checkpoints.save(dataclasses.replace(rough(text_plan), step=jnp.int32(7)))
     checkpoints.wait()
@@ -247,7 +247,7 @@ def test_many_images_are_drawn_in_batches_of_one_size(plan, weights, draw):
 def test_load_takes_the_average_or_the_parameters(workdir, text_plan, tmp_path, rough, identical):
     run = rough(text_plan)
     run = dataclasses.replace(run, ema=jax.tree.map(lambda x: x + 1, run.params))
-    adopt_config(tmp_path, text_plan.config)
+    write_config(tmp_path, text_plan.config)
     checkpoints = Checkpoints(tmp_path, text_plan.config.checkpoint)
     checkpoints.save(run)
     checkpoints.wait()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lina_jax import mesh, metrics, state
-from lina_jax.checkpoint import Checkpoints, adopt_config, load_config
+from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
 from lina_jax.config import MeshConfig
 from lina_jax.errors import TrainingDiverged, UserError
 from lina_jax.train import train
@@ -108,7 +108,7 @@ def test_a_finished_run_started_again_changes_nothing(config, finished, tmp_path
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):
-    adopt_config(tmp_path, config)
+    write_config(tmp_path, config)
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=2e-3), seed=9)
     with pytest.raises(UserError, match=r"seed: 1 -> 9; optim.learning_rate: 0.001 -> 0.002 .*--allow_config_change"):
         train(other, tmp_path)
@@ -116,19 +116,19 @@ def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):
 
 
 def test_a_workdir_of_another_config_is_taken_on_request(config, tmp_path):
-    adopt_config(tmp_path, config)
+    write_config(tmp_path, config)
     other = dataclasses.replace(config, seed=9)
-    adopt_config(tmp_path, other, allow_changes=True)
-    assert load_config(tmp_path) == other
+    with pytest.raises(UserError, match="seed: 1 -> 9"):
+        check_config(tmp_path, other)
+    check_config(tmp_path, other, allow_changes=True)
 
 
 def test_steps_logging_and_mesh_may_change(config, tmp_path):
-    adopt_config(tmp_path, config)
+    write_config(tmp_path, config)
     other = dataclasses.replace(
         config, steps=60, mesh=MeshConfig(1, 1, 1), log=dataclasses.replace(config.log, every=2)
     )
-    adopt_config(tmp_path, other)
-    assert load_config(tmp_path) == other
+    check_config(tmp_path, other)
 
 
 def test_a_directory_without_config_is_no_workdir(tmp_path):

@@ -34,11 +34,12 @@ def visible_slots(config: LossConfig, tokens: int) -> int:
 def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossConfig) -> Draws:
     """Draws for `examples` (B,), their positions in the global batch; `key` is that of (seed, step)."""
     slots = visible_slots(config, model.image_tokens)
+    shared = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example has this number
 
     def one(example: jax.Array):
         drop, ratio, order, timestep, noise = jax.random.split(jax.random.fold_in(key, example), 5)
         if config.mask_ratio_per == "step":
-            ratio = key
+            ratio = shared
         count = visible_count(ratio, config, model.image_tokens)
         ids = jnp.argsort(jax.random.uniform(order, (model.image_tokens,)))[:slots]
         visible = jnp.arange(slots) < count

@@ -189,7 +189,6 @@ class LabelEmbed(nnx.Module):
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
         self.table = nnx.Param(normal()(rngs.params(), (num_classes + 1, width)), axes=(None, "embed"))
         self.norm = LayerNorm(width, kind=Frozen)
-        self.unconditional = num_classes
 
     def __call__(self, labels: jax.Array) -> jax.Array:
         return self.norm(self.table[...][labels])[:, None]
