@@ -1,4 +1,7 @@
-"""Text to image on rendered scenes, 32 px, from nothing to pictures on a laptop: the quickstart.
+"""Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
+
+Cost: about 0.4 s a step on two CPU cores. Expected after 1000 steps: backgrounds follow the caption; the colours and
+shapes of objects do not yet (scene score near 0).
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
 Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes
@@ -13,7 +16,7 @@ def get_config():
     config = default()
     config.seed = 0
     config.steps = 1000
-    config.batch_size = 64
+    config.batch_size = 32
 
     config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
     config.model.update(
@@ -24,8 +27,9 @@ def get_config():
     )  # fmt: skip
     config.data.path = "data/shapes"
     config.data.threads = 2
-    config.loss.repeat = 2
-    config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0)
+    # Captions decide little but at high noise and with few tokens to see: there the draws go.
+    config.loss.update(repeat=2, mask_ratio_std=0.1, shift=4.0)
+    config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=150, clip_norm=1.0)
     config.sample.update(steps=16, euler_steps=25, guidance=3.0, guidance_schedule="constant")
 
     config.checkpoint.every = 250
