@@ -6,17 +6,25 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-# make_environment DIR [EXTRA]: a virtual environment in DIR with the pinned requirements, made once per set of them.
+# find_python: $PYTHON, or the first Python on the path that runs and is new enough.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or newer among: ${PYTHON:-python3 python3.12 python3.11 python3.13} (set PYTHON=...)" >&2
+  return 2
+}
+
+# make_environment DIR [EXTRA]: a virtual environment in DIR with the requirements, made once per set of them.
 make_environment() {
   local python directory=$1 extra=${2:-} wanted
-  python=${PYTHON:-$(command -v python3.12 || command -v python3.11 || command -v python3 || true)}
-  [ -n "$python" ] || { echo "error: no python3 found (set PYTHON=...)" >&2; return 2; }
-  wanted=$("$python" --version; cat "$root/requirements.txt" "$root/pyproject.toml")
+  python=$(find_python) || return 2
+  wanted=$("$python" --version && cat "$root/requirements.txt" "$root/pyproject.toml")
   if [ ! -f "$directory/ready" ] || [ "$(cat "$directory/ready")" != "$wanted" ]; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-      echo "error: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed (set PYTHON=...)" >&2
-      return 2
-    }
     echo "setting up $directory with $("$python" --version)"
     "$python" -m venv --clear "$directory" &&
       "$directory/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" &&
