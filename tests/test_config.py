@@ -43,6 +43,7 @@ def pixels():
     """The defaults for pixels, as plain dicts."""
     config = default()
     config.model.latent_channels = 3
+    config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
     return config.to_dict()
 
 
@@ -93,7 +94,6 @@ def test_integers_pass_as_floats_and_lists_as_tuples(pixels):
         ("model.image_depth", 31, "model.image_depth=31: two halves need an even depth"),
         ("model.conv_kernel", 4, "model.conv_kernel=4: must be odd"),
         ("model.image_grid", (1, 1), "model.image_grid=(1, 1): needs more than one token"),
-        ("model.text_length", 513, "model.text_length=513: the padding table has 512 rows"),
         ("loss.condition_dropout", 1.0, "loss.condition_dropout=1.0: must be in [0, 1)"),
         ("loss.mask_ratio_min", 1.0, "loss.mask_ratio_min=1.0: must be in [0, 1)"),
         ("ema.decay", 1.0, "ema.decay=1.0: must be in [0, 1)"),
@@ -121,6 +121,7 @@ PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
             {"rotary": True, "width": 48, "heads": 1},
             "model.rotary=True: head width 48 (= width / heads) must be a multiple",
         ),
+        ({"condition": "text", "text_length": 513}, "model.text_length=513: the padding table has 512 rows"),
         ({"latent_channels": 4}, "model.latent_channels=4, autoencoder.stride=1: pixels"),
     ],
 )
