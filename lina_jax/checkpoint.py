@@ -23,13 +23,12 @@ WEIGHTS = ("params", "frozen", "ema")
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig, *, read_only: bool = False):
+    def __init__(self, workdir: Path, config: CheckpointConfig, *, create: bool = True):
         self.directory = workdir.resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
-            create=not read_only,
-            read_only=read_only,
+            create=create,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 

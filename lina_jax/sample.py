@@ -100,7 +100,7 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> tuple[B
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, mesh.build(config.mesh))
-    checkpoints = Checkpoints(workdir, config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step
 

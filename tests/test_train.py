@@ -50,7 +50,7 @@ def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identi
 
 def test_training_changes_the_parameters(finished, one_device, config, identical):
     workdir, run = finished
-    first = Checkpoints(workdir, config.checkpoint, read_only=True).restore(state.blueprint(config, one_device), 0)
+    first = Checkpoints(workdir, config.checkpoint, create=False).restore(state.blueprint(config, one_device), 0)
     assert not identical(run.params, first.params)
     assert identical(run.frozen, first.frozen)
 
@@ -58,21 +58,21 @@ def test_training_changes_the_parameters(finished, one_device, config, identical
 def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
     workdir, run = finished
     plan = state.blueprint(config, jax.make_mesh((2, 2, 2), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3))
-    restored = Checkpoints(workdir, config.checkpoint, read_only=True).restore(plan)
+    restored = Checkpoints(workdir, config.checkpoint, create=False).restore(plan)
     assert identical(whole(restored), run)
     shards = restored.params["patch_embed"]["kernel"].addressable_shards
     assert shards[0].data.size * 2 == restored.params["patch_embed"]["kernel"].size
 
 
 def test_kept_checkpoints(finished, config):
-    assert Checkpoints(finished[0], config.checkpoint, read_only=True).steps() == [0, 3, 6]
+    assert Checkpoints(finished[0], config.checkpoint, create=False).steps() == [0, 3, 6]
 
 
 def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
     settings = dataclasses.replace(config.checkpoint, every=1, keep_last=1, keep_every=2)
     config = dataclasses.replace(config, checkpoint=settings, steps=5)
     train(dataclasses.replace(config, log=dataclasses.replace(config.log, preview_images=0)), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run", settings, read_only=True).steps() == [0, 2, 4, 5]
+    assert Checkpoints(tmp_path / "run", settings, create=False).steps() == [0, 2, 4, 5]
 
 
 def test_what_a_run_reports(finished, config):
@@ -147,7 +147,7 @@ def exploding(tiny_text):
 def test_a_run_that_diverges_stops_and_leaves_a_finite_checkpoint(exploding, tmp_path, one_device):
     with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite for 4 steps in a row \(optim.max_skipped\)"):
         train(exploding, tmp_path / "run")
-    checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, read_only=True)
+    checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, create=False)
     restored = checkpoints.restore(state.blueprint(exploding, one_device))
     assert (int(restored.step), int(restored.updates), int(restored.skipped)) == (4, 1, 3)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
@@ -190,13 +190,13 @@ def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    steps = Checkpoints(tmp_path / "killed", endless.checkpoint, read_only=True).latest_step() + 3
+    steps = Checkpoints(tmp_path / "killed", endless.checkpoint, create=False).latest_step() + 3
     finals = {}
     for name in ("killed", "in_one_go"):
         workdir = tmp_path / name
         result = run_module("train", options[0], f"--workdir={workdir}", f"--config.steps={steps}")
         assert result.returncode == 0, result.stderr
-        checkpoints = Checkpoints(workdir, endless.checkpoint, read_only=True)
+        checkpoints = Checkpoints(workdir, endless.checkpoint, create=False)
         finals[name] = whole(checkpoints.restore(state.blueprint(endless, one_device), steps))
     assert identical(finals["killed"], finals["in_one_go"])
 
@@ -214,6 +214,6 @@ def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(
     assert result.returncode == 2, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
     assert line.startswith(f"error: saving to {tmp_path / 'run' / 'checkpoints'} failed")
-    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     assert identical(whole(checkpoints.restore(state.blueprint(config, one_device))), finished[1])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 9
