@@ -1,7 +1,7 @@
 """Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
 
-Cost: about 0.4 s a step on two CPU cores. Expected after 1000 steps: backgrounds follow the caption; the colours and
-shapes of objects do not yet (scene score near 0).
+Cost: about 0.4 s a step on two CPU cores. Expected after 1000 steps, from runs of similar recipes (this one is not
+measured yet): backgrounds follow the caption, the colours and shapes of objects do not (scene score near 0).
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
 Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to pictures: environment, data, training, samples, score. About ten minutes on two CPU cores.
+# From a fresh clone to pictures: environment, data, training, samples, score. Meant for ten minutes on two CPU cores.
 # usage: launch/quickstart.sh [--config.any.field=value ...]     (extra arguments go to training)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

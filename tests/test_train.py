@@ -1,9 +1,11 @@
 """A run that was interrupted ends like one that was not, workdirs stay with their config, failures leave them whole."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -159,7 +161,8 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline, "the run did not get there in time"
-        time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.02)
 
 
 def test_chosen_steps_are_profiled(config, tmp_path):

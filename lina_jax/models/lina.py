@@ -53,11 +53,19 @@ class LINA(nnx.Module):
         if c.attention != "softmax":
             gated = dataclasses.replace(plain, conv_kernel=c.conv_kernel if c.depthwise_conv else 0, gate=c.kv_gate)
 
+        period = c.softmax_period if c.attention == "hybrid" else 0
+
         def stack(kind, depth, first=0):
             return Transformer(
-                kind, depth, c.mlp_ratio, first=first, softmax_period=c.softmax_period if c.attention == "hybrid" else
-                0, remat=c.remat, scan=c.scan_layers, rngs=rngs,
-            )  # fmt: skip
+                kind,
+                depth,
+                c.mlp_ratio,
+                first=first,
+                softmax_period=period,
+                remat=c.remat,
+                scan=c.scan_layers,
+                rngs=rngs,
+            )
 
         if c.condition == "class":
             self.label_embed = LabelEmbed(c.num_classes, c.width, rngs=rngs)
