@@ -16,20 +16,21 @@ def get_config():
     config = default()
     config.seed = 0
     config.steps = 1000
-    config.batch_size = 32
+    config.batch_size = 24
 
     config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
     config.model.update(
-        condition="text", text_encoder="bytes", text_length=66, text_dim=128, mask_text_padding=True,
-        latent_channels=3, patch_size=4, image_grid=(8, 8), condition_grid=(4, 4),
+        condition="text", text_encoder="bytes", text_length=66, text_words=16, text_dim=128,
+        mask_text_padding=True,
+        latent_channels=3, patch_size=4, image_grid=(8, 8), condition_grid=(2, 2),
         width=128, heads=2, condition_depth=2, image_depth=4, head_width=128, head_depth=2,
         dtype="float32", scan_layers=False,
     )  # fmt: skip
     config.data.path = "data/shapes"
     config.data.threads = 2
     # Captions decide little but at high noise and with few tokens to see: there the draws go.
-    config.loss.update(repeat=2, mask_ratio_std=0.1, shift=4.0)
-    config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=150, clip_norm=1.0)
+    config.loss.update(repeat=1, mask_ratio_std=0.1, shift=4.0)
+    config.optim.update(name="muon", learning_rate=3e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0)
     config.sample.update(steps=16, euler_steps=25, guidance=3.0, guidance_schedule="constant")
 
     config.checkpoint.every = 250

@@ -25,9 +25,10 @@ class ModelConfig:
     condition: str = "class"  # class | text
     num_classes: int = 1000
     text_encoder: str = "features"  # features (frozen encoder, given as vectors) | bytes (learned with the model)
-    text_length: int = 256
+    text_length: int = 256  # text features, or bytes
+    text_words: int = 64  # bytes: words they are gathered into
     text_dim: int = 2560
-    byte_layers: int = 2  # residual convolutions over the byte embeddings
+    byte_layers: int = 2  # residual convolutions over the words
     mask_text_padding: bool = False  # published: padding tokens are attended
     latent_channels: int = 16
     patch_size: int = 1
@@ -58,6 +59,11 @@ class ModelConfig:
     @property
     def condition_tokens(self) -> int:
         return self.condition_grid[0] * self.condition_grid[1]
+
+    @property
+    def text_tokens(self) -> int:
+        """Condition tokens that a text becomes."""
+        return self.text_words if self.text_encoder == "bytes" else self.text_length
 
     @property
     def token_dim(self) -> int:
@@ -105,8 +111,9 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule (spec section 13). `clip_norm` 0 means no clipping."""
+    """AdamW (published) or Muon, and the schedule (spec section 13). `clip_norm` 0 means no clipping."""
 
+    name: str = "adamw"  # adamw | muon (for matrices between hidden features; AdamW for the rest)
     learning_rate: float = 8e-4
     schedule: str = "constant"  # constant | cosine (to `final_learning_rate` at `steps`)
     final_learning_rate: float = 0.0
@@ -220,6 +227,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "autoencoder.kind": ("identity", "mar", "sdxl"),
     "loss.mask_ratio_per": ("example", "step"),
+    "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "sample.guidance_schedule": ("linear", "constant"),
     "sample.annealing": ("none", "linear", "cosine", "two_stage"),
@@ -365,7 +373,8 @@ def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
         pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
         require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
     if model.condition == "text":
-        require(model.text_length <= 512, f"model.text_length={model.text_length}: the padding table has 512 rows")
+        name = "text_words" if model.text_encoder == "bytes" else "text_length"
+        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has 512 rows")
     require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
 
 

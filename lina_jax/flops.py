@@ -39,7 +39,7 @@ def head_flops(model: ModelConfig) -> int:
 
 def forward_flops(model: ModelConfig, loss: LossConfig) -> float:
     """One image's loss. Only tokens that exist count: the visible ones of the encoder half at their mean number."""
-    text = model.text_length if model.condition == "text" else 1
+    text = model.text_tokens if model.condition == "text" else 1
     c, n, half = model.condition_tokens, model.image_tokens, model.image_depth // 2
     visible = n * (1 - _mean_mask_ratio(loss))
     total = stack_flops(model, 0, model.condition_depth, text + c)

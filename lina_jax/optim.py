@@ -1,12 +1,17 @@
-"""AdamW as published: schedule, which parameters decay, clipping (spec section 13). Frozen arrays never get here."""
+"""AdamW as published (spec section 13), or Muon: schedule, weight decay, clipping. Frozen arrays never get here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from lina_jax.config import OptimConfig
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # of an update with learning rate 1, as AdamW's are: both go by one learning rate (arXiv 2502.16982)
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -27,15 +32,41 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def optimizer(config: OptimConfig, steps: int, decayed: Any) -> optax.GradientTransformation:
-    """`decayed` is a tree of bools like the parameters: all but the scales and biases of layer norms."""
+def optimizer(
+    config: OptimConfig, steps: int, decayed: Any, matrices: Mapping[Any, tuple]
+) -> optax.GradientTransformation:
+    """Clipping, then AdamW or Muon.
+
+    `decayed` is a tree of bools like the parameters, False for the scales and biases of layer norms. `matrices` names
+    the arrays that map features to features: key path -> (contracted axes, output axes). Muon (Jordan 2024) makes the
+    momentum of those orthogonal, so that no direction learns slower than another; AdamW, with Nesterov's momentum as
+    Muon's, has the rest.
+    """
+    rate = learning_rate(config, steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
-        learning_rate(config, steps),
+        rate,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decayed,
+        nesterov=config.name == "muon",
     )
-    return optax.chain(clip, adamw)
+    if config.name == "adamw":
+        return optax.chain(clip, adamw)
+
+    def axes(params):
+        return jax.tree.map_with_path(lambda path, _: MuonDimensionNumbers(*matrices[path]), params)
+
+    def names(params):
+        return jax.tree.map_with_path(lambda path, _: "muon" if path in matrices else "adamw", params)
+
+    orthogonal = muon(
+        rate,
+        beta=MUON_MOMENTUM,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=axes,
+        consistent_rms=MUON_RMS,
+    )
+    return optax.chain(clip, optax.partition({"adamw": adamw, "muon": orthogonal}, names))

@@ -19,12 +19,12 @@ from lina_jax.errors import UserError
 SPLITS = ("train", "validation")
 # The share of each category in a split.
 CATEGORIES = {
-    "single_object": 0.5,
-    "colors": 0.1,
-    "counting": 0.1,
-    "two_objects": 0.1,
-    "color_attribution": 0.1,
-    "position": 0.1,
+    "single_object": 0.75,
+    "colors": 0.05,
+    "counting": 0.05,
+    "two_objects": 0.05,
+    "color_attribution": 0.05,
+    "position": 0.05,
 }
 # The share of captions that state the background: most of a picture, so that a model soon learns to read.
 GROUNDED = 0.9
@@ -238,7 +238,8 @@ def _pick(options: Collection[str], rng: np.random.Generator) -> str:
 def _alone(radius: float, place: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
     """Return the center (1, 2) of a single object, anywhere if no place is given."""
     low, high = _MARGIN + radius, 1 - _MARGIN - radius
-    bands = {-1: (low, max(low, 0.36)), 0: (0.46, 0.54), 1: (min(high, 0.64), high)}
+    # At a side means near its edge, and clear of the center however large.
+    bands = {-1: (low, min(low + 0.05, 0.37)), 0: (0.48, 0.52), 1: (max(high - 0.05, 0.63), high)}
     return np.array([[rng.uniform(*bands[step]) for step in place] if place else rng.uniform(low, high, 2)])
 
 

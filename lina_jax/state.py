@@ -95,22 +95,32 @@ def blueprint(config: Config, mesh: Mesh) -> Blueprint:
         return nnx.to_pure_dict(jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
     decayed = over_variables(lambda v: v.get_metadata().get("decay", True), params)
-    optimizer = optim.optimizer(config.optim, config.steps, decayed)
+    axes = over_variables(_matrix_axes, params)
+    matrices = dict(jax.tree.leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)))
+    optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = over_variables(with_sharding, params), over_variables(with_sharding, frozen)
     return Blueprint(config, mesh, graphdef, optimizer, _state_shapes(optimizer, params, frozen, mesh), decayed)
+
+
+def _matrix_axes(variable: nnx.Variable) -> tuple | None:
+    """(contracted axes, output axes) of a map of features to features, stacked or not; None of anything else."""
+    metadata = variable.get_metadata()
+    matrix = metadata.get("matrix")
+    stacked = len(variable.get_value().shape) - len(metadata["axes"])
+    return matrix and tuple(tuple(axis + stacked for axis in axes) for axes in matrix)
 
 
 def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainState:
     replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    # Moments live where their parameters live.
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-    )
+    at = {path: leaf.sharding for path, leaf in jax.tree.leaves_with_path(params)}
+
+    def placed(path, leaf):
+        # Moments live where their parameters live; their paths end alike.
+        sharding = next((at[path[i:]] for i in range(len(path)) if path[i:] in at), replicated)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = jax.tree.map_with_path(placed, jax.eval_shape(optimizer.init, params))
     return TrainState(count, count, count, count, params, frozen, opt_state, params)
 
 

@@ -44,7 +44,7 @@ class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         d = c.width // c.heads
-        self.qkv = Linear(c.width, (3, c.heads, d), ("embed", None, "heads", None), rngs=rngs, dtype=c.dtype)
+        self.qkv = Linear(c.width, (3, c.heads, d), ("embed", "parts", "heads", None), rngs=rngs, dtype=c.dtype)
         self.proj = Linear((c.heads, d), c.width, ("heads", None, "embed"), rngs=rngs, dtype=c.dtype)
         if c.conv_kernel:
             init = uniform(c.conv_kernel**2)

@@ -28,7 +28,7 @@ class TimeCondition(nnx.Module):
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
             2 * TIME_FREQUENCIES, width, width, jax.nn.silu,
-            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(),
+            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), inner=False,
         )  # fmt: skip
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
 
@@ -46,7 +46,13 @@ class AdaptiveNorm(nnx.Module):
 
     def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.proj = Linear(
-            width, (outputs, width), ("embed", None, "mlp"), rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros
+            width,
+            (outputs, width),
+            ("embed", "parts", "mlp"),
+            rngs=rngs,
+            dtype=dtype,
+            kernel_init=zeros,
+            bias_init=zeros,
         )
 
     def __call__(self, x: jax.Array, activated: jax.Array) -> tuple[jax.Array, ...]:
@@ -75,11 +81,16 @@ class DiffusionHead(nnx.Module):
         self, token_dim: int, condition_width: int, width: int, depth: int,
         *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str = "none", scan: bool = True,
     ):  # fmt: skip
-        self.patch_embed = Linear(token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros)
+        self.patch_embed = Linear(
+            token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros, inner=False
+        )
         self.embed = TimeCondition(condition_width, width, rngs=rngs, dtype=dtype)
         self.blocks = stacked(lambda rngs: DiffusionBlock(width, rngs=rngs, dtype=dtype), depth, rngs)
         self.norm = AdaptiveNorm(width, 2, rngs=rngs, dtype=dtype)
-        self.out = Linear(width, token_dim, ("embed", None), rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros)
+        self.out = Linear(
+            width, token_dim, ("embed", None),
+            rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros, inner=False,
+        )  # fmt: skip
         self.dtype, self.scan, self.remat = dtype, scan, remat
 
     def __call__(self, x: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Patches, positions, linear maps, norms and the embeddings of conditions (spec sections 2 and 4).
 
 Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
-`axes`, the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone.
+`axes`, the logical names of its axes (see `mesh.RULES`), `decay=False` where weight decay must leave it alone, and
+`matrix`, the (contracted, output) axes of a map of features to features.
 """
 
 import math
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
+WORD_LENGTH = 16  # letters of a word whose places are told apart
 NORM_EPS = 1e-5
 
 
@@ -46,7 +48,9 @@ zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 class Linear(nnx.Module):
     """y = x W + b, contracting the last len(inputs) axes of x with the first of W.
 
-    x (..., *inputs) -> (..., *outputs); W (*inputs, *outputs), b (*outputs). `axes` names the axes of W.
+    x (..., *inputs) -> (..., *outputs); W (*inputs, *outputs), b (*outputs). `axes` names the axes of W; an output axis
+    "parts" holds several maps side by side. `inner` says that x and y are both features of the network: neither data
+    nor their embedding (optimisers that know matrices treat those maps alone as such).
     """
 
     def __init__(
@@ -60,11 +64,18 @@ class Linear(nnx.Module):
         kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
         kind: type[nnx.Variable] = nnx.Param,
+        inner: bool = True,
     ):
         inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
         outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         default = uniform(math.prod(inputs))
-        self.kernel = kind((kernel_init or default)(rngs.params(), (*inputs, *outputs), jnp.float32), axes=tuple(axes))
+        reads = tuple(range(len(inputs)))
+        writes = tuple(i for i in range(len(inputs), len(axes)) if axes[i] != "parts")
+        self.kernel = kind(
+            (kernel_init or default)(rngs.params(), (*inputs, *outputs), jnp.float32),
+            axes=tuple(axes),
+            matrix=(reads, writes) if inner else None,
+        )
         self.bias = kind((bias_init or default)(rngs.params(), outputs, jnp.float32), axes=tuple(axes)[len(inputs) :])
         self.contracted = len(inputs)
         self.dtype = dtype
@@ -115,10 +126,12 @@ class MLP(nnx.Module):
     """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs)."""
 
     def __init__(
-        self, inputs, hidden, outputs, activation, *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param
-    ):
-        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype, kernel_init=first_init, kind=kind)
-        self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, dtype=dtype, kernel_init=second_init, kind=kind)
+        self, inputs, hidden, outputs, activation,
+        *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param, inner=True,
+    ):  # fmt: skip
+        common = {"rngs": rngs, "dtype": dtype, "kind": kind}
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), kernel_init=first_init, inner=inner, **common)
+        self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), kernel_init=second_init, **common)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -197,12 +210,13 @@ class LabelEmbed(nnx.Module):
 class TextEmbed(nnx.Module):
     """Text features (B, L, D_text) and their lengths (B,) -> (B, L, D); rows past the length come from a fixed table.
 
-    Length 0 is the unconditional prompt. The table is saved with the model and never trained.
+    Length 0 is the unconditional prompt. The table is saved with the model and never trained. `learned` says that the
+    features are learned with the model.
     """
 
-    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, learned: bool):
         self.padding = Frozen(normal()(rngs.params(), (PADDING_ROWS, text_dim)), axes=(None, None))
-        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype)
+        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, inner=learned)
         self.norm = LayerNorm(width, kind=Frozen)
         self.dtype = dtype
 
@@ -216,33 +230,54 @@ class TextEmbed(nnx.Module):
 
 
 class ByteEncoder(nnx.Module):
-    """Learned text features for runs without a pretrained encoder: bytes (B, L), lengths (B,) -> (B, L, D_text).
+    """Learned text features for runs without a pretrained encoder, one for each of at most W words.
 
-    The blocks that read the features are blind to order, so it is written into them here: a learned position is added
-    to each byte, and residual gated depthwise convolutions let neighbours spell words. What differs between two
-    captions must not drown in what they share (blocks normalise after each sum): hence small positions, and gates
-    rather than one-sided activations, whose mean would be the same for all text.
+    Bytes (B, L) and lengths (B,) -> features (B, W, D_text) and their number (B,). Words end at spaces; what comes
+    after W words is heard in the last. The blocks that read the features are blind to order, so it is written into them
+    here: a letter is its embedding times one of its place in the word, a word the sum of its letters plus one of its
+    place in the text, and residual gated depthwise convolutions let neighbouring words speak of each other. What
+    differs between two captions must not drown in what they share (blocks normalise after each sum): hence small
+    positions, and gates rather than one-sided activations, whose mean would be the same for all text.
     """
 
-    def __init__(self, length: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
-        def param(shape, std, axes):
-            return nnx.Param(normal(std)(rngs.params(), shape), axes=axes)
+    def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
+        def param(shape, std, matrix=None):
+            return nnx.Param(normal(std)(rngs.params(), shape), axes=(None,) * len(shape), matrix=matrix)
 
-        self.bytes = param((256, width), 1.0, (None, None))
-        self.positions = param((length, width), 0.1, (None, None))
-        self.taps = param((layers, 2, taps, width), taps**-0.5, (None,) * 4)
-        self.mix = param((layers, width, width), width**-0.5, (None,) * 3)
+        self.bytes = param((256, width), 1.0)
+        self.places = param((WORD_LENGTH, width), 1.0)
+        self.positions = param((words, width), 0.1)
+        self.taps = param((layers, 2, taps, width), taps**-0.5)
+        self.mix = param((layers, width, width), width**-0.5, matrix=((1,), (2,)))
         self.dtype = dtype
 
-    def __call__(self, text: jax.Array, lengths: jax.Array) -> jax.Array:
-        length = text.shape[1]
-        present = (jnp.arange(length)[None] < lengths[:, None])[..., None].astype(self.dtype)
-        x = (self.bytes[...][text] + self.positions[:length]).astype(self.dtype) * present
+    def __call__(self, text: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        words = len(self.positions[...])
+        member, place = _spelling(text, lengths, words)
+        letters = (self.bytes[...][text] * self.places[...][place]).astype(self.dtype)
+        member = member.astype(self.dtype)
+        # The root keeps long words as loud as short ones.
+        loudness = jax.lax.rsqrt(jnp.maximum(jnp.sum(member, axis=1), 1.0))[..., None]
+        count = jnp.sum(jnp.any(member > 0, axis=1), axis=1, dtype=lengths.dtype)
+        present = (jnp.arange(words)[None] < count[:, None])[..., None].astype(self.dtype)
+        x = jnp.einsum("blw,bld->bwd", member, letters) * loudness + self.positions[...].astype(self.dtype)
+        x = x * present
         for (signal, gate), mix in zip(
             self.taps[...].astype(self.dtype), self.mix[...].astype(self.dtype), strict=True
         ):
             x = (x + (_windowed(x, signal) * jax.nn.sigmoid(_windowed(x, gate))) @ mix) * present
-        return x
+        return x, count
+
+
+def _spelling(text: jax.Array, lengths: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
+    """Which word each byte belongs to, (B, L, W) bool, and its place in that word, (B, L) int32; text (B, L)."""
+    index = jnp.arange(text.shape[1])
+    letter = (text != ord(" ")) & (index < lengths[:, None])
+    first = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
+    word = jnp.minimum(jnp.cumsum(first, axis=1) - 1, words - 1)
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    member = letter[..., None] & (word[..., None] == jnp.arange(words))
+    return member, jnp.minimum(index - start, WORD_LENGTH - 1)
 
 
 def _windowed(x: jax.Array, taps: jax.Array) -> jax.Array:

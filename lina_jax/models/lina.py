@@ -70,9 +70,10 @@ class LINA(nnx.Module):
         if c.condition == "class":
             self.label_embed = LabelEmbed(c.num_classes, c.width, rngs=rngs)
         else:
-            self.text_embed = TextEmbed(c.text_dim, c.width, rngs=rngs, dtype=dtype)
-            if c.text_encoder == "bytes":
-                self.byte_encoder = ByteEncoder(c.text_length, c.text_dim, c.byte_layers, rngs=rngs, dtype=dtype)
+            learned = c.text_encoder == "bytes"
+            self.text_embed = TextEmbed(c.text_dim, c.width, rngs=rngs, dtype=dtype, learned=learned)
+            if learned:
+                self.byte_encoder = ByteEncoder(c.text_words, c.text_dim, c.byte_layers, rngs=rngs, dtype=dtype)
         self.bos_token = nnx.Param(normal()(rngs.params(), (c.width,)), axes=(None,))
         self.mask_token = nnx.Param(normal()(rngs.params(), (c.width,)), axes=(None,))
         if not c.rotary:
@@ -81,7 +82,7 @@ class LINA(nnx.Module):
         self.video_patch_embed = Linear(4 * c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, kind=Frozen)
         self.condition_encoder = stack(plain, c.condition_depth)
         self.condition_norm = LayerNorm(c.width)
-        self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype)
+        self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, inner=False)
         half = c.image_depth // 2
         self.encoder = stack(plain, half)
         self.decoder = stack(gated, half, first=half)
@@ -102,9 +103,10 @@ class LINA(nnx.Module):
         if self.config.condition == "class":
             return self.label_embed(condition["label"]).astype(self.dtype), None
         text, lengths = condition["text"], condition["text_length"]
-        features = self.byte_encoder(text, lengths) if self.config.text_encoder == "bytes" else text
+        if self.config.text_encoder == "bytes":
+            text, lengths = self.byte_encoder(text, lengths)
         valid = jnp.arange(text.shape[1])[None] < lengths[:, None] if self.config.mask_text_padding else None
-        return self.text_embed(features, lengths), valid
+        return self.text_embed(text, lengths), valid
 
     def encode_condition(self, condition: Condition) -> jax.Array:
         """(B, Nc, D): what the image blocks see of the condition."""

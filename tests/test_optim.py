@@ -1,0 +1,96 @@
+"""The optimisers: what Muon does to matrices, and that AdamW keeps the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lina_jax import mesh, optim, state
+from lina_jax.config import MeshConfig
+
+
+@pytest.fixture(scope="module")
+def muon(tiny):
+    return tiny(optim={"name": "muon", "weight_decay": 0.0, "warmup_steps": 0})
+
+
+@pytest.fixture(scope="module")
+def stepped(rough, batch_of):
+    """(parameters before, parameters after one step) of a blueprint."""
+
+    def step(plan):
+        run = rough(plan)
+        before = jax.device_get(run.params)
+        run, _ = state.make_train_step(plan)(run, batch_of(plan.config))
+        return before, jax.device_get(run.params)
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def by_muon(muon, one_device, stepped):
+    return stepped(state.blueprint(muon, one_device))
+
+
+def change(before_after, *path):
+    before, after = before_after
+    for name in path:
+        before, after = before[name], after[name]
+    return after - before
+
+
+LAYER = ("encoder", "runs", "from_00")
+
+
+def test_muon_makes_queries_keys_and_values_orthogonal_each(muon, one_device, rough):
+    plan = state.blueprint(muon, one_device)
+    run = rough(plan)
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), run.params)
+    updates, _ = plan.optimizer.update(gradient, run.opt_state, run.params)
+    for name in LAYER:
+        updates = updates[name]
+    width = muon.model.width
+    for part in range(3):
+        update = np.asarray(updates["attention"]["qkv"]["kernel"])[0, :, part]  # (D, H, d)
+        values = np.linalg.svd(update.reshape(width, width), compute_uv=False)
+        # Newton-Schulz in five steps is rough: singular values end between 0.68 and 1.14 of the same length.
+        values /= muon.optim.learning_rate * optim.MUON_RMS * width**0.5
+        assert np.all((values > 0.6) & (values < 1.2)), values
+
+
+def test_muon_leaves_embeddings_outputs_and_vectors_to_adamw(tiny, one_device, stepped, by_muon):
+    by_adamw = stepped(state.blueprint(tiny(optim={"weight_decay": 0.0, "warmup_steps": 0}), one_device))
+    for path in (("patch_embed", "kernel"), ("head", "out", "kernel"), ("mask_token",), (*LAYER, "norm1", "scale")):
+        np.testing.assert_allclose(change(by_muon, *path), change(by_adamw, *path), atol=1e-9, err_msg=str(path))
+    path = (*LAYER, "mlp", "fc1", "kernel")
+    assert np.abs(change(by_muon, *path) - change(by_adamw, *path)).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_spares_layer_norms_alone(name, tiny, one_device, rough):
+    plan = state.blueprint(tiny(optim={"name": name, "weight_decay": 0.5, "warmup_steps": 0}), one_device)
+    run = rough(plan)
+    still = jax.tree.map(jnp.zeros_like, run.params)
+    updates, _ = plan.optimizer.update(still, run.opt_state, run.params)
+    # A zero gradient moves nothing, so only decay is left.
+    kept = 1 - plan.config.optim.learning_rate * 0.5
+    for path, update in jax.tree.leaves_with_path(updates):
+        names = [key.key for key in path]
+        factor = 1.0 if any("norm" in n for n in names[:-1]) and names[-2] != "proj" else kept
+        param = jax.tree.reduce(lambda tree, key: tree[key], names, run.params)
+        np.testing.assert_allclose(param + update, factor * param, rtol=1e-6, err_msg=str(names))
+
+
+def test_muon_on_eight_devices_steps_as_on_one(muon, by_muon, stepped, error_between):
+    cut = stepped(state.blueprint(muon, mesh.build(MeshConfig(1, 4, 2))))
+    moved, expected = (jax.tree.map(np.subtract, after, before) for before, after in (cut, by_muon))
+    assert error_between(moved, expected) < 1e-3
+
+
+def test_the_momentum_of_muon_is_cut_over_fsdp(muon):
+    plan = state.blueprint(muon, mesh.build(MeshConfig(data=1, fsdp=8)))
+    momentum = plan.shapes.opt_state[1].inner_states["muon"].inner_state
+    leaves = [leaf for leaf in jax.tree.leaves(momentum) if leaf.ndim > 2]
+    assert leaves
+    assert all("fsdp" in leaf.sharding.spec for leaf in leaves)
