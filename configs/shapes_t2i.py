@@ -15,7 +15,7 @@ from lina_jax.config import default
 def get_config():
     config = default()
     config.seed = 0
-    config.steps = 1000
+    config.steps = 2400
     config.batch_size = 24
 
     config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)
@@ -33,10 +33,10 @@ def get_config():
     config.optim.update(name="muon", learning_rate=3e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0)
     config.sample.update(steps=16, euler_steps=25, guidance=3.0, guidance_schedule="constant")
 
-    config.checkpoint.every = 250
+    config.checkpoint.every = 400
     config.eval.update(every=0, examples=256)
     config.log.every = 20
-    config.log.preview_every = 250
+    config.log.preview_every = 800
     config.log.preview_prompts = (
         "a large red circle on white",
         "a small blue square on black",

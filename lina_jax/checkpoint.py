@@ -78,7 +78,9 @@ class Checkpoints:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         except (ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.directory / str(step)} does not fit the model of this config: {first}") from error
+            raise UserError(
+                f"{self.directory / str(step)} does not fit the model and optimizer of this config: {first}"
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()

@@ -111,7 +111,10 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (published) or Muon, and the schedule (spec section 13). `clip_norm` 0 means no clipping."""
+    """AdamW (published) or Muon, and the schedule (spec section 13). `clip_norm` 0 means no clipping.
+
+    Under Muon `b1`, `b2` and `eps` are those of the AdamW that has the other arrays.
+    """
 
     name: str = "adamw"  # adamw | muon (for matrices between hidden features; AdamW for the rest)
     learning_rate: float = 8e-4
@@ -240,7 +243,7 @@ MAY_BE_ZERO = frozenset({
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
-    "model.byte_layers", "model.condition_depth",
+    "model.condition_depth",
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset(
     {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}

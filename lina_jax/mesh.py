@@ -20,6 +20,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, in parameters
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
+    "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate
 }
 
 
@@ -61,7 +62,7 @@ def check(config: Config, mesh: Mesh) -> None:
 
 def spec(*names: str | None) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these logical names (None: not cut)."""
-    cut = [RULES.get(name) if name else None for name in names]
+    cut = [RULES[name] or None if name else None for name in names]
     used = [axis for axes in cut if axes for axis in axes]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {names} would use a mesh axis twice: {used}")

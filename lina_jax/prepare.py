@@ -26,7 +26,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from lina_jax import errors, records
+from lina_jax import errors, records, shapes
 from lina_jax.errors import UserError
 from lina_jax.sources import Example, ParquetSource, Reject, ShapesSource, Source
 
@@ -101,7 +101,7 @@ def prepare(out: str | Path, settings: Settings, max_reject_fraction: float = 0.
         totals = {"images": writer.counts, "rejected": dict(rejects)}
         if "train" not in totals["images"]:
             raise UserError(f"nothing to train on: {rejects.total()} of {total} items rejected")
-        summary = {"settings": dataclasses.asdict(settings), "totals": totals}
+        summary = {"settings": _recorded(settings), "totals": totals}
         (writer.directory / "prepare.json").write_text(json.dumps(summary, indent=2) + "\n")
     return totals
 
@@ -116,6 +116,12 @@ def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """What a dataset is known by: its settings and, of rendered scenes, what the code makes of them."""
+    scenes = {"scenes": shapes.fingerprint()} if settings.source == "shapes" else {}
+    return dataclasses.asdict(settings) | scenes
+
+
 def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
     """Totals of the dataset in `out`, None if there is nothing yet."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -125,7 +131,7 @@ def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
             f"--out={out} exists and is not a dataset made by lina_jax.prepare: choose another or remove it"
         )
     summary = json.loads((out / "prepare.json").read_text())
-    there, wanted = summary["settings"], dataclasses.asdict(settings)
+    there, wanted = summary["settings"], _recorded(settings)
     differences = [
         f"{name}={there.get(name)!r}, asked {wanted[name]!r}" for name in wanted if there.get(name) != wanted[name]
     ]

@@ -134,6 +134,9 @@ def requested(
     if config.model.condition == "text":
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
+        for prompt in prompts:
+            if config.model.text_encoder == "bytes" and len(prompt.encode()) > config.model.text_length:
+                raise UserError(f"prompt {prompt!r}: longer than model.text_length={config.model.text_length} bytes")
         return [prompt for prompt in prompts for _ in range(num)]
     if prompts or not labels:
         raise UserError("this model draws classes: give --label, and no prompt")

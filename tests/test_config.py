@@ -122,6 +122,10 @@ PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
             "model.rotary=True: head width 48 (= width / heads) must be a multiple",
         ),
         ({"condition": "text", "text_length": 513}, "model.text_length=513: the padding table has 512 rows"),
+        (
+            {"condition": "text", "text_encoder": "bytes", "text_words": 513},
+            "model.text_words=513: the padding table has 512 rows",
+        ),
         ({"latent_channels": 4}, "model.latent_channels=4, autoencoder.stride=1: pixels"),
     ],
 )
@@ -139,7 +143,7 @@ def test_combinations_that_do_not_exist_are_refused(pixels, model, message):
         {"attention": "hybrid"},
         {"rotary": True, "width": 96, "heads": 3},
         {"image_grid": (2, 6)},
-        {"text_encoder": "bytes", "text_length": 600},
+        {"condition": "text", "text_encoder": "bytes", "text_length": 600},
     ],
 )
 def test_combinations_that_exist_are_accepted(pixels, model):

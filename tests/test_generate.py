@@ -231,6 +231,11 @@ def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
         sample.requested(tiny(), **arguments)
 
 
+def test_a_prompt_that_would_be_cut_is_refused(tiny_text):
+    with pytest.raises(UserError, match="prompt 'a very large red circle.*': longer than model.text_length=24 bytes"):
+        sample.requested(tiny_text(), ["a very large red circle on white"], None, [], 1)
+
+
 @pytest.mark.parametrize("label", [-1, 4])
 def test_classes_that_do_not_exist_are_refused(tiny, label):
     with pytest.raises(UserError, match=f"label {label}: classes are 0 to 2"):

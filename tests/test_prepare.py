@@ -189,3 +189,13 @@ def test_shapes_from_the_command_line(tmp_path):
     failed = subprocess.run([*command, "--train=7", "--validation=2"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr == f"error: --out={tmp_path}/out holds a dataset with other settings: train=6, asked 7\n"
+
+
+def test_scenes_of_another_version_are_not_taken_for_ours(tmp_path):
+    made = Settings(resolution=8, train=4, validation=1)
+    prepare(tmp_path / "out", made)
+    summary = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    summary["settings"]["scenes"] = "older"
+    (tmp_path / "out" / "prepare.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="holds a dataset with other settings: scenes='older', asked"):
+        prepare(tmp_path / "out", made)

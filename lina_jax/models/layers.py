@@ -16,7 +16,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
-WORD_LENGTH = 16  # letters of a word whose places are told apart
+WORD_LENGTH = 16  # bytes; what is longer is read as several words
 NORM_EPS = 1e-5
 
 
@@ -123,7 +123,7 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs)."""
+    """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs). `inner` says what x is, as in Linear."""
 
     def __init__(
         self, inputs, hidden, outputs, activation,
@@ -214,7 +214,7 @@ class TextEmbed(nnx.Module):
     features are learned with the model.
     """
 
-    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, learned: bool):
+    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, learned: bool = False):
         self.padding = Frozen(normal()(rngs.params(), (PADDING_ROWS, text_dim)), axes=(None, None))
         self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, inner=learned)
         self.norm = LayerNorm(width, kind=Frozen)
@@ -232,12 +232,13 @@ class TextEmbed(nnx.Module):
 class ByteEncoder(nnx.Module):
     """Learned text features for runs without a pretrained encoder, one for each of at most W words.
 
-    Bytes (B, L) and lengths (B,) -> features (B, W, D_text) and their number (B,). Words end at spaces; what comes
-    after W words is heard in the last. The blocks that read the features are blind to order, so it is written into them
-    here: a letter is its embedding times one of its place in the word, a word the sum of its letters plus one of its
-    place in the text, and residual gated depthwise convolutions let neighbouring words speak of each other. What
-    differs between two captions must not drown in what they share (blocks normalise after each sum): hence small
-    positions, and gates rather than one-sided activations, whose mean would be the same for all text.
+    Bytes (B, L) and lengths (B,) -> features (B, W, D_text) and their number (B,). Words end at spaces, or after
+    WORD_LENGTH bytes; what comes after W words is heard in the last. The blocks that read the features are blind to
+    order, so it is written into them here: a letter is its embedding times one of its place in the word, a word the sum
+    of its letters plus one of its place in the text, and residual gated depthwise convolutions let neighbouring words
+    speak of each other. What differs between two captions must not drown in what they share (blocks normalise after
+    each sum): hence small positions, and gates rather than one-sided activations, whose mean would be the same for all
+    text.
     """
 
     def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
@@ -273,11 +274,10 @@ def _spelling(text: jax.Array, lengths: jax.Array, words: int) -> tuple[jax.Arra
     """Which word each byte belongs to, (B, L, W) bool, and its place in that word, (B, L) int32; text (B, L)."""
     index = jnp.arange(text.shape[1])
     letter = (text != ord(" ")) & (index < lengths[:, None])
-    first = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
-    word = jnp.minimum(jnp.cumsum(first, axis=1) - 1, words - 1)
-    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    member = letter[..., None] & (word[..., None] == jnp.arange(words))
-    return member, jnp.minimum(index - start, WORD_LENGTH - 1)
+    after_blank = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
+    place = (index - jax.lax.cummax(jnp.where(after_blank, index, 0), axis=1)) % WORD_LENGTH
+    word = jnp.minimum(jnp.cumsum(letter & (place == 0), axis=1) - 1, words - 1)
+    return letter[..., None] & (word[..., None] == jnp.arange(words)), place
 
 
 def _windowed(x: jax.Array, taps: jax.Array) -> jax.Array:
