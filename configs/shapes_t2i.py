@@ -15,7 +15,7 @@ from lina_jax.config import default
 def get_config():
     config = default()
     config.seed = 0
-    config.steps = 2400
+    config.steps = 2800
     config.batch_size = 24
 
     config.autoencoder.update(kind="identity", stride=1, scaling_factor=1.0)

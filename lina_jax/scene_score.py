@@ -5,7 +5,7 @@ that covers it best when drawn anew with the same area in the same place. Length
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from lina_jax import shapes
 from lina_jax.errors import UserError
-from lina_jax.shapes import CATEGORIES, PALETTE, PLACES, RELATIONS, SHAPES, SIZE_BOUNDARY, Caption, Noun, Object, Scene
+from lina_jax.shapes import CATEGORIES, PALETTE, PLACES, RELATIONS, SHAPES, Caption, Noun, Object, Scene
 
 MIN_AREA = 0.01  # of the picture; less is a speck (our smallest objects cover 0.03)
 MIN_CONTRAST = 60  # in 8-bit RGB; a colour closer to the background cannot be told from it
@@ -56,7 +56,8 @@ def detect(image: np.ndarray) -> Detection:
                 # A pale object is still a whole one: what most of it reaches counts as opaque.
                 whole = np.quantile(opacity[k][part], 0.75)
                 objects.append(_recognise(np.minimum(opacity[k] / whole, 1) * _box(part), color))
-    return Detection(tuple(objects), min(distance, key=distance.get))
+    sized = tuple(replace(thing, size=shapes.size(thing.radius, len(objects))) for thing in objects)
+    return Detection(sized, min(distance, key=distance.get))
 
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
@@ -106,7 +107,7 @@ def _unit_moments(shape: str) -> tuple[float, float, float]:
 
 
 def _recognise(opacity: np.ndarray, color: str) -> Object:
-    """Return the object that `opacity` (H, H) in 0..1 resembles most."""
+    """Return the object that `opacity` (H, H) in 0..1 resembles most, its size not judged yet."""
     area, x, y = _moments(opacity)
     fits = []
     for shape in SHAPES:
@@ -116,8 +117,7 @@ def _recognise(opacity: np.ndarray, color: str) -> Object:
         drawn = _coverage(shape, *place, len(opacity))
         fits.append((np.minimum(opacity, drawn).sum() / np.maximum(opacity, drawn).sum(), shape, *map(float, place)))
     overlap, shape, x, y, radius = max(fits)
-    size = "small" if radius < SIZE_BOUNDARY else "large"
-    return Object(shape if overlap >= MIN_OVERLAP else "unknown", color, size, x, y, radius)
+    return Object(shape if overlap >= MIN_OVERLAP else "unknown", color, "", x, y, radius)
 
 
 def satisfies(shown: Detection | Scene, caption: Caption) -> bool:

@@ -38,9 +38,9 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 PALETTE = COLORS | BACKGROUNDS
-# Radius of an object alone, and of one in company; the boundary tells small from large in either case.
-SIZES = {"small": (5.6 / 32, 5 / 32), "large": (10 / 32, 6.5 / 32)}
-SIZE_BOUNDARY = 6 / 32
+# Radius of an object alone, and of one in company; and the boundaries that tell small from large.
+SIZES = {"small": (7.2 / 32, 5 / 32), "large": (10 / 32, 6.5 / 32)}
+SIZE_BOUNDARIES = (8.5 / 32, 5.7 / 32)
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 # Directions from the center of the picture, and from the second object to the first.
 PLACES = {
@@ -231,7 +231,7 @@ def compose(caption: Caption, rng: np.random.Generator) -> Scene:
     elif company:
         centers = _paired(radii, RELATIONS[caption.relation or _pick(RELATIONS, rng)], rng)
     else:
-        centers = _alone(radii[0], PLACES[caption.place] if caption.place else None, rng)
+        centers = _alone(radii[0], PLACES[caption.place or _pick(PLACES, rng)], rng)
     return Scene(
         tuple(Object(*kind, *map(float, (*center, r))) for kind, center, r in zip(kinds, centers, radii, strict=True)),
         caption.background or _pick(BACKGROUNDS, rng),
@@ -240,16 +240,21 @@ def compose(caption: Caption, rng: np.random.Generator) -> Scene:
     )
 
 
+def size(radius: float, objects: int) -> str:
+    """Return what an object of this radius is called in a picture of so many."""
+    return "small" if radius < SIZE_BOUNDARIES[objects > 1] else "large"
+
+
 def _pick(options: Collection[str], rng: np.random.Generator) -> str:
     return tuple(options)[rng.integers(len(options))]
 
 
-def _alone(radius: float, place: tuple[int, int] | None, rng: np.random.Generator) -> np.ndarray:
-    """Return the center (1, 2) of a single object, anywhere if no place is given."""
+def _alone(radius: float, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Return the center (1, 2) of a single object."""
     low, high = _MARGIN + radius, 1 - _MARGIN - radius
     # At a side means near its edge, and clear of the center however large.
     bands = {-1: (low, min(low + 0.05, 0.37)), 0: (0.48, 0.52), 1: (max(high - 0.05, 0.63), high)}
-    return np.array([[rng.uniform(*bands[step]) for step in place] if place else rng.uniform(low, high, 2)])
+    return np.array([[rng.uniform(*bands[step]) for step in place]])
 
 
 def _paired(radii: np.ndarray, direction: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

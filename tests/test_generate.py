@@ -232,7 +232,7 @@ def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
 
 
 def test_a_prompt_that_would_be_cut_is_refused(tiny_text):
-    with pytest.raises(UserError, match="prompt 'a very large red circle.*': longer than model.text_length=24 bytes"):
+    with pytest.raises(UserError, match=r"prompt 'a very large red circle.*': longer than model.text_length=24 bytes"):
         sample.requested(tiny_text(), ["a very large red circle on white"], None, [], 1)
 
 
