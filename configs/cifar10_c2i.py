@@ -4,7 +4,10 @@ Presets:  tiny   width 128, 2 + 2 + 2 blocks, batch 32, float32: about one step 
           w384   width 384, 4 + 4 + 4 blocks, batch 256, bfloat16: one accelerator
 32 x 32 pixels in patches of 2 are 256 tokens, as ImageNet 256 is in latent space. Published: learning rate rule
 (constant after warm-up), AdamW (0.9, 0.95), decay 0.02 and its groups, frozen parts, mask draw, loss repeat 4, label
-dropout 0.1, initialisation. Cost of training, by `lina_jax.flops`: 3 and 37 GFLOP an image. Expected: not measured yet.
+dropout 0.1, initialisation. Cost of training, by `lina_jax.flops`: 3 and 37 GFLOP an image.
+
+Expected: `tiny` has a training loss (means over 100 steps) of 0.80, 0.40, 0.33, 0.31, 0.30, 0.27 in its first 600 steps
+with seed 0; `w384` is not measured yet.
 
 Data:     python -m lina_jax.prepare --source=parquet --input='CIFAR/*.parquet' --out=data/cifar10 --validation=1000
 Command:  python -m lina_jax.train --config=configs/cifar10_c2i.py:tiny --workdir=runs/cifar10
