@@ -1,7 +1,7 @@
 """Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
 
-Cost: about 0.4 s a step on two CPU cores. Expected after 1000 steps, from runs of similar recipes (this one is not
-measured yet): backgrounds follow the caption, the colours and shapes of objects do not (scene score near 0).
+Cost: 0.16 s a step on two CPU cores, 8 minutes in all. Expected after 2800 steps (measured once, 40 captions of each
+category): scene score 0.83 for single objects, 0.90 for colours, 0 for counts, pairs and relations.
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
 Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes
@@ -38,14 +38,14 @@ def get_config():
     config.log.every = 20
     config.log.preview_every = 800
     config.log.preview_prompts = (
-        "a large red circle on white",
-        "a small blue square on black",
-        "a green triangle on gray",
+        "a large red circle in the center, on white",
+        "a small blue square on the left, on black",
+        "a green triangle at the bottom, on gray",
+        "a large yellow cross at the top, on black",
+        "a purple circle on white",
+        "a cyan square",
         "three yellow crosses on black",
         "a red circle above a blue square",
-        "a purple cross and a green circle",
-        "two cyan squares",
-        "a small yellow triangle left of a large purple circle",
     )
     config.log.preview_images = 8
     return config
