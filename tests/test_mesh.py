@@ -10,8 +10,8 @@ from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 
 # Relative differences, of the gradient in the Euclidean norm over all of it. Nothing but the order of sums may differ:
-# measured 2.6e-7 (class) and 5.2e-7 (text). The bounds are eight times that; a forgotten reduction makes a difference of
-# order 1.
+# measured 2.6e-7 (class) and 5.2e-7 (text). The bounds are eight times that; a forgotten reduction makes a difference
+# of order 1.
 TOLERANCE = {"class": 2e-6, "text": 4e-6}
 
 
