@@ -56,7 +56,7 @@ def detect(image: np.ndarray) -> Detection:
                 # A pale object is still a whole one: what most of it reaches counts as opaque.
                 whole = np.quantile(opacity[k][part], 0.75)
                 objects.append(_recognise(np.minimum(opacity[k] / whole, 1) * _box(part), color))
-    sized = tuple(replace(thing, size=shapes.size(thing.radius, len(objects))) for thing in objects)
+    sized = tuple(replace(thing, size=shapes.size_word(thing.radius, len(objects))) for thing in objects)
     return Detection(sized, min(distance, key=distance.get))
 
 

@@ -240,7 +240,7 @@ def compose(caption: Caption, rng: np.random.Generator) -> Scene:
     )
 
 
-def size(radius: float, objects: int) -> str:
+def size_word(radius: float, objects: int) -> str:
     """Return what an object of this radius is called in a picture of so many."""
     return "small" if radius < SIZE_BOUNDARIES[objects > 1] else "large"
 

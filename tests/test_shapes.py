@@ -90,7 +90,7 @@ def test_what_the_caption_states_is_drawn(category):
             assert noun.shape in (None, o.shape)
             assert noun.color in (None, o.color)
             assert noun.size in (None, o.size)
-            assert o.size == shapes.size(o.radius, len(s.objects))
+            assert o.size == shapes.size_word(o.radius, len(s.objects))
 
 
 @pytest.mark.parametrize("resolution", [17, 32, 128])

@@ -1,0 +1,245 @@
+"""Fixtures of the whole model: loss and gradients, sampling runs, the AdamW and EMA trajectory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from golden_case import Case, loaded, parts, tokens_of
+
+from lina_jax import generate, mesh, optim, state, torch_layout
+from lina_jax.config import Config, EmaConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
+from lina_jax.models import flow, layers
+from lina_jax.models.draws import Draws
+from lina_jax.models.lina import LINA, unconditional
+
+# Published module suffix -> what it is here.
+LINA_VARIANT = {"normalization": "division", "depthwise_conv": True}
+PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
+VARIANTS = {
+    "softmax": {"attention": "softmax", **PLAIN},
+    "linear6": {"normalization": "division", **PLAIN},
+    "linear9": {"normalization": "subtraction", **PLAIN},
+    "decouple1": {**LINA_VARIANT, "kv_gate": "none"},
+    "decouple10": {"normalization": "subtraction", "depthwise_conv": True, "kv_gate": "none"},
+    "kvscale1": {**LINA_VARIANT, "kv_gate": "head"},
+    "kvscale2": {**LINA_VARIANT, "kv_gate": "shared"},
+    "kvscale3": {**LINA_VARIANT, "kv_gate": "key"},
+    "kvscale4": {**LINA_VARIANT, "kv_gate": "value"},
+    "kvscale5": {**LINA_VARIANT, "kv_gate": "decoupled"},
+    "kvscale6": {**LINA_VARIANT, "kv_gate": "dynamic"},
+}
+
+
+def model_config(c: dict) -> ModelConfig:
+    text = "text_token_dim" in c
+    return ModelConfig(
+        condition="text" if text else "class",
+        num_classes=1000,
+        text_length=c.get("text_token_len", 256),
+        text_dim=c.get("text_token_dim", 2560),
+        latent_channels=c["image_dim"],
+        patch_size=c["patch_size"],
+        image_grid=tuple(c["image_grid"]),
+        condition_grid=tuple(c["cond_grid"]),
+        width=c["dim"],
+        heads=c["num_heads"],
+        condition_depth=c["video_depth"],
+        image_depth=c["image_depth"],
+        mlp_ratio=c["mlp_ratio"],
+        head_width=c["decoder_dim"],
+        head_depth=c["decoder_depth"],
+        rotary=c["rotary_pos_embed"],
+        dtype="float32",
+        **VARIANTS[c["variant"].removesuffix("_high_res")],
+    )
+
+
+def lina(case: Case):
+    """(config, table, graphdef, trained, frozen) of a whole-model case."""
+    config = model_config(case.config)
+    if config.condition == "class":
+        config = ModelConfig(**{**vars(config), "num_classes": case.weights["label_embed.weight"].shape[0] - 1})
+    table = list(torch_layout.entries(config))
+    graphdef, tree = loaded(lambda rngs: LINA(config, rngs=rngs), table, case.weights)
+    flat = flatten_dict(jax.tree.map(jnp.asarray, tree))
+    _, trained, _ = parts(nnx.eval_shape(lambda: LINA(config, rngs=nnx.Rngs(0))))
+    names = flatten_dict(trained).keys()
+    trained = unflatten_dict({k: v for k, v in flat.items() if k in names})
+    frozen = unflatten_dict({k: v for k, v in flat.items() if k not in names})
+    return config, table, graphdef, trained, frozen
+
+
+def condition_of(case: Case, config: ModelConfig, batch: int, prefix: str = "") -> dict[str, jax.Array]:
+    if config.condition == "class":
+        return {"label": jnp.asarray(case[f"{prefix}label_ids"])[:batch]}
+    features = np.zeros((batch, config.text_length, config.text_dim), np.float32)
+    lengths = np.zeros(batch, np.int32)
+    for i in range(batch):  # prompts of length 0 are recorded as absent
+        if f"inputs.{prefix}prompt{i}" in case:
+            prompt = case[f"{prefix}prompt{i}"]
+            features[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+    return {"text": jnp.asarray(features), "text_length": jnp.asarray(lengths)}
+
+
+def latents_of(tokens: jax.Array, config: ModelConfig) -> np.ndarray:
+    return rearrange(np.asarray(layers.unpatchify(tokens, config.image_grid, config.patch_size)), "b h w c -> b c h w")
+
+
+def draws_of(case: Case, repeat: int, prefix: str = "") -> Draws:
+    ids, mask = case[f"{prefix}prev_ids"][..., 0], case[f"{prefix}mask"][..., 0] > 0
+    return Draws(
+        drop=jnp.zeros(len(ids), bool),
+        visible_ids=jnp.asarray(ids),
+        visible=jnp.ones(ids.shape, bool),
+        mask=jnp.asarray(mask),
+        timestep=jnp.asarray(rearrange(case[f"{prefix}timestep_idx"], "(r b) n -> r b n", r=repeat)),
+        noise=jnp.asarray(rearrange(case[f"{prefix}noise"], "(r b) n c -> r b n c", r=repeat)),
+    )
+
+
+def loss_of(model: LINA, tokens, condition, draws: Draws):
+    losses = model.token_losses(tokens, condition, draws, flow.training_sigmas())
+    return jnp.sum(losses * draws.mask) / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
+
+
+def transformer(case: Case) -> None:
+    config, table, graphdef, trained, frozen = lina(case)
+    repeat, batch = case.config["loss_repeat"], case.config["batch"]
+    tokens, condition = tokens_of(case["x"], config.patch_size), condition_of(case, config, batch)
+    draws, sigmas = draws_of(case, repeat), flow.training_sigmas()
+
+    @jax.jit
+    def forward(trained, frozen):
+        model = nnx.merge(graphdef, trained, frozen)
+        c = model.encode_condition(condition)
+        return {
+            "outputs.cond_tokens": model.embed_condition(condition)[0],
+            "outputs.c": c,
+            "outputs.masked": model.mask_image(tokens, draws.mask),
+            "outputs.z": model.encode_image(tokens, draws.mask, draws.visible_ids, draws.visible, c),
+            "outputs.model_pred": rearrange(model.velocities(tokens, condition, draws, sigmas), "r b n c -> (r b) n c"),
+            "outputs.per_token_loss": rearrange(
+                model.token_losses(tokens, condition, draws, sigmas), "r b n -> (r b) n 1"
+            ),
+        }
+
+    @jax.jit
+    def loss_and_grads(trained, frozen):
+        return jax.value_and_grad(lambda t, f: loss_of(nnx.merge(graphdef, t, f), tokens, condition, draws), (0, 1))(
+            trained, frozen
+        )
+
+    for name, value in forward(trained, frozen).items():
+        if name in case:
+            case.check(name, value)
+    loss, (trained_grads, frozen_grads) = loss_and_grads(trained, frozen)
+    case.check("outputs.loss", loss[None])
+    flat = flatten_dict(trained_grads) | flatten_dict(frozen_grads)
+    grads = unflatten_dict(flat)
+    case.check_grads(table, grads)
+    named = torch_layout.to_torch(table, grads)
+    case.check("outputs.all_grad_norms", [np.linalg.norm(named[key]) for key in case.manifest["param_order"]])
+
+
+def sample(case: Case) -> None:
+    config, _, graphdef, trained, frozen = lina(case)
+    c, batch = case.config, case.config["batch"]
+    low = c["guidance_scale"] if c["min_guidance_scale"] is None else c["min_guidance_scale"]
+    plan = generate.schedule(
+        SampleConfig(
+            steps=c["num_inference_steps"],
+            euler_steps=c["num_diffusion_steps"],
+            guidance=c["guidance_scale"],
+            guidance_min=low,
+            stages=2,
+        ),
+        config.image_tokens,
+        c["shift"],
+    )
+    case.check("outputs.num_preds", plan.predicted)
+    case.check("outputs.guidance", plan.guidance)
+    model = nnx.merge(graphdef, trained, frozen)
+    condition, order = condition_of(case, config, batch), jnp.asarray(case["pred_order"][..., 0])
+    # Each token is made once: of the noise drawn at every step, only that of its own step matters.
+    noise_steps = jnp.stack([tokens_of(noise, config.patch_size) for noise in case["noise"]])
+    rank = np.argsort(order, axis=1)
+    step_of = np.searchsorted(np.cumsum(plan.predicted), rank, side="right")
+    noise = jnp.take_along_axis(noise_steps, jnp.asarray(step_of)[None, ..., None], axis=0)[0]
+    tokens = jax.jit(lambda *args: generate.decode(model, *args, plan))(condition, order, noise)
+
+    def after(step):
+        return jnp.where((rank < plan.visible[step] + plan.predicted[step])[..., None], tokens, 0.0)
+
+    case.check("outputs.x_steps", np.stack([latents_of(after(i), config) for i in range(len(plan.predicted))]))
+    case.check("outputs.latents", latents_of(tokens, config)[:, :, None])
+    if plan.guided:
+        other = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), unconditional(config, condition))
+        condition = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, other)
+    copies = 2 if plan.guided else 1
+    encoded = model.encode_condition(condition)
+    case.check("outputs.c", encoded)
+    order, all_rank = jnp.tile(order, (copies, 1)), np.tile(rank, (copies, 1))
+    for i in range(len(plan.predicted)):
+        if f"outputs.z_step{i}" not in case:
+            continue
+        count, before = plan.visible[i], jnp.tile(after(i - 1) if i else jnp.zeros_like(tokens), (copies, 1, 1))
+        visible = jnp.ones((len(order), count), bool)
+        case.check(
+            f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, order[:, :count], visible, encoded)
+        )
+
+
+def train_steps(case: Case) -> None:
+    config, table, graphdef, trained, frozen = lina(case)
+    c = case.config
+    settings = OptimConfig(
+        learning_rate=c["lr"], warmup_steps=c["warmup_steps"], warmup_factor=c["warmup_factor"], eps=c["adam_eps"],
+        weight_decay=c["weight_decay"], b1=c["betas"][0], b2=c["betas"][1],
+    )  # fmt: skip
+    ema = EmaConfig(decay=c["ema_decay"], every=c["ema_every"], warmup=False)
+    plan = _blueprint_of(config, settings)
+    for group in case.manifest["param_groups"]:
+        decayed = flatten_dict(plan.decayed)
+        for key in group["params"]:
+            path = next(e.path for e in table if e.key == key)
+            assert decayed[path] == (group["weight_decay"] > 0), key
+    assert {e.key for e in table if e.path in flatten_dict(frozen)} == set(case.manifest["frozen"])
+    probe = case.manifest["lr_probe"]
+    published = optim.learning_rate(
+        OptimConfig(learning_rate=probe["lr_max"], warmup_steps=probe["warmup_steps"]), steps=2_500_000
+    )
+    np.testing.assert_allclose([published(s) for s in probe["steps"]], probe["values"], rtol=1e-6)
+    schedule = optim.learning_rate(settings, c["steps"])
+    case.check("outputs.lrs", [schedule(s) for s in range(c["steps"])])
+
+    def objective(params, tokens, condition, draws):
+        return loss_of(nnx.merge(graphdef, params, frozen), tokens, condition, draws)
+
+    @jax.jit
+    def update(run, tokens, condition, draws):
+        loss, grads = jax.value_and_grad(objective)(run.params, tokens, condition, draws)
+        return loss, state.apply_gradients(ema, plan.optimizer, run, grads)
+
+    run, losses = state.fresh_state(trained, frozen, plan.optimizer), []
+    for s in range(c["steps"] + 1):  # the last recorded loss is that after all updates
+        prefix = f"step{s}."
+        tokens = tokens_of(case[f"{prefix}x"], config.patch_size)
+        inputs = tokens, condition_of(case, config, c["batch"], prefix), draws_of(case, c["loss_repeat"], prefix)
+        if s < c["steps"]:
+            loss, run = update(run, *inputs)
+        else:
+            loss = jax.jit(objective)(run.params, *inputs)
+        losses.append(loss)
+    case.check("outputs.losses", losses)
+    flat_frozen = flatten_dict(frozen)
+    for kind, tree in (("params", run.params), ("ema", run.ema)):
+        both = unflatten_dict(flatten_dict(tree) | flat_frozen)
+        named = torch_layout.to_torch(table, both)
+        for name in [n for n in case.left if n.startswith(f"outputs.{kind}.")]:
+            case.check(name, named[name.removeprefix(f"outputs.{kind}.")])
+
+
+def _blueprint_of(config: ModelConfig, settings: OptimConfig) -> state.Blueprint:
+    return state.blueprint(Config(model=config, optim=settings), mesh.build(MeshConfig(), jax.devices()[:1]))
