@@ -79,16 +79,16 @@ def prepare(out: str | Path, settings: Settings, max_reject_fraction: float = 0.
     parts = _parts(settings)
     total = sum(len(source) for source, _ in parts)
     rejects: collections.Counter[str] = collections.Counter()
-    label_names = parts[0][0].label_names
+    features = records.pixel_features(parts[0][0].label_names)
     with (
-        records.create(out, settings.source, label_names) as writer,
+        records.create(out, settings.source, features) as writer,
         (writer.directory / "rejects.jsonl").open("w") as reject_file,
         tqdm(total=total, unit=" images", disable=None) as progress,
     ):
         for split, source, item in _encoded(parts, settings.resolution):
             progress.update()
             if isinstance(item, Example):
-                writer.write(split, **item._asdict())
+                writer.write(split, short_caption="", **item._asdict())
                 continue
             rejects[item.reason] += 1
             reject_file.write(json.dumps({"source": source, **item._asdict()}) + "\n")
@@ -98,7 +98,7 @@ def prepare(out: str | Path, settings: Settings, max_reject_fraction: float = 0.
                     f"{rejects.total()} of {total} items rejected, more than --max_reject_fraction="
                     f"{max_reject_fraction}: {common}; last {item.key}"
                 )
-        totals = {"images": writer.counts, "rejected": dict(rejects)}
+        totals = {"images": writer.counts(), "rejected": dict(rejects)}
         if "train" not in totals["images"]:
             raise UserError(f"nothing to train on: {rejects.total()} of {total} items rejected")
         summary = {"settings": _recorded(settings), "totals": totals}

@@ -1,14 +1,19 @@
 """Data on disk: TFDS dataset directories of ArrayRecord shards, which `tfds.data_source` reads without this code.
 
-One record is `image` (PNG bytes), `caption` (text), `label` (int64, -1 = none) and `key` (text: where it came from).
+A record has `caption` and `short_caption` (text, "" = none), `label` (int64, -1 = none), `key` (text: where it came
+from) and
+* as pixels: `image` (PNG bytes);
+* as latents: `moments` (2C, H, W), the mean and log variance of the autoencoder, and `text` and `short_text` (rows, D),
+  the features of the text encoder for the real tokens of the two captions, all float16.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,94 +27,88 @@ SHARD_RECORDS = 10_000  # reading one record costs array_record a pass over the 
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default, spelt out in dataset_info.json
 
 
-def features(label_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
-    """TFDS features of a record; label names, if there are any, are saved beside the shards by TFDS itself."""
+def pixel_features(label_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+    """TFDS features of records of pixels; label names, if there are any, are saved beside the shards by TFDS itself."""
+    image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    return tfds.features.FeaturesDict({"image": image, **_said(label_names)})
+
+
+def latent_features(
+    moments: tuple[int, int, int], text_dim: int, label_names: Sequence[str] = ()
+) -> tfds.features.FeaturesDict:
+    """TFDS features of records of latents: `moments` is (2C, H, W), `text_dim` 0 where there is no text encoder."""
+
+    def half(*shape):
+        # As bytes: TFDS would otherwise keep a list of float32.
+        return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
+
+    text = {name: half(None, text_dim) for name in ("text", "short_text")} if text_dim else {}
+    return tfds.features.FeaturesDict({"moments": half(*moments), **text, **_said(label_names)})
+
+
+def _said(label_names: Sequence[str]) -> dict[str, Any]:
     label = tfds.features.ClassLabel(names=list(label_names)) if label_names else tfds.features.Scalar(np.int64)
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-            "caption": tfds.features.Text(),
-            "label": label,
-            "key": tfds.features.Text(),
-        }
-    )
+    text = tfds.features.Text
+    return {"caption": text(), "short_caption": text(), "label": label, "key": text()}
 
 
-class Writer:
-    """Appends records to the splits of one dataset in `directory`; made by `create`."""
+class Serializer:
+    """Records to bytes, the same in every process."""
 
-    def __init__(self, directory: Path, name: str, label_names: Sequence[str] = ()):
-        self.directory = directory
-        self._name = name
-        self._features = features(label_names)
-        self._serializer = ExampleSerializer(self._features.get_serialized_info())
-        self._splits: dict[str, _SplitWriter] = {}
+    def __init__(self, features: tfds.features.FeaturesDict):
+        self._features = features
+        self._serializer = ExampleSerializer(features.get_serialized_info())
 
-    def write(self, split: str, *, image: bytes, caption: str, label: int, key: str) -> None:
-        """Append one record. Raises UserError if the disk refuses it."""
-        if split not in self._splits:
-            self._splits[split] = _SplitWriter(self.directory / f"{self._name}-{split}.array_record")
-        record = {"image": image, "caption": caption, "label": label, "key": key}
-        example = self._serializer.get_tf_example(self._features.encode_example(record))
+    def __call__(self, record: Mapping[str, Any]) -> bytes:
+        example = self._serializer.get_tf_example(self._features.encode_example(dict(record)))
         # Fields are a map, which protobuf writes in another order in every process unless asked not to.
-        self._splits[split].append(example.SerializeToString(deterministic=True))
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of records of each split so far."""
-        return {name: sum(split.lengths) for name, split in self._splits.items()}
-
-    def finish(self) -> None:
-        """Close the shards and write TFDS's metadata."""
-        splits = [
-            {
-                "name": name,
-                "shardLengths": [str(length) for length in split.finish()],
-                "numBytes": str(split.total_bytes),
-                "filepathTemplate": _SHARD_TEMPLATE,
-            }
-            for name, split in self._splits.items()
-        ]
-        info = {"name": self._name, "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
-        self._features.save_config(str(self.directory))
-        (self.directory / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        return example.SerializeToString(deterministic=True)
 
 
-class _SplitWriter:
-    """The shards of one split: `STEM-00000`, ... while writing, TFDS's `STEM-00000-of-00002`, ... when finished."""
+class Shard(NamedTuple):
+    """One finished ArrayRecord file."""
+
+    path: str
+    records: int
+    bytes: int
+
+
+class Shards:
+    """Appends serialized records to files STEM-00000, STEM-00001, ... of at most SHARD_BYTES each."""
 
     def __init__(self, stem: Path):
-        self.lengths: list[int] = []
-        self.total_bytes = 0
         self._stem = stem
-        self._room = 0  # bytes left in the shard
+        self._finished: list[Shard] = []
         self._writer: ArrayRecordWriter | None = None
+        self._records = self._bytes = 0
 
     def append(self, record: bytes) -> None:
-        if not self._writer or len(record) > self._room or self.lengths[-1] == SHARD_RECORDS:
+        """Raises UserError if the disk refuses the record."""
+        if self._writer and (self._bytes + len(record) > SHARD_BYTES or self._records == SHARD_RECORDS):
             self._close()
+        if not self._writer:
             # One record per group: readers fetch records one by one, in random order.
-            self._writer = self._checked(ArrayRecordWriter, str(self._part(len(self.lengths))), "group_size:1")
-            self.lengths.append(0)
-            self._room = SHARD_BYTES
+            self._writer = self._checked(ArrayRecordWriter, self._path(), "group_size:1")
         self._checked(self._writer.write, record)
-        self._room -= len(record)
-        self.total_bytes += len(record)
-        self.lengths[-1] += 1
+        self._records += 1
+        self._bytes += len(record)
 
-    def finish(self) -> list[int]:
+    @property
+    def count(self) -> int:
+        return sum(shard.records for shard in self._finished) + self._records
+
+    def finish(self) -> list[Shard]:
         self._close()
-        count = len(self.lengths)
-        for i in range(count):
-            self._part(i).rename(f"{self._part(i)}-of-{count:05d}")
-        return self.lengths
+        return self._finished
 
-    def _part(self, i: int) -> Path:
-        return self._stem.with_name(f"{self._stem.name}-{i:05d}")
+    def _path(self) -> str:
+        return f"{self._stem}-{len(self._finished):05d}"
 
     def _close(self) -> None:
         if self._writer:
             self._checked(self._writer.close)
+            self._finished.append(Shard(self._path(), self._records, self._bytes))
+        self._writer, self._records, self._bytes = None, 0, 0
 
     def _checked(self, call, *args):
         try:
@@ -118,16 +117,64 @@ class _SplitWriter:
             raise UserError(f"cannot write {self._stem.parent}: {error}") from error
 
 
+def assemble(
+    directory: Path, name: str, features: tfds.features.FeaturesDict, splits: Mapping[str, Sequence[Shard]]
+) -> None:
+    """Make finished shards a TFDS dataset: move them to their final names in `directory` and describe them.
+
+    May be run again, and by several processes at once: a shard that is already in its place is left there.
+    """
+    described = []
+    for split, shards in splits.items():
+        for i, shard in enumerate(shards):
+            place = directory / f"{name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
+            try:
+                os.rename(shard.path, place)
+            except FileNotFoundError:
+                if not place.exists():
+                    raise
+        described.append(
+            {
+                "name": split,
+                "shardLengths": [str(shard.records) for shard in shards],
+                "numBytes": str(sum(shard.bytes for shard in shards)),
+                "filepathTemplate": _SHARD_TEMPLATE,
+            }
+        )
+    features.save_config(str(directory))
+    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": described}
+    (directory / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+class Writer:
+    """Appends records to the splits of one dataset; made by `create`."""
+
+    def __init__(self, directory: Path, features: tfds.features.FeaturesDict):
+        self.directory = directory
+        self._serialize = Serializer(features)
+        self.splits: dict[str, Shards] = {}
+
+    def write(self, split: str, **record) -> None:
+        """Append one record. Raises UserError if the disk refuses it."""
+        if split not in self.splits:
+            self.splits[split] = Shards(self.directory / split)
+        self.splits[split].append(self._serialize(record))
+
+    def counts(self) -> dict[str, int]:
+        """Number of records of each split so far."""
+        return {split: shards.count for split, shards in self.splits.items()}
+
+
 @contextlib.contextmanager
-def create(directory: str | Path, name: str, label_names: Sequence[str] = ()) -> Iterator[Writer]:
+def create(directory: str | Path, name: str, features: tfds.features.FeaturesDict) -> Iterator[Writer]:
     """Write a dataset; `directory` appears, complete, when the block ends, and not at all if it raises."""
     directory = Path(directory).expanduser().absolute()
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        writer = Writer(partial, name, label_names)
+        writer = Writer(partial, features)
         yield writer
-        writer.finish()
+        assemble(partial, name, features, {split: shards.finish() for split, shards in writer.splits.items()})
         partial.rename(directory)  # replaces an empty directory and refuses any other
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error}") from error
@@ -192,6 +239,6 @@ def _check_format(directory: Path, info: tfds.core.DatasetInfo) -> None:
             f"{directory} is stored as {info.file_format.value}; only array_record can be read at random: "
             "prepare it again with file_format='array_record'"
         )
-    absent = [name for name in features() if name not in info.features]
+    absent = [name for name in _said(()) if name not in info.features]
     if absent:
         raise UserError(f"{directory}: records have no {', '.join(absent)}; they have {', '.join(info.features)}")

@@ -23,9 +23,9 @@ def png(value, size=SIZE):
 
 def dataset(directory, **changed):
     """Write COUNT records made of their index, with `changed` fields: i3={"caption": "other"}."""
-    with records.create(directory, "tiny") as writer:
+    with records.create(directory, "tiny", records.pixel_features()) as writer:
         for i in range(COUNT):
-            record = {"image": png(i), "caption": f"nº {i}", "label": i, "key": str(i)}
+            record = {"image": png(i), "caption": f"nº {i}", "short_caption": "", "label": i, "key": str(i)}
             writer.write("train", **record | changed.get(f"i{i}", {}))
     return directory
 

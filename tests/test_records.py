@@ -18,11 +18,15 @@ def png(value: int) -> bytes:
     return data.getvalue()
 
 
+def captions(text: str) -> dict[str, str]:
+    return {"caption": text, "short_caption": ""}
+
+
 def write(directory, count=5, label_names=("cat", "dog")):
-    with records.create(directory, "tiny", label_names) as writer:
+    with records.create(directory, "tiny", records.pixel_features(label_names)) as writer:
         for i in range(count):
-            writer.write("train", image=png(i), caption=f"nº {i}", label=i % 3 - 1, key=f"file:{i}")
-        writer.write("validation", image=png(99), caption="", label=-1, key="file:last")
+            writer.write("train", image=png(i), label=i % 3 - 1, key=f"file:{i}", **captions(f"nº {i}"))
+        writer.write("validation", image=png(99), label=-1, key="file:last", **captions(""))
     return directory
 
 
@@ -50,8 +54,11 @@ def test_shards_make_one_sequence(tmp_path, monkeypatch):
 
 
 def test_nothing_appears_when_writing_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), records.create(tmp_path / "deep" / "tiny", "tiny") as writer:
-        writer.write("train", image=png(0), caption="", label=-1, key="0")
+    with (
+        pytest.raises(ZeroDivisionError),
+        records.create(tmp_path / "deep" / "tiny", "tiny", records.pixel_features()) as writer,
+    ):
+        writer.write("train", image=png(0), label=-1, key="0", **captions(""))
         _ = 1 / 0
     assert not list((tmp_path / "deep").iterdir())
 
