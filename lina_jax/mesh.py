@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 # by batch.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, in parameters
+    "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, channels of autoencoders
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
     "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate

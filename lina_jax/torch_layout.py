@@ -1,7 +1,8 @@
-"""Published PyTorch state dicts: one table of names and layouts that drives both directions (spec section 15)."""
+"""Published PyTorch state dicts: tables of names and layouts that drive both directions (spec sections 10, 11, 15)."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lina_jax.config import ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.models.attention import GATE_NAMES
+from lina_jax.models.text import PhiConfig
 from lina_jax.models.transformer import layer_runs
+from lina_jax.models.vae import VaeConfig
 
 Path = tuple[str, ...]
 Tree = dict[str, Any]
@@ -46,6 +49,8 @@ class Entry:
             return rearrange(tensor, "1 h t 1 -> t h")
         if self.layout == "depthwise":  # (D, 1, k, k)
             return rearrange(tensor, "d 1 p q -> p q d")
+        if self.layout == "convolution":  # (out, in, k, k)
+            return rearrange(tensor, "o i p q -> p q i o")
         return tensor.reshape(shape)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -61,6 +66,8 @@ class Entry:
             return rearrange(view, "t h -> 1 h t 1")
         if self.layout == "depthwise":
             return rearrange(view, "p q d -> d 1 p q")
+        if self.layout == "convolution":
+            return rearrange(view, "p q i o -> o i p q")
         if self.layout == "row":
             return view[None]
         return view.reshape(-1) if self.layout == "flat" else view
@@ -69,6 +76,13 @@ class Entry:
 def linear(key: str, path: Path, layer: int | None = None, layout: str = "linear", patch: int = 1) -> Iterator[Entry]:
     yield Entry(f"{key}.weight", (*path, "kernel"), layout, layer, patch=patch)
     yield Entry(f"{key}.bias", (*path, "bias"), "flat", layer)
+
+
+def joined(key: str, path: Path, parts: Mapping[str, slice], layer: int | None = None) -> Iterator[Entry]:
+    """Linear maps key.PART that stand side by side in one of ours."""
+    for name, where in parts.items():
+        yield Entry(f"{key}.{name}.weight", (*path, "kernel"), "linear", layer, (1, where))
+        yield Entry(f"{key}.{name}.bias", (*path, "bias"), "flat", layer, (0, where))
 
 
 def norm(key: str, path: Path, layer: int | None = None) -> Iterator[Entry]:
@@ -84,9 +98,7 @@ def mlp(key: str, path: Path, layer: int | None = None, names: tuple[str, str] =
 def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: bool, gate: str) -> Iterator[Entry]:
     """`split_q`: the subtraction variants keep q apart from k and v."""
     if split_q:
-        for theirs, where in (("q", slice(0, 1)), ("kv", slice(1, 3))):
-            yield Entry(f"{key}.{theirs}.weight", (*path, "qkv", "kernel"), "linear", layer, (1, where))
-            yield Entry(f"{key}.{theirs}.bias", (*path, "qkv", "bias"), "flat", layer, (0, where))
+        yield from joined(key, (*path, "qkv"), {"q": slice(0, 1), "kv": slice(1, 3)}, layer)
     else:
         yield from linear(f"{key}.qkv", (*path, "qkv"), layer)
     yield from linear(f"{key}.proj", (*path, "proj"), layer, "from_heads")
@@ -178,29 +190,120 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
         yield from time_embed("video_pos_embed.", ("time_embed",))
 
 
-def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray], shapes: Tree) -> Tree:
-    """Our tree of float32 arrays with the given shapes, filled from published tensors.
+def thirds(*names: str) -> dict[str, slice]:
+    """Queries, keys and values, each with a published map of its own."""
+    return {name: slice(i, i + 1) for i, name in enumerate(names)}
 
-    Raises UserError listing every missing, unexpected and misshaped tensor.
+
+def phi(config: PhiConfig) -> Iterator[Entry]:
+    """Every tensor of a PhiForCausalLM that features depend on."""
+    yield Entry("model.embed_tokens.weight", ("table",))
+    for i in range(config.num_hidden_layers):
+        key, path = f"model.layers.{i}", ("blocks",)
+        yield from norm(f"{key}.input_layernorm", (*path, "norm"), i)
+        yield from joined(f"{key}.self_attn", (*path, "qkv"), thirds("q_proj", "k_proj", "v_proj"), i)
+        yield from linear(f"{key}.self_attn.dense", (*path, "proj"), i, "from_heads")
+        yield from mlp(f"{key}.mlp", (*path, "mlp"), i)
+    yield from norm("model.final_layernorm", ("norm",))
+
+
+def convolution(key: str, path: Path) -> Iterator[Entry]:
+    yield Entry(f"{key}.weight", (*path, "kernel"), "convolution")
+    yield Entry(f"{key}.bias", (*path, "bias"))
+
+
+def residual_block(key: str, path: Path, shortcut: bool = False) -> Iterator[Entry]:
+    for i in "12":
+        yield from norm(f"{key}.norm{i}", (*path, f"norm{i}"))
+        yield from convolution(f"{key}.conv{i}", (*path, f"conv{i}"))
+    if shortcut:
+        yield from convolution(f"{key}.conv_shortcut", (*path, "shortcut"))
+
+
+def spatial_attention(key: str, path: Path) -> Iterator[Entry]:
+    yield from norm(f"{key}.group_norm", (*path, "norm"))
+    yield from joined(key, (*path, "qkv"), thirds("to_q", "to_k", "to_v"))
+    yield from linear(f"{key}.to_out.0", (*path, "proj"))
+
+
+def autoencoder(config: VaeConfig) -> Iterator[Entry]:
+    """Every tensor of a diffusers AutoencoderKL."""
+    down, depth = config.block_out_channels, config.layers_per_block
+    last = len(down) - 1
+    for half, levels, resampler, channels, blocks, attention in (
+        ("encoder", "down_blocks", "downsamplers", down, depth, config.last_level_attention),
+        ("decoder", "up_blocks", "upsamplers", down[::-1], depth + 1, False),
+    ):
+        yield from convolution(f"{half}.conv_in", (half, "conv_in"))
+        for i in range(last + 1):
+            key, path = f"{half}.{levels}.{i}", (half, "levels", f"{i}")
+            for j in range(blocks):
+                shortcut = j == 0 and channels[max(i - 1, 0)] != channels[i]
+                yield from residual_block(f"{key}.resnets.{j}", (*path, "blocks", f"{j}"), shortcut)
+                if attention and i == last:
+                    yield from spatial_attention(f"{key}.attentions.{j}", (*path, "attentions", f"{j}"))
+            if i < last:
+                yield from convolution(f"{key}.{resampler}.0.conv", (*path, "conv"))
+        yield from residual_block(f"{half}.mid_block.resnets.0", (half, "middle", "block1"))
+        yield from spatial_attention(f"{half}.mid_block.attentions.0", (half, "middle", "attention"))
+        yield from residual_block(f"{half}.mid_block.resnets.1", (half, "middle", "block2"))
+        yield from norm(f"{half}.conv_norm_out", (half, "norm"))
+        yield from convolution(f"{half}.conv_out", (half, "conv_out"))
+    yield from convolution("quant_conv", ("encoder", "moments"))
+    yield from convolution("post_quant_conv", ("decoder", "latents"))
+
+
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_name(key: str) -> str:
+    """The name in `autoencoder` of a tensor that an old checkpoint may call otherwise."""
+    *block, name, kind = key.split(".")
+    if "attentions" in block and name in OLD_ATTENTION_NAMES:
+        return ".".join([*block, OLD_ATTENTION_NAMES[name], kind])
+    return key
+
+
+def from_torch(
+    table: list[Entry],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Tree,
+    place: Callable[[Path, np.ndarray], Any] = lambda path, array: array,
+) -> Tree:
+    """Our tree of arrays with the given shapes and dtypes, filled from published tensors.
+
+    Arrays are filled one after the other, each handed to `place` as soon as it is full: tensors that are read when
+    they are asked for need the memory of one array. Raises UserError listing every missing, unexpected and misshaped
+    tensor.
     """
-    flat_shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(shapes).items()}
-    arrays = {path: np.zeros(shape, np.float32) for path, shape in flat_shapes.items()}
-    problems = [f"unexpected: {key}" for key in sorted(tensors.keys() - {e.key for e in table})]
-    unnamed = sorted(flat_shapes.keys() - {e.path for e in table})
-    problems += [f"without a published counterpart: {'/'.join(path)}" for path in unnamed]
+    leaves, sources = flatten_dict(shapes), defaultdict(list)
     for entry in table:
-        if entry.key not in tensors:
-            problems.append(f"missing: {entry.key}")
-            continue
-        tensor, expected = np.asarray(tensors[entry.key], np.float32), entry.to_torch(arrays[entry.path]).shape
-        if tensor.shape != expected:
-            problems.append(f"misshaped: {entry.key} is {tensor.shape}, the model has {expected}")
-            continue
-        target = entry.within(arrays[entry.path])
-        target[...] = entry.to_ours(tensor, target.shape)
+        sources[entry.path].append(entry)
+    problems = [f"unexpected: {key}" for key in sorted(tensors.keys() - {e.key for e in table})]
+    unnamed = sorted(leaves.keys() - sources.keys())
+    problems += [f"without a published counterpart: {'/'.join(path)}" for path in unnamed]
+    tree = {}
+    for path, entries_of_array in sources.items():
+        array = np.zeros(leaves[path].shape, leaves[path].dtype)
+        for entry in entries_of_array:
+            problems += _fill(array, entry, tensors)
+        if not problems:
+            tree[path] = place(path, array)
     if problems:
         raise UserError("weights do not fit the model:\n  " + "\n  ".join(problems))
-    return unflatten_dict(arrays)
+    return unflatten_dict(tree)
+
+
+def _fill(array: np.ndarray, entry: Entry, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Write one published tensor where it belongs; what is wrong with it."""
+    if entry.key not in tensors:
+        return [f"missing: {entry.key}"]
+    tensor, expected = np.asarray(tensors[entry.key]), entry.to_torch(array).shape
+    if tensor.shape != expected:
+        return [f"misshaped: {entry.key} is {tensor.shape}, the model has {expected}"]
+    target = entry.within(array)
+    target[...] = entry.to_ours(tensor, target.shape)
+    return []
 
 
 def to_torch(table: list[Entry], tree: Tree) -> dict[str, np.ndarray]:

@@ -112,14 +112,15 @@ def standardize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """Affine layer norm over the last axis, eps 1e-5."""
+    """Affine layer norm over the last axis."""
 
-    def __init__(self, width: int, *, kind: type[nnx.Variable] = nnx.Param):
+    def __init__(self, width: int, *, kind: type[nnx.Variable] = nnx.Param, eps: float = NORM_EPS):
         self.scale = kind(jnp.ones((width,)), axes=(None,), decay=False)
         self.bias = kind(jnp.zeros((width,)), axes=(None,), decay=False)
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return standardize(x, NORM_EPS) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return standardize(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):

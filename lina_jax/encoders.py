@@ -1,0 +1,265 @@
+"""Frozen encoders from local directories: autoencoders and text encoders as published, on any mesh.
+
+Each is a pair: a static description, hashable and usable inside `jax.jit`, and a tree of parameters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from lina_jax import mesh as mesh_lib
+from lina_jax import torch_layout
+from lina_jax.errors import UserError
+from lina_jax.models import vae
+from lina_jax.models.text import Phi, PhiConfig
+from lina_jax.models.vae import AutoencoderKL, VaeConfig
+from lina_jax.torch_files import Tensors, open_tensors, read_json
+
+Tree = dict[str, Any]
+
+# Of published autoencoders whose config.json does not say.
+MAR_SCALING, SDXL_SCALING = 0.2325, 0.13025
+
+# What our modules compute, where a config.json may ask for something else.
+VAE_FIXED = {
+    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
+    "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
+}  # fmt: skip
+PHI_FIXED = {
+    "model_type": "phi", "hidden_act": "gelu_new", "qk_layernorm": False, "rope_scaling": None, "rope_type": "default",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """A KL autoencoder without its parameters."""
+
+    config: VaeConfig
+    graphdef: nnx.GraphDef
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along each axis."""
+        return self.config.stride
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    def encode(self, params: Tree, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3) in [-1, 1] -> moments (B, h, w, 2C) float32 of unscaled latents."""
+        return nnx.merge(self.graphdef, params).encode(images)
+
+    def latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
+        """Scaled latents (.., C) float32 drawn from moments (.., 2C) with standard normal noise (.., C)."""
+        return vae.scale(self.config, vae.draw_latents(moments, noise))
+
+    def decode(self, params: Tree, latents: jax.Array) -> jax.Array:
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3) float32, near [-1, 1]."""
+        return nnx.merge(self.graphdef, params).decode(vae.unscale(self.config, latents))
+
+    def decode_tiled(self, params: Tree, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
+        """Nearly `decode`, in the memory of tile x tile latents; see AutoencoderKL.decode_tiled."""
+        return nnx.merge(self.graphdef, params).decode_tiled(vae.unscale(self.config, latents), tile, overlap)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder and its tokenizer, without parameters."""
+
+    config: PhiConfig
+    graphdef: nnx.GraphDef
+    length: int  # tokens of a caption; longer ones are cut
+    tokenizer: Tokenizer = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def dim(self) -> int:
+        return self.config.hidden_size
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Captions -> ids (B, L) int32, zeros after the end, and lengths (B,) int32; nothing is added, "" is 0 long."""
+        ids = np.zeros((len(captions), self.length), np.int32)
+        lengths = np.zeros(len(captions), np.int32)
+        for i, encoding in enumerate(self.tokenizer.encode_batch(list(captions), add_special_tokens=False)):
+            lengths[i] = len(encoding.ids)
+            ids[i, : lengths[i]] = encoding.ids
+        return ids, lengths
+
+    def features(self, params: Tree, ids: jax.Array) -> jax.Array:
+        """ids (B, L) -> the last hidden state (B, L, D) float32; rows past a caption's length mean nothing."""
+        return nnx.merge(self.graphdef, params)(ids)
+
+
+def load_autoencoder(
+    directory: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16"
+) -> tuple[Autoencoder, Tree]:
+    """A diffusers AutoencoderKL: config.json and safetensors. Raises UserError naming what is wrong and where.
+
+    Parameters are held in `dtype`, norms in float32. Where config.json has no scaling_factor, the public one is used.
+    """
+    directory = _existing(directory, "a diffusers AutoencoderKL directory")
+    raw, tensors = read_json(directory / "config.json"), open_tensors(directory)
+    tensors = tensors.renamed(torch_layout.current_name)
+    config = _vae_config(directory / "config.json", raw, tensors)
+    module = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+    graphdef, params = _load(directory, module, list(torch_layout.autoencoder(config)), tensors, mesh, dtype)
+    return Autoencoder(config, graphdef), params
+
+
+def load_text_encoder(
+    directory: str | Path,
+    *,
+    length: int = 256,
+    tokenizer: str | Path | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+) -> tuple[TextEncoder, Tree]:
+    """A Hugging Face PhiForCausalLM: config.json and safetensors. Raises UserError naming what is wrong and where.
+
+    `tokenizer` is a tokenizer.json; by default the one in the directory, or in `tokenizer/` beside it. Parameters are
+    held in `dtype`, norms in float32.
+    """
+    directory = _existing(directory, "a Hugging Face PhiForCausalLM directory")
+    config = _phi_config(directory / "config.json", read_json(directory / "config.json"))
+    words = _tokenizer(directory, tokenizer, length, config.vocab_size)
+    tensors = open_tensors(directory).renamed(lambda name: None if name.startswith("lm_head.") else name)
+    module = nnx.eval_shape(lambda: Phi(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+    graphdef, params = _load(directory, module, list(torch_layout.phi(config)), tensors, mesh, dtype)
+    return TextEncoder(config, graphdef, length, words), params
+
+
+def _existing(directory: str | Path, expected: str) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected {expected}")
+    return directory
+
+
+def _load(
+    directory: Path,
+    module: nnx.Module,
+    table: list[torch_layout.Entry],
+    tensors: Tensors,
+    mesh: Mesh | None,
+    dtype: str,
+) -> tuple[nnx.GraphDef, Tree]:
+    """The graph of an abstract module and its parameters, each made where it will live as soon as it is read."""
+    graphdef, state = nnx.split(module)
+    variables = dict(nnx.to_flat_state(state))
+
+    def shape(path, variable):
+        norm = any(name.startswith("norm") for name in path)
+        return jax.ShapeDtypeStruct(variable.get_value().shape, jnp.float32 if norm else jnp.dtype(dtype))
+
+    def place(path, array):
+        if mesh is None:
+            return jnp.asarray(array)
+        sharding = mesh_lib.sharding(mesh, *_cuttable(mesh, array.shape, variables[path].get_metadata("axes")))
+        return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
+
+    shapes = unflatten_dict({path: shape(path, variable) for path, variable in variables.items()})
+    try:
+        return graphdef, torch_layout.from_torch(table, tensors, shapes, place)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+
+
+def _cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Logical names of all axes; None where the mesh does not divide an axis: a frozen encoder does not choose it."""
+    names = (None,) * (len(shape) - len(names)) + tuple(names)  # stacked layers add a leading axis, never cut
+
+    def parts(name):
+        return math.prod(mesh.shape[axis] for axis in mesh_lib.RULES[name])
+
+    return tuple(name if name and size % parts(name) == 0 else None for name, size in zip(names, shape, strict=True))
+
+
+def _vae_config(path: Path, raw: Mapping[str, Any], tensors: Tensors) -> VaeConfig:
+    _refuse_others(path, raw, VAE_FIXED)
+    channels = raw.get("block_out_channels")
+    if not (
+        isinstance(channels, list)
+        and channels
+        and all(isinstance(c, int) and c > 0 and c % vae.GROUPS == 0 for c in channels)
+    ):
+        raise UserError(f"{path}: block_out_channels={channels!r} is not a list of multiples of {vae.GROUPS}")
+    mar = any(name.startswith(f"encoder.down_blocks.{len(channels) - 1}.attentions.") for name in tensors)
+    if raw.get("scaling_factor") is None:
+        raw = {**raw, "scaling_factor": MAR_SCALING if mar else SDXL_SCALING}
+    return VaeConfig(
+        block_out_channels=tuple(channels),
+        layers_per_block=_positive(path, raw, "layers_per_block", int),
+        latent_channels=_positive(path, raw, "latent_channels", int),
+        scaling_factor=_positive(path, raw, "scaling_factor", float),
+        shift_factor=_number(path, {"shift_factor": raw.get("shift_factor") or 0.0}, "shift_factor", float),
+        last_level_attention=mar,
+    )
+
+
+def _phi_config(path: Path, raw: Mapping[str, Any]) -> PhiConfig:
+    rope = raw.get("rope_parameters")  # where newer files keep what concerns rotation
+    raw = {**raw, **rope} if isinstance(rope, dict) else raw
+    _refuse_others(path, raw, PHI_FIXED)
+    config = PhiConfig(
+        **{field.name: _positive(path, raw, field.name, field.type) for field in dataclasses.fields(PhiConfig)}
+    )
+    heads = config.num_attention_heads
+    if raw.get("num_key_value_heads") not in (None, heads):
+        raise UserError(f"{path}: num_key_value_heads={raw['num_key_value_heads']} is not num_attention_heads={heads}")
+    if config.hidden_size % heads:
+        raise UserError(f"{path}: hidden_size={config.hidden_size} is not divisible by num_attention_heads={heads}")
+    width = config.rotary_width
+    if width % 2 or not 0 < width <= config.head_width:
+        given = f"partial_rotary_factor={config.partial_rotary_factor}"
+        raise UserError(f"{path}: {given} rotates {width} of {config.head_width} channels; it must be an even number")
+    return config
+
+
+def _refuse_others(path: Path, raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for name, supported in fixed.items():
+        if raw.get(name, supported) != supported:
+            raise UserError(f"{path}: {name}={raw[name]!r} is not supported, only {supported!r}")
+
+
+def _number(path: Path, raw: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = raw.get(name)
+    allowed = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
+        raise UserError(f"{path}: {name}={value!r} is not a number of type {kind.__name__}")
+    return kind(value)
+
+
+def _positive(path: Path, raw: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = _number(path, raw, name, kind)
+    if value <= 0:
+        raise UserError(f"{path}: {name}={value} is not positive")
+    return value
+
+
+def _tokenizer(directory: Path, given: str | Path | None, length: int, vocabulary: int) -> Tokenizer:
+    places = (
+        [Path(given)] if given else [directory / "tokenizer.json", directory.parent / "tokenizer" / "tokenizer.json"]
+    )
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise UserError(f"no tokenizer: expected {' or '.join(map(str, places))}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: not a tokenizer of the tokenizers library ({error})") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocabulary:
+        raise UserError(f"{path}: token {largest} is beyond vocab_size={vocabulary} of {directory / 'config.json'}")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return tokenizer
