@@ -77,12 +77,22 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on cached moments (spec section 10)."""
+    """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on latents (spec section 10)."""
 
     kind: str = "mar"  # identity | mar | sdxl
+    path: str = ""  # its diffusers directory: to draw pictures, and to train from pixels; cached latents need none
     stride: int = 16
     scaling_factor: float = 0.2325
     shift_factor: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """The frozen text encoder, where model.text_encoder is features (spec section 11)."""
+
+    path: str = (
+        ""  # its Hugging Face directory: to draw from prompts, and to train from captions; not for cached features
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +212,7 @@ class Config:
     batch_size: int = 2_048  # global, in images
     model: ModelConfig = ModelConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -217,7 +228,8 @@ class Config:
 # order.
 FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
-    "data.validation_split", "model.remat", "model.scan_layers", "optim.max_skipped",
+    "data.validation_split", "autoencoder.path", "text_encoder.path", "model.remat",
+    "model.scan_layers", "optim.max_skipped",
 )  # fmt: skip
 
 CHOICES = {

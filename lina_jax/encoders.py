@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from lina_jax import mesh as mesh_lib
 from lina_jax import torch_layout
+from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.models import vae
 from lina_jax.models.text import Phi, PhiConfig
@@ -73,6 +74,14 @@ class Autoencoder:
         return nnx.merge(self.graphdef, params).decode_tiled(vae.unscale(self.config, latents), tile, overlap)
 
 
+class Tokens(NamedTuple):
+    """Captions as a text encoder reads them."""
+
+    ids: np.ndarray  # (B, L) int32, zeros after the end
+    lengths: np.ndarray  # (B,) int32
+    cut: np.ndarray  # (B,) bool, the caption was longer
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
     """A text encoder and its tokenizer, without parameters."""
@@ -86,18 +95,67 @@ class TextEncoder:
     def dim(self) -> int:
         return self.config.hidden_size
 
-    def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Captions -> ids (B, L) int32, zeros after the end, and lengths (B,) int32; nothing is added, "" is 0 long."""
-        ids = np.zeros((len(captions), self.length), np.int32)
-        lengths = np.zeros(len(captions), np.int32)
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Nothing is added to the words; "" is 0 long."""
+        tokens = Tokens(
+            np.zeros((len(captions), self.length), np.int32),
+            np.zeros(len(captions), np.int32),
+            np.zeros(len(captions), bool),
+        )
         for i, encoding in enumerate(self.tokenizer.encode_batch(list(captions), add_special_tokens=False)):
-            lengths[i] = len(encoding.ids)
-            ids[i, : lengths[i]] = encoding.ids
-        return ids, lengths
+            tokens.lengths[i] = len(encoding.ids)
+            tokens.ids[i, : len(encoding.ids)] = encoding.ids
+            tokens.cut[i] = bool(encoding.overflowing)
+        return tokens
 
     def features(self, params: Tree, ids: jax.Array) -> jax.Array:
         """ids (B, L) -> the last hidden state (B, L, D) float32; rows past a caption's length mean nothing."""
         return nnx.merge(self.graphdef, params)(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders that a run uses itself, with their parameters; None where it has pixels or a cache.
+
+    Methods take the parameters apart, so that compiled programs receive them as arguments.
+    """
+
+    autoencoder: Autoencoder | None = None
+    text: TextEncoder | None = None
+    weights: Tree = dataclasses.field(default_factory=dict, repr=False)
+
+    def moments(self, weights: Tree, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3) in [-1, 1] -> moments; without an autoencoder the images themselves."""
+        return self.autoencoder.encode(weights["autoencoder"], images) if self.autoencoder else images
+
+    def pixels(self, weights: Tree, latents: jax.Array) -> jax.Array:
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3) near [-1, 1]; without an autoencoder they are images."""
+        return self.autoencoder.decode(weights["autoencoder"], latents) if self.autoencoder else latents
+
+
+def load_encoders(config: Config, mesh: Mesh) -> Encoders:
+    """Those whose directory the config names. Raises UserError where they cannot be loaded or do not fit the config."""
+    ours, weights, autoencoder, text = config.autoencoder, {}, None, None
+    if ours.path and ours.kind != "identity":
+        autoencoder, weights["autoencoder"] = load_autoencoder(ours.path, mesh=mesh, dtype=config.model.dtype)
+        theirs = autoencoder.config
+        for name, wanted, there in (
+            ("autoencoder.stride", ours.stride, theirs.stride),
+            ("model.latent_channels", config.model.latent_channels, theirs.latent_channels),
+            ("autoencoder.scaling_factor", ours.scaling_factor, theirs.scaling_factor),
+            ("autoencoder.shift_factor", ours.shift_factor, theirs.shift_factor),
+        ):
+            if wanted != there:
+                raise UserError(f"{name}={wanted}: the autoencoder in {ours.path} has {there}")
+    if config.text_encoder.path and config.model.text_encoder == "features" and config.model.condition == "text":
+        text, weights["text"] = load_text_encoder(
+            config.text_encoder.path, length=config.model.text_length, mesh=mesh, dtype=config.model.dtype
+        )
+        if text.dim != config.model.text_dim:
+            raise UserError(
+                f"model.text_dim={config.model.text_dim}: the encoder in {config.text_encoder.path} has {text.dim}"
+            )
+    return Encoders(autoencoder, text, weights)
 
 
 def load_autoencoder(

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lina_jax.config import Config, ModelConfig, SampleConfig
+from lina_jax.config import ModelConfig, SampleConfig
 from lina_jax.mesh import constrain
-from lina_jax.models import flow
+from lina_jax.models import flow, vae
 from lina_jax.models.layers import unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Tree
@@ -114,22 +114,28 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
     return jax.vmap(one)(images)
 
 
-def to_pixels(tokens: jax.Array, config: Config) -> jax.Array:
-    """Tokens (B, N, p*p*3) of an identity autoencoder -> uint8 images (B, H, W, 3): scaled, clamped, truncated."""
-    pixels = unpatchify(tokens.astype(jnp.float32), config.model.image_grid, config.model.patch_size)
-    return jnp.clip(pixels * 127.5 + 127.5, 0, 255).astype(jnp.uint8)
+def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
+    """Tokens (B, N, p*p*C) -> uint8 images (B, H, W, 3): decoded, scaled, clamped, truncated."""
+    model = plan.config.model
+    latents = unpatchify(tokens.astype(jnp.float32), model.image_grid, model.patch_size)
+    return vae.to_uint8(plan.encoders.pixels(weights, latents))
 
 
 def make_sampler(
     plan: Blueprint, sample: SampleConfig
 ) -> Callable[[Tree, Tree, Condition, jax.Array, jax.Array], jax.Array]:
-    """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3)."""
+    """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3).
+
+    The condition is as in a training batch: with the frozen text encoder in the plan, `text` may be token ids.
+    """
     config = plan.config
     steps = schedule(sample, config.model.image_tokens, config.loss.shift)
 
-    def program(params, frozen, condition, images, seed):
+    def program(params, frozen, condition, images, seed, weights):
         order, noise = image_draws(seed, images, config.model)
         order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
-        return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), config)
+        condition = plan.condition(weights, condition)
+        return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), plan, weights)
 
-    return plan.jit(program)
+    compiled = plan.jit(program)
+    return lambda *args: compiled(*args, plan.encoders.weights)

@@ -2,35 +2,49 @@
 
 python -m lina_jax.prepare --source=shapes --out=DIR --resolution=32 --train=20000 --validation=500
 python -m lina_jax.prepare --source=parquet --input='RAW/*.parquet' --out=DIR --resolution=32 --validation=1000
+python -m lina_jax.prepare --source=webdataset --input='gs://BUCKET/*.tar' --out=DIR --resolution=256 \
+    --autoencoder=VAE --text_encoder=PHI --process_index=$I --process_count=$N
 
 `out` becomes a TFDS dataset directory (see `records.py`) with two files more: `prepare.json` (settings and totals) and
-`rejects.jsonl` (one line per item left out). The validation split of a parquet collection is `validation` rows drawn
-without replacement, a pure function of (number of rows, seed); rejects among them make it smaller.
+`rejects.jsonl` (one line per item left out). With --autoencoder the records are latents, otherwise pixels. Any number
+of processes share the work; each owns every N-th unit (see `units.py`), and the last to finish assembles the dataset.
+Killed at any moment and started again, it goes on. The `validation` images are drawn evenly over the collection by
+`seed`; rejects among them make them fewer.
 """
 
 import collections
 import dataclasses
-import io
-import itertools
 import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import tensorflow_datasets as tfds
 from absl import flags
-from PIL import Image
 from tqdm import tqdm
 
-from lina_jax import errors, records, shapes
+from lina_jax import errors, pictures, records, shapes, units
 from lina_jax.errors import UserError
-from lina_jax.sources import Example, ParquetSource, Reject, ShapesSource, Source
+from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
+from lina_jax.sources.base import Example, Fields, Reject, Source
+from lina_jax.sources.folder import FolderSource
+from lina_jax.sources.parquet import ParquetSource
+from lina_jax.sources.scenes import ShapesSource
+from lina_jax.sources.tfds import TfdsSource
+from lina_jax.sources.webdataset import WebDatasetSource
 
-_BATCH = 256  # items in flight
+READERS = {
+    "parquet": (ParquetSource, Fields("image", "text", "", "label")),
+    "webdataset": (WebDatasetSource, Fields("", "txt", "", "")),
+    "folder": (FolderSource, Fields("", "", "", "")),
+    "tfds": (TfdsSource, Fields("image", "", "", "label")),
+}
+_PREVIEWED = 36
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -39,90 +53,119 @@ def _flag(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides the content of a dataset; each field is a flag."""
+    """All that decides the content of a dataset; each field is a flag. None: as is usual in that kind of collection."""
 
-    source: str = _flag("shapes", "kind of collection: shapes | parquet")
+    source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(READERS)}")
     resolution: int = _flag(32, "side of the stored images, in pixels")
     validation: int = _flag(500, "images in the validation split")
-    seed: int = _flag(0, "chooses the scenes of shapes, the validation rows of parquet")
+    seed: int = _flag(0, "chooses the scenes of shapes, the validation images of others")
     train: int = _flag(20_000, "shapes: images in the train split")
-    input: str = _flag("", "parquet: files, as a path or a quoted glob")
-    image_column: str = _flag("image", "parquet: column of encoded images")
-    caption_column: str = _flag("text", "parquet: column of captions; empty = there are none")
-    label_column: str = _flag("label", "parquet: column of class indices; empty = there are none")
+    input: str = _flag(
+        "", "files as a path, a quoted glob or a URL with one; folder, tfds: a directory (tfds: DIR:SPLIT)"
+    )
+    image_column: str | None = _flag(None, "parquet, tfds: column of encoded images")
+    caption_column: str | None = _flag(None, "column of captions (webdataset: txt, json.FIELD); empty = there are none")
+    short_caption_column: str | None = _flag(None, "column of second, short captions; empty = there are none")
+    label_column: str | None = _flag(None, "column of class indices (webdataset: cls); empty = there are none")
+    min_size: int = _flag(1, "reject images with a side of fewer pixels")
+    max_caption_bytes: int = _flag(8_000, "reject longer captions")
+    quality: int = _flag(0, "pixels: 0 = PNG, 1 to 100 = JPEG of this quality")
+    shard_mb: int = _flag(256, "aimed size of a shard in MiB, and of the work that a killed process may lose")
+    autoencoder: str = _flag("", "directory of a KL autoencoder: store latents")
+    text_encoder: str = _flag("", "latents: directory of a Phi text encoder; empty = classes only")
+    dtype: str = _flag("bfloat16", "latents: computations of the encoders, bfloat16 | float32")
+    batch_size: int = _flag(32, "latents: images encoded at once")
 
     def __post_init__(self):
-        of_source = {"shapes": ("train",), "parquet": ("input", "image_column", "caption_column", "label_column")}
-        if self.source not in of_source:
-            raise UserError(f"--source={self.source!r} is unknown, expected one of {', '.join(of_source)}")
-        for kind, names in of_source.items():
-            for name in names:
-                if kind != self.source and getattr(self, name) != getattr(type(self), name):
-                    raise UserError(f"--{name}={getattr(self, name)!r} does not apply to --source={self.source}")
-        if self.source == "parquet" and not (self.input and self.image_column):
-            raise UserError("--source=parquet needs --input='DIR/*.parquet' and an --image_column")
-        for name, least in {"resolution": 1, "validation": 0, "seed": 0, "train": 1}.items():
+        if self.source != "shapes" and self.source not in READERS:
+            raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(READERS)}")
+        columns = tuple(f"{name}_column" for name in Fields._fields)
+        for name in ("input", *columns) if self.source == "shapes" else ("train",):
+            self._refuse(name, f"--source={self.source}")
+        for name in () if self.autoencoder else ("text_encoder", "dtype", "batch_size"):
+            self._refuse(name, "pixels: it needs --autoencoder")
+        if self.autoencoder:
+            self._refuse("quality", "latents")
+        if self.source != "shapes" and not self.input:
+            raise UserError(
+                f"--source={self.source} needs --input: {type(self).__dataclass_fields__['input'].metadata['help']}"
+            )
+        if self.source in READERS:  # dataclasses that are frozen are still filled in this way
+            for name, usual in zip(columns, READERS[self.source][1], strict=True):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, usual)
+        for name, least in (
+            {"validation": 0, "seed": 0, "quality": 0} | dict.fromkeys(("resolution", "train", "shard_mb"), 1)
+            | dict.fromkeys(("min_size", "max_caption_bytes", "batch_size"), 1)
+        ).items():  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)}, expected at least {least}")
+        if self.quality > 100:
+            raise UserError(f"--quality={self.quality}, expected 0 (PNG) or 1 to 100 (JPEG)")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise UserError(f"--dtype={self.dtype!r}, expected bfloat16 or float32")
+
+    def _refuse(self, name: str, where: str) -> None:
+        if getattr(self, name) != getattr(type(self), name):
+            raise UserError(f"--{name}={getattr(self, name)!r} does not apply to {where}")
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(*(getattr(self, f"{name}_column") for name in Fields._fields))
+
+    def recorded(self) -> dict[str, Any]:
+        """What a dataset is known by: its settings and, of rendered scenes, what the code makes of them."""
+        scenes = {"scenes": shapes.fingerprint()} if self.source == "shapes" else {}
+        return dataclasses.asdict(self) | scenes
 
 
-def prepare(out: str | Path, settings: Settings, max_reject_fraction: float = 0.05) -> dict[str, Any]:
-    """Write the dataset `out` and return its totals: images per split, rejects per reason.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """This process's part of the units: every `count`-th from `index` on."""
 
-    A finished dataset of the same settings is left as it is. Raises UserError if `out` holds anything else, or if more
-    than the given share of the items is rejected; nothing is left behind then.
+    index: int = 0
+    count: int = 1
+
+
+def prepare(
+    out: str | Path,
+    settings: Settings,
+    max_reject_fraction: float = 0.05,
+    share: Share = Share(),
+) -> dict[str, Any] | None:
+    """Make this process's units of the dataset `out`, and the dataset itself if no unit is missing then.
+
+    Returns the totals: images per split, rejects per reason; None while units of other processes are missing. A
+    finished dataset of the same settings is left as it is. Raises UserError if `out` holds anything else, or if more
+    than the given share of the items is rejected; `out` does not appear then, but finished units are kept for a retry.
     """
-    out = Path(out).expanduser()
-    if done := _finished(out, settings):
+    out = Path(out).expanduser().absolute()
+    if done := finished(out, settings):
         print(f"{out} is already prepared with these settings")
         return done
-    parts = _parts(settings)
-    total = sum(len(source) for source, _ in parts)
-    rejects: collections.Counter[str] = collections.Counter()
-    features = records.pixel_features(parts[0][0].label_names)
-    with (
-        records.create(out, settings.source, features) as writer,
-        (writer.directory / "rejects.jsonl").open("w") as reject_file,
-        tqdm(total=total, unit=" images", disable=None) as progress,
-    ):
-        for split, source, item in _encoded(parts, settings.resolution):
-            progress.update()
-            if isinstance(item, Example):
-                writer.write(split, short_caption="", **item._asdict())
-                continue
-            rejects[item.reason] += 1
-            reject_file.write(json.dumps({"source": source, **item._asdict()}) + "\n")
-            if rejects.total() > max_reject_fraction * total:
-                common = "; ".join(f"{reason} ({count})" for reason, count in rejects.most_common(3))
-                raise UserError(
-                    f"{rejects.total()} of {total} items rejected, more than --max_reject_fraction="
-                    f"{max_reject_fraction}: {common}; last {item.key}"
-                )
-        totals = {"images": writer.counts(), "rejected": dict(rejects)}
-        if "train" not in totals["images"]:
-            raise UserError(f"nothing to train on: {rejects.total()} of {total} items rejected")
-        summary = {"settings": _recorded(settings), "totals": totals}
-        (writer.directory / "prepare.json").write_text(json.dumps(summary, indent=2) + "\n")
+    recorder = _recorder(settings)
+    source = open_source(settings, recorder)
+    try:
+        work = units.WorkDirectory(out, settings.recorded())
+        _make_units(work, source, recorder, settings, max_reject_fraction, share)
+        receipts = [work.receipt(number) for number in range(len(source.units))]
+        if missing := receipts.count(None):
+            print(f"this process is done; {missing} of {len(receipts)} units are left to others")
+            return None
+        totals = _totals(receipts)
+        _check_rejects(totals["rejected"], sum(receipt.items for receipt in receipts), max_reject_fraction, work.path)
+        if not totals["images"].get("train"):
+            raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
+        summary = {"settings": settings.recorded(), "totals": totals}
+        work.assemble(len(receipts), settings.source, recorder.features(source.label_names), summary)
+    except OSError as error:
+        if done := finished(out, settings):  # another process was faster
+            return done
+        raise UserError(f"cannot write {out}: {error}") from error
     return totals
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Scale the shorter side to `resolution` and crop the center, as in ADM (Dhariwal and Nichol 2021)."""
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def _recorded(settings: Settings) -> dict[str, Any]:
-    """What a dataset is known by: its settings and, of rendered scenes, what the code makes of them."""
-    scenes = {"scenes": shapes.fingerprint()} if settings.source == "shapes" else {}
-    return dataclasses.asdict(settings) | scenes
-
-
-def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
+def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
     """Totals of the dataset in `out`, None if there is nothing yet."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -131,56 +174,143 @@ def _finished(out: Path, settings: Settings) -> dict[str, Any] | None:
             f"--out={out} exists and is not a dataset made by lina_jax.prepare: choose another or remove it"
         )
     summary = json.loads((out / "prepare.json").read_text())
-    there, wanted = summary["settings"], _recorded(settings)
-    differences = [
-        f"{name}={there.get(name)!r}, asked {wanted[name]!r}" for name in wanted if there.get(name) != wanted[name]
-    ]
-    if differences:
-        raise UserError(f"--out={out} holds a dataset with other settings: {'; '.join(differences)}")
+    units.compare(summary["settings"], settings.recorded(), f"--out={out} holds a dataset with other settings")
+    units.clean(out)
     return summary["totals"]
 
 
-def _parts(settings: Settings) -> list[tuple[Source, Callable[[int], str]]]:
-    """The sources to read, each with the function from an item's position to its split."""
+def open_source(settings: Settings, recorder: Recorder) -> Source:
+    """The collection, cut into units of about a shard."""
+    items = max(1, min(records.SHARD_RECORDS, settings.shard_mb * 2**20 // recorder.record_bytes))
     if settings.source == "shapes":
-        counts = {"train": settings.train, "validation": settings.validation}
-        return [
-            (ShapesSource(split, count, settings.resolution, settings.seed), lambda _, split=split: split)
-            for split, count in counts.items()
-        ]
-    columns = settings.image_column, settings.caption_column, settings.label_column
-    source = ParquetSource(settings.input, *columns)
-    if settings.validation >= len(source):
-        raise UserError(f"--validation={settings.validation} leaves nothing of the {len(source)} rows to train on")
-    chosen = set(random.Random(settings.seed).sample(range(len(source)), settings.validation))
-    return [(source, lambda row: "validation" if row in chosen else "train")]
+        return ShapesSource(settings.train, settings.validation, settings.resolution, settings.seed, items)
+    reader, _ = READERS[settings.source]
+    source = reader(settings.input, settings.fields, items)
+    counts = [unit.count for unit in source.units]
+    if None not in counts and settings.validation >= sum(counts):
+        raise UserError(f"--validation={settings.validation} leaves nothing of the {sum(counts)} items to train on")
+    return source
 
 
-def _encoded(
-    parts: Sequence[tuple[Source, Callable[[int], str]]], resolution: int
-) -> Iterator[tuple[str, str, Example | Reject]]:
-    """Yield (split, name of the source, item) in order, the images as PNG of the final size."""
-    # Threads are enough: Pillow decodes and scales without the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for source, split_of in parts:
-            items = enumerate(source)
-            while batch := list(itertools.islice(items, _BATCH)):
-                done = pool.map(lambda pair: _encode(pair[1], resolution), batch)
-                for (position, _), item in zip(batch, done, strict=True):
-                    yield split_of(position), source.name, item
+def validation_items(source: Source, number: int, count: int, settings: Settings) -> set[int]:
+    """Which items of a unit are for validation: its share of --validation, by its share of the collection.
+
+    Where sizes are not known before reading, units count alike.
+    """
+    sizes = [unit.count for unit in source.units]
+    if None in sizes:
+        sizes = [1] * len(sizes)
+    before, after, total = sum(sizes[:number]), sum(sizes[: number + 1]), sum(sizes)
+    share = settings.validation * after // total - settings.validation * before // total
+    return set(random.Random(f"{settings.seed}/{number}").sample(range(count), min(share, count)))
 
 
-def _encode(item: Example | Reject, resolution: int) -> Example | Reject:
-    if isinstance(item, Reject):
-        return item
-    try:
-        raw = Image.fromarray(item.image) if isinstance(item.image, np.ndarray) else Image.open(io.BytesIO(item.image))
-        image = resize_and_crop(raw.convert("RGB"), resolution)
-    except Exception as error:  # Pillow raises nearly anything on corrupt bytes
-        return Reject(item.key, f"undecodable image: {type(error).__name__}")
-    png = io.BytesIO()
-    image.save(png, "PNG", compress_level=1)  # the default takes 15 % longer for 2 % less, at 256 px
-    return item._replace(image=png.getvalue())
+def _recorder(settings: Settings) -> Recorder:
+    if not settings.autoencoder:
+        return PixelRecorder(settings.resolution, settings.quality)
+    return LatentRecorder(
+        settings.autoencoder, settings.text_encoder, settings.resolution, settings.batch_size, settings.dtype
+    )
+
+
+def _make_units(
+    work: units.WorkDirectory,
+    source: Source,
+    recorder: Recorder,
+    settings: Settings,
+    max_reject_fraction: float,
+    share: Share,
+) -> None:
+    """Make this process's units that are not finished."""
+    mine = range(share.index, len(source.units), share.count)
+    serialize = records.Serializer(recorder.features(source.label_names))
+    rejected: collections.Counter[str] = collections.Counter()
+    seen = 0
+    with tqdm(total=_expected(source, mine, {}), unit=" images", disable=None) as progress:
+        sizes: dict[int, int] = {}
+
+        def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
+            nonlocal seen
+            unit = source.units[number]
+            chosen = set() if unit.split else validation_items(source, number, count, settings)
+            done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
+            for position, item in enumerate(done):
+                seen += 1
+                progress.update()
+                if isinstance(item, Reject):
+                    rejected[item.reason] += 1
+                    # Judged against all that this process will see, so that a bad beginning alone ends nothing.
+                    _check_rejects(rejected, max(seen, progress.total), max_reject_fraction, work.path)
+                yield unit.split or ("validation" if position in chosen else "train"), item
+
+        for number in mine:
+            if receipt := work.receipt(number):
+                sizes[number] = receipt.items
+                rejected.update(receipt.rejected)
+                seen += receipt.items
+                progress.update(receipt.items)
+                continue
+            with source.open(source.units[number]) as (count, items):
+                sizes[number] = count
+                progress.total = _expected(source, mine, sizes)
+                recorder.truncated = 0
+                done = made(number, count, items)
+                size = settings.shard_mb * 2**20
+                work.make(number, source.name, count, done, serialize, size, lambda: recorder.truncated)
+
+
+def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
+    """Items in this process's units: what is known, and for other units the mean of what is."""
+    known = [sizes.get(number, source.units[number].count) for number in mine]
+    told = [size for size in known if size is not None]
+    return sum(told) + (len(known) - len(told)) * (sum(told) // max(1, len(told)))
+
+
+def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
+    written: collections.Counter[str] = collections.Counter()
+    rejected: collections.Counter[str] = collections.Counter()
+    for receipt in receipts:
+        written.update({split: sum(shard.records for shard in shards) for split, shards in receipt.shards.items()})
+        rejected.update(receipt.rejected)
+    truncated = sum(receipt.truncated for receipt in receipts)
+    return {"images": dict(sorted(written.items())), "rejected": dict(rejected), "truncated_captions": truncated}
+
+
+def _check_rejects(rejected: dict[str, int], total: int, fraction: float, place: Path) -> None:
+    bad = sum(rejected.values())
+    if bad > fraction * total:
+        common = "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(3))
+        raise UserError(
+            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {common}; each is listed in "
+            f"{place}/units/*/rejects.jsonl"
+        )
+
+
+def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
+    """A picture of records that are evenly spread over the training split, with their captions."""
+    stored = tfds.builder_from_directory(dataset).as_data_source("train")
+    count = min(_PREVIEWED, len(stored))
+    rows = [stored[i * len(stored) // count] for i in range(count)]
+    if settings.autoencoder:
+        shown = _recorder(settings).pixels(np.stack([row["moments"] for row in rows]))
+    else:
+        shown = np.stack([row["image"] for row in rows])
+    captions = [row["caption"].decode() or f"class {row['label']}" for row in rows]
+    pictures.save(path, pictures.grid(shown, captions))
+
+
+def the_share(index: int | None, count: int | None) -> Share:
+    """This process among those that prepare: from flags, else from jax.distributed or SLURM, else alone."""
+    if index is None and count is None:
+        for first, last in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if first in os.environ and last in os.environ:
+                return Share(
+                    int(os.environ[first]) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(os.environ[last])
+                )
+        return Share(jax.process_index(), jax.process_count())
+    if index is None or count is None or not 0 <= index < count:
+        raise UserError(f"--process_index={index} --process_count={count}: expected 0 <= index < count")
+    return Share(index, count)
 
 
 def define_flags() -> None:
@@ -190,6 +320,12 @@ def define_flags() -> None:
         define(field.name, field.default, field.metadata["help"])
     flags.DEFINE_string("out", None, "directory of the dataset to make")
     flags.DEFINE_float("max_reject_fraction", 0.05, "end with an error if more of the items than this is rejected")
+    flags.DEFINE_integer(
+        "process_index", None, "this process, of those that share the work; default: SLURM's, or alone"
+    )
+    flags.DEFINE_integer("process_count", None, "processes that share the work; default: SLURM's, or one")
+    flags.DEFINE_bool("distributed", False, "share the work among the processes of jax.distributed (pods)")
+    flags.DEFINE_string("preview", None, "PNG file for a contact sheet of what was written")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -198,10 +334,21 @@ def main(argv: Sequence[str]) -> None:
     if not values.out:
         raise UserError("--out=DIR is missing: the directory of the dataset to make")
     settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
-    totals = prepare(values.out, settings, values.max_reject_fraction)
+    if not 0 <= values.max_reject_fraction <= 1:
+        raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
+    if values.distributed:
+        jax.distributed.initialize()
+    share = the_share(values.process_index, values.process_count)
+    totals = prepare(values.out, settings, values.max_reject_fraction, share)
+    if totals is None:
+        return
     print(f"{values.out}: " + ", ".join(f"{count} {split} images" for split, count in totals["images"].items()))
+    if totals["truncated_captions"]:
+        print(f"captions cut to the text encoder's length: {totals['truncated_captions']}", file=sys.stderr)
     for reason, count in totals["rejected"].items():
         print(f"rejected {count}: {reason}", file=sys.stderr)
+    if values.preview:
+        contact_sheet(Path(values.out).expanduser(), settings, Path(values.preview).expanduser())
 
 
 if __name__ == "__main__":

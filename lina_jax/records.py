@@ -2,7 +2,7 @@
 
 A record has `caption` and `short_caption` (text, "" = none), `label` (int64, -1 = none), `key` (text: where it came
 from) and
-* as pixels: `image` (PNG bytes);
+* as pixels: `image` (PNG or JPEG bytes);
 * as latents: `moments` (2C, H, W), the mean and log variance of the autoencoder, and `text` and `short_text` (rows, D),
   the features of the text encoder for the real tokens of the two captions, all float16.
 """
@@ -27,9 +27,9 @@ SHARD_RECORDS = 10_000  # reading one record costs array_record a pass over the 
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default, spelt out in dataset_info.json
 
 
-def pixel_features(label_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+def pixel_features(label_names: Sequence[str] = (), encoding: str = "png") -> tfds.features.FeaturesDict:
     """TFDS features of records of pixels; label names, if there are any, are saved beside the shards by TFDS itself."""
-    image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
     return tfds.features.FeaturesDict({"image": image, **_said(label_names)})
 
 
@@ -74,17 +74,18 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """Appends serialized records to files STEM-00000, STEM-00001, ... of at most SHARD_BYTES each."""
+    """Appends serialized records to files STEM-00000, STEM-00001, ... of at most `size` bytes each."""
 
-    def __init__(self, stem: Path):
+    def __init__(self, stem: Path, size: int = SHARD_BYTES):
         self._stem = stem
+        self._size = size
         self._finished: list[Shard] = []
         self._writer: ArrayRecordWriter | None = None
         self._records = self._bytes = 0
 
     def append(self, record: bytes) -> None:
         """Raises UserError if the disk refuses the record."""
-        if self._writer and (self._bytes + len(record) > SHARD_BYTES or self._records == SHARD_RECORDS):
+        if self._writer and (self._bytes + len(record) > self._size or self._records == SHARD_RECORDS):
             self._close()
         if not self._writer:
             # One record per group: readers fetch records one by one, in random order.

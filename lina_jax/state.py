@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from lina_jax import mesh as mesh_lib
 from lina_jax import optim
 from lina_jax.config import Config, EmaConfig
+from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain
-from lina_jax.models import flow
-from lina_jax.models.draws import draw
+from lina_jax.models import flow, vae
+from lina_jax.models.draws import draw, latent_noise
 from lina_jax.models.layers import Frozen, patchify
-from lina_jax.models.lina import LINA, drop_conditions
+from lina_jax.models.lina import LINA, Condition, drop_conditions
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -56,6 +58,7 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
     decayed: Tree  # bools like params
+    encoders: Encoders  # frozen ones that the run itself uses, not part of its state
 
     @property
     def shardings(self) -> TrainState:
@@ -63,6 +66,15 @@ class Blueprint:
 
     def model(self, params: Tree, frozen: Tree) -> LINA:
         return nnx.merge(self.graphdef, params, frozen)
+
+    def condition(self, weights: Tree, batch: Batch) -> Condition:
+        """What the model is conditioned on; captions as token ids go through the frozen text encoder."""
+        if self.config.model.condition == "class":
+            return {"label": batch["label"]}
+        text = batch["text"]
+        if self.encoders.text and jnp.issubdtype(text.dtype, jnp.integer):
+            text = self.encoders.text.features(weights["text"], text)
+        return {"text": text, "text_length": batch["text_length"]}
 
     def init(self) -> TrainState:
         """A fresh state, each array made where it will live."""
@@ -81,7 +93,8 @@ class Blueprint:
         return call
 
 
-def blueprint(config: Config, mesh: Mesh) -> Blueprint:
+def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
+    """The plan of a run; `encoders` where it trains from pixels, or draws pictures, with frozen ones."""
     model = nnx.eval_shape(lambda: LINA(config.model, rngs=nnx.Rngs(0)))
     graphdef, params, frozen = nnx.split(model, nnx.Param, Frozen)
 
@@ -99,7 +112,8 @@ def blueprint(config: Config, mesh: Mesh) -> Blueprint:
     matrices = dict(jax.tree.leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)))
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = over_variables(with_sharding, params), over_variables(with_sharding, frozen)
-    return Blueprint(config, mesh, graphdef, optimizer, _state_shapes(optimizer, params, frozen, mesh), decayed)
+    shapes = _state_shapes(optimizer, params, frozen, mesh)
+    return Blueprint(config, mesh, graphdef, optimizer, shapes, decayed, encoders or Encoders())
 
 
 def _matrix_axes(variable: nnx.Variable) -> tuple | None:
@@ -138,12 +152,24 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
     )
 
 
-def split_batch(config: Config, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Data tokens (B, N, p*p*C) float32 in the space that is learned, and the condition."""
-    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    tokens = patchify(pixels, config.model.patch_size)
-    names = ("label",) if config.model.condition == "class" else ("text", "text_length")
-    return constrain(tokens, "batch", None, None), {name: batch[name] for name in names}
+def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
+    """Data tokens (B, N, p*p*C) float32 in the space that is learned, and the condition.
+
+    Latents are drawn anew in each step (spec section 10): `noise_of(shape)` gives their noise (B, *shape). `weights`
+    are those of the plan's encoders, for batches that have pixels or token ids in place of moments or features.
+    """
+    config = plan.config
+    if "moments" in batch:
+        moments = rearrange(batch["moments"], "b c h w -> b h w c")
+    else:
+        moments = plan.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
+    if config.autoencoder.kind == "identity":
+        data = moments
+    else:
+        *size, channels = moments.shape[1:]
+        data = vae.scale(config.autoencoder, vae.draw_latents(moments, noise_of((*size, channels // 2))))
+    tokens = patchify(data, config.model.patch_size)
+    return constrain(tokens, "batch", None, None), plan.condition(weights, batch)
 
 
 def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -158,10 +184,11 @@ def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[Trai
         losses = model.token_losses(tokens, condition, draws, sigmas)
         return jnp.sum(losses * draws.mask) / weight
 
-    def step(state: TrainState, batch: Batch):
-        tokens, condition = split_batch(config, batch)
+    def step(state: TrainState, batch: Batch, weights: Tree):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        draws = draw(key, jnp.arange(tokens.shape[0]), config.model, config.loss)
+        examples = jnp.arange(config.batch_size)
+        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
+        draws = draw(key, examples, config.model, config.loss)
         # The mean is over the masked tokens of the whole batch, however many micro-batches it is cut into.
         weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
         loss_and_grad = jax.value_and_grad(loss_of)
@@ -182,7 +209,8 @@ def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[Trai
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    return plan.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+    compiled = plan.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
+    return lambda state, batch: compiled(state, batch, plan.encoders.weights)
 
 
 def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):
@@ -241,9 +269,9 @@ def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], 
     sigmas = flow.training_sigmas(config.loss.shift)
     loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
 
-    def step(params, frozen, batch, examples):
-        tokens, condition = split_batch(config, batch)
+    def step(params, frozen, batch, examples, weights):
         key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no training step has this number
+        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
         losses = plan.model(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
@@ -251,4 +279,5 @@ def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], 
         bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]
         return jnp.einsum("rbn,rbnl->l", losses, bins), jnp.sum(bins, axis=(0, 1, 2))
 
-    return plan.jit(step)
+    compiled = plan.jit(step)
+    return lambda params, frozen, batch, examples: compiled(params, frozen, batch, examples, plan.encoders.weights)

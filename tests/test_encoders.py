@@ -233,7 +233,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole(tmp_path):
 
 def test_tokens_spell_the_captions(text_encoder):
     described, _ = text_encoder
-    ids, lengths = described.tokenize(CAPTIONS)
+    ids, lengths, _ = described.tokenize(CAPTIONS)
     assert (ids.shape, ids.dtype, lengths.dtype) == ((4, 16), np.int32, np.int32)
     assert lengths[1] == 0 and lengths[2] == 16 and 0 < lengths[0] < 16
     assert not ids[np.arange(16) >= lengths[:, None]].any()
@@ -255,7 +255,7 @@ def test_the_tokenizer_is_found_beside_the_encoder_or_where_it_is_said_to_be(tmp
 
 def test_features_do_not_depend_on_padding(text_encoder):
     described, params = text_encoder
-    ids, lengths = described.tokenize(CAPTIONS)
+    ids, lengths, _ = described.tokenize(CAPTIONS)
     present = np.arange(described.length) < lengths[:, None]
     other = np.where(present, ids, 7)
     got, want = described.features(params, other), described.features(params, ids)

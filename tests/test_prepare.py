@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import signal
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from lina_jax import records
 from lina_jax.errors import UserError
-from lina_jax.prepare import Settings, prepare, resize_and_crop
+from lina_jax.prepare import Settings, Share, prepare
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -58,7 +60,7 @@ def test_every_row_arrives_once(tmp_path):
     pattern = parquet(tmp_path / "raw", good(10), "b.parquet", image_type=pa.binary())
     (tmp_path / "raw" / "labels.txt").write_text("sea lion\ndog\n")
     totals = prepare(tmp_path / "out", settings(pattern))
-    assert totals == {"images": {"train": 307, "validation": 3}, "rejected": {}}
+    assert totals == {"images": {"train": 307, "validation": 3}, "rejected": {}, "truncated_captions": 0}
     rows = read(tmp_path / "out", "train") + read(tmp_path / "out", "validation")
     names = [("a", 300), ("b", 10)]
     assert sorted(row["key"].decode() for row in rows) == sorted(f"{f}.parquet:{i}" for f, n in names for i in range(n))
@@ -82,7 +84,7 @@ def test_rejects_are_accounted_for(tmp_path):
     bad = {
         "missing image": (None, "a", 0),
         "undecodable image: UnidentifiedImageError": (b"not an image", "b", 0),
-        "undecodable image: OSError": (encoded(1, size=(64, 64), kind="JPEG")[:-40], "c", 0),
+        "truncated image": (encoded(1, size=(64, 64), kind="JPEG")[:-40], "c", 0),
         "empty caption": (encoded(1), " \n", 0),
         "missing label": (encoded(1), "d", None),
         "label 7 is not one of the 2 in labels.txt": (encoded(1), "e", 7),
@@ -90,7 +92,8 @@ def test_rejects_are_accounted_for(tmp_path):
     pattern = parquet(tmp_path / "raw", [*bad.values(), (encoded(1), None, 0), *good(10)])
     (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")
     totals = prepare(tmp_path / "out", settings(pattern, validation=0), max_reject_fraction=0.5)
-    assert totals == {"images": {"train": 10}, "rejected": dict.fromkeys(bad, 1) | {"empty caption": 2}}
+    assert totals["images"] == {"train": 10}
+    assert totals["rejected"] == dict.fromkeys(bad, 1) | {"empty caption": 2}
     assert json.loads((tmp_path / "out" / "prepare.json").read_text())["totals"] == totals
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert lines[0] == {"source": pattern, "key": "a.parquet:0", "reason": "missing image"}
@@ -103,18 +106,13 @@ def test_captions_and_labels_are_optional(tmp_path):
     assert {(row["caption"], row["label"]) for row in read(tmp_path / "out", "train")} == {(b"", -1)}
 
 
-def test_other_image_modes_become_rgb(tmp_path):
-    images = [encoded(7, "L"), encoded(7, "P"), encoded(7, "RGBA"), encoded(7, "CMYK", kind="JPEG")]
-    pattern = parquet(tmp_path / "raw", [(image, "x", 0) for image in images])
-    prepare(tmp_path / "out", settings(pattern, validation=0))
-    assert [Image.open(io.BytesIO(r["image"])).mode for r in read(tmp_path / "out", "train")] == ["RGB"] * 4
-
-
-def test_too_many_rejects_leave_nothing(tmp_path):
+def test_too_many_rejects_end_it_and_may_be_allowed(tmp_path):
     pattern = parquet(tmp_path / "raw", [(b"broken", "x", 0), (b"broken", "x", 0), *good(10)])
     with pytest.raises(UserError, match=r"2 of 12 items rejected.*undecodable image: UnidentifiedImageError \(2\)"):
         prepare(tmp_path / "out", settings(pattern), max_reject_fraction=0.1)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    assert not (tmp_path / "out").exists()
+    assert prepare(tmp_path / "out", settings(pattern), max_reject_fraction=0.2)["images"]["train"] == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_a_corrupt_row_group_loses_its_rows_only(tmp_path):
@@ -152,8 +150,10 @@ def test_a_finished_dataset_is_kept(tmp_path, capsys):
         ({"image_column": "text"}, "--image_column='text'.* holds string there"),
         ({"label_column": "text"}, "--label_column='text'.* not an integer"),
         ({"train": 5}, "--train=5 does not apply"),
+        ({"text_encoder": "phi"}, "--text_encoder='phi' does not apply to pixels"),
+        ({"quality": 101}, "--quality=101"),
         ({"resolution": 0}, "--resolution=0"),
-        ({"validation": 10}, "--validation=10 leaves nothing of the 10 rows"),
+        ({"validation": 10}, "--validation=10 leaves nothing of the 10 items"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, message):
@@ -161,15 +161,6 @@ def test_errors_name_the_flag(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "out", settings(pattern, **changes))
     assert not (tmp_path / "out").exists()
-
-
-def test_resize_keeps_the_middle_of_the_shorter_side():
-    image = Image.fromarray(np.repeat(np.arange(0, 240, 20, dtype=np.uint8)[None, :, None], 4, 0).repeat(3, 2))
-    np.testing.assert_array_equal(np.asarray(resize_and_crop(image, 4))[0, :, 0], [80, 100, 120, 140])
-    assert resize_and_crop(Image.new("RGB", (100, 33)), 8).size == (8, 8)
-    assert resize_and_crop(Image.new("RGB", (5, 3)), 8).size == (8, 8)
-    same = Image.effect_noise((8, 8), 50).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(resize_and_crop(same, 8)), np.asarray(same))
 
 
 def test_shapes_from_the_command_line(tmp_path):
@@ -199,3 +190,67 @@ def test_scenes_of_another_version_are_not_taken_for_ours(tmp_path):
     (tmp_path / "out" / "prepare.json").write_text(json.dumps(summary))
     with pytest.raises(UserError, match="holds a dataset with other settings: scenes='older', asked"):
         prepare(tmp_path / "out", made)
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# 3 KiB a unit: a dozen of them.
+SMALL = {"resolution": 8, "train": 300, "validation": 30}
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(records, "SHARD_RECORDS", 30)
+
+
+def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
+    made = Settings(**SMALL)
+    prepare(tmp_path / "one", made)
+    assert prepare(tmp_path / "out", made, share=Share(1, 3)) is None
+    assert prepare(tmp_path / "out", made, share=Share(0, 3)) is None
+    assert "3 of 11 units are left to others" in capsys.readouterr().out
+    totals = prepare(tmp_path / "out", made, share=Share(2, 3))
+    assert totals == {"images": {"train": 300, "validation": 30}, "rejected": {}, "truncated_captions": 0}
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("shapes-train.*"))) == 10
+    assert len(list((tmp_path / "one").glob("shapes-validation.*"))) == 1
+
+
+def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
+    prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2))
+    with pytest.raises(UserError, match=r"out.partial was begun with other settings: resolution=8, asked 16"):
+        prepare(tmp_path / "out", Settings(**SMALL | {"resolution": 16}), share=Share(1, 2))
+
+
+# Prepares OUT in units of 30 items, and dies at the n-th operation on files below it.
+DYING = """
+import os, signal, sys
+out, last = sys.argv[1:]
+count = 0
+def watch(event, args):
+    global count
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and out in str(args[0]):
+        count += 1
+        if count == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)
+from lina_jax import prepare, records
+records.SHARD_RECORDS = 30
+sys.addaudithook(watch)
+prepare.prepare(out, prepare.Settings(resolution=8, train=300, validation=30))
+"""
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_units):
+    prepare(tmp_path / "whole", Settings(**SMALL))
+    random.seed(0)
+    last, codes = 0, []
+    # Each run goes further than the one before; the last ones die while they assemble what is all made.
+    while 0 not in codes:
+        last += random.randrange(8, 20)
+        command = [sys.executable, "-c", DYING, str(tmp_path / "out"), str(last)]
+        codes.append(subprocess.run(command).returncode)
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
+    assert len(codes) > 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -165,7 +165,7 @@ def test_visible_tokens_always_fit_their_slots(many_draws, tiny):
 def loss_and_gradient(plan, batch):
     """Of the training objective, without the optimiser, jitted."""
     config = plan.config
-    tokens, condition = state.split_batch(config, batch)
+    tokens, condition = state.split_batch(plan, {}, batch, None)
     draws = draw(jax.random.key(0), jnp.arange(config.batch_size), config.model, config.loss)
     sigmas = flow.training_sigmas()
 

@@ -62,6 +62,16 @@ def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossCo
     return jax.vmap(one, out_axes=Draws(drop=0, visible_ids=0, visible=0, mask=0, timestep=1, noise=1))(examples)
 
 
+def latent_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise (B, *shape) for drawing latents from their moments, keyed like `draw`."""
+
+    def one(example: jax.Array):
+        # A number that `draw` does not split its key by.
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, example), np.uint32(2**32 - 1)), shape)
+
+    return jax.vmap(one)(examples)
+
+
 def visible_count(key: jax.Array, config: LossConfig, tokens: int) -> jax.Array:
     """round((1 - r) N), r from a normal truncated to [mask_ratio_min, 1]."""
     low = (config.mask_ratio_min - config.mask_ratio_mean) / config.mask_ratio_std

@@ -1,0 +1,186 @@
+"""Items of a collection to records: decoded in threads, encoded on this process's accelerators, written meanwhile."""
+
+import collections
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+from einops import rearrange
+from PIL import Image
+
+from lina_jax import encoders, images, mesh, records
+from lina_jax.config import MeshConfig
+from lina_jax.errors import UserError
+from lina_jax.models import vae
+from lina_jax.sources.base import Example, Reject
+
+TEXT_LENGTH = 256  # tokens of a caption that are kept (spec section 11)
+_TEXT_ROWS = 80  # of both captions together, as a rule; shards of latents are sized by it
+_BUCKET = 64  # text is padded to a multiple of so many tokens: a few programs, little waste
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+
+class Recorder(Protocol):
+    batch_size: int
+    record_bytes: int  # about, to cut the collection into units of a shard
+    truncated: int  # captions cut to what the text encoder takes
+
+    def features(self, label_names: Sequence[str]) -> tfds.features.FeaturesDict: ...
+
+    def image(self, image: Image.Image) -> bytes | np.ndarray:
+        """What a decoded image becomes, in a thread."""
+
+    def start(self, examples: Sequence[Example]) -> Any:
+        """Set the devices to work on at most `batch_size` examples; returns at once."""
+
+    def finish(self, examples: Sequence[Example], started: Any) -> list[Record | Reject]: ...
+
+
+class PixelRecorder:
+    """Records of pixels: PNG, or JPEG where `quality` is not 0."""
+
+    batch_size = 256
+    truncated = 0
+
+    def __init__(self, resolution: int, quality: int):
+        self._quality = quality
+        self.record_bytes = resolution**2 * 3 // (6 if quality else 2)
+
+    def features(self, label_names: Sequence[str]) -> tfds.features.FeaturesDict:
+        return records.pixel_features(label_names, "jpeg" if self._quality else "png")
+
+    def image(self, image: Image.Image) -> bytes:
+        return images.encode(image, self._quality)
+
+    def start(self, examples: Sequence[Example]) -> None:
+        del examples
+
+    def finish(self, examples: Sequence[Example], started: None) -> list[Record]:
+        del started
+        return [example._asdict() for example in examples]
+
+
+class LatentRecorder:
+    """Records of latents: moments of a KL autoencoder, features of a text encoder, both float16."""
+
+    def __init__(self, autoencoder: str, text_encoder: str, resolution: int, batch_size: int, dtype: str):
+        """`text_encoder` "" means that there is none. Raises UserError for what cannot be loaded or does not fit."""
+        devices = mesh.build(MeshConfig(), jax.local_devices())
+        self._place = mesh.sharding(devices, "batch")
+        self.batch_size = -(-batch_size // devices.size) * devices.size
+        self._autoencoder, self._vae = encoders.load_autoencoder(autoencoder, mesh=devices, dtype=dtype)
+        stride = self._autoencoder.stride
+        if resolution % stride:
+            raise UserError(f"--resolution={resolution}: not a multiple of the autoencoder's stride {stride}")
+        self._moments = (2 * self._autoencoder.latent_channels, resolution // stride, resolution // stride)
+        self._encode_images = jax.jit(self._autoencoder.encode)
+        self._text_dim = 0
+        if text_encoder:
+            self._text, self._phi = encoders.load_text_encoder(
+                text_encoder, length=TEXT_LENGTH, mesh=devices, dtype=dtype
+            )
+            self._text_dim = self._text.dim
+            self._encode_text = jax.jit(self._text.features)
+        self.truncated = 0
+        self.record_bytes = 2 * (int(np.prod(self._moments)) + _TEXT_ROWS * self._text_dim)
+
+    def features(self, label_names: Sequence[str]) -> tfds.features.FeaturesDict:
+        return records.latent_features(self._moments, self._text_dim, label_names)
+
+    def image(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image)
+
+    def start(self, examples: Sequence[Example]) -> dict[str, tuple[jax.Array, np.ndarray | None]]:
+        """Moments (B, h, w, 2C) and features (B, L, D) with the numbers of real tokens (B,)."""
+        pixels = self._placed(np.stack([example.image for example in examples])).astype(jnp.float32) / 127.5 - 1.0
+        started = {"moments": (self._encode_images(self._vae, pixels), None)}
+        if self._text_dim:
+            started["text"] = self._start_text([example.caption for example in examples])
+            started["short_text"] = self._start_text([example.short_caption for example in examples])
+        return started
+
+    def finish(self, examples: Sequence[Example], started) -> list[Record | Reject]:
+        arrays = {name: (np.asarray(made, np.float32), lengths) for name, (made, lengths) in started.items()}
+        moments, _ = arrays.pop("moments")
+        made: list[Record | Reject] = []
+        for i, example in enumerate(examples):
+            halves = {"moments": _half(rearrange(moments[i], "h w c -> c h w"))}
+            halves |= {name: _half(features[i, : lengths[i]]) for name, (features, lengths) in arrays.items()}
+            said = example._asdict()
+            del said["image"]
+            finite = all(np.all(np.isfinite(array)) for array in halves.values())
+            made.append(said | halves if finite else Reject(example.key, "not finite as float16 when encoded"))
+        return made
+
+    def pixels(self, moments: np.ndarray) -> np.ndarray:
+        """Means (N, 2C, h, w) of records back to uint8 images (N, H, W, 3), as a look at what was stored."""
+        decode = jax.jit(lambda vae_params, latents: vae.to_uint8(self._autoencoder.decode(vae_params, latents)))
+        mean, _ = jnp.split(rearrange(jnp.asarray(moments, jnp.float32), "n c h w -> n h w c"), 2, axis=-1)
+        scaled = vae.scale(self._autoencoder.config, mean)
+        return np.concatenate([decode(self._vae, latents[None]) for latents in scaled])
+
+    def _start_text(self, captions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
+        tokens = self._text.tokenize(captions)
+        self.truncated += int(tokens.cut.sum())
+        # Causal: rows of real tokens do not see the padding behind them.
+        rows = min(TEXT_LENGTH, _BUCKET * max(1, -(-int(tokens.lengths.max()) // _BUCKET)))
+        return self._encode_text(self._phi, self._placed(tokens.ids[:, :rows])), tokens.lengths
+
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        """On the devices, a short batch filled up with copies of its last row."""
+        full = np.concatenate([array, np.repeat(array[-1:], self.batch_size - len(array), axis=0)])
+        return jax.device_put(full, self._place)
+
+
+def record(
+    items: Iterable[Example | Reject], recorder: Recorder, resolution: int, min_size: int, max_caption_bytes: int
+) -> Iterator[Record | Reject]:
+    """A record or a reject for each item, in order; a few batches are in work at a time."""
+
+    def prepared(item: Example | Reject) -> Example | Reject:
+        if isinstance(item, Reject):
+            return item
+        if max(len(item.caption.encode()), len(item.short_caption.encode())) > max_caption_bytes:
+            return Reject(item.key, f"caption longer than {max_caption_bytes} bytes")
+        try:
+            image = images.resize_and_crop(images.decode(item.image, min_size), resolution)
+        except images.BadImage as reason:
+            return Reject(item.key, str(reason))
+        return item._replace(image=recorder.image(image))
+
+    def started(batch: Sequence[Example | Reject]):
+        good = [item for item in batch if isinstance(item, Example)]
+        return batch, good, recorder.start(good) if good else None
+
+    items = iter(items)
+    batches = iter(lambda: list(itertools.islice(items, recorder.batch_size)), [])
+    # Threads are enough: Pillow decodes and scales without the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
+        decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
+        for batch, good, work in _ahead(map(started, decoded)):
+            made = iter(recorder.finish(good, work) if good else ())
+            yield from (next(made) if isinstance(item, Example) else item for item in batch)
+
+
+def _ahead(started: Iterable[T]) -> Iterator[T]:
+    """Each thing after the next one has been started."""
+    before: collections.deque[T] = collections.deque()
+    for thing in started:
+        before.append(thing)
+        if len(before) > 1:
+            yield before.popleft()
+    yield from before
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # the caller looks for what became infinite
+        return np.ascontiguousarray(array, np.float16)

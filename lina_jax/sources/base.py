@@ -1,0 +1,163 @@
+"""What every reader of a raw collection shares: units of work, items, the checks of captions and labels, storage.
+
+A source cuts its collection into units, each read in order by one process. What is in a unit, and so in a dataset, does
+not depend on the number of processes.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import fsspec
+import numpy as np
+
+from lina_jax.errors import UserError
+
+
+class Example(NamedTuple):
+    """One image, encoded (bytes) or not (uint8 (H,W,3)); no caption is "", no label is -1."""
+
+    key: str
+    image: bytes | np.ndarray
+    caption: str
+    short_caption: str
+    label: int
+
+
+class Reject(NamedTuple):
+    """An item that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+class Unit(NamedTuple):
+    """A stretch of a collection: items start to stop of `path`; stop is None where only reading tells it."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    split: str | None = None  # where the collection itself says so
+
+    @property
+    def count(self) -> int | None:
+        return None if self.stop is None else self.stop - self.start
+
+
+class Fields(NamedTuple):
+    """Where the parts of an item stand in the collection (columns, members, features); "" = there is none."""
+
+    image: str = ""
+    caption: str = ""
+    short_caption: str = ""
+    label: str = ""
+
+
+class Source(Protocol):
+    name: str
+    label_names: Sequence[str]
+    units: Sequence[Unit]
+
+    def open(self, unit: Unit) -> contextlib.AbstractContextManager[tuple[int, Iterator[Example | Reject]]]:
+        """The number of items, and exactly so many of them."""
+
+
+class Unusable(Exception):
+    """Why an item cannot be used; sources turn it into a `Reject`."""
+
+
+def checked(
+    key: str, fields: Fields, image: Any, caption: Any, short_caption: Any, label: Any, classes: int = 0
+) -> Example | Reject:
+    """The example, or the first reason against it. `classes` 0: any label that is not negative."""
+    try:
+        if image is None or (isinstance(image, bytes) and not image):
+            raise Unusable("missing image")
+        caption = _caption(caption) if fields.caption else ""
+        if fields.caption and not caption:
+            raise Unusable("empty caption")
+        short_caption = _caption(short_caption) if fields.short_caption else ""
+        return Example(key, image, caption, short_caption, _label(label, classes) if fields.label else -1)
+    except Unusable as reason:
+        return Reject(key, str(reason))
+
+
+def _caption(value: Any) -> str:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise Unusable("caption is not UTF-8") from None
+    if value is not None and not isinstance(value, str):
+        raise Unusable(f"caption is not text but {type(value).__name__}")
+    text = (value or "").strip()
+    # Half of a surrogate pair, as JSON may hold, is no character and has no UTF-8.
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise Unusable("caption is not UTF-8")
+    return text
+
+
+def _label(value: Any, classes: int) -> int:
+    if value is None or value == "" or value == b"":
+        raise Unusable("missing label")
+    try:
+        label = int(value)
+    except (TypeError, ValueError):
+        raise Unusable(f"label {value!r:.40} is not a number") from None
+    if label < 0:
+        raise Unusable("missing label")
+    if classes and label >= classes:
+        raise Unusable(f"label {label} is not one of the {classes} in labels.txt")
+    return label
+
+
+def ranges(path: str, count: int, size: int, split: str | None = None) -> list[Unit]:
+    """Cut `count` items into units of at most `size`."""
+    return [Unit(path, start, min(start + size, count), split) for start in range(0, count, size)]
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a local path or URL, and the path within it. Raises UserError for an unknown protocol."""
+    try:
+        return fsspec.url_to_fs(os.path.expanduser(path))
+    except (ImportError, ValueError) as error:  # a protocol whose package is missing, or that does not exist
+        raise UserError(f"cannot open {path}: {error}") from error
+
+
+def matching(pattern: str) -> list[str]:
+    """Sorted files that match a path, a glob or a URL with a glob. Raises UserError if there are none."""
+    fs, inner = filesystem(pattern)
+    found = sorted(fs.glob(inner))
+    if not found:
+        raise UserError(f"no file matches {pattern!r}")
+    return [fs.unstrip_protocol(path) if not is_local(fs) else path for path in found]
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
+
+
+def is_directory(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return fs.isdir(inner)
+
+
+@contextlib.contextmanager
+def local_file(path: str) -> Iterator[str]:
+    """A file on a local disk: the file itself, or a temporary copy of one in a bucket."""
+    fs, inner = filesystem(path)
+    if is_local(fs):
+        yield inner
+        return
+    with tempfile.TemporaryDirectory(prefix="lina_jax-") as directory:
+        copy = os.path.join(directory, os.path.basename(inner))
+        fs.get_file(inner, copy)
+        yield copy
+
+
+def relative(paths: Sequence[str]) -> dict[str, str]:
+    """Each path without what all directories have in common: short, unique names for keys."""
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return {path: os.path.relpath(path, root) for path in paths}

@@ -1,0 +1,112 @@
+"""Image folders: class sub-folders, or images that a metadata.jsonl or metadata.csv describes."""
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from lina_jax.errors import UserError
+from lina_jax.sources import base
+from lina_jax.sources.base import Example, Fields, Reject, Unit
+
+_READS = 16  # files read at a time: in a bucket each takes a round trip
+
+
+class _Row(NamedTuple):
+    path: str
+    columns: dict[str, Any]
+    problem: str = ""
+
+
+class FolderSource:
+    """The images of a directory, keyed by their path in it.
+
+    With a `metadata.jsonl` or `metadata.csv` (Hugging Face's convention: `file_name`, and columns that `fields` names)
+    its rows are the items. Without, the first directory of an image's path is its class, numbered in the order of the
+    sorted names, and there are no captions. Hidden files are left out. Raises UserError if the directory is missing or
+    empty, or a named column is in no row.
+    """
+
+    def __init__(self, directory: str, fields: Fields, unit_items: int):
+        self.name = directory
+        self._fs, self._root = base.filesystem(directory)
+        if not self._fs.isdir(self._root):
+            raise UserError(f"--input={directory}: no such directory")
+        listed = _metadata(self._fs, self._root)
+        self.label_names: tuple[str, ...] = ()
+        if listed is None:
+            self._rows = self._classes(directory, fields)
+            self._fields = Fields(image="file_name", label="label")
+        else:
+            self._rows, self._fields = listed, fields._replace(image="file_name")
+            known = {column for row in self._rows for column in row.columns}
+            if not (fields.caption or fields.label):
+                raise UserError(f"name --caption_column or --label_column: metadata has {', '.join(sorted(known))}")
+            for name, column in fields._asdict().items():
+                if column and name != "image" and column not in known:
+                    raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
+        self.units = base.ranges(directory, len(self._rows), unit_items)
+
+    @contextlib.contextmanager
+    def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
+        rows = self._rows[unit.start : unit.stop]
+        with ThreadPoolExecutor(_READS) as pool:
+            chunks = (rows[i : i + 4 * _READS] for i in range(0, len(rows), 4 * _READS))
+            yield unit.count, (item for chunk in chunks for item in pool.map(self._item, chunk))
+
+    def _classes(self, directory: str, fields: Fields) -> list[_Row]:
+        for name, column in fields._asdict().items():
+            if column:
+                raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
+        found = sorted(path[len(self._root) :].lstrip("/") for path in self._fs.find(self._root))
+        paths = [path for path in found if not any(part.startswith(".") for part in path.split("/"))]
+        self.label_names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
+        if not self.label_names:
+            raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
+        number = {name: i for i, name in enumerate(self.label_names)}
+        problems = {True: "", False: "not in a class folder"}
+        return [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in paths]
+
+    def _item(self, row: _Row) -> Example | Reject:
+        if row.problem:
+            return Reject(row.path, row.problem)
+        try:
+            image = self._fs.cat_file(f"{self._root}/{row.path}")
+        except FileNotFoundError:
+            return Reject(row.path, "missing file")
+        except OSError as error:
+            return Reject(row.path, f"unreadable file: {error.strerror or error}")
+        values = (row.columns.get(column) for column in self._fields[1:])
+        return base.checked(row.path, self._fields, image, *values, len(self.label_names))
+
+
+def _metadata(fs, root: str) -> list[_Row] | None:
+    for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
+        if fs.exists(f"{root}/{name}"):
+            rows, seen = [], set()
+            for i, columns in enumerate(parse(fs.cat_file(f"{root}/{name}"))):
+                path = columns.get("file_name") if isinstance(columns, dict) else None
+                if not isinstance(path, str) or not path:
+                    rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
+                    continue
+                rows.append(_Row(path, columns, "duplicate key" if path in seen else ""))
+                seen.add(path)
+            return rows
+    return None
+
+
+def _jsonl(content: bytes) -> Iterator[Any]:
+    for line in content.splitlines():
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield None
+
+
+def _csv(content: bytes) -> Iterator[dict[str, Any]]:
+    # Bytes that are no UTF-8 stay halves of surrogate pairs, which the check of captions names.
+    return csv.DictReader(io.StringIO(content.decode(errors="surrogateescape")))

@@ -1,0 +1,128 @@
+"""Parquet files as Hugging Face writes them: images as struct{bytes, path} or bytes, labels as integers."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lina_jax.errors import UserError
+from lina_jax.sources import base
+from lina_jax.sources.base import Example, Fields, Reject, Unit
+
+_BATCH = 256  # rows held in memory at once
+_FOOTERS = 16  # read at a time: in a bucket each takes a round trip
+
+
+class ParquetSource:
+    """Rows of the files that match `pattern`, keyed `FILE:ROW`, in the order of the sorted file names.
+
+    A `labels.txt` beside the files names the classes, one per line. A file that cannot be read is one reject. Raises
+    UserError if nothing matches, no file is readable, or a column is missing or of the wrong type.
+    """
+
+    def __init__(self, pattern: str, fields: Fields, unit_items: int):
+        self.name = pattern
+        self._fields = fields
+        paths = base.matching(pattern)
+        self._short = base.relative(paths)
+        self.label_names = _label_names(os.path.dirname(paths[0])) if fields.label else ()
+        self._broken: dict[str, str] = {}
+        with ThreadPoolExecutor(_FOOTERS) as pool:
+            rows = dict(zip(paths, pool.map(self._rows, paths), strict=True))
+        if len(self._broken) == len(paths):
+            raise UserError(f"cannot read {paths[0]}: {self._broken[paths[0]]}")
+        self.units = [unit for path in paths for unit in base.ranges(path, rows[path], unit_items)]
+
+    @contextlib.contextmanager
+    def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
+        if unit.path in self._broken:
+            yield 1, iter([Reject(self._short[unit.path], f"unreadable file: {self._broken[unit.path]}")])
+        else:
+            yield unit.count, self._read(unit)
+
+    def _read(self, unit: Unit) -> Iterator[Example | Reject]:
+        with _opened(unit.path) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                rows = range(first, first + file.metadata.row_group(group).num_rows)
+                first = rows.stop
+                wanted = range(max(rows.start, unit.start), min(rows.stop, unit.stop))
+                if wanted:
+                    yield from self._read_group(file, group, rows.start, wanted, unit.path)
+
+    def _read_group(self, file, group: int, first: int, wanted: range, path: str) -> Iterator[Example | Reject]:
+        keys = {row: f"{self._short[path]}:{row}" for row in wanted}
+        row, left = first, list(wanted)
+        try:
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[c for c in self._fields if c]):
+                for i in range(batch.num_rows):
+                    if row in keys:
+                        left.pop(0)
+                        yield self._item(keys[row], batch, i)
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            yield from (Reject(keys[row], f"unreadable row group: {error}") for row in left)
+
+    def _item(self, key: str, batch: pa.RecordBatch, row: int) -> Example | Reject:
+        def value(column: str):
+            try:
+                return batch[column][row].as_py() if column else None
+            except UnicodeDecodeError:
+                return b"\xff"  # for the check of captions to name
+
+        image = value(self._fields.image)
+        image = image["bytes"] if isinstance(image, dict) else image
+        captions = value(self._fields.caption), value(self._fields.short_caption)
+        return base.checked(key, self._fields, image, *captions, value(self._fields.label), len(self.label_names))
+
+    def _rows(self, path: str) -> int:
+        """Number of rows of a file with the right columns; a file that cannot be read counts as one."""
+        try:
+            with _opened(path) as file:
+                schema, rows = file.schema_arrow, file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            self._broken[path] = str(error)
+            return 1
+        for name, column in self._fields._asdict().items():
+            fits, wanted = _KINDS[name]
+            if column and column not in schema.names:
+                known = ", ".join(schema.names)
+                raise UserError(f"--{name}_column={column!r}: {path} has no such column; its columns: {known}")
+            if column and not fits(schema.field(column).type):
+                kind = schema.field(column).type
+                raise UserError(f"--{name}_column={column!r}: {path} holds {kind} there, not {wanted}")
+        return rows
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    fs, inner = base.filesystem(path)
+    # Arrow reads local files faster by itself.
+    with pq.ParquetFile(inner if base.is_local(fs) else fs.open(inner), pre_buffer=False) as file:
+        yield file
+
+
+def _label_names(directory: str) -> tuple[str, ...]:
+    fs, inner = base.filesystem(f"{directory}/labels.txt")
+    return tuple(fs.read_text(inner, encoding="utf-8").splitlines()) if fs.exists(inner) else ()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+_KINDS = {
+    "image": (_is_image, "an image (bytes, or a struct with bytes)"),
+    "caption": (_is_text, "text"),
+    "short_caption": (_is_text, "text"),
+    "label": (pa.types.is_integer, "an integer"),
+}

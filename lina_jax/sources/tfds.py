@@ -1,0 +1,56 @@
+"""Datasets that TFDS has prepared as ArrayRecord."""
+
+import contextlib
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+
+from lina_jax.errors import UserError
+from lina_jax.sources import base
+from lina_jax.sources.base import Example, Fields, Reject, Unit
+
+
+class TfdsSource:
+    """The records of one split, `DIRECTORY` or `DIRECTORY:SPLIT` (default: train), keyed `SPLIT:NUMBER`.
+
+    Raises UserError if the directory is none of TFDS, its records are not ArrayRecord, or a feature is missing.
+    """
+
+    def __init__(self, place: str, fields: Fields, unit_items: int):
+        self.name = place
+        directory, _, split = place.rpartition(":") if not base.is_directory(place) else (place, "", "")
+        self._split = split or "train"
+        self._fields = fields
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except Exception as error:  # TFDS raises many kinds on what is no dataset
+            raise UserError(f"--input={place}: not a TFDS dataset directory: {error}") from error
+        features = builder.info.features
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise UserError(
+                f"--input={place} is stored as {builder.info.file_format.value}; only array_record can be read "
+                f"without TensorFlow: prepare it with `tfds build {builder.info.name} --file_format=array_record`"
+            )
+        if self._split not in builder.info.splits:
+            raise UserError(f"--input={place}: no split {self._split!r}; its splits: {', '.join(builder.info.splits)}")
+        for name, feature in fields._asdict().items():
+            if feature and feature not in features:
+                raise UserError(f"--{name}_column={feature!r}: records have {', '.join(features)}")
+        label = features[fields.label] if fields.label else None
+        self.label_names = tuple(label.names or ()) if isinstance(label, tfds.features.ClassLabel) else ()
+        decoders = {fields.image: tfds.decode.SkipDecoding()}
+        self._records = builder.as_data_source(self._split, decoders=decoders)
+        self.units = base.ranges(place, len(self._records), unit_items)
+
+    @contextlib.contextmanager
+    def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
+        yield unit.count, map(self._item, range(unit.start, unit.stop))
+
+    def _item(self, i: int) -> Example | Reject:
+        key = f"{self._split}:{i}"
+        try:
+            record = self._records[i]
+        except Exception as error:  # the readers of shards and of protos each raise their own kinds
+            return Reject(key, f"unreadable record: {type(error).__name__}")
+        values = (record[feature] if feature else None for feature in self._fields)
+        return base.checked(key, self._fields, *values, len(self.label_names))

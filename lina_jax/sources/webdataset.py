@@ -1,0 +1,123 @@
+"""WebDataset tar shards: consecutive members KEY.EXTENSION make one sample."""
+
+import contextlib
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lina_jax.sources import base
+from lina_jax.sources.base import Example, Fields, Reject, Unit
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class _Sample(NamedTuple):
+    key: str
+    members: dict[str, tarfile.TarInfo]  # by extension
+    problem: str = ""
+
+
+class WebDatasetSource:
+    """Samples of the tar files that match `pattern`, keyed `FILE:KEY`; one unit is one file.
+
+    Fields are extensions (`txt`, `cls`) or members of a JSON object (`json.short`); the image is the first member with
+    the extension of an image. A damaged header costs its sample: the next one is found again. Raises UserError if no
+    file matches.
+    """
+
+    label_names = ()
+
+    def __init__(self, pattern: str, fields: Fields, unit_items: int):
+        del unit_items  # the number of samples is known only when a file is read
+        self.name = pattern
+        self._fields = fields
+        paths = base.matching(pattern)
+        self._short = base.relative(paths)
+        self.units = [Unit(path) for path in paths]
+
+    @contextlib.contextmanager
+    def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
+        name = self._short[unit.path]
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(base.local_file(unit.path))
+            try:
+                # A header that cannot be read is stepped over, like the zeros between archives that were joined.
+                archive = stack.enter_context(tarfile.open(path, ignore_zeros=True))
+                samples = list(_samples(archive))
+            except (tarfile.TarError, EOFError, OSError) as error:
+                yield 1, iter([Reject(name, f"not a tar archive: {error}")])
+                return
+            yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
+
+    def _item(self, archive: tarfile.TarFile, key: str, sample: _Sample) -> Example | Reject:
+        if sample.problem:
+            return Reject(key, sample.problem)
+        image = next((extension for extension in sample.members if extension in IMAGES), "")
+        fields = self._fields._replace(image=image)
+        try:
+            values = [_value(archive, sample, field) for field in fields]
+        except base.Unusable as reason:
+            return Reject(key, str(reason))
+        return base.checked(key, fields, *values)
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
+    """The samples of an archive in order, each key once; damage and repeated keys are samples with a problem."""
+    seen: set[str] = set()
+    end = count = 0
+
+    def damage(start: int, stop: int | None) -> Iterator[_Sample]:
+        archive.fileobj.seek(start)
+        while (stop is None or start < stop) and (block := archive.fileobj.read(_BLOCK)):
+            if any(block):
+                yield _Sample(f"byte {start}", {}, "broken tar member")
+                return
+            start += _BLOCK
+
+    current = _Sample("", {})
+    for member in archive:
+        gap = list(damage(end, member.offset))
+        end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+        count += 1
+        directory, _, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        key = f"{directory}/{stem}" if directory else stem
+        hidden = not stem or not member.isfile()
+        if gap or (key != current.key and not hidden):
+            if current.members:
+                yield current
+            yield from gap
+            current = _Sample(key, {}, "duplicate key" if key in seen else "")
+            seen.add(key)
+        if hidden:
+            continue
+        if extension.lower() in current.members:
+            current = current._replace(problem="duplicate key")
+        current.members[extension.lower()] = member
+    if current.members:
+        yield current
+    if not count:
+        raise tarfile.ReadError("no member found")
+    yield from damage(end, None)
+
+
+def _value(archive: tarfile.TarFile, sample: _Sample, field: str) -> Any:
+    """The bytes of a member, or one entry of a JSON object; None if it is not there."""
+    extension, _, entry = field.partition(".")
+    if extension not in sample.members:
+        return None
+    try:
+        data = archive.extractfile(sample.members[extension]).read()
+    except (tarfile.TarError, EOFError, OSError):
+        raise base.Unusable("truncated tar member") from None
+    if not entry:
+        return data
+    try:
+        content = json.loads(data)
+    except ValueError:  # bytes that are not UTF-8, or text that is not JSON
+        raise base.Unusable(f"{extension} is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise base.Unusable(f"{extension} is not a JSON object")
+    return content.get(entry)

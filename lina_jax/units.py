@@ -1,0 +1,174 @@
+"""Preparation in units: each made by one process, kept by one rename, assembled when all are there.
+
+The work directory OUT.partial holds `settings.json` and, for each finished unit, `units/NUMBER/`: its shards, its
+rejects, and a receipt. A process that is killed loses the unit it was making. What a unit holds depends on the settings
+and the collection alone, and so does the dataset: not on how many processes made it, nor on how often they died.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+
+from lina_jax import records
+from lina_jax.errors import UserError
+from lina_jax.records import Shard, Shards
+from lina_jax.sources.base import Reject
+
+Made = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What came of one unit."""
+
+    items: int
+    shards: dict[str, list[Shard]]
+    rejected: dict[str, int]
+    truncated: int  # captions that were cut
+
+
+class WorkDirectory:
+    """OUT.partial, shared by all processes that prepare OUT."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]):
+        """Raises UserError, naming the differences, if it was begun with other settings."""
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self._units = self.path / "units"
+        begun = self.path / "settings.json"
+        if begun.exists():
+            compare(json.loads(begun.read_text()), settings, f"{self.path} was begun with other settings")
+        else:
+            self._units.mkdir(parents=True, exist_ok=True)
+            _write(begun, dict(settings))
+
+    def receipt(self, number: int) -> Receipt | None:
+        """What came of a unit; None while it is not finished."""
+        place = self._place(number)
+        try:
+            read = json.loads((place / "receipt.json").read_text())
+        except FileNotFoundError:
+            return None
+        shards = {
+            split: [Shard(str(place / name), *sizes) for name, *sizes in parts]
+            for split, parts in read["shards"].items()
+        }
+        return Receipt(read["items"], shards, read["rejected"], read["truncated"])
+
+    def make(
+        self,
+        number: int,
+        source: str,
+        items: int,
+        made: Iterable[Made],
+        serialize: Callable[[Mapping[str, Any]], bytes],
+        shard_bytes: int,
+        truncated: Callable[[], int],
+    ) -> None:
+        """Write one unit of `items` items; it appears, whole, when all of `made` is in it.
+
+        `truncated` tells, then, how many captions were cut.
+        """
+        place = self._place(number)
+        for left in self._units.glob(f"{place.name}.*"):  # of a process that died here
+            shutil.rmtree(left, ignore_errors=True)
+        partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+        partial.mkdir()
+        splits: dict[str, Shards] = {}
+        rejected: collections.Counter[str] = collections.Counter()
+        with (partial / "rejects.jsonl").open("w") as rejects:
+            for split, record in made:
+                if isinstance(record, Reject):
+                    rejected[record.reason] += 1
+                    rejects.write(json.dumps({"source": source, **record._asdict()}) + "\n")
+                    continue
+                if split not in splits:
+                    splits[split] = Shards(partial / split, shard_bytes)
+                splits[split].append(serialize(record))
+        shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
+        _write(
+            partial / "receipt.json", {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
+        )
+        with contextlib.suppress(OSError):  # another process was told to make the same unit, and was faster
+            partial.rename(place)
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def assemble(self, units: int, name: str, features: tfds.features.FeaturesDict, summary: Mapping[str, Any]) -> None:
+        """Make the finished units the dataset OUT, with rejects.jsonl and prepare.json.
+
+        Any process may do it, and several at once: each step leaves alone what is already done.
+        """
+        receipts = [self.receipt(number) for number in range(units)]
+        splits = {
+            split: [shard for receipt in receipts for shard in receipt.shards.get(split, ())]
+            for split in dict.fromkeys(split for receipt in receipts for split in receipt.shards)
+        }
+        with _mine(self.path) as mine:
+            if "validation" in splits:  # a few records of each unit
+                splits["validation"] = _joined(splits["validation"], mine / "validation")
+            records.assemble(self.path, name, features, splits)
+            with (mine / "rejects.jsonl").open("wb") as joined:
+                for number in range(units):
+                    joined.write((self._place(number) / "rejects.jsonl").read_bytes())
+            os.replace(mine / "rejects.jsonl", self.path / "rejects.jsonl")
+            _write(self.path / "prepare.json", dict(summary))
+        self.path.rename(self.out)  # replaces an empty directory and refuses any other
+        clean(self.out)
+
+    def _place(self, number: int) -> Path:
+        return self._units / f"{number:06d}"
+
+
+def clean(out: Path) -> None:
+    """Remove what the work left in a finished dataset."""
+    for left in (out / "units", *out.glob("assembling.*")):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in (out / "settings.json", *out.glob("*.json.*")):
+        left.unlink(missing_ok=True)
+
+
+def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
+    """Raises UserError: the message and each setting that differs."""
+    different = [name for name in wanted if there.get(name) != wanted[name]]
+    if different:
+        listed = "; ".join(f"{name}={there.get(name)!r}, asked {wanted[name]!r}" for name in different)
+        raise UserError(f"{message}: {listed}")
+
+
+def _joined(parts: Sequence[Shard], stem: Path) -> list[Shard]:
+    """The records of many small shards in as few as possible; the parts stay."""
+    joined = Shards(stem)
+    for part in parts:
+        reader = ArrayRecordReader(part.path)
+        for record in reader.read_all():
+            joined.append(record)
+        reader.close()
+    return joined.finish()
+
+
+@contextlib.contextmanager
+def _mine(directory: Path) -> Iterator[Path]:
+    """A directory inside that no other process uses."""
+    mine = directory / f"assembling.{uuid.uuid4().hex}"
+    mine.mkdir()
+    try:
+        yield mine
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+def _write(path: Path, content: Any) -> None:
+    """JSON that is never seen half-written."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,113 @@
+"""Images of any kind become upright RGB, or say in a few words why not."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import images
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def plain(mode: str, color, size=(6, 4)) -> Image.Image:
+    return Image.new(mode, size, color)
+
+
+def rotated() -> bytes:
+    """A JPEG that is stored lying on its side, with the EXIF note to turn it."""
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("white", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise
+    return encoded(image, "JPEG", exif=exif.tobytes(), quality=95)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+GOOD = {
+    "gray": (encoded(plain("L", 7)), 7),
+    "one bit": (encoded(plain("1", 1)), 255),
+    "palette": (encoded(plain("RGB", (9, 9, 9)).convert("P", palette=Image.Palette.ADAPTIVE)), 9),
+    "gray with alpha": (encoded(plain("LA", (0, 0))), 255),
+    "transparent": (encoded(plain("RGBA", (10, 20, 30, 0))), 255),
+    "half transparent": (encoded(plain("RGBA", (0, 0, 0, 127))), 128),
+    "opaque": (encoded(plain("RGBA", (7, 7, 7, 255))), 7),
+    "palette with a transparent color": (encoded(plain("P", 0), transparency=0), 255),
+    "16 bits": (encoded(Image.fromarray(np.full((4, 6), 257 * 90, np.uint16))), 90),
+    "16 bits TIFF": (encoded(Image.fromarray(np.full((4, 6), 65535, np.uint16)), "TIFF"), 255),
+    "CMYK": (encoded(plain("CMYK", (0, 0, 0, 255)), "JPEG", quality=95), 0),
+    "GIF": (encoded(plain("L", 50), "GIF"), 50),
+    "animation": (encoded(plain("L", 20), "GIF", save_all=True, append_images=[plain("L", 90)]), 20),
+    "WebP": (encoded(plain("RGB", (40, 40, 40)), "WEBP", lossless=True), 40),
+    "BMP": (encoded(plain("RGB", (41, 41, 41)), "BMP"), 41),
+}
+NOISE = Image.effect_noise((64, 64), 50)
+BAD = {
+    "empty": (b"", "undecodable image: UnidentifiedImageError"),
+    "text": (b"<html>404</html>", "undecodable image: UnidentifiedImageError"),
+    "truncated JPEG": (encoded(NOISE, "JPEG")[:-200], "truncated image"),
+    "truncated PNG": (encoded(NOISE)[:-500], "truncated image"),
+    "head of a JPEG": (encoded(NOISE, "JPEG")[:20], "undecodable image: .*"),
+    "flipped bytes": (encoded(NOISE)[:200] + b"\xff" * 50 + encoded(NOISE)[250:], "(undecodable|truncated) image.*"),
+    "bomb": (bomb(), "decompression bomb: more than 134217728 pixels"),
+    "small": (encoded(plain("L", 0, (100, 3))), "smaller than 4 pixels"),
+    "line": (encoded(plain("L", 0, (400, 5))), "one side is more than 50 times the other"),
+    "32 bits": (encoded(Image.fromarray(np.full((4, 6), 70_000, np.int32)), "TIFF"), "pixels of mode I, neither .*"),
+    "floats": (encoded(Image.fromarray(np.zeros((4, 6), np.float32)), "TIFF"), "pixels of mode F, neither .*"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_kinds_that_survive(name):
+    data, level = GOOD[name]
+    image = images.decode(data)
+    assert image.mode == "RGB"
+    assert image.size == (6, 4)
+    np.testing.assert_allclose(np.asarray(image, int), level, atol=1)  # JPEG rounds
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_kinds_that_are_refused(name):
+    data, reason = BAD[name]
+    with pytest.raises(images.BadImage, match=f"^({reason})$"):
+        images.decode(data, min_size=4)
+
+
+def test_exif_turns_the_image():
+    image = np.asarray(images.decode(rotated()))
+    assert image.shape == (32, 16, 3)
+    assert image[:12].min() > 200  # what was left is on top
+    assert image[20:].max() < 50
+
+
+def test_resize_keeps_the_middle_of_the_shorter_side():
+    image = Image.fromarray(np.repeat(np.arange(0, 240, 20, dtype=np.uint8)[None, :, None], 4, 0).repeat(3, 2))
+    np.testing.assert_array_equal(np.asarray(images.resize_and_crop(image, 4))[0, :, 0], [80, 100, 120, 140])
+    assert images.resize_and_crop(Image.new("RGB", (100, 33)), 8).size == (8, 8)
+    assert images.resize_and_crop(Image.new("RGB", (5, 3)), 8).size == (8, 8)
+    same = Image.effect_noise((8, 8), 50).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(images.resize_and_crop(same, 8)), np.asarray(same))
+
+
+def test_quality_chooses_the_code():
+    image = NOISE.convert("RGB")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(images.encode(image, 0)))), np.asarray(image))
+    sizes = [len(images.encode(image, quality)) for quality in (30, 95)]
+    assert sizes[0] < sizes[1] < len(images.encode(image, 0))
+    assert Image.open(io.BytesIO(images.encode(image, 30))).format == "JPEG"
