@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import errors, pictures, records, shapes, units
+from lina_jax import errors, images, pictures, records, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
 from lina_jax.sources.base import Example, Fields, Reject, Source
@@ -288,13 +288,14 @@ def _check_rejects(rejected: dict[str, int], total: int, fraction: float, place:
 
 def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
     """A picture of records that are evenly spread over the training split, with their captions."""
-    stored = tfds.builder_from_directory(dataset).as_data_source("train")
+    decoders = None if settings.autoencoder else {"image": tfds.decode.SkipDecoding()}  # TFDS asks for OpenCV
+    stored = tfds.builder_from_directory(dataset).as_data_source("train", decoders=decoders)
     count = min(_PREVIEWED, len(stored))
     rows = [stored[i * len(stored) // count] for i in range(count)]
     if settings.autoencoder:
         shown = _recorder(settings).pixels(np.stack([row["moments"] for row in rows]))
     else:
-        shown = np.stack([row["image"] for row in rows])
+        shown = np.stack([np.asarray(images.decode(row["image"])) for row in rows])
     captions = [row["caption"].decode() or f"class {row['label']}" for row in rows]
     pictures.save(path, pictures.grid(shown, captions))
 

@@ -18,9 +18,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import data, errors, mesh, pictures, state
+from lina_jax import data, encoders, errors, mesh, pictures, state
 from lina_jax.checkpoint import Checkpoints, load_config
-from lina_jax.config import Config, MeshConfig, SampleConfig
+from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
+from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
 from lina_jax.generate import make_sampler
 from lina_jax.state import Blueprint, Tree
@@ -47,24 +48,26 @@ class Sampler:
             chunk = list(conditions[start : start + self.batch_size])
             numbers = first + start + np.arange(self.batch_size)
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            made = self._program(
-                params, frozen, encode_conditions(config, padded), jnp.asarray(numbers, jnp.int32), jnp.int32(seed)
-            )
+            condition = encode_conditions(config, padded, self.plan.encoders.text)
+            made = self._program(params, frozen, condition, jnp.asarray(numbers, jnp.int32), jnp.int32(seed))
             images.append(np.asarray(made)[: len(chunk)])
         return np.concatenate(images)
 
 
-def encode_conditions(config: Config, conditions: Sequence[str] | Sequence[int]) -> dict[str, jax.Array]:
-    """Captions or class numbers (B,) as the model takes them. Raises UserError for a class that does not exist."""
+def encode_conditions(
+    config: Config, conditions: Sequence[str] | Sequence[int], text_encoder: TextEncoder | None = None
+) -> dict[str, jax.Array]:
+    """Captions or class numbers (B,) as the sampler takes them. Raises UserError for a class that does not exist."""
     model = config.model
     if model.condition == "class":
         for label in conditions:
             if not 0 <= label <= model.num_classes:
                 raise UserError(f"label {label}: classes are 0 to {model.num_classes - 1} ({model.num_classes}: any)")
         return {"label": jnp.asarray(conditions, jnp.int32)}
-    if model.text_encoder != "bytes":
-        raise UserError("model.text_encoder=features: prompts need a text encoder, which is not built in yet")
-    text, length = data.encode_text(conditions, model.text_length)
+    if model.text_encoder == "bytes":
+        text, length = data.encode_text(conditions, model.text_length)
+    else:
+        text, length, _ = text_encoder.tokenize(conditions)
     return {"text": jnp.asarray(text), "text_length": jnp.asarray(length)}
 
 
@@ -95,11 +98,31 @@ def batch_for(wanted: int, most: int = 64) -> int:
     return max(1, -(-min(wanted, most) // devices)) * devices
 
 
-def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> tuple[Blueprint, Tree, Tree, int]:
-    """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory."""
+def cannot_draw(config: Config) -> str:
+    """What a model that works on latents or text features lacks for drawing; "" if nothing."""
+    if config.autoencoder.kind != "identity" and not config.autoencoder.path:
+        return "autoencoder.path is empty: the directory of the autoencoder whose latents the model makes"
+    text = config.model.condition == "text" and config.model.text_encoder == "features"
+    if text and not config.text_encoder.path:
+        return "text_encoder.path is empty: the directory of the text encoder whose features the model reads"
+    return ""
+
+
+def load(
+    workdir: Path, *, ema: bool = True, step: int | None = None, autoencoder: str = "", text_encoder: str = ""
+) -> tuple[Blueprint, Tree, Tree, int]:
+    """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory.
+
+    `autoencoder` and `text_encoder` are directories to use in place of those in the run's config.
+    """
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    if autoencoder:
+        config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
+    if text_encoder:
+        config = dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder))
     mesh.cache_programs(workdir / "compiled")
-    plan = state.blueprint(config, mesh.build(config.mesh))
+    devices = mesh.build(config.mesh)
+    plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
 _BLOCK = tarfile.BLOCKSIZE
+_UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError)
 
 
 class _Sample(NamedTuple):
@@ -46,8 +48,8 @@ class WebDatasetSource:
                 # A header that cannot be read is stepped over, like the zeros between archives that were joined.
                 archive = stack.enter_context(tarfile.open(path, ignore_zeros=True))
                 samples = list(_samples(archive))
-            except (tarfile.TarError, EOFError, OSError) as error:
-                yield 1, iter([Reject(name, f"not a tar archive: {error}")])
+            except _UNREADABLE as error:
+                yield 1, iter([Reject(name, f"not a tar archive: {str(error).splitlines()[0]}")])
                 return
             yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
 
@@ -69,15 +71,18 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
     end = count = 0
 
     def damage(start: int, stop: int | None) -> Iterator[_Sample]:
-        archive.fileobj.seek(start)
-        while (stop is None or start < stop) and (block := archive.fileobj.read(_BLOCK)):
-            if any(block):
-                yield _Sample(f"byte {start}", {}, "broken tar member")
-                return
-            start += _BLOCK
+        try:
+            archive.fileobj.seek(start)
+            while (stop is None or start < stop) and (block := archive.fileobj.read(_BLOCK)):
+                if any(block):
+                    yield _Sample(f"byte {start}", {}, "broken tar member")
+                    return
+                start += _BLOCK
+        except _UNREADABLE:  # a compressed archive that ends early
+            yield _Sample(f"byte {start}", {}, "broken tar member")
 
     current = _Sample("", {})
-    for member in archive:
+    for member in _members(archive):
         gap = list(damage(end, member.offset))
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         count += 1
@@ -103,6 +108,14 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
     yield from damage(end, None)
 
 
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members up to the end of the file, be it in the middle of one."""
+    try:
+        yield from archive
+    except _UNREADABLE:
+        return
+
+
 def _value(archive: tarfile.TarFile, sample: _Sample, field: str) -> Any:
     """The bytes of a member, or one entry of a JSON object; None if it is not there."""
     extension, _, entry = field.partition(".")
@@ -110,7 +123,7 @@ def _value(archive: tarfile.TarFile, sample: _Sample, field: str) -> Any:
         return None
     try:
         data = archive.extractfile(sample.members[extension]).read()
-    except (tarfile.TarError, EOFError, OSError):
+    except _UNREADABLE:
         raise base.Unusable("truncated tar member") from None
     if not entry:
         return data

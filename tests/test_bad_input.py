@@ -1,0 +1,119 @@
+"""Every kind of bad input in one collection each: preparation survives, names it, and keeps all that is good."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import test_images
+import test_sources
+from test_sources import pairs, png, tar
+
+from lina_jax.prepare import Settings, prepare
+
+LONG = 60  # bytes of caption allowed
+GOOD = test_images.GOOD | {"wrong extension": (png(7), 7)}
+IMAGES = {re.sub(r"\W", "_", name): reason for name, (_, reason) in test_images.BAD.items()}
+IMAGES["empty"] = "missing image"
+TAR = {key: reason for key, (_, reason) in test_sources.TAR_DAMAGE.items()}
+JSON = dict(zip((f"json{i}" for i in range(9)), test_sources.JSON_DAMAGE.values(), strict=True))
+
+
+def images_and_captions(raw):
+    """Bad images, survivors of odd kinds, bad captions, broken members: one tar."""
+    members = []
+    for names in (test_images.BAD, GOOD):
+        for name, (data, _) in names.items():
+            key = re.sub(r"\W", "_", name)
+            members += [(f"{key}.jpg", data), (f"{key}.txt", b"a caption")]
+    for key, (sample, _) in test_sources.TAR_DAMAGE.items():
+        members += [(name.replace("x.", f"{key}.", 1), data) for name, data in sample]
+    members += [("long.png", png()), ("long.txt", b"x" * (LONG + 1)), *pairs(["again", "other", "again"])]
+    (raw / "a.tar").write_bytes(tar(members))
+    bad = IMAGES | TAR | {"long": f"caption longer than {LONG} bytes", "again": "duplicate key"}
+    return {"source": "webdataset", "input": f"{raw}/*.tar"}, {f"a.tar:{k}": v for k, v in bad.items()}, len(GOOD) + 2
+
+
+def descriptions(raw):
+    """Captions and labels in JSON: one tar."""
+    members = pairs_of_json([*test_sources.JSON_DAMAGE, b'{"c": "fine", "l": 1}'])
+    (raw / "a.tar").write_bytes(tar(members))
+    settings = {"source": "webdataset", "input": f"{raw}/*.tar", "caption_column": "json.c", "label_column": "json.l"}
+    return settings, {f"a.tar:{key}": reason for key, reason in JSON.items()}, 1
+
+
+def pairs_of_json(contents):
+    return [m for i, c in enumerate(contents) for m in ((f"json{i}.jpg", png()), (f"json{i}.json", c))]
+
+
+def archives(raw):
+    """Archives that are damaged themselves."""
+    broken = bytearray(tar(pairs("abc")))
+    broken[4 * 512 : 4 * 512 + 99] = b"\xff" * 99
+    (raw / "broken.tar").write_bytes(broken)
+    (raw / "cut.tar").write_bytes(tar(pairs("ab"))[: 5 * 512 + 10])
+    (raw / "empty.tar").write_bytes(b"")
+    (raw / "html.tar").write_bytes(b"<html>" * 999)
+    bad = {
+        "broken.tar:byte 2048": "broken tar member", "broken.tar:b": "missing image",
+        "cut.tar:b": "truncated tar member", "empty.tar": "not a tar archive: .*", "html.tar": "not a tar archive: .*",
+    }  # fmt: skip
+    return {"source": "webdataset", "input": f"{raw}/*.tar"}, bad, 3
+
+
+def folder(raw):
+    rows = [
+        {"file_name": "a.png", "text": "good"}, {"file_name": "gone.png", "text": "x"},
+        {"file_name": "a.png", "text": "twice"}, {"text": "of nothing"}, {"file_name": "b.png", "text": ["x"]},
+    ]  # fmt: skip
+    (raw / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno json")
+    for name in "ab":
+        (raw / f"{name}.png").write_bytes(png())
+    bad = {
+        "gone.png": "missing file", "a.png": "duplicate key", "b.png": "caption is not text but list",
+        "metadata.jsonl:4": "metadata row without file_name", "metadata.jsonl:6": "metadata row without file_name",
+    }  # fmt: skip
+    return {"source": "folder", "input": str(raw), "caption_column": "text"}, bad, 1
+
+
+def parquet(raw):
+    rows = [(png(), "good", 0), (None, "x", 0), (png(), None, 0), (png(), "x", None), (png(), "x", 9), (b"?", "x", 0)]
+    table = pa.table(dict(zip(("image", "text", "label"), zip(*rows, strict=True), strict=True)))
+    pq.write_table(table, raw / "a.parquet")
+    (raw / "b.parquet").write_bytes(b"PAR1")
+    (raw / "labels.txt").write_text("cat\ndog\n")
+    bad = {
+        "a.parquet:1": "missing image", "a.parquet:2": "empty caption", "a.parquet:3": "missing label",
+        "a.parquet:4": "label 9 is not one of the 2 in labels.txt", "a.parquet:5": "undecodable image: .*",
+        "b.parquet": "unreadable file: .*",
+    }  # fmt: skip
+    return {"source": "parquet", "input": f"{raw}/*.parquet"}, bad, 1
+
+
+COLLECTIONS = (images_and_captions, descriptions, archives, folder, parquet)
+
+
+@pytest.mark.parametrize("make", COLLECTIONS)
+def test_bad_input_is_survived_and_named(tmp_path, make):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    settings, bad, good = make(raw)
+    common = {"resolution": 4, "min_size": 4, "max_caption_bytes": LONG, "validation": 0}
+    totals = prepare(tmp_path / "out", Settings(**settings, **common), max_reject_fraction=1.0)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == sorted(bad)
+    for line in lines:
+        assert re.fullmatch(bad[line["key"]], line["reason"]), line
+        assert line["source"] == settings["input"]
+    assert totals["images"] == {"train": good}
+    assert sum(totals["rejected"].values()) == len(bad)
+
+
+def test_there_are_forty_kinds(tmp_path):
+    kinds = 0
+    for make in COLLECTIONS:
+        raw = tmp_path / make.__name__
+        raw.mkdir()
+        kinds += len(make(raw)[1])
+    assert kinds >= 40
