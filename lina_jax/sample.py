@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import data, errors, mesh, pictures, state
+from lina_jax import decode, errors, mesh, pictures, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig
 from lina_jax.errors import UserError
@@ -64,7 +64,7 @@ def encode_conditions(config: Config, conditions: Sequence[str] | Sequence[int])
         return {"label": jnp.asarray(conditions, jnp.int32)}
     if model.text_encoder != "bytes":
         raise UserError("model.text_encoder=features: prompts need a text encoder, which is not built in yet")
-    text, length = data.encode_text(conditions, model.text_length)
+    text, length = decode.encode_text(conditions, model.text_length)
     return {"text": jnp.asarray(text), "text_length": jnp.asarray(length)}
 
 

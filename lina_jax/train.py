@@ -8,7 +8,9 @@ metrics.jsonl, TensorBoard events/, previews/, compiled/ programs and, at the en
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -107,12 +109,23 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         start_step=first,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        threads=config.data.threads,
         prefetch=config.data.prefetch,
+        workers=config.data.workers,
     )
     place = mesh.sharding(plan.mesh, "batch")
-    for batch in rows:
-        yield {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
+
+    def next_batch() -> state.Batch:
+        return {name: jax.make_array_from_process_local_data(place, array) for name, array in next(rows).items()}
+
+    pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread: batches come in order
+    try:
+        ahead = deque(pool.submit(next_batch) for _ in range(config.data.device_prefetch))
+        while True:
+            batch = ahead.popleft().result()
+            ahead.append(pool.submit(next_batch))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def profile(config: Config, workdir: Path, first: int, step: int) -> None:
