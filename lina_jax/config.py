@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import ml_collections
@@ -90,20 +91,39 @@ class AutoencoderConfig:
 class TextEncoderConfig:
     """The frozen text encoder, where model.text_encoder is features (spec section 11)."""
 
-    path: str = (
-        ""  # its Hugging Face directory: to draw from prompts, and to train from captions; not for cached features
-    )
+    path: str = ""  # its Hugging Face directory: to draw from prompts, and to train from captions
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where records come from and how they are read."""
+    """Where records come from and how they are read (docs/data.md)."""
 
-    path: str = ""
+    path: str = ""  # a directory or a bucket's URL; several as PATH=WEIGHT,PATH=WEIGHT
     train_split: str = "train"
     validation_split: str = "validation"
-    threads: int = 4
-    prefetch: int = 16  # batches kept ready
+    short_caption: float = 0.5  # chance of the short caption, where a record has one (spec section 9)
+    flip: bool = False  # exchange left and right of half of the pictures
+    resize: bool = False  # pictures of another size; without it they are bad records
+    cache: str = ""  # directory into which shards are copied before they are read; none: read in place
+    read_timeout: float = 60.0  # seconds without an answer after which a read is tried again
+    threads: int = 4  # that read and decode, in each worker
+    workers: int = 0  # processes that read and decode; 0: threads of the training process
+    prefetch: int = 4  # batches kept ready
+    device_prefetch: int = 2  # batches kept ready on the devices
+
+    @property
+    def datasets(self) -> tuple[tuple[str, Fraction], ...]:
+        """(path, weight) of each dataset. Raises UserError where `path` cannot be read as such."""
+        entries = [entry.strip() for entry in self.path.split(",")]
+        if len(entries) == 1:
+            return ((self.path, Fraction(1)),)
+        try:
+            pairs = [(path, Fraction(weight)) for path, _, weight in (entry.rpartition("=") for entry in entries)]
+        except (ValueError, ZeroDivisionError):
+            pairs = []
+        if not pairs or not all(path and weight > 0 for path, weight in pairs):
+            raise UserError(f"data.path={self.path!r}: several datasets are PATH=WEIGHT,PATH=WEIGHT with weights > 0")
+        return tuple(pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +248,8 @@ class Config:
 # order.
 FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
-    "data.validation_split", "autoencoder.path", "text_encoder.path", "model.remat",
-    "model.scan_layers", "optim.max_skipped",
+    "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
+    "autoencoder.path", "text_encoder.path", "model.remat", "model.scan_layers", "optim.max_skipped",
 )  # fmt: skip
 
 CHOICES = {
@@ -255,7 +275,7 @@ MAY_BE_ZERO = frozenset({
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
-    "model.condition_depth",
+    "model.condition_depth", "data.short_caption", "data.workers",
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset(
     {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}
@@ -300,7 +320,15 @@ def differences(old: Config, new: Config) -> list[str]:
     # A cosine schedule ends at `steps`, so there the number of steps is part of the optimiser.
     if new.optim.schedule == "cosine" and old.steps != new.steps:
         changed.append("steps")
+    # Datasets may move, their shares may not change.
+    if _shares(old.data) != _shares(new.data):
+        changed.append("data.path")
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
+
+
+def _shares(data: DataConfig) -> list[Fraction]:
+    weights = [weight for _, weight in data.datasets]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _build(kind: type, given: Any, prefix: str) -> Any:
@@ -399,6 +427,9 @@ def _check_run(config: Config) -> None:
         raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
     if not 0 <= loss.mask_ratio_min < 1:
         raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
+    if config.data.short_caption > 1:
+        raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
+    _shares(config.data)  # which names a path that cannot be read
     for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
         if decay >= 1:
             raise UserError(f"{name}={decay}: must be in [0, 1)")

@@ -3,62 +3,140 @@
 Nothing about the position is saved, and any number of processes sees the same global batches.
 """
 
-import io
-import threading
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from typing import NamedTuple
 
 import grain
-import numpy as np
 from absl import logging
-from PIL import Image
 
-from lina_jax import records
+from lina_jax import decode, example, order, reading
 from lina_jax.config import Config
+from lina_jax.decode import Arrays, Variant
+from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
-from lina_jax.records import Split
+from lina_jax.reading import Split
+from lina_jax.retry import Progress, patiently
 
 _MAX_TRIES = 100  # that many bad records in a row are a broken dataset, not bad luck
 
 
-def open_records(config: Config, split: str) -> "Records":
-    """The records of a split as this config's model needs them. Raises UserError when they are not there."""
-    if not config.data.path:
+class Wanted(NamedTuple):
+    """One row of a batch: a record of one of the datasets."""
+
+    dataset: int
+    index: int
+    variant: Variant = Variant()
+
+
+class Notes(NamedTuple):
+    """What happened while a batch was read."""
+
+    bad: list[tuple[int, int, str]]  # dataset, index, reason
+    truncated: int  # texts that were cut
+
+
+def open_records(config: Config, split: str, text_encoder: TextEncoder | None = None) -> "Records":
+    """The records of a split as this config's model needs them; captions as token ids if they go through an encoder.
+
+    Raises UserError when they are not there.
+    """
+    data, model = config.data, config.model
+    if not data.path:
         raise UserError("data.path is empty: name a directory made by `python -m lina_jax.prepare`")
-    text = config.model.condition == "text"
+    splits = [
+        reading.open_split(path, split, cache=data.cache, timeout=data.read_timeout, threads=data.threads)
+        for path, _ in data.datasets
+    ]
+    form = splits[0].form
+    for (path, _), opened in zip(data.datasets, splits, strict=True):
+        _check_form(config, path, opened.form, text_encoder)
+        if opened.form != form:
+            raise UserError(f"{path} and {data.datasets[0][0]}: one holds latents or text features, the other does not")
+    if form.moments:
+        columns = [decode.Moments(form.moments)]
+    else:
+        columns = [decode.Pixels(tuple(side * config.autoencoder.stride for side in model.latent_size), data.resize)]
+    if model.condition == "class":
+        columns.append(decode.Label(model.num_classes))
+    elif model.text_encoder == "bytes":
+        columns.append(decode.Caption(model.text_length))
+    elif text_encoder:
+        columns.append(decode.TokenIds(text_encoder))
+    else:
+        columns.append(decode.Features(model.text_length, model.text_dim))
     return Records(
-        records.open_split(config.data.path, split),
-        image_size=config.model.latent_size,
-        text_length=config.model.text_length,
-        text_required=text,
-        num_classes=None if text else config.model.num_classes,
+        splits,
+        columns,
+        weights=[weight for _, weight in data.datasets],
+        short_caption=data.short_caption,
+        flip=data.flip,
+        threads=data.threads,
+        read_timeout=data.read_timeout,
     )
 
 
-class Records:
-    """Decoded records of a split, at random; one that cannot be used is replaced by the next good one.
+def _check_form(config: Config, path: str, form: reading.Form, text_encoder: TextEncoder | None) -> None:
+    model, kind = config.model, config.autoencoder.kind
+    wanted = (2 * model.latent_channels, *model.latent_size)
+    if kind == "identity" and form.moments:
+        raise UserError(f"{path} holds latents of {form.moments}; autoencoder.kind=identity trains on pixels")
+    if kind != "identity" and not form.moments and not config.autoencoder.path:
+        raise UserError(
+            f"{path} holds pixels, autoencoder.kind={kind} trains on latents: name its directory in autoencoder.path, "
+            "or let lina_jax.prepare --autoencoder make latents of them"
+        )
+    if kind != "identity" and form.moments and form.moments != wanted:
+        raise UserError(f"{path} holds latents of {form.moments}; autoencoder.kind={kind} and model need {wanted}")
+    if config.data.flip and form.moments:
+        raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
+    if model.condition == "text" and model.text_encoder == "features" and not text_encoder:
+        if not form.text_dim:
+            raise UserError(
+                f"{path} holds no text features: name the directory of a text encoder in text_encoder.path, or let "
+                "lina_jax.prepare --text_encoder make them"
+            )
+        if form.text_dim != model.text_dim:
+            raise UserError(f"{path} holds text features of {form.text_dim}; model.text_dim={model.text_dim}")
 
-    A record is dict(image uint8 (H, W, 3), label int32 (), text uint8 (L,), text_length int32 ()). The replacement of
-    record i is the first good one of i+1, i+2, ... (modulo the length): the same in every process and every run.
+
+class Records:
+    """Decoded records, at random, of one dataset or several; one that cannot be used is replaced by the next good one.
+
+    The replacement of record i is the first good one of i+1, i+2, ... (modulo the length) of the same dataset: the same
+    in every process and every run.
     """
 
     def __init__(
         self,
-        source: Split,
+        splits: Sequence[Split],
+        columns: Sequence[decode.Column],
         *,
-        image_size: tuple[int, int],
-        text_length: int,
-        text_required: bool = False,
-        num_classes: int | None = None,
+        weights: Sequence[Fraction] = (Fraction(1),),
+        short_caption: float = 0.0,
+        flip: bool = False,
+        threads: int = 1,
+        read_timeout: float = 60.0,
     ):
-        """`image_size` is (H, W). Blank captions are bad if `text_required`, labels out of `num_classes` if given."""
-        self._source = source
-        self._image_size = tuple(image_size)
-        self._text_length = text_length
-        self._text_required = text_required
-        self._num_classes = num_classes
-        self._lock = threading.Lock()
-        self._bad: set[int] = set()
+        """`short_caption` is the chance of it, `flip` allows it; `threads` read and decode each batch.
+
+        A read that takes more than `read_timeout` seconds is tried again.
+        """
+        for split in splits:
+            if not len(split):
+                raise UserError("a split without records")
+        self._splits, self._columns = splits, columns
+        self._weights = order.integers(weights)
+        self._short_caption, self._flip = short_caption, flip
+        self._threads, self._timeout = threads, read_timeout
+        self._bad: set[tuple[int, int]] = set()
         self._truncated = 0
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
 
     @property
     def skipped(self) -> int:
@@ -67,57 +145,103 @@ class Records:
 
     @property
     def truncated(self) -> int:
-        """Captions cut to the text length so far, counted each time."""
+        """Texts cut to the text length so far, counted each time."""
         return self._truncated
 
     def __len__(self) -> int:
-        return len(self._source)
+        """Examples before a dataset has to repeat, at these weights."""
+        total = sum(self._weights)
+        return min(len(s) * total // weight for s, weight in zip(self._splits, self._weights, strict=True))
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Raises UserError, naming shard and record, if no record from `index` on can be used."""
-        tries = min(len(self), _MAX_TRIES)
-        for offset in range(tries):
-            candidate = (index + offset) % len(self)
+    def order(self, seed: int) -> order.Order:
+        return order.make([len(split) for split in self._splits], self._weights, seed)
+
+    def first(self, count: int) -> list[Wanted]:
+        """The first records of each dataset, in proportion to the weights."""
+        counts = order.apportion(self._weights, count)
+        return [Wanted(dataset, index) for dataset, n in enumerate(counts) for index in range(n)]
+
+    def variants(self, seed: int, positions: Sequence[int]) -> list[Variant]:
+        """How the example at each position is shown, by chance."""
+        short = order.uniforms(seed, positions, order.SHORT_CAPTIONS) < self._short_caption
+        flip = order.uniforms(seed, positions, order.FLIPS) < (0.5 if self._flip else 0.0)
+        return list(map(Variant, short.tolist(), flip.tolist()))
+
+    def read(self, wanted: Sequence[Wanted]) -> tuple[Arrays, Notes]:
+        """A batch. Raises UserError, naming shard and record, if storage fails or too many bad records follow."""
+        arrays = decode.empty(self._columns, len(wanted))
+        parts = min(self._threads, len(wanted))
+        rows = [range(part * len(wanted) // parts, (part + 1) * len(wanted) // parts) for part in range(parts)]
+        parts = self._pool.map(functools.partial(self._read_rows, arrays, wanted), rows)
+        notes = list(itertools.chain.from_iterable(parts))
+        return arrays, Notes([bad for note in notes for bad in note.bad], sum(note.truncated for note in notes))
+
+    def note(self, notes: Notes) -> None:
+        """Count what happened, and name each bad record once."""
+        for dataset, index, reason in notes.bad:
+            if (dataset, index) not in self._bad:
+                self._bad.add((dataset, index))
+                logging.warning("skipping a bad record: %s", reason)
+        self._truncated += notes.truncated
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "read")
+
+    def _read_rows(self, arrays: Arrays, wanted: Sequence[Wanted], rows: range) -> list[Notes]:
+        finished: dict[int, Notes] = {}
+
+        def read_rest(progress: Progress) -> None:
+            for row in rows:
+                if row not in finished:
+                    finished[row] = self._read_row(arrays, row, wanted[row], progress)
+
+        try:
+            patiently(read_rest, self._timeout)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot read {error.at}: {error}") from error
+        return list(finished.values())
+
+    def _read_row(self, arrays: Arrays, row: int, wanted: Wanted, progress: Progress) -> Notes:
+        """Fill one row with what is wanted or its replacement.
+
+        A thread that was given up and wakes here writes what its successor wrote: rows follow from `wanted` alone.
+        """
+        split, bad = self._splits[wanted.dataset], []
+        for offset in range(min(len(split), _MAX_TRIES)):
+            index = (wanted.index + offset) % len(split)
+            progress.reach(split.location(index))
             try:
-                return self._decode(self._source[candidate])
-            except Exception as error:  # the readers of shards, protos and images each raise their own kinds
-                reason = f"{self._source.location(candidate)}: {error}"
-                self._note_bad(candidate, reason)
-        raise UserError(f"{tries} bad records in a row, the last one {reason}")
-
-    def _decode(self, record: dict) -> dict[str, np.ndarray]:
-        image = np.asarray(Image.open(io.BytesIO(record["image"])).convert("RGB"))
-        if image.shape[:2] != self._image_size:
-            raise ValueError(f"the image is {image.shape[:2]}, expected {self._image_size}")
-        caption = record["caption"].decode()
-        if self._text_required and not caption.strip():
-            raise ValueError("the caption is empty")
-        label = record["label"]
-        if self._num_classes is not None and not 0 <= label < self._num_classes:
-            raise ValueError(f"the label is {label}, expected 0 to {self._num_classes - 1}")
-        if len(record["caption"]) > self._text_length:
-            with self._lock:
-                self._truncated += 1
-        text, length = encode_text([caption], self._text_length)
-        return {"image": image, "label": np.int32(label), "text": text[0], "text_length": length[0]}
-
-    def _note_bad(self, index: int, reason: str) -> None:
-        with self._lock:
-            new = index not in self._bad
-            self._bad.add(index)
-        if new:
-            logging.warning("skipping a bad record: %s", reason)
+                record = split[index]
+            except ValueError as error:
+                bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
+                continue
+            finally:
+                progress.check()
+            try:
+                return Notes(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
+            except Exception as error:  # the readers of pictures raise many kinds
+                bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
+        raise UserError(f"{len(bad)} bad records in a row, the last one {bad[-1][2]}")
 
 
-def encode_text(captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Captions (B,) -> UTF-8 bytes uint8 (B, L), cut or padded with zeros, and their number int32 (B,)."""
-    text = np.zeros((len(captions), length), np.uint8)
-    lengths = np.zeros(len(captions), np.int32)
-    for i, caption in enumerate(captions):
-        encoded = caption.encode()[:length]
-        text[i, : len(encoded)] = np.frombuffer(encoded, np.uint8)
-        lengths[i] = len(encoded)
-    return text, lengths
+class Blocks:
+    """The blocks of one process, one per step, as grain's random access source."""
+
+    def __init__(self, records: Records, *, size: int, seed: int, start_step: int, process_index: int, processes: int):
+        self._records, self._order, self._seed, self._size = records, records.order(seed), seed, size
+        self._start_step, self._process_index, self._processes = start_step, process_index, processes
+
+    def __len__(self) -> int:
+        return 2**40  # no end
+
+    def __getitem__(self, step: int) -> tuple[Arrays, Notes]:
+        """Of the global batch of step s, process p has block s * processes + p."""
+        block = (self._start_step + step) * self._processes + self._process_index
+        positions = range(block * self._size, (block + 1) * self._size)
+        variants = self._records.variants(self._seed, positions)
+        places = [self._order[position] for position in positions]
+        return self._records.read([Wanted(*place, v) for place, v in zip(places, variants, strict=True)])
 
 
 def training_batches(
@@ -128,27 +252,44 @@ def training_batches(
     start_step: int,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int,
-    prefetch: int,
-) -> Iterator[dict[str, np.ndarray]]:
+    prefetch: int = 2,
+    workers: int = 0,
+) -> Iterator[Arrays]:
     """Endless batches of steps start_step, start_step + 1, ...: this process's contiguous block of each global batch.
 
-    `threads` decode and `prefetch` batches are kept ready. Every epoch has an order of its own, and may end within a
-    batch. Raises UserError if the global batch does not divide by the processes.
+    `prefetch` batches are kept ready, by threads of this process or by `workers` processes with threads of their own.
+    Every epoch has an order of its own, and may end within a batch. Raises UserError if the global batch does not
+    divide by the processes.
     """
     if global_batch % process_count:
         raise UserError(f"global batch {global_batch} is not divisible by {process_count} processes")
-    local_batch = global_batch // process_count
-    order = grain.MapDataset.source(records).shuffle(seed).repeat(None)
-    # Of the global batch of step s, process p has block s * process_count + p. An endless order has no remainder to
-    # drop, but when a block is one record grain 0.2.18 overflows unless told to.
-    blocks = order.batch(local_batch, drop_remainder=True)[start_step * process_count + process_index :: process_count]
-    return iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+    blocks = Blocks(
+        records,
+        size=global_batch // process_count,
+        seed=seed,
+        start_step=start_step,
+        process_index=process_index,
+        processes=process_count,
+    )
+    # Two blocks at once: while one waits for its last rows the threads go on with the next.
+    ahead = 1 if workers else prefetch
+    batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(min(2, ahead), ahead))
+    if workers:
+        each = max(1, prefetch // workers)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))
+    return _noted(records, iter(batches))
 
 
-def fixed_examples(records: Records, count: int) -> dict[str, np.ndarray]:
-    """The first `count` records, stacked. Raises UserError if there are fewer."""
+def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterator[Arrays]:
+    for arrays, notes in batches:
+        records.note(notes)
+        yield arrays
+
+
+def fixed_examples(records: Records, count: int) -> Arrays:
+    """The first `count` examples. Raises UserError if there are fewer."""
     if count > len(records):
         raise UserError(f"{count} examples asked, but the split has only {len(records)}")
-    examples = [records[i] for i in range(count)]
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    arrays, notes = records.read(records.first(count))
+    records.note(notes)
+    return arrays

@@ -14,13 +14,19 @@ class TrainingDiverged(Exception):
     """Training stopped itself to protect its checkpoints. Exit code 1."""
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Run an absl `main`, turning the errors above into one line on stderr and their exit code."""
+def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> None:
+    """Run an absl `main`, turning the errors above into one line on stderr and their exit code.
+
+    Where there are `commands`, exactly one of them follows the program's name: argv[1] of `main`.
+    """
 
     def guarded(argv: Sequence[str]) -> int:
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+            if commands and (not argv[1:] or argv[1] not in commands):
+                raise UserError(f"the first argument must be one of: {', '.join(commands)}")
+            rest = argv[2 if commands else 1 :]
+            if rest:
+                raise UserError(f"unexpected argument {rest[0]!r}: options are given as --name=value")
             main(argv)
         except (UserError, OSError) as error:  # OSError: a full disk, a place that cannot be written or read
             return _report(error, 2)

@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
     if values.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
     result = {"step": step, "weights": "raw" if values.raw else "ema"}
-    validation = Validation(config, data.open_records(config, config.data.validation_split))
+    records = data.open_records(config, config.data.validation_split, plan.encoders.text)
+    validation = Validation(config, records)
     result["validation"] = validation.both(plan, raw, ema, frozen)
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
     if values.scenes:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import data, encoders, errors, mesh, pictures, state
+from lina_jax import decode, encoders, errors, mesh, pictures, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -65,7 +65,7 @@ def encode_conditions(
                 raise UserError(f"label {label}: classes are 0 to {model.num_classes - 1} ({model.num_classes}: any)")
         return {"label": jnp.asarray(conditions, jnp.int32)}
     if model.text_encoder == "bytes":
-        text, length = data.encode_text(conditions, model.text_length)
+        text, length = decode.encode_text(conditions, model.text_length)
     else:
         text, length, _ = text_encoder.tokenize(conditions)
     return {"text": jnp.asarray(text), "text_length": jnp.asarray(length)}
@@ -98,13 +98,20 @@ def batch_for(wanted: int, most: int = 64) -> int:
     return max(1, -(-min(wanted, most) // devices)) * devices
 
 
+def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
+    """The config with other directories of frozen encoders, where they are given."""
+    if autoencoder:
+        config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
+    return dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder)) if text_encoder else config
+
+
 def cannot_draw(config: Config) -> str:
     """What a model that works on latents or text features lacks for drawing; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
-        return "autoencoder.path is empty: the directory of the autoencoder whose latents the model makes"
+        return "the autoencoder whose latents the model makes is not known: --autoencoder=DIR (autoencoder.path)"
     text = config.model.condition == "text" and config.model.text_encoder == "features"
     if text and not config.text_encoder.path:
-        return "text_encoder.path is empty: the directory of the text encoder whose features the model reads"
+        return "the text encoder whose features the model reads is not known: --text_encoder=DIR (text_encoder.path)"
     return ""
 
 
@@ -116,10 +123,7 @@ def load(
     `autoencoder` and `text_encoder` are directories to use in place of those in the run's config.
     """
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
-    if autoencoder:
-        config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
-    if text_encoder:
-        config = dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder))
+    config = with_encoders(config, autoencoder, text_encoder)
     mesh.cache_programs(workdir / "compiled")
     devices = mesh.build(config.mesh)
     plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
@@ -172,14 +176,21 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir or not values.out:
         raise UserError("--workdir=DIR (a training directory) and --out=DIR are both needed")
     workdir, out = Path(values.workdir).expanduser(), Path(values.out).expanduser()
-    config = load_config(workdir)
+    config = with_encoders(load_config(workdir), values.autoencoder, values.text_encoder)
+    if lacking := cannot_draw(config):
+        raise UserError(lacking)
     if not 0 <= values.seed < 2**31:
         raise UserError(f"--seed={values.seed}: must be in [0, 2**31)")
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
-    encode_conditions(config, conditions)
     names = ("steps", "euler_steps", "guidance", "temperature")
     settings = sample_settings(config, {name: values[name].value for name in names})
-    plan, params, frozen, step = load(workdir, ema=not values.raw, step=values.checkpoint)
+    plan, params, frozen, step = load(
+        workdir,
+        ema=not values.raw,
+        step=values.checkpoint,
+        autoencoder=values.autoencoder,
+        text_encoder=values.text_encoder,
+    )
     sampler = Sampler(plan, settings, batch_for(len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
     for i, image in enumerate(images):
@@ -211,5 +222,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_integer("batch_size", 64, "images drawn at once")
+    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the pictures")
     errors.run(main)

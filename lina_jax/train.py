@@ -8,7 +8,9 @@ metrics.jsonl, TensorBoard events/, previews/, compiled/ programs and, at the en
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from lina_jax import config as config_lib
 from lina_jax import data, errors, evaluate, mesh, metrics, sample, state
 from lina_jax.checkpoint import Checkpoints, check_config, write_config
 from lina_jax.config import Config
+from lina_jax.encoders import load_encoders
 from lina_jax.errors import TrainingDiverged, UserError
 
 
@@ -31,21 +34,16 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     Raises UserError for what the user can mend, before anything is written, and TrainingDiverged after
     `optim.max_skipped` steps in a row with a non-finite loss or gradient.
     """
-    if config.autoencoder.kind != "identity":
-        raise UserError(
-            f"autoencoder.kind={config.autoencoder.kind}: records of latents cannot be read yet, only pixels (identity)"
-        )
-    if config.model.condition == "text" and config.model.text_encoder != "bytes":
-        raise UserError("model.text_encoder=features: records of text features cannot be read yet, only bytes")
     devices = mesh.build(config.mesh)
     mesh.check(config, devices)
-    train_records = data.open_records(config, config.data.train_split)
-    valid_records = data.open_records(config, config.data.validation_split)
+    encoders = load_encoders(config, devices)
+    train_records = data.open_records(config, config.data.train_split, encoders.text)
+    valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     validation = evaluate.Validation(config, valid_records)
     check_config(workdir, config, allow_changes=allow_config_change)
 
     mesh.cache_programs(workdir / "compiled")
-    plan = state.blueprint(config, devices)
+    plan = state.blueprint(config, devices, encoders)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else plan.init()
@@ -54,9 +52,12 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if not resumed:
         checkpoints.save(run)
     _introduce(config, plan, devices, first)
+    drawn = config.log.preview_images and not sample.cannot_draw(config)
+    if config.log.preview_images and not drawn:
+        print(f"no previews: {sample.cannot_draw(config)}", file=sys.stderr)
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
-    previews = sample.Previews(plan, workdir, writer)
+    previews = sample.Previews(plan, workdir, writer) if drawn else None
     train_step = state.make_train_step(plan)
     batches = device_batches(config, plan, train_records, first)
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=None if sys.stderr.isatty() else True)
@@ -83,7 +84,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 if last or _due(step, config.eval.every):
                     losses = validation.both(plan, run.params, run.ema, run.frozen)
                     writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
-                if config.log.preview_images and (last or _due(step, config.log.preview_every)):
+                if previews and (last or _due(step, config.log.preview_every)):
                     previews.draw(step, run)
                 throughput.pause(time.monotonic() - started)
         profile(config, workdir, first, config.steps + 1)
@@ -107,12 +108,23 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         start_step=first,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        threads=config.data.threads,
         prefetch=config.data.prefetch,
+        workers=config.data.workers,
     )
     place = mesh.sharding(plan.mesh, "batch")
-    for batch in rows:
-        yield {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
+
+    def next_batch() -> state.Batch:
+        return {name: jax.make_array_from_process_local_data(place, array) for name, array in next(rows).items()}
+
+    pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread: batches come in order
+    try:
+        ahead = deque(pool.submit(next_batch) for _ in range(config.data.device_prefetch))
+        while True:
+            batch = ahead.popleft().result()
+            ahead.append(pool.submit(next_batch))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def profile(config: Config, workdir: Path, first: int, step: int) -> None:

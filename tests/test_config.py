@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def test_integers_pass_as_floats_and_lists_as_tuples(pixels):
     )
     assert isinstance(config.optim.learning_rate, float)
     assert (config.model.image_grid, config.log.preview_prompts) == ((4, 6), ("a",))
+
+
+def test_datasets_of_a_mixture(pixels):
+    def datasets(path):
+        return freeze(change(pixels, data={"path": path})).data.datasets
+
+    assert datasets("a/b=c") == (("a/b=c", 1),)
+    assert datasets("gs://a/b=0.7, /c=d=1/3") == (("gs://a/b", Fraction(7, 10)), ("/c=d", Fraction(1, 3)))
+
+
+@pytest.mark.parametrize("path", ["a,b", "a=1,b", "a=1,b=0", "a=1,b=-1", "a=1,=2", "a=1,b=x", "a=1,b=1/0", "a=1,"])
+def test_a_mixture_without_weights_is_refused(pixels, path):
+    with pytest.raises(UserError, match=re.escape(f"data.path={path!r}: several datasets are PATH=WEIGHT,PATH=WEIGHT")):
+        freeze(change(pixels, data={"path": path}))
+
+
+def test_datasets_may_move_and_their_shares_may_not_change(pixels):
+    def config(path):
+        return freeze(change(dict(pixels), data={"path": path}))
+
+    assert not differences(config("a=1,b=3"), config("c=2,d=6"))
+    (line,) = differences(config("a=1,b=3"), config("a=1,b=4"))
+    assert line == "data.path: 'a=1,b=3' -> 'a=1,b=4'"
 
 
 @pytest.mark.parametrize(

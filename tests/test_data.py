@@ -1,15 +1,22 @@
 """Batches follow from (seed, step) alone, whatever the processes and the restarts, and survive bad records."""
 
 import io
+import json
 import logging
 import re
+import subprocess
+import sys
+import threading
+from fractions import Fraction
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
-from lina_jax import data, records
+from lina_jax import data, decode, reading, records, retry
 from lina_jax.errors import UserError
 
 COUNT, SIZE, LENGTH = 20, (4, 6), 8
@@ -30,12 +37,24 @@ def dataset(directory, **changed):
     return directory
 
 
-def open_records(directory, **kwargs):
-    return data.Records(records.open_split(directory, "train"), image_size=SIZE, text_length=LENGTH, **kwargs)
+COLUMNS = [decode.Label(), decode.Pixels(SIZE), decode.Caption(LENGTH)]
+
+
+def open_records(*directories, num_classes=None, threads=2, **kwargs):
+    columns = [decode.Label(num_classes), decode.Pixels(SIZE), decode.Caption(LENGTH)]
+    splits = [reading.open_split(directory, "train") for directory in directories]
+    return data.Records(splits, columns, threads=threads, **kwargs)
+
+
+def one(source, index, **variant):
+    """A single record."""
+    arrays, notes = source.read([data.Wanted(0, index, decode.Variant(**variant))])
+    source.note(notes)
+    return {name: array[0] for name, array in arrays.items()}
 
 
 def batches(source, steps, **kwargs):
-    settings = {"global_batch": 8, "seed": 1, "start_step": 0, "threads": 2, "prefetch": 4}
+    settings = {"global_batch": 8, "seed": 1, "start_step": 0, "prefetch": 4}
     return list(islice(data.training_batches(source, **settings | kwargs), steps))
 
 
@@ -49,7 +68,7 @@ def clean(tmp_path_factory):
 
 
 def test_a_record_decoded(clean):
-    record = clean[3]
+    record = one(clean, 3)
     assert {name: (value.dtype, value.shape) for name, value in record.items()} == {
         "image": (np.uint8, (*SIZE, 3)),
         "label": (np.int32, ()),
@@ -77,7 +96,7 @@ def test_an_epoch_has_every_record_once_in_an_order_of_its_own(clean):
 def test_order_does_not_depend_on_restarts_or_threads(clean):
     whole = labels(clean, 12)
     assert labels(clean, 5, start_step=7) == whole[7:]
-    assert labels(clean, 12, threads=1, prefetch=1) == whole
+    assert labels(clean, 12, prefetch=1) == whole
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
@@ -93,7 +112,7 @@ def test_a_batch_may_exceed_the_dataset(clean):
 
 def test_an_indivisible_batch_is_refused(clean):
     with pytest.raises(UserError, match="global batch 8 is not divisible by 3"):
-        data.training_batches(clean, global_batch=8, seed=0, start_step=0, process_count=3, threads=1, prefetch=1)
+        data.training_batches(clean, global_batch=8, seed=0, start_step=0, process_count=3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +121,7 @@ def test_an_indivisible_batch_is_refused(clean):
         ({"image": b"no image"}, {}, "cannot identify image"),
         ({"image": png(0)[:-24]}, {}, "truncated"),
         ({"image": png(0, (6, 4))}, {}, r"the image is \(6, 4\), expected \(4, 6\)"),
-        ({"caption": " "}, {"text_required": True}, "the caption is empty"),
+        ({"caption": " "}, {}, "the caption is empty"),
         ({"caption": b"\xff\xfe"}, {}, "can't decode"),
         ({"label": -1}, {"num_classes": COUNT}, "the label is -1, expected 0 to 19"),
     ],
@@ -110,7 +129,7 @@ def test_an_indivisible_batch_is_refused(clean):
 def test_a_bad_record_is_replaced_by_the_next(tmp_path, caplog, bad, kwargs, reason):
     source = open_records(dataset(tmp_path / "data", i5=bad), **kwargs)
     with caplog.at_level(logging.WARNING):
-        assert [source[5]["label"], source[5]["label"]] == [6, 6]
+        assert [one(source, 5)["label"], one(source, 5)["label"]] == [6, 6]
     assert source.skipped == 1
     (message,) = caplog.messages
     assert "record 5 of" in message
@@ -136,26 +155,67 @@ def test_a_flipped_byte_in_a_shard_costs_one_record(tmp_path):
     assert content.count(b"a mark") == 1
     shard.write_bytes(content.replace(b"a mark", b"a mask"))
     source = open_records(directory)
-    assert [int(source[i]["label"]) for i in range(COUNT)] == [*range(7), 8, *range(8, COUNT)]
+    assert [int(one(source, i)["label"]) for i in range(COUNT)] == [*range(7), 8, *range(8, COUNT)]
 
 
-def test_a_lost_shard_ends_with_its_name(tmp_path):
+def test_a_lost_shard_ends_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
     directory = dataset(tmp_path / "data")
     (shard,) = directory.glob("*.array_record*")
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"20 bad records in a row, the last one record .* of {shard}"):
+    with pytest.raises(UserError, match=f"cannot read record .* of {shard}: "):
         batches(open_records(directory), 1)
+
+
+def test_a_dataset_of_bad_records_ends_with_the_last(tmp_path):
+    directory = dataset(tmp_path / "data", **{f"i{i}": {"image": b"no image"} for i in range(COUNT)})
+    with pytest.raises(UserError, match=r"20 bad records in a row, the last one record .*: cannot identify"):
+        batches(open_records(directory), 1)
+
+
+class Hanging:
+    """A split of which one read never ends, or ends too late, and then works."""
+
+    def __init__(self, split):
+        self._split, self._hung = split, False
+        self.released, self.late = threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._split, name)
+
+    def __len__(self):
+        return len(self._split)
+
+    def __getitem__(self, index):
+        if index == 5 and not self._hung:
+            self._hung = True
+            self.released.wait()
+            self.late.set()
+        return self._split[index]
+
+
+def test_a_read_that_hangs_is_read_again(clean, tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
+    hanging = Hanging(reading.open_split(dataset(tmp_path / "data"), "train"))
+    source = data.Records([hanging], COLUMNS, threads=1, read_timeout=0.2)
+    try:
+        assert labels(source, 3) == labels(clean, 3)
+    finally:
+        hanging.released.set()
+    assert hanging.late.wait(10)
+    assert source.skipped == 0
 
 
 def test_long_captions_are_cut_and_counted(tmp_path):
     source = open_records(dataset(tmp_path / "data", i2={"caption": "0123456789"}))
-    assert bytes(source[2]["text"]) == b"01234567"
-    assert source[2]["text_length"] == LENGTH
+    for _ in range(2):
+        assert bytes(one(source, 2)["text"]) == b"01234567"
+    assert one(source, 3)["text_length"] < LENGTH
     assert (source.truncated, source.skipped) == (2, 0)
 
 
 def test_text_is_utf8_padded_with_zeros():
-    text, length = data.encode_text(["", "é", "abcde"], 4)
+    text, length = decode.encode_text(["", "é", "abcde"], 4)
     np.testing.assert_array_equal(text, [[0, 0, 0, 0], [0xC3, 0xA9, 0, 0], list(b"abcd")])
     np.testing.assert_array_equal(length, [0, 2, 4])
     assert (text.dtype, length.dtype) == (np.uint8, np.int32)
@@ -167,3 +227,204 @@ def test_fixed_examples_are_the_first(clean):
     assert examples["image"].shape == (3, *SIZE, 3)
     with pytest.raises(UserError, match="21 examples asked, but the split has only 20"):
         data.fixed_examples(clean, COUNT + 1)
+
+
+def test_worker_processes_give_the_same_batches(tmp_path):
+    flags.FLAGS.mark_as_parsed()  # grain asks them; programs have parsed theirs
+    directory = dataset(tmp_path / "data", i4={"image": b"no image"}, i2={"caption": "0123456789"})
+    runs = {}
+    for workers in (0, 2):
+        source = open_records(directory)
+        runs[workers] = batches(source, 5, workers=workers)
+        assert (source.skipped, source.truncated) == (1, 2)
+    for threads, processes in zip(runs[0], runs[2], strict=True):
+        for name, array in threads.items():
+            np.testing.assert_array_equal(array, processes[name])
+
+
+def test_real_processes_make_the_same_global_batches(tmp_path):
+    """One, two and four of them, each a Python of its own; the last two begin where the first stopped."""
+    directories = [dataset(tmp_path / "a"), dataset(tmp_path / "b", i3={"image": b"no image"})]
+
+    def run(processes, start_step, steps):
+        code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_data
+source = test_data.open_records(*{[str(d) for d in directories]}, weights={WEIGHTS!r}, short_caption=0.5, flip=True)
+place = dict(process_index=int(sys.argv[1]), process_count={processes}, start_step={start_step})
+for batch in test_data.batches(source, {steps}, **place):
+    print([[int(l), bytes(t).hex()] for l, t in zip(batch["label"], batch["text"])])
+"""
+        code = code.replace("Fraction(", "test_data.Fraction(")
+        started = [
+            subprocess.Popen([sys.executable, "-c", code, str(p)], stdout=subprocess.PIPE, text=True)
+            for p in range(processes)
+        ]
+        blocks = [[json.loads(line.replace("'", '"')) for line in p.communicate()[0].splitlines()] for p in started]
+        return [list(chain(*parts)) for parts in zip(*blocks, strict=True)]
+
+    whole = run(1, 0, 6)
+    assert len(whole) == 6
+    assert run(2, 2, 4) == whole[2:]
+    assert run(4, 4, 2) == whole[4:]
+
+
+WEIGHTS = (Fraction(3, 4), Fraction(1, 4))
+
+
+def test_a_mixture_keeps_its_weights(clean, tmp_path):
+    other = dataset(tmp_path / "data", **{f"i{i}": {"label": 100 + i} for i in range(COUNT)})
+    source = open_records(dataset(tmp_path / "first"), other, weights=WEIGHTS)
+    drawn = np.concatenate([batch["label"] for batch in batches(source, 4, global_batch=256)])
+    assert (drawn >= 100).sum() == 256
+    assert len(set(drawn[drawn >= 100])) == COUNT
+
+
+def test_validation_of_a_mixture_takes_the_first_of_each(tmp_path):
+    other = dataset(tmp_path / "data", **{f"i{i}": {"label": 100 + i} for i in range(COUNT)})
+    source = open_records(dataset(tmp_path / "first"), other, weights=WEIGHTS)
+    assert len(source) == 26  # 20 of three in four
+    assert data.fixed_examples(source, 8)["label"].tolist() == [0, 1, 2, 3, 4, 5, 100, 101]
+
+
+def test_short_captions_are_shown_by_chance_where_there_are_any(tmp_path):
+    short = {f"i{i}": {"short_caption": "short"} for i in range(COUNT // 2)}
+    source = open_records(dataset(tmp_path / "data", **short), short_caption=0.5)
+    seen = [
+        (int(label), bytes(text).startswith(b"short"))
+        for batch in batches(source, 100)
+        for label, text in zip(batch["label"], batch["text"], strict=True)
+    ]
+    with_one = [shown for label, shown in seen if label < COUNT // 2]
+    assert abs(np.mean(with_one) - 0.5) < 0.1  # of 400: four standard deviations
+    assert not any(shown for label, shown in seen if label >= COUNT // 2)
+
+
+def test_flips_are_by_chance_and_follow_from_seed_and_position(tmp_path):
+    picture = np.zeros((*SIZE, 3), np.uint8)
+    picture[:, 0] = 255
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG")
+    directory = dataset(tmp_path / "data", **{f"i{i}": {"image": out.getvalue()} for i in range(COUNT)})
+
+    def flipped(steps, flip=True, **kwargs):
+        drawn = batches(open_records(directory, flip=flip), steps, **kwargs)
+        images = np.concatenate([batch["image"] for batch in drawn])
+        assert all(np.array_equal(i, picture) or np.array_equal(i, picture[:, ::-1]) for i in images)
+        return [image[0, 0, 0] == 0 for image in images]
+
+    whole = flipped(50)
+    assert abs(np.mean(whole) - 0.5) < 0.1
+    assert flipped(10, start_step=40) == whole[-80:]
+    assert flipped(50, seed=2) != whole
+    assert not any(flipped(4, flip=False))
+
+
+MOMENTS, ROWS, DIM = (4, 2, 3), 6, 5
+
+
+@pytest.fixture(scope="module")
+def latents_directory(tmp_path_factory):
+    """Records i of 1 + i rows of text and, where i is odd, one row of short text, all filled with i + 1."""
+    directory = tmp_path_factory.mktemp("data") / "latents"
+    with records.create(directory, "tiny", records.latent_features(MOMENTS, DIM)) as writer:
+        for i in range(9):
+            text, short = np.full((1 + i, DIM), i + 1, np.float16), np.full((i % 2, DIM), -i - 1, np.float16)
+            said = {"caption": "", "short_caption": "", "label": i, "key": ""}
+            writer.write("train", moments=np.full(MOMENTS, i, np.float16), text=text, short_text=short, **said)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def latents(latents_directory):
+    columns = [decode.Label(), decode.Moments(MOMENTS), decode.Features(ROWS, DIM)]
+    return data.Records([reading.open_split(latents_directory, "train")], columns, threads=2)
+
+
+def test_latents_are_padded_with_zeros(latents):
+    for _ in range(3):  # memory is used again
+        for batch in batches(latents, 20, global_batch=4):
+            assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+                "label": (np.int32, (4,)),
+                "moments": (np.float16, (4, *MOMENTS)),
+                "text": (np.float16, (4, ROWS, DIM)),
+                "text_length": (np.int32, (4,)),
+            }
+            for label, moments, text, length in zip(
+                *(batch[n] for n in ("label", "moments", "text", "text_length")), strict=True
+            ):
+                assert (moments == label).all()
+                assert length == min(label + 1, ROWS)
+                assert (text[:length] == label + 1).all()
+                assert (text[length:] == 0).all()
+
+
+def test_batches_that_are_kept_stay_as_they_are(latents):
+    kept = batches(latents, 30, global_batch=4)
+    rows = [batch["text"][0] for batch in kept]  # views keep their memory too
+    labels_of = [int(batch["label"][0]) for batch in kept]
+    del kept
+    batches(latents, 30, global_batch=4)
+    assert all(row[0, 0] == label + 1 for row, label in zip(rows, labels_of, strict=True))
+
+
+def test_text_features_beyond_the_length_are_cut_and_counted(latents):
+    before = latents.truncated
+    assert one(latents, 7)["text_length"] == ROWS
+    assert latents.truncated == before + 1
+
+
+def test_short_text_features(latents):
+    record = one(latents, 3, short=True)
+    assert record["text_length"] == 1
+    assert (record["text"][0] == -4).all()
+    assert one(latents, 4, short=True)["text_length"] == 5
+
+
+def test_pictures_of_another_size_are_resized_on_request(tmp_path):
+    directory = dataset(tmp_path / "data", i5={"image": png(9, (40, 60))})
+    columns = [decode.Label(), decode.Pixels(SIZE, resize=True)]
+    source = data.Records([reading.open_split(directory, "train")], columns)
+    assert (one(source, 5)["image"] == 9).all()
+    assert source.skipped == 0
+
+
+@pytest.fixture(scope="module")
+def latent_config(tiny):
+    def make(path, **changes):
+        model = {"condition": "text", "text_encoder": "features", "text_dim": DIM, "text_length": ROWS}
+        model |= {"latent_channels": 2, "patch_size": 1, "image_grid": (2, 3)}
+        changes = {
+            name: model | value if name == "model" else value for name, value in ({"model": {}} | changes).items()
+        }
+        data_changes = {"path": str(path)} | changes.pop("data", {})
+        return tiny(autoencoder={"kind": "sdxl", "stride": 8}, data=data_changes, **changes)
+
+    return make
+
+
+def test_a_config_opens_latents(latent_config, latents_directory):
+    source = data.open_records(latent_config(latents_directory), "train")
+    assert one(source, 3)["text"].shape == (ROWS, DIM)
+    assert data.fixed_examples(source, 2)["moments"].shape == (2, *MOMENTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"flip": True}}, "data.flip=True: latents cannot be flipped"),
+        ({"model": {"image_grid": (3, 3)}}, r"holds latents of \(4, 2, 3\); .* need \(4, 3, 3\)"),
+        ({"model": {"text_dim": 8}}, "holds text features of 5; model.text_dim=8"),
+    ],
+)
+def test_latents_that_do_not_fit_the_config_are_refused(latent_config, latents_directory, changes, message):
+    with pytest.raises(UserError, match=message):
+        data.open_records(latent_config(latents_directory, **changes), "train")
+
+
+def test_pixels_and_latents_are_not_taken_for_each_other(latent_config, latents_directory, tiny, tmp_path):
+    with pytest.raises(UserError, match="holds pixels"):
+        data.open_records(latent_config(dataset(tmp_path / "data")), "train")
+    with pytest.raises(UserError, match=r"holds latents of \(4, 2, 3\); autoencoder.kind=identity trains on pixels"):
+        data.open_records(tiny(data={"path": str(latents_directory)}), "train")

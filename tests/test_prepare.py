@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lina_jax import records
+from lina_jax import example, reading, records
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
 
@@ -51,8 +51,9 @@ def settings(pattern, **changes):
 
 
 def read(directory, split):
-    source = records.open_split(directory, split)
-    return [source[i] for i in range(len(source))]
+    source = reading.open_split(directory, split)
+    rows = (example.parse(source[i]) for i in range(len(source)))
+    return [{name: v if isinstance(v, int) else bytes(v) for name, v in row.items()} for row in rows]
 
 
 def test_every_row_arrives_once(tmp_path):

@@ -1,7 +1,6 @@
 """What is written is a TFDS dataset, whole or not at all; what cannot be read is named."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -41,18 +40,6 @@ def test_tfds_reads_what_we_write(tmp_path):
         assert record["key"] == f"file:{i}".encode()
 
 
-def test_labels_need_no_names(tmp_path):
-    assert records.open_split(write(tmp_path / "tiny", label_names=()), "train")[2]["label"] == 1
-
-
-def test_shards_make_one_sequence(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "SHARD_RECORDS", 2)
-    split = records.open_split(write(tmp_path / "tiny"), "train")
-    assert [record["key"] for record in (split[i] for i in range(len(split)))] == [b"file:%d" % i for i in range(5)]
-    assert split.location(3) == f"record 1 of {tmp_path}/tiny/tiny-train.array_record-00001-of-00003"
-    assert len(records.open_split(tmp_path / "tiny", "train[1:4]")) == 3
-
-
 def test_nothing_appears_when_writing_fails(tmp_path):
     with (
         pytest.raises(ZeroDivisionError),
@@ -69,30 +56,3 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path):
         write(tmp_path / "tiny", count=2)
     assert (tmp_path / "tiny" / "dataset_info.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
-def test_errors_name_the_path_and_what_exists(tmp_path):
-    with pytest.raises(UserError, match="absent does not exist"):
-        records.open_split(tmp_path / "absent", "train")
-
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "cat.jpg").touch()
-    with pytest.raises(UserError, match=r"no dataset_info.json; it holds cat.jpg"):
-        records.open_split(tmp_path / "other", "train")
-
-    directory = write(tmp_path / "tiny")
-    with pytest.raises(UserError, match="no split 'test'; its splits: train, validation"):
-        records.open_split(directory, "test")
-
-    (directory / "tiny-validation.array_record-00000-of-00001").unlink()
-    with pytest.raises(UserError, match=r"1 of the 1 shards .*tiny-validation.array_record-00000-of-00001"):
-        records.open_split(directory, "validation")
-    assert len(records.open_split(directory, "train")) == 5
-
-    info = json.loads((directory / "dataset_info.json").read_text())
-    (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match="stored as tfrecord; only array_record"):
-        records.open_split(directory, "train")
-    (directory / "dataset_info.json").write_text('{"name": ')
-    with pytest.raises(UserError, match="cannot read the metadata of"):
-        records.open_split(directory, "train")

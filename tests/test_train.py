@@ -52,6 +52,20 @@ def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identi
     assert identical(whole(resumed), finished[1])
 
 
+def test_worker_processes_change_nothing(config, run_module, config_file, tmp_path, one_device, identical):
+    """From the command line, where workers must not take the program's flags or devices."""
+    silent = dataclasses.replace(config, steps=3, log=dataclasses.replace(config.log, preview_images=0))
+    runs = []
+    for workers in (0, 2):
+        workdir = tmp_path / str(workers)
+        options = f"--config={config_file(silent)}", f"--workdir={workdir}", f"--config.data.workers={workers}"
+        result = run_module("train", *options)
+        assert result.returncode == 0, result.stderr
+        checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
+        runs.append(whole(checkpoints.restore(state.blueprint(config, one_device))))
+    assert identical(*runs)
+
+
 def test_training_changes_the_parameters(finished, one_device, config, identical):
     workdir, run = finished
     first = Checkpoints(workdir, config.checkpoint, create=False).restore(state.blueprint(config, one_device), 0)

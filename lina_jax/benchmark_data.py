@@ -1,0 +1,219 @@
+"""What `benchmark data` measures: batches of training against the same machine without this code."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from PIL import Image, ImageOps
+
+from lina_jax import data, decode, reading, records
+
+MOMENTS, TEXT_DIM, TEXT_LENGTH = (8, 32, 32), 2560, 256
+LATENTS, PICTURES = 3000, 1000
+PICTURE, SIZE = (480, 360), (256, 256)  # (width, height) stored; (H, W) trained on
+MANY, PER_SHARD = 10_000_000, 800
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long, and with what."""
+
+    seconds: float
+    repeats: int
+    batch_size: int
+    threads: int
+    prefetch: int
+    memory_batches: int
+
+
+Row = dict[str, object]
+
+
+def latents(out: Path, settings: Settings) -> list[Row]:
+    """Cached latents of 256 px, batched and padded, and what grain reads from the same files without doing either."""
+    directory = _dataset(out / "latents", _latents)
+    split = reading.open_split(directory, "train")
+    columns = [decode.Label(), decode.Moments(MOMENTS), decode.Features(TEXT_LENGTH, TEXT_DIM)]
+    source = ArrayRecordDataSource(sorted(map(str, directory.glob("*.array_record*"))))
+    order = grain.MapDataset.source(source).shuffle(0).repeat(None)
+
+    def ours() -> Iterator:
+        return _batches(data.Records([split], columns, threads=settings.threads), settings)
+
+    def raw() -> Iterator:
+        options = grain.ReadOptions(settings.threads, settings.prefetch)
+        return iter(order.batch(settings.batch_size, drop_remainder=True, batch_fn=list).to_iter_dataset(options))
+
+    return _compare(settings, latents=ours, latents_raw=raw)
+
+
+def jpeg(out: Path, settings: Settings) -> list[Row]:
+    """Pictures decoded and resized for training, and the same in a bare loop over bytes in memory."""
+    directory = _dataset(out / "pictures", _pictures)
+    split = reading.open_split(directory, "train")
+    columns = [decode.Label(), decode.Pixels(SIZE, resize=True), decode.Caption(TEXT_LENGTH)]
+    encoded = [_jpeg(np.random.default_rng(i)) for i in range(16)]
+
+    def one(i: int) -> np.ndarray:
+        image = Image.open(io.BytesIO(encoded[i % len(encoded)])).convert("RGB")
+        return np.asarray(ImageOps.fit(image, SIZE[::-1], Image.Resampling.BICUBIC))
+
+    def bare() -> Iterator:
+        with ThreadPoolExecutor(settings.threads) as pool:
+            for _ in itertools.count():
+                yield list(pool.map(one, range(settings.batch_size)))
+
+    def ours() -> Iterator:
+        return _batches(data.Records([split], columns, threads=settings.threads), settings)
+
+    return _compare(settings, jpeg=ours, jpeg_bare=bare)
+
+
+def startup(out: Path, settings: Settings) -> list[Row]:
+    """Seconds until the first batch of a dataset of ten million records, from the beginning and in the middle."""
+    directory = _dataset(out / "many", _tiny)
+    _multiply(directory, MANY // PER_SHARD)
+    rows = []
+    for name, step in (("start", 0), ("resume", MANY // settings.batch_size // 2)):
+        started = time.perf_counter()
+        source = _tiny_records(directory)
+        next(_batches(source, settings, step))
+        rows.append({"name": "startup", "from": name, "records": len(source), "s": time.perf_counter() - started})
+    return rows
+
+
+def memory(out: Path, settings: Settings) -> list[Row]:
+    """Resident memory over many batches."""
+    batches = _batches(_tiny_records(_dataset(out / "tiny", _tiny)), settings)
+    resident = []
+    for number in range(settings.memory_batches + 1):
+        next(batches)
+        if number * 10 % settings.memory_batches == 0:
+            resident.append(_resident_mb())
+    # The first tenth fills queues and allocators.
+    growth = resident[-1] - resident[1]
+    figures = {"batches": settings.memory_batches, "mb_by_tenth": resident, "growth_after_first_tenth_mb": growth}
+    return [{"name": "memory", **figures}]
+
+
+PARTS: dict[str, Callable[[Path, Settings], list[Row]]] = {
+    "latents": latents,
+    "jpeg": jpeg,
+    "startup": startup,
+    "memory": memory,
+}
+
+
+def _compare(settings: Settings, **sides: Callable[[], Iterator]) -> list[Row]:
+    """Rates of two ways of making batches, in turns, so that both see the same neighbours on the machine."""
+    rates = {name: [] for name in sides}
+    costs = {name: [] for name in sides}
+    for _ in range(settings.repeats):
+        for name, make in sides.items():
+            rate, cost = _rate(make(), settings)
+            rates[name].append(rate)
+            costs[name].append(cost)
+    first, second = sides
+    ratio = statistics.median(a / b for a, b in zip(rates[first], rates[second], strict=True))
+    rows = [
+        {"name": name, "records_per_s": statistics.median(rates[name]), "cpu_ms": statistics.median(costs[name])}
+        for name in sides
+    ]
+    rows[0] |= {f"of_{second}": ratio}
+    return rows
+
+
+def _rate(batches: Iterator, settings: Settings) -> tuple[float, float]:
+    """(records per second, milliseconds of processor time for each)."""
+    for _ in range(2 * settings.prefetch):  # what was ready before the clock started does not count
+        next(batches)
+    started, used, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - started < settings.seconds:
+        next(batches)
+        count += settings.batch_size
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    batches.close()
+    return count / seconds, 1000 * used / count
+
+
+def _batches(source: data.Records, settings: Settings, step: int = 0) -> Iterator:
+    return data.training_batches(
+        source, global_batch=settings.batch_size, seed=0, start_step=step, prefetch=settings.prefetch
+    )
+
+
+def _tiny_records(directory: Path) -> data.Records:
+    split = reading.open_split(directory, "train")
+    return data.Records([split], [decode.Label(), decode.Moments((2, 2, 2)), decode.Caption(8)])
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def _dataset(directory: Path, write: Callable[[Path], None]) -> Path:
+    if not directory.exists():
+        write(directory)
+    return directory
+
+
+def _latents(directory: Path) -> None:
+    """16 KB of moments and 20 to 100 rows of text, 320 KB in all on average."""
+    rng = np.random.default_rng(0)
+
+    def noise(*shape):
+        return rng.standard_normal(shape, np.float32).astype(np.float16)
+
+    with records.create(directory, "latents", records.latent_features(MOMENTS, TEXT_DIM)) as writer:
+        for i in range(LATENTS):
+            text = {"text": noise(rng.integers(20, 101), TEXT_DIM), "short_text": noise(0, TEXT_DIM)}
+            writer.write("train", moments=noise(*MOMENTS), **text, **_said(i))
+
+
+def _pictures(directory: Path) -> None:
+    with records.create(directory, "pictures", records.pixel_features()) as writer:
+        for i in range(PICTURES):
+            writer.write("train", image=_jpeg(np.random.default_rng(i % 16)), **_said(i))
+
+
+def _tiny(directory: Path) -> None:
+    with records.create(directory, "tiny", records.latent_features((2, 2, 2), 0)) as writer:
+        for i in range(PER_SHARD):
+            writer.write("train", moments=np.zeros((2, 2, 2), np.float16), **_said(i))
+
+
+def _said(i: int) -> Row:
+    return {"caption": f"caption {i}", "short_caption": "", "label": i % 10, "key": str(i)}
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+    """A smooth picture, which compresses like a photograph."""
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+    out = io.BytesIO()
+    coarse.resize(PICTURE, Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _multiply(directory: Path, shards: int) -> None:
+    """Let a dataset of one shard say that it has many, all of them the same file."""
+    path = directory / "dataset_info.json"
+    info = json.loads(path.read_text())
+    (split,) = info["splits"]
+    if len(split["shardLengths"]) == shards:
+        return
+    (first,) = directory.glob("*.array_record*")
+    for i in range(shards):
+        os.link(first, directory / f"tiny-train.array_record-{i:05d}-of-{shards:05d}")
+    split["shardLengths"] = [str(PER_SHARD)] * shards
+    path.write_text(json.dumps(info))

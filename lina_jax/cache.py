@@ -1,0 +1,120 @@
+"""Datasets in buckets: shards copied ahead into a local directory, where reading at random is fast.
+
+A bucket that is mounted (gcsfuse, mountpoint-s3) needs none of this: it is a directory like any other.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+from tqdm import tqdm
+
+from lina_jax.errors import UserError
+from lina_jax.retry import Progress, patiently
+
+_PARTIAL = ".partial"
+
+
+def mounted(directory: str | Path) -> Path:
+    """A path that is read in place. Raises UserError for URLs."""
+    if "://" in str(directory):
+        raise UserError(
+            f"data.path={directory}: a bucket is read through a mount (gcsfuse, mountpoint-s3: give its directory), "
+            "or copied ahead into the directory that data.cache names"
+        )
+    return Path(directory).expanduser()
+
+
+class Copy:
+    """The copy of one dataset in a cache directory.
+
+    A file appears under its name when it is whole, so that an interrupted copy goes on where it stopped. Processes of
+    one machine take turns: the second finds everything there.
+    """
+
+    def __init__(self, source: str, cache: str, *, timeout: float):
+        """`source` is a directory or any URL that fsspec knows (gs:// needs gcsfs, s3:// needs s3fs)."""
+        if "://" not in source:
+            source = str(Path(source).expanduser().absolute())
+        self._source, self._timeout = source.rstrip("/"), timeout
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self._source)
+        except (ImportError, ValueError, OSError) as error:
+            raise UserError(f"data.path={source}: {error}") from error
+        # The name for people, the digest because two buckets may hold datasets of one name.
+        name = f"{os.path.basename(self._source)}-{hashlib.sha256(self._source.encode()).hexdigest()[:8]}"
+        self.directory = Path(cache).expanduser().absolute() / name
+
+    def metadata(self, names: Sequence[str]) -> Path:
+        """Copy small files, anew each time, and return the directory of the copy. Absent ones stay absent."""
+        with self._turn():
+            sizes = self._sizes()
+            for name in names:
+                if name in sizes:
+                    self._fetch(name, sizes[name])
+        return self.directory
+
+    def shards(self, names: Sequence[str], threads: int) -> None:
+        """Copy what is not there yet. Raises UserError for files that the source lacks or that cannot be copied."""
+        with self._turn():
+            sizes = self._sizes()
+            missing = [name for name in names if name not in sizes]
+            if missing:
+                raise UserError(
+                    f"{len(missing)} of the {len(names)} shards in {self._source} are missing: {missing[0]}"
+                )
+            wanted = [name for name in names if not self._has(name, sizes[name])]
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                copies = [pool.submit(self._fetch, name, sizes[name]) for name in wanted]
+                done = concurrent.futures.as_completed(copies)
+                try:
+                    for copy in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
+                        copy.result()
+                finally:  # after a failure there is no point in the rest
+                    pool.shutdown(cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in self.directory.glob(f"*{_PARTIAL}"):
+                left.unlink()
+            yield
+
+    def _sizes(self) -> dict[str, int]:
+        try:
+            listed = patiently(lambda _: self._files.ls(self._root, detail=True), self._timeout)
+        except FileNotFoundError:
+            raise UserError(f"data.path={self._source} does not exist") from None
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot list {self._source}: {error}") from error
+        return {os.path.basename(entry["name"].rstrip("/")): entry["size"] for entry in listed}
+
+    def _has(self, name: str, size: int) -> bool:
+        path = self.directory / name
+        return path.exists() and path.stat().st_size == size
+
+    def _fetch(self, name: str, size: int) -> None:
+        def copy(progress: Progress) -> Path:
+            # A file of its own: a thread that was given up may wake and go on writing.
+            partial = self.directory / f"{name}.{threading.get_ident()}{_PARTIAL}"
+            with self._files.open(f"{self._root}/{name}", "rb") as source, open(partial, "wb") as target:
+                while piece := source.read(2**23):
+                    target.write(piece)
+                    progress.reach(f"byte {target.tell()} of {name}")
+            if partial.stat().st_size != size:
+                raise OSError(f"{partial.stat().st_size} of {size} bytes came")
+            return partial
+
+        try:
+            partial = patiently(copy, self._timeout)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot copy {self._source}/{name} to {self.directory}: {error}") from error
+        os.replace(partial, self.directory / name)

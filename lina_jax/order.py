@@ -1,0 +1,99 @@
+"""Which record stands at a position: a pure function of (seed, position), for one dataset or a weighted mixture.
+
+Positions number the examples of all global batches: batch b of size B has positions b B to b B + B - 1. Nothing is
+stored per record, so ten million cost what ten cost.
+"""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from lina_jax.errors import UserError
+
+WINDOW = 1024  # positions in which a mixture has its exact counts
+SHORT_CAPTIONS, FLIPS, _WINDOWS = range(3)  # streams of random numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Positions to (component, record).
+
+    Every window of WINDOW positions holds each component in proportion to its weight, shuffled; fractions are carried
+    from window to window, so that the counts of the first n windows are within one of their share of n WINDOW. Within a
+    component every epoch visits each record once, in an order of its own.
+    """
+
+    lengths: tuple[int, ...]
+    weights: tuple[int, ...]
+    seed: int
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        component, ordinal = self._ordinal(position) if len(self.lengths) > 1 else (0, position)
+        length = self.lengths[component]
+        epoch, index = divmod(ordinal, length)
+        # Consecutive keys give unrelated permutations; components stand far apart on the circle of keys.
+        key = (self.seed + epoch + component * 0x9E3779B9) % 2**32
+        return component, index_shuffle(index, length - 1, key, 4)
+
+    def _ordinal(self, position: int) -> tuple[int, int]:
+        """Component, and how many records it has given before."""
+        window, slot = divmod(position, WINDOW)
+        before, starts, shuffled = _window(self.weights, self.seed, window)
+        slot = shuffled[slot]
+        component = bisect.bisect_right(starts, slot) - 1
+        return component, before[component] + slot - starts[component]
+
+
+def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Order:
+    """Weights may have any sum. Raises UserError if one is too small to appear in every window."""
+    if min(weights) * WINDOW < sum(weights):
+        small, total = float(min(weights)), float(sum(weights))
+        raise UserError(f"weight {small:g} of {total:g}: a dataset needs at least 1/{WINDOW}")
+    return Order(tuple(lengths), integers(weights), seed)
+
+
+def integers(weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest integers in the same proportion."""
+    scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
+    scaled = [int(weight * scale) for weight in weights]
+    return tuple(weight // math.gcd(*scaled) for weight in scaled)
+
+
+def apportion(weights: Sequence[int], count: int) -> list[int]:
+    """Whole numbers that add to `count`, each within one of its share: largest remainders, the first of equals."""
+    shares = [divmod(weight * count, sum(weights)) for weight in weights]
+    whole = [share for share, _ in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: -shares[i][1])
+    for i in by_remainder[: count - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+@functools.lru_cache(maxsize=64)
+def _window(weights: tuple[int, ...], seed: int, window: int) -> tuple[list[int], list[int], list[int]]:
+    """(records that each component gave before this window, first slot of each in it, the shuffled slots)."""
+    before = apportion(weights, window * WINDOW)
+    after = apportion(weights, (window + 1) * WINDOW)
+    starts = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])[:-1]
+    # Not index_shuffle, which takes ten times longer for a thousand numbers than for a million.
+    shuffled = np.argsort(uniforms(seed, range(window * WINDOW, (window + 1) * WINDOW), _WINDOWS), kind="stable")
+    return before, starts.tolist(), shuffled.tolist()
+
+
+def uniforms(seed: int, positions: Sequence[int], stream: int) -> np.ndarray:
+    """(N,) float64 in [0, 1), one for each position and stream: SplitMix64 (Steele et al. 2014), applied twice."""
+
+    def mixed(x: np.ndarray) -> np.ndarray:
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    key = mixed(np.array([(seed << 8) + stream], np.uint64))
+    return (mixed(mixed(np.asarray(positions, np.uint64)) ^ key) >> np.uint64(11)) * 2.0**-53

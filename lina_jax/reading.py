@@ -1,0 +1,179 @@
+"""Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
+
+import bisect
+import itertools
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+
+from lina_jax import cache as cache_lib
+from lina_jax.errors import UserError
+
+_SAID = ("caption", "short_caption", "label", "key")  # what every record has
+
+
+class Form(NamedTuple):
+    """What the records of a dataset hold beside captions and label."""
+
+    moments: tuple[int, int, int] | None  # (2C, H, W) of latents; None: pixels
+    text_dim: int  # of text features; 0: none
+
+
+class Shard(NamedTuple):
+    """The part of a file that belongs to a split."""
+
+    path: str
+    skip: int
+    take: int
+
+
+class Readers:
+    """Open shards, the most recently used ones: a dataset may have more of them than a process may have open files."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._open: OrderedDict[str, ArrayRecordReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> ArrayRecordReader:
+        """Raises OSError or RuntimeError where the file cannot be opened."""
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        # Outside the lock, so that storage which stalls stalls one thread only.
+        os.stat(path)
+        reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+        if not reader.ok():
+            reader.read([0])  # raises the reason
+        with self._lock:
+            self._open[path] = reader
+            while len(self._open) > self._capacity:
+                self._open.popitem(last=False)  # closed when the last thread that reads from it lets go
+        return reader
+
+    def drop(self, path: str) -> None:
+        with self._lock:
+            self._open.pop(path, None)
+
+
+class Split:
+    """Random access to the serialized records of one split."""
+
+    def __init__(self, shards: Sequence[Shard], form: Form):
+        self.form = form
+        self._shards = shards
+        self._ends = list(itertools.accumulate(shard.take for shard in shards))
+        self._readers = Readers(_open_files() // 2)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self):
+        return self._shards, self.form
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+    def __getitem__(self, index: int) -> bytes:
+        """Raises ValueError if the record is corrupt, OSError or RuntimeError if the storage fails.
+
+        One record at a time, so that its memory serves the next one: reading many at once takes twice the processor
+        time, most of it for fresh pages.
+        """
+        path, place = self._place(index)
+        try:
+            (record,) = self._readers(path).read([place])
+            if not record:  # so ArrayRecord reads a file that has shrunk
+                raise OSError("the file has become shorter")
+        except (OSError, RuntimeError) as error:
+            # The one sign of damage to a record alone that ArrayRecord gives; anything else is the storage.
+            if "chunk data hash mismatch" in str(error):
+                raise ValueError(str(error)) from error
+            self._readers.drop(path)
+            raise
+        return record
+
+    def location(self, index: int) -> str:
+        """Where a record lies, for messages."""
+        path, place = self._place(index)
+        return f"record {place} of {path}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        shard = self._shards[number]
+        return shard.path, shard.skip + shard.take - (self._ends[number] - index)
+
+
+def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:
+    """Open one split (`train`, or a TFDS slice such as `train[:100]`) of a TFDS directory stored as ArrayRecord.
+
+    With a `cache` directory the shards are first copied there, by `threads` at once, and copies that stand still for
+    `timeout` seconds start again; `directory` may then be a URL.
+    Raises UserError, naming the path and what exists, if the directory, its metadata, the split or a shard is missing.
+    """
+    copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
+    if copy:
+        directory = copy.metadata(("dataset_info.json", "features.json"))
+    else:
+        directory = cache_lib.mounted(directory)
+    if not directory.is_dir():
+        raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare makes one")
+    present = set(os.listdir(directory))  # one request, where a shard each would be thousands
+    for name in ("dataset_info.json", "features.json"):
+        if name not in present:
+            found = ", ".join(sorted(present)[:10]) or "nothing"
+            raise UserError(f"{directory} is not a TFDS dataset directory: it has no {name}; it holds {found}")
+    info = _info(directory)
+    try:
+        parts = info.splits[split].file_instructions
+    except (KeyError, ValueError):
+        known = ", ".join(info.splits)
+        raise UserError(f"{directory} has no split {split!r}; its splits: {known}") from None
+    shards = [Shard(str(part.filename), part.skip, part.take) for part in parts]
+    if copy:
+        copy.shards([os.path.basename(shard.path) for shard in shards], threads)
+    else:
+        missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
+        if missing:
+            raise UserError(f"{len(missing)} of the {len(shards)} shards of {split!r} are missing, first {missing[0]}")
+    return Split(shards, _form(info.features))
+
+
+def _info(directory: Path) -> tfds.core.DatasetInfo:
+    try:
+        info = tfds.builder_from_directory(directory).info
+    except Exception as error:  # TFDS raises many kinds on broken JSON
+        raise UserError(f"cannot read the metadata of {directory}: {error}") from error
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"{directory} is stored as {info.file_format.value}; only array_record can be read at random: "
+            "prepare it again with file_format='array_record'"
+        )
+    absent = [name for name in _SAID if name not in info.features]
+    if "moments" not in info.features and "image" not in info.features:
+        absent.append("image or moments")
+    if absent:
+        raise UserError(f"{directory}: records have no {', '.join(absent)}; they have {', '.join(info.features)}")
+    return info
+
+
+def _form(features: tfds.features.FeaturesDict) -> Form:
+    moments = tuple(features["moments"].shape) if "moments" in features else None
+    return Form(moments, features["text"].shape[-1] if "text" in features else 0)
+
+
+def _open_files() -> int:
+    """How many files this process may have open, after asking for as many as it may ask for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return 2**16 if hard == resource.RLIM_INFINITY else hard

@@ -1,0 +1,81 @@
+"""Patience with storage: calls that fail or stall are tried again, with growing pauses."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from absl import logging
+
+T = TypeVar("T")
+
+TRIES = 6
+FIRST_PAUSE_S = 0.5  # each pause is twice the one before: 15 s in all
+
+
+class Progress:
+    """What a call is at. It has stalled when it no longer reaches anything."""
+
+    def __init__(self):
+        self.at: str = "the start"
+        self.steps = 0
+        self.given_up = False
+
+    def reach(self, at: str) -> None:
+        self.at = at
+        self.steps += 1
+
+    def check(self) -> None:
+        """Raises TimeoutError in a call that was given up, and whose outcome no one waits for."""
+        if self.given_up:
+            raise TimeoutError("given up")
+
+
+def patiently(
+    call: Callable[[Progress], T],
+    timeout: float,
+    tries: int = TRIES,
+    pause: Callable[[float], None] = time.sleep,
+) -> T:
+    """`call(progress)`, run in a thread of its own, again if it raises OSError or RuntimeError or stalls.
+
+    A stall is `timeout` seconds without progress; the stalled thread is left behind. Raises what the last try raised,
+    TimeoutError for a stall, with what it was at as the attribute `at`; other errors, and FileNotFoundError,
+    come at once.
+    """
+    for tried in range(1, tries + 1):
+        progress = Progress()
+        try:
+            return _watched(call, progress, timeout)
+        except (OSError, RuntimeError) as error:
+            error.at = progress.at
+            if tried == tries or isinstance(error, FileNotFoundError):
+                raise
+            logging.warning("try %d of %d failed at %s: %s", tried, tries, progress.at, error)
+            pause(FIRST_PAUSE_S * 2 ** (tried - 1))
+    raise AssertionError("unreachable")
+
+
+def _watched(call: Callable[[Progress], T], progress: Progress, timeout: float) -> T:
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def run():
+        try:
+            outcome.append((call(progress), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    # Not an executor: those wait for stalled threads when the interpreter ends.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while True:
+        before = progress.steps
+        thread.join(timeout)
+        if outcome:
+            value, error = outcome[0]
+            if error:
+                raise error
+            return value
+        if progress.steps == before:
+            progress.given_up = True
+            raise TimeoutError(f"no answer for {timeout:g} s")

@@ -1,0 +1,259 @@
+"""Datasets are read at random, whatever the storage does; what cannot be read is named."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import cache, example, reading, records, retry
+from lina_jax.errors import UserError
+
+
+def png(value: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def captions(text: str) -> dict[str, str]:
+    return {"caption": text, "short_caption": ""}
+
+
+def write(directory, count=5, label_names=("cat", "dog")):
+    with records.create(directory, "tiny", records.pixel_features(label_names)) as writer:
+        for i in range(count):
+            writer.write("train", image=png(i), label=i % 3 - 1, key=f"file:{i}", **captions(f"nº {i}"))
+        writer.write("validation", image=png(99), label=-1, key="file:last", **captions(""))
+    return directory
+
+
+def keys(split: reading.Split) -> list[bytes]:
+    return [bytes(example.parse(split[i])["key"]) for i in range(len(split))]
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """Three shards of two records and less."""
+    monkeypatch.setattr(records, "SHARD_RECORDS", 2)
+    return write(tmp_path / "tiny")
+
+
+def test_fields_of_pixels(tmp_path):
+    fields = example.parse(reading.open_split(write(tmp_path / "tiny"), "train")[0])
+    assert {name: v if isinstance(v, int) else bytes(v) for name, v in fields.items()} == {
+        "image": png(0), "caption": "nº 0".encode(), "short_caption": b"", "label": -1, "key": b"file:0",
+    }  # fmt: skip
+
+
+def test_fields_of_latents(tmp_path):
+    rng = np.random.default_rng(0)
+    moments, text = rng.standard_normal((4, 2, 3)).astype(np.float16), rng.standard_normal((5, 7)).astype(np.float16)
+    with records.create(tmp_path / "tiny", "tiny", records.latent_features((4, 2, 3), 7)) as writer:
+        writer.write(
+            "train", moments=moments, text=text, short_text=text[:0], label=2**40, key="", **captions("a" * 300)
+        )
+    split = reading.open_split(tmp_path / "tiny", "train")
+    assert split.form == reading.Form((4, 2, 3), 7)
+    fields = example.parse(split[0])
+    assert bytes(fields["moments"]) == moments.tobytes()
+    assert bytes(fields["text"]) == text.tobytes()
+    assert bytes(fields["short_text"]) == b""
+    assert fields["label"] == 2**40
+    assert len(fields["caption"]) == 300
+
+
+@pytest.mark.parametrize("broken", [b"\x0a", b"\x0a\x05abc", b"no example", b"\x0a\x02\x0a\x00"])
+def test_other_bytes_are_no_example(broken):
+    with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
+        example.parse(broken)
+
+
+def test_labels_need_no_names(tmp_path):
+    assert example.parse(reading.open_split(write(tmp_path / "tiny", label_names=()), "train")[2])["label"] == 1
+
+
+def test_shards_make_one_sequence(sharded):
+    split = reading.open_split(sharded, "train")
+    assert keys(split) == [b"file:%d" % i for i in range(5)]
+    assert split.location(3) == f"record 1 of {sharded}/tiny-train.array_record-00001-of-00003"
+
+
+def test_a_slice_of_a_split(sharded):
+    split = reading.open_split(sharded, "train[1:4]")
+    assert keys(split) == [b"file:1", b"file:2", b"file:3"]
+    assert split.location(1) == f"record 0 of {sharded}/tiny-train.array_record-00001-of-00003"
+
+
+def test_a_split_travels_to_other_processes(sharded):
+    split = reading.open_split(sharded, "train")
+    assert keys(pickle.loads(pickle.dumps(split))) == keys(split)
+
+
+def test_more_shards_than_open_files(sharded, monkeypatch):
+    monkeypatch.setattr(reading, "_open_files", lambda: 2)
+    split = reading.open_split(sharded, "train")
+    assert keys(split) + keys(split) == 2 * [b"file:%d" % i for i in range(5)]
+
+
+def test_a_file_that_has_shrunk_is_a_failure_of_the_storage(sharded):
+    split = reading.open_split(sharded, "train")
+    shard = sharded / "tiny-train.array_record-00001-of-00003"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises((OSError, RuntimeError)):
+        split[2]
+    assert len(split[4])
+
+
+class Storage:
+    """Fails, or hangs, as often as it is told to; then answers."""
+
+    def __init__(self, failures: int = 0, stalls: int = 0):
+        self.failures, self.stalls, self.calls = failures, stalls, 0
+        self.mended = threading.Event()
+
+    def __call__(self, progress: retry.Progress) -> int:
+        self.calls += 1
+        call = self.calls
+        progress.reach(f"record {call}")
+        if call <= self.failures:
+            raise OSError("connection reset")
+        if call <= self.stalls:
+            self.mended.wait()
+        return call
+
+
+def test_a_failing_read_is_tried_again_with_growing_pauses():
+    pauses = []
+    assert retry.patiently(Storage(failures=3), timeout=60, pause=pauses.append) == 4
+    assert pauses == [0.5, 1.0, 2.0]
+
+
+def test_a_read_that_goes_on_failing_says_what_it_was_at():
+    storage = Storage(failures=100)
+    with pytest.raises(OSError, match="connection reset") as caught:
+        retry.patiently(storage, timeout=60, pause=lambda _: None)
+    assert storage.calls == retry.TRIES
+    assert caught.value.at == f"record {retry.TRIES}"
+
+
+def test_a_stalled_read_is_tried_again():
+    storage = Storage(stalls=1)
+    try:
+        assert retry.patiently(storage, timeout=0.01, pause=lambda _: None) >= 2
+    finally:
+        storage.mended.set()
+
+
+def test_mistakes_are_not_tried_again():
+    def call(progress):
+        raise KeyError("typo")
+
+    with pytest.raises(KeyError):
+        retry.patiently(call, timeout=60, pause=lambda _: pytest.fail("it was tried again"))
+
+
+@pytest.fixture
+def bucket(sharded):
+    """The dataset as a URL in memory."""
+    files = fsspec.filesystem("memory")
+    for path in sharded.iterdir():
+        files.pipe(f"/bucket/tiny/{path.name}", path.read_bytes())
+    shutil.rmtree(sharded)
+    yield "memory://bucket/tiny"
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_bucket_is_read_from_its_copy(bucket, tmp_path):
+    split = reading.open_split(bucket, "train", cache=str(tmp_path / "cache"))
+    assert keys(split) == [b"file:%d" % i for i in range(5)]
+    copied = {path.name for path in (tmp_path / "cache").rglob("*array_record*")}
+    assert copied == {f"tiny-train.array_record-{i:05d}-of-00003" for i in range(3)}  # not those of validation
+
+
+def test_a_bucket_without_cache_is_refused(bucket):
+    with pytest.raises(UserError, match=r"data\.path=memory://bucket/tiny: .*mount .*data\.cache"):
+        reading.open_split(bucket, "train")
+
+
+def test_an_interrupted_copy_goes_on(bucket, tmp_path, monkeypatch):
+    fetched, fetch = [], cache.Copy._fetch
+
+    def fails_at_the_second_shard(self, name, size):
+        if "00001-of" in name:
+            (self.directory / f"{name}.1.partial").write_bytes(b"half")
+            raise UserError("cannot copy")
+        fetch(self, name, size)
+
+    monkeypatch.setattr(cache.Copy, "_fetch", fails_at_the_second_shard)
+    with pytest.raises(UserError, match="cannot copy"):
+        reading.open_split(bucket, "train", cache=str(tmp_path / "cache"), threads=1)
+    (whole,) = (tmp_path / "cache").rglob("*00000-of-00003")
+    before = os.stat(whole).st_ino
+
+    def noted(self, name, size):
+        fetched.append(name)
+        fetch(self, name, size)
+
+    monkeypatch.setattr(cache.Copy, "_fetch", noted)
+    assert len(keys(reading.open_split(bucket, "train", cache=str(tmp_path / "cache")))) == 5
+    assert os.stat(whole).st_ino == before
+    assert whole.name not in fetched
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_copy_of_another_size_is_made_again(bucket, tmp_path):
+    reading.open_split(bucket, "train", cache=str(tmp_path / "cache"))
+    (shard,) = (tmp_path / "cache").rglob("*00002-of-00003")
+    shard.write_bytes(b"cut")
+    assert len(keys(reading.open_split(bucket, "train", cache=str(tmp_path / "cache")))) == 5
+
+
+def test_a_directory_is_copied_too(sharded, tmp_path):
+    reading.open_split(sharded, "train", cache=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").rglob("*array_record*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("memory://bucket/none", "memory://bucket/none does not exist"),
+        ("nothing://bucket/tiny", "Protocol not known: nothing"),
+    ],
+)
+def test_a_bucket_that_is_not_there(url, reason, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        reading.open_split(url, "train", cache=str(tmp_path / "cache"))
+
+
+def test_errors_name_the_path_and_what_exists(tmp_path):
+    with pytest.raises(UserError, match="absent does not exist"):
+        reading.open_split(tmp_path / "absent", "train")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cat.jpg").touch()
+    with pytest.raises(UserError, match=r"no dataset_info.json; it holds cat.jpg"):
+        reading.open_split(tmp_path / "other", "train")
+
+    directory = write(tmp_path / "tiny")
+    with pytest.raises(UserError, match="no split 'test'; its splits: train, validation"):
+        reading.open_split(directory, "test")
+
+    (directory / "tiny-validation.array_record-00000-of-00001").unlink()
+    with pytest.raises(UserError, match=r"1 of the 1 shards .*tiny-validation.array_record-00000-of-00001"):
+        reading.open_split(directory, "validation")
+    assert len(reading.open_split(directory, "train")) == 5
+
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="stored as tfrecord; only array_record"):
+        reading.open_split(directory, "train")
+    (directory / "dataset_info.json").write_text('{"name": ')
+    with pytest.raises(UserError, match="cannot read the metadata of"):
+        reading.open_split(directory, "train")
