@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lina_jax.data import encode_text
+from lina_jax.decode import encode_text
 from lina_jax.models.layers import ByteEncoder
 
 
