@@ -82,6 +82,7 @@ class AutoencoderConfig:
 
     kind: str = "mar"  # identity | mar | sdxl
     path: str = ""  # its diffusers directory: to draw pictures, and to train from pixels; cached latents need none
+    tile: int = 0  # latents: larger images are decoded in tiles of this side (less memory, other pixels); 0: whole
     stride: int = 16
     scaling_factor: float = 0.2325
     shift_factor: float = 0.0
@@ -249,7 +250,8 @@ class Config:
 FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
     "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
-    "autoencoder.path", "text_encoder.path", "model.remat", "model.scan_layers", "optim.max_skipped",
+    "autoencoder.path", "autoencoder.tile", "text_encoder.path", "model.remat", "model.scan_layers",
+    "optim.max_skipped",
 )  # fmt: skip
 
 CHOICES = {
@@ -270,7 +272,8 @@ CHOICES = {
 
 # Fields that may be zero (it means "off", "none" or "inferred"); every other number must be positive.
 MAY_BE_ZERO = frozenset({
-    "seed", "autoencoder.shift_factor", "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
+    "seed", "autoencoder.shift_factor", "autoencoder.tile",
+    "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
     "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",

@@ -122,6 +122,7 @@ class Encoders:
 
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
+    tile: int = 0  # latents: what is larger is decoded in tiles
     weights: Tree = dataclasses.field(default_factory=dict, repr=False)
 
     def moments(self, weights: Tree, images: jax.Array) -> jax.Array:
@@ -130,7 +131,11 @@ class Encoders:
 
     def pixels(self, weights: Tree, latents: jax.Array) -> jax.Array:
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3) near [-1, 1]; without an autoencoder they are images."""
-        return self.autoencoder.decode(weights["autoencoder"], latents) if self.autoencoder else latents
+        if not self.autoencoder:
+            return latents
+        if self.tile:
+            return self.autoencoder.decode_tiled(weights["autoencoder"], latents, self.tile, self.tile // 4)
+        return self.autoencoder.decode(weights["autoencoder"], latents)
 
 
 def load_encoders(config: Config, mesh: Mesh) -> Encoders:
@@ -155,7 +160,7 @@ def load_encoders(config: Config, mesh: Mesh) -> Encoders:
             raise UserError(
                 f"model.text_dim={config.model.text_dim}: the encoder in {config.text_encoder.path} has {text.dim}"
             )
-    return Encoders(autoencoder, text, weights)
+    return Encoders(autoencoder, text, ours.tile, weights)
 
 
 def load_autoencoder(

@@ -335,6 +335,8 @@ def main(argv: Sequence[str]) -> None:
     if not values.out:
         raise UserError("--out=DIR is missing: the directory of the dataset to make")
     settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
+    if "://" in values.out:
+        raise UserError(f"--out={values.out}: shards are written as local files; name a disk or a mounted bucket")
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
     if values.distributed:

@@ -9,8 +9,8 @@ import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from PIL import Image
 
-from lina_jax import config as config_lib
-from lina_jax import shapes, state, train
+from lina_jax import data, shapes, state, train
+from lina_jax.encoders import load_encoders
 from lina_jax.prepare import Settings, prepare
 
 MODEL = {
@@ -61,12 +61,12 @@ def prepared(photos, encoders, tmp_path_factory):
 
 @pytest.fixture
 def experiment(tiny, encoders):
-    def make(data, *, online: bool):
+    def make(data, *, online: bool, steps: int = 4):
         paths = {kind: {"path": path} for kind, path in encoders.items()} if online else {}
         latents = {"kind": "sdxl", "stride": 8, "scaling_factor": 0.2} | paths.get("autoencoder", {})
         return tiny(
             model=MODEL, autoencoder=latents, text_encoder=paths.get("text_encoder", {}), data={"path": str(data)},
-            steps=4, log={"preview_images": 0}, eval={"examples": 4}, checkpoint={"every": 2},
+            steps=steps, log={"preview_images": 0}, eval={"examples": 4}, checkpoint={"every": 2},
         )  # fmt: skip
 
     return make
@@ -98,11 +98,7 @@ def test_a_model_of_latents_says_what_it_lacks_for_drawing(
     assert drawn.stderr.count("\n") == 1
 
 
-def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_device, train_on_one_device):
-    """Losses of one batch, from pixels and captions and from their records of latents: equal to float16."""
-    from lina_jax import data
-    from lina_jax.encoders import load_encoders
-
+def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_device):
     losses = []
     for form, online in (("latents", False), ("pixels", True)):
         config = experiment(prepared / form, online=online)
@@ -110,20 +106,16 @@ def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_dev
         plan = state.blueprint(config, one_device, encoders)
         batch = data.fixed_examples(data.open_records(config, "train", encoders.text), config.batch_size)
         losses.append(float(state.make_train_step(plan)(plan.init(), batch)[1]["loss"]))
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    # The cache is float16, whose rounding is 5e-4 of each value and averages out; 1e-6 was measured.
+
+    np.testing.assert_allclose(losses[0], losses[1], rtol=3e-5)
 
 
 def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
     prepared, experiment, tmp_path, identical, train_on_one_device
 ):
-    config = experiment(prepared / "pixels", online=True)
-    whole = train.train(config, tmp_path / "whole")
-    half = config_lib.freeze({**_nested(config), "steps": 2})
-    train.train(half, tmp_path / "halves")
-    assert identical(train.train(config, tmp_path / "halves").params, whole.params)
-
-
-def _nested(config):
-    import dataclasses
-
-    return dataclasses.asdict(config)
+    whole = train.train(experiment(prepared / "pixels", online=True), tmp_path / "whole")
+    train.train(experiment(prepared / "pixels", online=True, steps=2), tmp_path / "halves")
+    assert identical(
+        train.train(experiment(prepared / "pixels", online=True), tmp_path / "halves").params, whole.params
+    )

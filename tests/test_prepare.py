@@ -15,7 +15,7 @@ from PIL import Image
 
 from lina_jax import example, reading, records
 from lina_jax.errors import UserError
-from lina_jax.prepare import Settings, Share, prepare
+from lina_jax.prepare import Settings, Share, prepare, the_share
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -217,6 +217,25 @@ def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("shapes-train.*"))) == 10
     assert len(list((tmp_path / "one").glob("shapes-validation.*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, Share(0, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, Share(2, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}, Share(2, 4)),
+    ],
+)
+def test_a_process_finds_its_share(monkeypatch, environment, share):
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert the_share(None, None) == share
+    assert the_share(1, 3) == Share(1, 3)
+    with pytest.raises(UserError, match="--process_index=3 --process_count=3"):
+        the_share(3, 3)
 
 
 def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
