@@ -73,14 +73,43 @@ class Checkpoints:
             self._manager.close()
 
     def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
+        """Raises UserError when the checkpoint is damaged, or has other arrays than `shapes`."""
         args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         try:
+            # Orbax tells neither from the other, and says either at length.
+            for name, tree in shapes.items():
+                self._check_shapes(self.directory / str(step) / name, tree)
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-        except (ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
+        except (UserError, jax.errors.JaxRuntimeError):  # the latter: no memory
+            raise
+        except Exception as error:  # what orbax raises of unreadable data is no narrower
+            cause = error
+            while cause.__cause__:
+                cause = cause.__cause__
+            reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # in brackets: how it was read
+            older = [s for s in self.steps() if s < step]
+            remedy = f"to go on from step {older[-1]}" if older else "to start again: there is no older one"
             raise UserError(
-                f"{self.directory / str(step)} does not fit the model and optimizer of this config: {first}"
+                f"checkpoint {step} in {self.directory} is damaged ({reason}); remove that folder {remedy}"
             ) from error
+
+    def _check_shapes(self, item: Path, wanted: Tree) -> None:
+        for part in ("_METADATA", "manifest.ocdbt"):
+            if not (item / part).exists():
+                raise ValueError(f"{item.name}/{part} is missing")
+        there, here = _shapes(ocp.StandardCheckpointHandler().metadata(item).tree), _shapes(wanted)
+        differing = [
+            f"{path}: {there.get(path, 'absent')} in the checkpoint, {here.get(path, 'absent')} in this config"
+            for path in there | here
+            if there.get(path) != here.get(path)
+        ]
+        if differing:
+            more = f"; and {len(differing) - 2} more" if len(differing) > 2 else ""
+            kind = "optimizer" if item.name == "progress" else "model"
+            raise UserError(
+                f"{item} does not fit the {kind} of this config: {'; '.join(differing[:2])}{more} "
+                "(--allow_config_change cannot change the arrays of model or optimizer: choose another --workdir)"
+            )
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -109,6 +138,11 @@ class _NamedFailure:
         if isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree))
+    return {name: tuple(leaf.shape) for name, leaf in named}
 
 
 def _progress(state: TrainState) -> dict[str, Tree]:

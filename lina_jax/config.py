@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -334,6 +334,24 @@ def _shares(data: DataConfig) -> list[Fraction]:
     return [weight / sum(weights) for weight in weights]
 
 
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` ('model.width', 'model') is a field or a group of fields."""
+    kind, prefix = Config, ""
+    for key in name.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise UserError(f"unknown config field {name} ({prefix.rstrip('.')} is a field, not a group of them)")
+        hints = typing.get_type_hints(kind)
+        if key not in hints:
+            raise _unknown(name, prefix, key, hints)
+        kind, prefix = hints[key], f"{prefix}{key}."
+
+
+def _unknown(name: str, prefix: str, key: str, known: Collection[str]) -> UserError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+    return UserError(f"unknown config field {name} ({hint})")
+
+
 def _build(kind: type, given: Any, prefix: str) -> Any:
     if not isinstance(given, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{prefix.rstrip('.') or 'config'}: {given!r} is not a group of fields")
@@ -342,9 +360,7 @@ def _build(kind: type, given: Any, prefix: str) -> Any:
     values = {}
     for key in given:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(fields)}"
-            raise UserError(f"unknown config field {prefix}{key} ({hint})")
+            raise _unknown(prefix + str(key), prefix, str(key), fields)
         value = given[key]
         nested = dataclasses.is_dataclass(hints[key])
         values[key] = (

@@ -1,9 +1,20 @@
-"""How the entry points end: one clear line for what a user can mend, a traceback for what only we can."""
+"""How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
+Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 130 interrupted (Ctrl-C).
+"""
+
+import contextlib
+import inspect
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
+
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's names of flag types
 
 
 class UserError(Exception):
@@ -15,7 +26,7 @@ class TrainingDiverged(Exception):
 
 
 def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> None:
-    """Run an absl `main`, turning the errors above into one line on stderr and their exit code.
+    """Run an absl `main`, turning the errors above and Ctrl-C into one line on stderr and their exit code.
 
     Where there are `commands`, exactly one of them follows the program's name: argv[1] of `main`.
     """
@@ -29,28 +40,59 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
                 raise UserError(f"unexpected argument {rest[0]!r}: options are given as --name=value")
             main(argv)
         except (UserError, OSError) as error:  # OSError: a full disk, a place that cannot be written or read
-            return _report(error, 2)
+            _leave(f"error: {error}", 2)
         except TrainingDiverged as error:
-            return _report(error, 1)
+            _leave(f"error: {error}", 1)
         return 0
 
-    app.run(guarded, flags_parser=_parse_flags)
+    # When one read of a checkpoint fails, orbax abandons the others; they would tell of it at length, each in its way.
+    sys.unraisablehook = _without_abandoned_reads
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    except KeyboardInterrupt as stop:
+        _leave("; ".join(["interrupted", *map(str, stop.args)]), 130)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    flags.DEFINE_alias("h", "help")
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit:  # absl's help ends with 1
+        sys.exit(0)
+    except flags.IllegalFlagValueError as error:
+        _leave(f"error: {_illegal_value(error)}", 2)
     # A config file and the overrides of its fields are evaluated while flags are parsed: any mistake can surface here.
     except Exception as error:
-        sys.exit(_report(error, 2))
+        _leave(f"error: {error}", 2)
 
     if flags.FLAGS[
         "verbosity"
     ].using_default_value:  # absl would choose INFO, where libraries report each save at length
-        flags.FLAGS.verbosity = logging.WARNING
+        flags.FLAGS.verbosity = absl_logging.WARNING
     return rest
 
 
-def _report(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def _illegal_value(error: flags.IllegalFlagValueError) -> str:
+    """'--steps=many: expected a whole number' of absl's 'flag --steps=many: REASON'."""
+    given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+    name = given.removeprefix("--").partition("=")[0]
+    expected = _EXPECTED.get(flags.FLAGS[name].parser.flag_type()) if name in flags.FLAGS else None
+    return f"{given}: expected {expected}" if expected else str(error)
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    """Print one line and end the process."""
+    print(" ".join(line.split()), file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    # Not sys.exit: tearing the interpreter down while XLA still compiles is a segmentation fault.
+    os._exit(code)
+
+
+def _without_abandoned_reads(unraisable) -> None:
+    """A hook that leaves out reports to an event loop that is closed by then, and coroutines that nobody awaits."""
+    closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    if not (closed or inspect.iscoroutine(unraisable.object)):
+        sys.__unraisablehook__(unraisable)

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from lina_jax import data, errors, pictures, sample, scene_score, shapes, state
+from lina_jax import data, errors, pictures, places, sample, scene_score, shapes, state
 from lina_jax import mesh as mesh_lib
+from lina_jax.checkpoint import load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
@@ -75,7 +76,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--workdir=DIR (a training directory) is needed")
     if values.scenes < 0:
         raise UserError(f"--scenes={values.scenes}: must not be negative")
+    sample.check_seed(values.seed)
     workdir = Path(values.workdir).expanduser()
+    out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
+    settings = sample.sample_settings(load_config(workdir), {"guidance": values.guidance})
+    places.check("out", out)
     plan, ema, frozen, step = sample.load(workdir, ema=True, step=values.checkpoint)
     raw = sample.load(workdir, ema=False, step=step)[1]
     config = plan.config
@@ -87,9 +92,7 @@ def main(argv: Sequence[str]) -> None:
     records = data.open_records(config, config.data.validation_split, plan.encoders.text)
     validation = Validation(config, records)
     result["validation"] = validation.both(plan, raw, ema, frozen)
-    out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
     if values.scenes:
-        settings = sample.sample_settings(config, {"guidance": values.guidance})
         sampler = sample.Sampler(plan, settings, sample.batch_for(values.scenes))
         scores, images, captions = scene_scores(sampler, raw if values.raw else ema, frozen, values.scenes, values.seed)
         result = {**scores, **result, "sample": dataclasses.asdict(settings), "seed": values.seed}

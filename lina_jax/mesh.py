@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lina_jax import places
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
 
@@ -38,8 +39,8 @@ def build(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def cache_programs(directory: Path) -> None:
-    """Keep compiled programs in a directory, so that the next start need not compile them again."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keep compiled programs in a directory, if it can be written, so that the next start need not compile them."""
+    if jax.config.jax_compilation_cache_dir is None and places.writable(directory):
         jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -16,6 +16,7 @@ from lina_jax.flops import training_flops
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 # Peak dense bf16 FLOP/s of one device, by what `jax.devices()[0].device_kind` begins with (vendors' data sheets).
 PEAK_FLOPS = {
@@ -121,7 +122,10 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=4)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    low, high = axes.get_ylim()  # within a decade, powers of ten would leave one tick or none
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -4,7 +4,8 @@ python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | -
     [--num=4] [--seed=0] [--guidance=G] [--steps=K] [--euler_steps=E] [--temperature=T] [--raw] [--checkpoint=STEP]
     [--batch_size=64]
 
-Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i).
+Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i). In an OUT of an
+earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import decode, encoders, errors, mesh, pictures, state
+from lina_jax import decode, encoders, errors, mesh, pictures, places, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -137,8 +138,10 @@ def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfi
     settings = dataclasses.replace(config.sample, **{k: v for k, v in overrides.items() if v is not None})
     if settings.steps < 1 or settings.euler_steps < 1:
         raise UserError(f"--steps={settings.steps} --euler_steps={settings.euler_steps}: both must be at least 1")
-    if not np.isfinite(settings.guidance) or settings.guidance < 0 or settings.temperature < 0:
-        raise UserError(f"--guidance={settings.guidance} --temperature={settings.temperature}: must not be negative")
+    for name in ("guidance", "temperature"):
+        value = getattr(settings, name)
+        if not np.isfinite(value) or value < 0:
+            raise UserError(f"--{name}={value}: must be finite and not negative")
     if settings.annealing != "none" and settings.annealing_min > settings.euler_steps:
         raise UserError(
             f"--euler_steps={settings.euler_steps}: fewer than sample.annealing_min={settings.annealing_min}"
@@ -162,12 +165,44 @@ def requested(
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
         for prompt in prompts:
-            if config.model.text_encoder == "bytes" and len(prompt.encode()) > config.model.text_length:
-                raise UserError(f"prompt {prompt!r}: longer than model.text_length={config.model.text_length} bytes")
+            _check_prompt(config, prompt)
         return [prompt for prompt in prompts for _ in range(num)]
     if prompts or not labels:
-        raise UserError("this model draws classes: give --label, and no prompt")
+        last = config.model.num_classes - 1
+        raise UserError(f"this model draws {last + 1} classes: give --label=0 to --label={last}, and no prompt")
     return [label for label in labels for _ in range(num)]
+
+
+def _check_prompt(config: Config, prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError(f"prompt {prompt!r} is blank: say what to draw")
+    try:
+        size = len(prompt.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt {prompt!r} is not UTF-8") from error
+    if config.model.text_encoder == "bytes" and size > config.model.text_length:
+        raise UserError(f"prompt {prompt!r} has {size} bytes, more than model.text_length={config.model.text_length}")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed={seed}: must be in [0, 2**31)")
+
+
+def earlier_pictures(out: Path) -> list[Path]:
+    """What settings.json of an earlier call counts. Raises UserError when that file is not one of ours."""
+    settings = out / "settings.json"
+    if not settings.exists():
+        return []
+    try:
+        count = len(json.loads(settings.read_text())["conditions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out={out}: settings.json there is not of an earlier call, choose another place") from error
+    return [_picture(out, i) for i in range(count)]
+
+
+def _picture(out: Path, number: int) -> Path:
+    return out / f"{number:05d}.png"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,8 +214,11 @@ def main(argv: Sequence[str]) -> None:
     config = with_encoders(load_config(workdir), values.autoencoder, values.text_encoder)
     if lacking := cannot_draw(config):
         raise UserError(lacking)
-    if not 0 <= values.seed < 2**31:
-        raise UserError(f"--seed={values.seed}: must be in [0, 2**31)")
+    check_seed(values.seed)
+    if values.batch_size < 1:
+        raise UserError(f"--batch_size={values.batch_size}: must be at least 1")
+    places.check("out", out)
+    earlier = earlier_pictures(out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     names = ("steps", "euler_steps", "guidance", "temperature")
     settings = sample_settings(config, {name: values[name].value for name in names})
@@ -194,7 +232,9 @@ def main(argv: Sequence[str]) -> None:
     sampler = Sampler(plan, settings, batch_for(len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
     for i, image in enumerate(images):
-        pictures.save(out / f"{i:05d}.png", image)
+        pictures.save(_picture(out, i), image)
+    for stale in earlier[len(images) :]:
+        stale.unlink(missing_ok=True)
     pictures.save(out / "grid.png", pictures.grid(images, [str(c) for c in conditions]))
     record = {
         "workdir": str(workdir),
@@ -205,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
         "sample": dataclasses.asdict(settings),
     }
     (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
+    print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, together in {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--config.any.field=value ...]
 
-Run the same command again and it goes on from the last checkpoint. WORKDIR holds config.json, checkpoints/,
-metrics.jsonl, TensorBoard events/, previews/, compiled/ programs and, at the end, loss.png.
+Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way. WORKDIR
+holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
+events/, previews/, compiled/ programs and, at the end, loss.png.
+
+Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
+--config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
 """
 
 import sys
@@ -17,11 +21,10 @@ import jax
 import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from lina_jax import config as config_lib
-from lina_jax import data, errors, evaluate, mesh, metrics, sample, state
+from lina_jax import config_file, data, errors, evaluate, mesh, metrics, places, sample, state
 from lina_jax.checkpoint import Checkpoints, check_config, write_config
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
@@ -36,11 +39,12 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     """
     devices = mesh.build(config.mesh)
     mesh.check(config, devices)
+    places.check("workdir", workdir)
+    check_config(workdir, config, allow_changes=allow_config_change)
     encoders = load_encoders(config, devices)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     validation = evaluate.Validation(config, valid_records)
-    check_config(workdir, config, allow_changes=allow_config_change)
 
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices, encoders)
@@ -48,6 +52,10 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else plan.init()
     first = int(run.step)
+    if first >= config.steps:
+        checkpoints.close()
+        _conclude(config, workdir, first)
+        return run
     write_config(workdir, config)
     if not resumed:
         checkpoints.save(run)
@@ -88,14 +96,16 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     previews.draw(step, run)
                 throughput.pause(time.monotonic() - started)
         profile(config, workdir, first, config.steps + 1)
+    except KeyboardInterrupt:
+        step = checkpoints.latest_step()
+        raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
     finally:  # a save that is under way is finished, whatever ends the run
         progress.close()
         try:
             writer.close()
         finally:
             checkpoints.close()
-    if jax.process_index() == 0:
-        metrics.plot_losses(writer.path, workdir / "loss.png")
+    _conclude(config, workdir, config.steps)
     return run
 
 
@@ -182,6 +192,17 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
         print(f"step {step}/{config.steps}  {shown}  lr {scalars['learning_rate']:.2e}", file=sys.stderr, flush=True)
 
 
+def _conclude(config: Config, workdir: Path, step: int) -> None:
+    """Draw the loss of a run that has come to its end, and say where everything is."""
+    if jax.process_index() != 0:
+        return
+    if step > config.steps:
+        print(f"{workdir} is already at step {step}, steps={config.steps}: nothing to do", file=sys.stderr)
+        return
+    metrics.plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
+    print(f"finished at step {step}: checkpoints/, loss.png and metrics.jsonl are in {workdir}", file=sys.stderr)
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
@@ -192,7 +213,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "file in configs/, with its preset after a colon", lock_config=True)
+    config_file.define_flag()
+    flags.declare_key_flag("config")
     flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go")
     flags.DEFINE_bool("allow_config_change", False, "go on in a workdir that was trained with another config")
     errors.run(main)

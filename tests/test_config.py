@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lina_jax.config import default, differences, flatten, freeze
+from lina_jax import config_file
+from lina_jax.config import check_name, default, differences, flatten, freeze
 from lina_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -37,6 +38,52 @@ def test_every_experiment_is_valid(name, load_preset):
 def test_unknown_presets_are_refused_by_name(name, load_preset):
     with pytest.raises(ValueError, match="no_such"):
         load_preset(f"{name}:no_such")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cifar10_c2i.py:huge", "{}/cifar10_c2i.py: unknown preset 'huge': tiny, w384"),
+        ("shapes_t2i.py:tiny", "{}/shapes_t2i.py has no presets"),
+        ("nothere.py", "--config={0}/nothere.py: there is no file {0}/nothere.py"),
+        ("../README.md", "--config={}/../README.md: expected a .py file"),
+        ("", "--config={}/: expected a .py file"),
+    ],
+)
+def test_config_files_that_cannot_be_taken(given, message):
+    with pytest.raises(UserError) as error:
+        config_file.load(f"{CONFIGS}/{given}")
+    assert str(error.value).startswith(message.format(CONFIGS))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "has no function get_config"),
+        ("def get_config(): return 3", "get_config returns int, expected a ConfigDict"),
+        ("def get_config(): return missing", "NameError: name 'missing' is not defined"),
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_config_files_with_mistakes_are_named(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=f"^{tmp_path}/mine.py:? {message}"):
+        config_file.load(f"{tmp_path}/mine.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("modle.width", "unknown config field modle.width (did you mean model?)"),
+        ("model.widht", "unknown config field model.widht (did you mean model.width?)"),
+        ("steps.number", "unknown config field steps.number (steps is a field, not a group of them)"),
+    ],
+)
+def test_names_of_fields_are_checked_as_a_whole(name, message):
+    with pytest.raises(UserError) as error:
+        check_name(name)
+    assert str(error.value) == message
+    check_name("model.width")
 
 
 @pytest.fixture
@@ -216,8 +263,8 @@ def test_the_number_of_steps_belongs_to_a_cosine_schedule(pixels):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.model.widht=1"], "widht"),
-        (["--config.model.width=wide"], "wide"),
+        (["--config.modle.width=1"], "unknown config field modle.width (did you mean model?)"),
+        (["--config.model.width=wide"], "--config.model.width=wide: expected a whole number"),
         (["--config.data.path=no/such/place"], "no/such/place"),
     ],
     ids=["unknown field", "bad type", "missing data"],

@@ -208,6 +208,20 @@ def test_sample_writes_pictures_and_how_they_were_made(run_module, workdir, tmp_
     assert (settings["checkpoint"], settings["weights"], settings["seed"]) == (7, "ema", 5)
     assert (settings["sample"]["guidance"], settings["sample"]["steps"]) == (1.5, 2)
 
+    (out / "mine.png").touch()
+    result = run_module(
+        "sample", f"--workdir={workdir}", f"--out={out}", "--prompt=a red circle", "--num=1", "--steps=2"
+    )
+    assert result.stdout.startswith("1 image in"), result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "grid.png", "mine.png", "settings.json"]
+
+
+def test_a_place_with_settings_of_something_else_is_refused(tmp_path):
+    assert sample.earlier_pictures(tmp_path) == []
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match=r"settings\.json there is not of an earlier call"):
+        sample.earlier_pictures(tmp_path)
+
 
 def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
     result = run_module("sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--label=1")
@@ -220,8 +234,11 @@ def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompts=["a circle"], prompts_file=None, labels=[], num=1), "this model draws classes"),
-        (dict(prompts=[], prompts_file=None, labels=[], num=1), "this model draws classes"),
+        (dict(prompts=["a circle"], prompts_file=None, labels=[], num=1), "this model draws 3 classes"),
+        (
+            dict(prompts=[], prompts_file=None, labels=[], num=1),
+            "3 classes: give --label=0 to --label=2",
+        ),
         (dict(prompts=[], prompts_file=None, labels=[1], num=0), "--num=0: must be at least 1"),
         (dict(prompts=[], prompts_file="no/such/file", labels=[1], num=1), "--prompts_file=no/such/file"),
     ],
@@ -231,9 +248,24 @@ def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
         sample.requested(tiny(), **arguments)
 
 
-def test_a_prompt_that_would_be_cut_is_refused(tiny_text):
-    with pytest.raises(UserError, match=r"prompt 'a very large red circle.*': longer than model.text_length=24 bytes"):
-        sample.requested(tiny_text(), ["a very large red circle on white"], None, [], 1)
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a very large red circle on white", r"prompt 'a very .*' has 32 bytes, more than model\.text_length=24"),
+        (" ", "prompt ' ' is blank"),
+        ("caf\udce9", r"prompt 'caf\\udce9' is not UTF-8"),  # as Python reads the byte E9 of a command line
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(tiny_text, prompt, message):
+    with pytest.raises(UserError, match=message):
+        sample.requested(tiny_text(), ["a red circle", prompt], None, [], 1)
+
+
+@pytest.mark.parametrize("name", ["temperature", "guidance"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_the_setting_that_is_wrong_is_named_alone(tiny, name, value):
+    with pytest.raises(UserError, match=rf"^--{name}={value}: must be finite and not negative$"):
+        sample.sample_settings(tiny(), {name: value})
 
 
 @pytest.mark.parametrize("label", [-1, 4])

@@ -2,7 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
+import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +127,83 @@ def test_what_a_run_leaves_to_look_at(finished):
 def test_a_finished_run_started_again_changes_nothing(config, finished, tmp_path, identical):
     shutil.copytree(finished[0], tmp_path / "run")
     assert identical(whole(train(config, tmp_path / "run")), finished[1])
+
+
+def test_fewer_steps_than_are_done_change_nothing(config, finished, tmp_path, identical, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    assert identical(whole(train(dataclasses.replace(config, steps=4), tmp_path / "run")), finished[1])
+    assert capsys.readouterr().err == f"{tmp_path / 'run'} is already at step 6, steps=4: nothing to do\n"
+    assert load_config(tmp_path / "run").steps == 6
+
+
+def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(config, tmp_path, monkeypatch):
+    def interrupted(*args):
+        yield from itertools.islice(batches(*args), 4)
+        raise KeyboardInterrupt
+
+    batches = importlib.import_module("lina_jax.train").device_batches
+    monkeypatch.setattr("lina_jax.train.device_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 3"):
+        train(config, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: shutil.rmtree(folder / "params"), "params/_METADATA is missing"),
+        (lambda folder: (folder / "progress" / "manifest.ocdbt").unlink(), "progress/manifest.ocdbt is missing"),
+    ],
+    ids=["params", "manifest"],
+)
+def test_a_damaged_checkpoint_is_named_with_what_to_do(config, finished, tmp_path, one_device, damage, reason):
+    shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    plan = state.blueprint(config, one_device)
+    damage(checkpoints.directory / "6")
+    where = re.escape(f"checkpoint 6 in {checkpoints.directory} is damaged ({reason}")
+    with pytest.raises(UserError, match=rf"{where}.*\); remove that folder to go on from step 3$"):
+        checkpoints.restore(plan)
+    assert int(checkpoints.restore(plan, 3).step) == 3
+
+
+def test_cut_files_of_a_checkpoint_are_one_line(config, finished, tmp_path, run_module, config_file):
+    """Nothing is said of the many reads that orbax abandons when the first one fails."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "6" / "params" / "ocdbt.process_0" / "d").iterdir():
+        os.truncate(file, 100)
+    result = run_module("train", f"--config={config_file(config)}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: checkpoint 6 in {tmp_path / 'run' / 'checkpoints'} is damaged (OUT_OF_RANGE: ")
+    assert line.endswith("); remove that folder to go on from step 3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"width": 64}},
+            r"model of this config: bos_token: \(32,\) in the checkpoint, \(64,\) in .*",
+        ),
+        ({"optim": {"name": "adamw"}}, "optimizer of this config: opt_state/.*"),
+    ],
+    ids=["model", "optimizer"],
+)
+def test_arrays_that_differ_are_named(config, finished, tmp_path, tiny_text, changes, message):
+    shutil.copytree(finished[0], tmp_path / "run")
+    other = tiny_text(**{"optim": {"name": "muon"}, "steps": 9} | changes)
+    message += r"and \d+ more \(--allow_config_change cannot change the arrays"
+    with pytest.raises(UserError, match=message):
+        train(other, tmp_path / "run", allow_config_change=True)
+    assert load_config(tmp_path / "run") == config
+
+
+def test_a_wrong_workdir_is_noticed_before_records_are_opened(config, tmp_path):
+    write_config(tmp_path, config)
+    data = dataclasses.replace(config.data, path="no/such/place")
+    with pytest.raises(UserError, match="belongs to another config"):
+        train(dataclasses.replace(config, seed=9, data=data), tmp_path)
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):

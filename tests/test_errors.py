@@ -1,0 +1,68 @@
+"""Entry points end with one line and an exit code that says why; places are looked at before they are needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lina_jax import places
+from lina_jax.errors import UserError
+
+PROGRAM = """
+from absl import flags
+from lina_jax import errors
+flags.DEFINE_integer("count", 1, "")
+flags.DEFINE_multi_integer("label", [], "")
+flags.DEFINE_float("share", 1.0, "")
+flags.DEFINE_bool("raw", False, "")
+
+def main(argv):
+    if flags.FLAGS.count == 2:
+        raise errors.UserError("two\\n  is not allowed")
+    if flags.FLAGS.count == 3:
+        raise errors.TrainingDiverged("stopped")
+    if flags.FLAGS.count == 4:
+        raise KeyboardInterrupt
+    if flags.FLAGS.count == 5:
+        raise KeyboardInterrupt("go on from step 7")
+
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "line"),
+    [
+        ("--count=2", 2, "error: two is not allowed"),
+        ("--count=3", 1, "error: stopped"),
+        ("--count=4", 130, "interrupted"),
+        ("--count=5", 130, "interrupted; go on from step 7"),
+        ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
+        ("--label=cat", 2, "error: --label=cat: expected a whole number"),
+        ("--share=a: b", 2, "error: --share=a: b: expected a number"),
+        ("--raw=maybe", 2, "error: --raw=maybe: expected true or false"),
+        ("more", 2, "error: unexpected argument 'more': options are given as --name=value"),
+    ],
+)
+def test_an_end_is_one_line_and_a_code(argument, code, line):
+    result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (code, line + "\n")
+
+
+@pytest.mark.parametrize("argument", ["-h", "--help", "--helpfull"])
+def test_help_is_no_failure(argument):
+    result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--count" in result.stdout
+
+
+def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkeypatch):
+    places.check("out", tmp_path / "new" / "deep")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=rf"^--out={path}: {tmp_path}/file is not a directory"):
+            places.check("out", path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"^--out={tmp_path}/new: {tmp_path} cannot be written"):
+        places.check("out", tmp_path / "new")
