@@ -7,7 +7,6 @@ defaults are the published class-conditional model and its training settings (pa
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from lina_jax import config_checks
 from lina_jax.errors import UserError
 
 
@@ -125,6 +125,12 @@ class DataConfig:
         if not pairs or not all(path and weight > 0 for path, weight in pairs):
             raise UserError(f"data.path={self.path!r}: several datasets are PATH=WEIGHT,PATH=WEIGHT with weights > 0")
         return tuple(pairs)
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """The part of the examples that comes from each dataset."""
+        weights = [weight for _, weight in self.datasets]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,36 +260,6 @@ FREE_ON_RESUME = (
     "optim.max_skipped",
 )  # fmt: skip
 
-CHOICES = {
-    "model.condition": ("class", "text"),
-    "model.text_encoder": ("features", "bytes"),
-    "model.attention": ("linear", "softmax", "hybrid"),
-    "model.normalization": ("division", "subtraction"),
-    "model.kv_gate": ("none", "head", "shared", "key", "value", "decoupled", "dynamic"),
-    "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "full"),
-    "autoencoder.kind": ("identity", "mar", "sdxl"),
-    "loss.mask_ratio_per": ("example", "step"),
-    "optim.name": ("adamw", "muon"),
-    "optim.schedule": ("constant", "cosine"),
-    "sample.guidance_schedule": ("linear", "constant"),
-    "sample.annealing": ("none", "linear", "cosine", "two_stage"),
-}
-
-# Fields that may be zero (it means "off", "none" or "inferred"); every other number must be positive.
-MAY_BE_ZERO = frozenset({
-    "seed", "autoencoder.shift_factor", "autoencoder.tile",
-    "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
-    "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
-    "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
-    "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
-    "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
-    "model.condition_depth", "data.short_caption", "data.workers",
-})  # fmt: skip
-MAY_BE_NEGATIVE = frozenset(
-    {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}
-)
-
 
 def default() -> ml_collections.ConfigDict:
     """Every field with its default, as the locked ConfigDict that a file in `configs/` edits and flags override."""
@@ -294,9 +270,9 @@ def freeze(given: Mapping[str, Any]) -> Config:
     """The validated config. Raises UserError naming the field, its value and what is allowed."""
     config = _build(Config, given, "")
     for name, value in flatten(config).items():
-        _check_value(name, value)
-    _check_model(config.model, config.autoencoder)
-    _check_run(config)
+        config_checks.check_value(name, value)
+    config_checks.check_model(config.model, config.autoencoder)
+    config_checks.check_run(config)
     return config
 
 
@@ -324,14 +300,9 @@ def differences(old: Config, new: Config) -> list[str]:
     if new.optim.schedule == "cosine" and old.steps != new.steps:
         changed.append("steps")
     # Datasets may move, their shares may not change.
-    if _shares(old.data) != _shares(new.data):
+    if old.data.shares != new.data.shares:
         changed.append("data.path")
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
-
-
-def _shares(data: DataConfig) -> list[Fraction]:
-    weights = [weight for _, weight in data.datasets]
-    return [weight / sum(weights) for weight in weights]
 
 
 def check_name(name: str) -> None:
@@ -383,87 +354,3 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if type(value) is not hint:
         raise UserError(f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
     return value
-
-
-def _check_value(name: str, value: Any) -> None:
-    if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f"{name}={value!r}: allowed are {', '.join(CHOICES[name])}")
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
-        if not math.isfinite(number):
-            raise UserError(f"{name}={value!r}: must be finite")
-        if number < 0 and name not in MAY_BE_NEGATIVE:
-            raise UserError(f"{name}={value!r}: must not be negative")
-        if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:
-            raise UserError(f"{name}={value!r}: must be positive")
-
-
-def _check_model(model: ModelConfig, autoencoder: AutoencoderConfig) -> None:
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise UserError(message)
-
-    require(model.width % model.heads == 0, f"model.width={model.width} is not divisible by model.heads={model.heads}")
-    require(model.width % 4 == 0, f"model.width={model.width}: position tables need a multiple of 4")
-    require(model.image_depth % 2 == 0, f"model.image_depth={model.image_depth}: two halves need an even depth")
-    require(model.conv_kernel % 2 == 1, f"model.conv_kernel={model.conv_kernel}: must be odd")
-    h, w = model.image_grid
-    if autoencoder.kind == "identity":
-        require(
-            model.latent_channels == 3 and autoencoder.stride == 1,
-            f"model.latent_channels={model.latent_channels}, autoencoder.stride={autoencoder.stride}: "
-            "pixels (autoencoder.kind=identity) have 3 channels and stride 1",
-        )
-        require(
-            autoencoder.scaling_factor == 1.0 and autoencoder.shift_factor == 0.0,
-            f"autoencoder.scaling_factor={autoencoder.scaling_factor}, shift_factor={autoencoder.shift_factor}: "
-            "pixels (autoencoder.kind=identity) are not scaled (1.0, 0.0)",
-        )
-    if model.attention == "softmax":
-        require(
-            not model.depthwise_conv and model.kv_gate == "none",
-            f"model.attention=softmax takes neither model.depthwise_conv={model.depthwise_conv} nor "
-            f"model.kv_gate={model.kv_gate}: set them to False and none",
-        )
-    if model.rotary:
-        head = model.width // model.heads
-        require(
-            model.normalization == "division" or model.attention == "softmax",
-            f"model.rotary=True with model.normalization={model.normalization}: only division has rotary positions",
-        )
-        pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
-        require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
-    if model.condition == "text":
-        name = "text_words" if model.text_encoder == "bytes" else "text_length"
-        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has 512 rows")
-    require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
-
-
-def _check_run(config: Config) -> None:
-    loss, optim = config.loss, config.optim
-    if not 0 <= loss.condition_dropout < 1:
-        raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
-    if not 0 <= loss.mask_ratio_min < 1:
-        raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
-    if config.data.short_caption > 1:
-        raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
-    _shares(config.data)  # which names a path that cannot be read
-    for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
-        if decay >= 1:
-            raise UserError(f"{name}={decay}: must be in [0, 1)")
-    if config.seed >= 2**31:
-        raise UserError(f"seed={config.seed}: must be below 2**31")
-    sample = config.sample
-    if sample.annealing != "none" and sample.annealing_min > sample.euler_steps:
-        raise UserError(
-            f"sample.annealing_min={sample.annealing_min}: more than sample.euler_steps={sample.euler_steps}"
-        )
-    if config.batch_size % optim.accumulate:
-        raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
-    if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
-        raise UserError(
-            f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
-        )
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        raise UserError("mesh: only one axis can be -1")

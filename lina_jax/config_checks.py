@@ -1,0 +1,127 @@
+"""What values a config may have: each message names field, value and what is allowed."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lina_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lina_jax.config import AutoencoderConfig, Config, ModelConfig
+
+CHOICES = {
+    "model.condition": ("class", "text"),
+    "model.text_encoder": ("features", "bytes"),
+    "model.attention": ("linear", "softmax", "hybrid"),
+    "model.normalization": ("division", "subtraction"),
+    "model.kv_gate": ("none", "head", "shared", "key", "value", "decoupled", "dynamic"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "autoencoder.kind": ("identity", "mar", "sdxl"),
+    "loss.mask_ratio_per": ("example", "step"),
+    "optim.name": ("adamw", "muon"),
+    "optim.schedule": ("constant", "cosine"),
+    "sample.guidance_schedule": ("linear", "constant"),
+    "sample.annealing": ("none", "linear", "cosine", "two_stage"),
+}
+
+# Fields that may be zero (it means "off", "none" or "inferred"); every other number must be positive.
+MAY_BE_ZERO = frozenset({
+    "seed", "autoencoder.shift_factor", "autoencoder.tile",
+    "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
+    "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
+    "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
+    "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
+    "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
+    "model.condition_depth", "data.short_caption", "data.workers",
+})  # fmt: skip
+MAY_BE_NEGATIVE = frozenset(
+    {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}
+)
+
+
+def check_value(name: str, value: Any) -> None:
+    """A field on its own, by its full name. Raises UserError."""
+    if name in CHOICES and value not in CHOICES[name]:
+        raise UserError(f"{name}={value!r}: allowed are {', '.join(CHOICES[name])}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            raise UserError(f"{name}={value!r}: must be finite")
+        if number < 0 and name not in MAY_BE_NEGATIVE:
+            raise UserError(f"{name}={value!r}: must not be negative")
+        if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:
+            raise UserError(f"{name}={value!r}: must be positive")
+
+
+def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
+    """Sizes that must fit each other, and variants that exclude each other. Raises UserError."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    require(model.width % model.heads == 0, f"model.width={model.width} is not divisible by model.heads={model.heads}")
+    require(model.width % 4 == 0, f"model.width={model.width}: position tables need a multiple of 4")
+    require(model.image_depth % 2 == 0, f"model.image_depth={model.image_depth}: two halves need an even depth")
+    require(model.conv_kernel % 2 == 1, f"model.conv_kernel={model.conv_kernel}: must be odd")
+    h, w = model.image_grid
+    if autoencoder.kind == "identity":
+        require(
+            model.latent_channels == 3 and autoencoder.stride == 1,
+            f"model.latent_channels={model.latent_channels}, autoencoder.stride={autoencoder.stride}: "
+            "pixels (autoencoder.kind=identity) have 3 channels and stride 1",
+        )
+        require(
+            autoencoder.scaling_factor == 1.0 and autoencoder.shift_factor == 0.0,
+            f"autoencoder.scaling_factor={autoencoder.scaling_factor}, shift_factor={autoencoder.shift_factor}: "
+            "pixels (autoencoder.kind=identity) are not scaled (1.0, 0.0)",
+        )
+    if model.attention == "softmax":
+        require(
+            not model.depthwise_conv and model.kv_gate == "none",
+            f"model.attention=softmax takes neither model.depthwise_conv={model.depthwise_conv} nor "
+            f"model.kv_gate={model.kv_gate}: set them to False and none",
+        )
+    if model.rotary:
+        head = model.width // model.heads
+        require(
+            model.normalization == "division" or model.attention == "softmax",
+            f"model.rotary=True with model.normalization={model.normalization}: only division has rotary positions",
+        )
+        pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
+        require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
+    if model.condition == "text":
+        name = "text_words" if model.text_encoder == "bytes" else "text_length"
+        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has 512 rows")
+    require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
+
+
+def check_run(config: "Config") -> None:
+    """Training and sampling. Raises UserError."""
+    loss, optim = config.loss, config.optim
+    if not 0 <= loss.condition_dropout < 1:
+        raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
+    if not 0 <= loss.mask_ratio_min < 1:
+        raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
+    if config.data.short_caption > 1:
+        raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
+    _ = config.data.datasets  # which names a path that cannot be read
+    for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
+        if decay >= 1:
+            raise UserError(f"{name}={decay}: must be in [0, 1)")
+    if config.seed >= 2**31:
+        raise UserError(f"seed={config.seed}: must be below 2**31")
+    sample = config.sample
+    if sample.annealing != "none" and sample.annealing_min > sample.euler_steps:
+        raise UserError(
+            f"sample.annealing_min={sample.annealing_min}: more than sample.euler_steps={sample.euler_steps}"
+        )
+    if config.batch_size % optim.accumulate:
+        raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
+    if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
+        raise UserError(
+            f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
+        )
+    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        raise UserError("mesh: only one axis can be -1")
