@@ -1,4 +1,4 @@
-"""Class to image, ImageNet 256 x 256: the paper's main class-conditional models (arXiv 2601.22630).
+r"""Class to image, ImageNet 256 x 256: the paper's main class-conditional models (arXiv 2601.22630).
 
 Presets:  w768   363 M parameters, batch 2048   (published: 32 GPUs x 64)
           w1024  645 M parameters, batch 1536   (32 x 48)
@@ -9,7 +9,9 @@ PFLOP a step.
 
 Expected (published logs): w768 training loss 2.03 at step 0, about 1.35 at 1k, 0.81 at 10k, 0.70 at 50k; FID of w768
 division + convolution at 200k steps without guidance, 64 decoding steps: 9.1; of w1536 in the paper: 2.18.
-Command:  python -m lina_jax.train --config=configs/imagenet256_c2i.py:w768 --workdir=gs://...
+Data:     python -m lina_jax.prepare --source=folder --input=IMAGENET/train --resolution=256 --validation=10000 \
+              --autoencoder=VAE --out=data/imagenet256
+Command:  python -m lina_jax.train --config=configs/imagenet256_c2i.py:w768 --workdir=runs/w768
 """
 
 from lina_jax.config import default

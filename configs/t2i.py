@@ -1,4 +1,4 @@
-"""Text to image at 256, 512 and 1024 px, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630).
+r"""Text to image at 256, 512 and 1024 px, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630).
 
 Presets:  256    16 x 16 tokens, learning rate 2e-4, batch 768  (published: 48 GPUs x 16)
           512    32 x 32 tokens, learning rate 1e-4, batch 192  (48 x 4)
@@ -8,7 +8,9 @@ tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29 TFLOP an image; 1.9,
 continues from the one before (565k to 600k steps each); the KV gates start anew.
 
 Expected (paper): GenEval 0.74 overall at 1024 px, with 128 decoding steps and guidance 7.
-Command:  python -m lina_jax.train --config=configs/t2i.py:256 --workdir=gs://...
+Data:     python -m lina_jax.prepare --source=webdataset --input='SHARDS/*.tar' --resolution=256 --validation=10000 \
+              --short_caption_column=json.short --autoencoder=VAE --text_encoder=PHI --out=data/t2i
+Command:  python -m lina_jax.train --config=configs/t2i.py:256 --workdir=runs/t2i256
 """
 
 from lina_jax.config import default

@@ -94,6 +94,8 @@ class Settings:
             for name, usual in zip(columns, READERS[self.source][1], strict=True):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
+        if self.text_encoder and self.source in READERS and not self.caption_column:
+            raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: name their --caption_column")
         for name, least in (
             {"validation": 0, "seed": 0, "quality": 0} | dict.fromkeys(("resolution", "train", "shard_mb"), 1)
             | dict.fromkeys(("min_size", "max_caption_bytes", "batch_size"), 1)

@@ -56,3 +56,16 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path):
         write(tmp_path / "tiny", count=2)
     assert (tmp_path / "tiny" / "dataset_info.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_tfds_reads_latents(tmp_path):
+    moments = np.arange(2 * 3 * 4, dtype=np.float16).reshape(2, 3, 4)
+    text = np.arange(15, dtype=np.float16).reshape(3, 5)
+    with records.create(tmp_path / "tiny", "tiny", records.latent_features(moments.shape, 5)) as writer:
+        said = captions("three") | {"label": -1, "key": "0"}
+        writer.write("train", moments=moments, text=text, short_text=text[:0], **said)
+    (record,) = tfds.builder_from_directory(tmp_path / "tiny").as_data_source("train")
+    np.testing.assert_array_equal(record["moments"], moments)
+    np.testing.assert_array_equal(record["text"], text)
+    assert record["moments"].dtype == record["text"].dtype == np.float16
+    assert record["short_text"].shape == (0, 5)
