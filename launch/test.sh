@@ -9,4 +9,5 @@ make_environment .venv-test test
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# A file of tests to a process: XLA compiles on one core most of the time, and fixtures are made once for a file.
+python -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -64,10 +64,10 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
         columns.append(decode.Label(model.num_classes))
     elif model.text_encoder == "bytes":
         columns.append(decode.Caption(model.text_length))
-    elif text_encoder:
-        columns.append(decode.TokenIds(text_encoder))
-    else:
+    elif form.text_dim:
         columns.append(decode.Features(model.text_length, model.text_dim))
+    else:
+        columns.append(decode.TokenIds(text_encoder))
     return Records(
         splits,
         columns,
@@ -93,13 +93,13 @@ def _check_form(config: Config, path: str, form: reading.Form, text_encoder: Tex
         raise UserError(f"{path} holds latents of {form.moments}; autoencoder.kind={kind} and model need {wanted}")
     if config.data.flip and form.moments:
         raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
-    if model.condition == "text" and model.text_encoder == "features" and not text_encoder:
-        if not form.text_dim:
+    if model.condition == "text" and model.text_encoder == "features":
+        if not form.text_dim and not text_encoder:
             raise UserError(
                 f"{path} holds no text features: name the directory of a text encoder in text_encoder.path, or let "
                 "lina_jax.prepare --text_encoder make them"
             )
-        if form.text_dim != model.text_dim:
+        if form.text_dim and form.text_dim != model.text_dim:
             raise UserError(f"{path} holds text features of {form.text_dim}; model.text_dim={model.text_dim}")
 
 

@@ -20,7 +20,7 @@ from absl import flags
 
 from lina_jax import data, errors, pictures, places, sample, scene_score, shapes, state
 from lina_jax import mesh as mesh_lib
-from lina_jax.checkpoint import load_config
+from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> None:
     settings = sample.sample_settings(load_config(workdir), {"guidance": values.guidance})
     places.check("out", out)
     plan, ema, frozen, step = sample.load(workdir, ema=True, step=values.checkpoint)
-    raw = sample.load(workdir, ema=False, step=step)[1]
     config = plan.config
+    raw, _, _ = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan, ema=False, step=step)
     if values.scenes and (config.model.condition != "text" or len(set(config.model.image_grid)) > 1):
         raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
     if values.data:

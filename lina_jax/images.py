@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**27  # of a file; more is a decompression bomb or a mistake
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that run programs
 MAX_ASPECT = 50  # long side to short; scaled to a square crop, a line of pixels would fill the memory
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and raise at another; `decode` refuses at MAX_PIXELS
@@ -20,10 +21,8 @@ class BadImage(Exception):
 
 def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
     """RGB: upright, transparency over white, 16 bits scaled to 8, the first frame of several. Raises BadImage."""
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(data)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data), formats=FORMATS)
         short, long = sorted(image.size)
         if short * long > MAX_PIXELS:
             raise BadImage(f"decompression bomb: more than {MAX_PIXELS} pixels")

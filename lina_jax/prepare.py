@@ -18,7 +18,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ READERS = {
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
 _PREVIEWED = 36
+_SLURM = ("PROCID", "NTASKS", *(f"ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")))
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -70,7 +71,9 @@ class Settings:
     min_size: int = _flag(1, "reject images with a side of fewer pixels")
     max_caption_bytes: int = _flag(8_000, "reject longer captions")
     quality: int = _flag(0, "pixels: 0 = PNG, 1 to 100 = JPEG of this quality")
-    shard_mb: int = _flag(256, "aimed size of a shard in MiB, and of the work that a killed process may lose")
+    shard_mb: int = _flag(
+        256, "aimed size in MiB of a shard, and of a unit of work (of webdataset, each tar is a unit)"
+    )
     autoencoder: str = _flag("", "directory of a KL autoencoder: store latents")
     text_encoder: str = _flag("", "latents: directory of a Phi text encoder; empty = classes only")
     dtype: str = _flag("bfloat16", "latents: computations of the encoders, bfloat16 | float32")
@@ -148,7 +151,10 @@ def prepare(
     recorder = _recorder(settings)
     source = open_source(settings, recorder)
     try:
-        work = units.WorkDirectory(out, settings.recorded())
+        work = units.WorkDirectory(out, settings.recorded(), source)
+        if done := finished(out, settings):  # by others, while this process was loading encoders
+            work.remove()
+            return done
         _make_units(work, source, recorder, settings, max_reject_fraction, share)
         receipts = [work.receipt(number) for number in range(len(source.units))]
         if missing := receipts.count(None):
@@ -159,8 +165,8 @@ def prepare(
         if not totals["images"].get("train"):
             raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
         summary = {"settings": settings.recorded(), "totals": totals}
-        work.assemble(len(receipts), settings.source, recorder.features(source.label_names), summary)
-    except OSError as error:
+        work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
+    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, whose file another process has moved
         if done := finished(out, settings):  # another process was faster
             return done
         raise UserError(f"cannot write {out}: {error}") from error
@@ -197,14 +203,14 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
 def validation_items(source: Source, number: int, count: int, settings: Settings) -> set[int]:
     """Which items of a unit are for validation: its share of --validation, by its share of the collection.
 
-    Where sizes are not known before reading, units count alike.
+    Where sizes are not known before reading, units count alike; none gives more than half of its items.
     """
     sizes = [unit.count for unit in source.units]
     if None in sizes:
         sizes = [1] * len(sizes)
     before, after, total = sum(sizes[:number]), sum(sizes[: number + 1]), sum(sizes)
     share = settings.validation * after // total - settings.validation * before // total
-    return set(random.Random(f"{settings.seed}/{number}").sample(range(count), min(share, count)))
+    return set(random.Random(f"{settings.seed}/{number}").sample(range(count), min(share, count // 2)))
 
 
 def _recorder(settings: Settings) -> Recorder:
@@ -227,30 +233,28 @@ def _make_units(
     mine = range(share.index, len(source.units), share.count)
     serialize = records.Serializer(recorder.features(source.label_names))
     rejected: collections.Counter[str] = collections.Counter()
-    seen = 0
-    with tqdm(total=_expected(source, mine, {}), unit=" images", disable=None) as progress:
-        sizes: dict[int, int] = {}
+    receipts = {number: work.receipt(number) for number in mine}
+    sizes = {number: receipt.items for number, receipt in receipts.items() if receipt}
+    counts = [unit.count for unit in source.units]
 
-        def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
-            nonlocal seen
-            unit = source.units[number]
-            chosen = set() if unit.split else validation_items(source, number, count, settings)
-            done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
-            for position, item in enumerate(done):
-                seen += 1
-                progress.update()
-                if isinstance(item, Reject):
-                    rejected[item.reason] += 1
-                    # Judged against all that this process will see, so that a bad beginning alone ends nothing.
-                    _check_rejects(rejected, max(seen, progress.total), max_reject_fraction, work.path)
-                yield unit.split or ("validation" if position in chosen else "train"), item
+    def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
+        unit = source.units[number]
+        chosen = set() if unit.split else validation_items(source, number, count, settings)
+        done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
+        for position, item in enumerate(done):
+            progress.update()
+            if isinstance(item, Reject):
+                rejected[item.reason] += 1
+                # One process sees its part alone: it may stop early only for what is too much of the whole.
+                if None not in counts:
+                    _check_rejects(rejected, sum(counts), max_reject_fraction, work.path)
+            yield unit.split or ("validation" if position in chosen else "train"), item
 
+    expected = _expected(source, mine, sizes)
+    with tqdm(total=expected, initial=sum(sizes.values()), unit=" images", disable=None) as progress:
         for number in mine:
-            if receipt := work.receipt(number):
-                sizes[number] = receipt.items
+            if receipt := receipts[number]:
                 rejected.update(receipt.rejected)
-                seen += receipt.items
-                progress.update(receipt.items)
                 continue
             with source.open(source.units[number]) as (count, items):
                 sizes[number] = count
@@ -295,7 +299,9 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
     count = min(_PREVIEWED, len(stored))
     rows = [stored[i * len(stored) // count] for i in range(count)]
     if settings.autoencoder:
-        shown = _recorder(settings).pixels(np.stack([row["moments"] for row in rows]))
+        shown = _recorder(dataclasses.replace(settings, text_encoder="")).pixels(
+            np.stack([row["moments"] for row in rows])
+        )
     else:
         shown = np.stack([np.asarray(images.decode(row["image"])) for row in rows])
     captions = [row["caption"].decode() or f"class {row['label']}" for row in rows]
@@ -305,15 +311,26 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
 def the_share(index: int | None, count: int | None) -> Share:
     """This process among those that prepare: from flags, else from jax.distributed or SLURM, else alone."""
     if index is None and count is None:
-        for first, last in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if first in os.environ and last in os.environ:
-                return Share(
-                    int(os.environ[first]) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(os.environ[last])
-                )
-        return Share(jax.process_index(), jax.process_count())
+        return _slurm_share(os.environ) or Share(jax.process_index(), jax.process_count())
     if index is None or count is None or not 0 <= index < count:
         raise UserError(f"--process_index={index} --process_count={count}: expected 0 <= index < count")
     return Share(index, count)
+
+
+def _slurm_share(environment: Mapping[str, str]) -> Share | None:
+    """Tasks of a job step within the elements of a job array; None outside of SLURM."""
+    value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
+    share = Share(value.get("PROCID", 0), value.get("NTASKS", 1))
+    if "ARRAY_TASK_ID" in value:
+        first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
+        if value["ARRAY_TASK_MAX"] - first != (count - 1) * step:
+            raise UserError(
+                f"a SLURM array of {count} tasks from {first} to {value['ARRAY_TASK_MAX']} has holes: say which share "
+                "each task has by --process_index and --process_count"
+            )
+        element = (value["ARRAY_TASK_ID"] - first) // step
+        share = Share(element * share.count + share.index, count * share.count)
+    return share if value else None
 
 
 def define_flags() -> None:
@@ -342,7 +359,8 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
     if values.distributed:
-        jax.distributed.initialize()
+        # Shares end at different times, and no process is to be stopped for another's longer share.
+        jax.distributed.initialize(shutdown_timeout_seconds=7 * 24 * 3600)
     share = the_share(values.process_index, values.process_count)
     totals = prepare(values.out, settings, values.max_reject_fraction, share)
     if totals is None:

@@ -14,8 +14,7 @@ import tensorflow_datasets as tfds
 from einops import rearrange
 from PIL import Image
 
-from lina_jax import encoders, images, mesh, records
-from lina_jax.config import MeshConfig
+from lina_jax import encoders, images, records
 from lina_jax.errors import UserError
 from lina_jax.models import vae
 from lina_jax.sources.base import Example, Reject
@@ -30,6 +29,7 @@ Record = dict[str, Any]
 
 class Recorder(Protocol):
     batch_size: int
+    ahead: int  # batches to start before the first is waited for
     record_bytes: int  # about, to cut the collection into units of a shard
     truncated: int  # captions cut to what the text encoder takes
 
@@ -48,6 +48,7 @@ class PixelRecorder:
     """Records of pixels: PNG, or JPEG where `quality` is not 0."""
 
     batch_size = 256
+    ahead = 1
     truncated = 0
 
     def __init__(self, resolution: int, quality: int):
@@ -73,24 +74,26 @@ class LatentRecorder:
 
     def __init__(self, autoencoder: str, text_encoder: str, resolution: int, batch_size: int, dtype: str):
         """`text_encoder` "" means that there is none. Raises UserError for what cannot be loaded or does not fit."""
-        devices = mesh.build(MeshConfig(), jax.local_devices())
-        self._place = mesh.sharding(devices, "batch")
-        self.batch_size = -(-batch_size // devices.size) * devices.size
-        self._autoencoder, self._vae = encoders.load_autoencoder(autoencoder, mesh=devices, dtype=dtype)
+        self.batch_size = batch_size
+        self.truncated = 0
+        self._autoencoder, vae_params = encoders.load_autoencoder(autoencoder, dtype=dtype)
         stride = self._autoencoder.stride
         if resolution % stride:
             raise UserError(f"--resolution={resolution}: not a multiple of the autoencoder's stride {stride}")
         self._moments = (2 * self._autoencoder.latent_channels, resolution // stride, resolution // stride)
-        self._encode_images = jax.jit(self._autoencoder.encode)
-        self._text_dim = 0
+        self._encode_images = jax.jit(
+            lambda params, pixels: self._autoencoder.encode(params, pixels.astype(jnp.float32) / 127.5 - 1.0)
+        )
+        self._text, phi_params = None, {}
         if text_encoder:
-            self._text, self._phi = encoders.load_text_encoder(
-                text_encoder, length=TEXT_LENGTH, mesh=devices, dtype=dtype
-            )
-            self._text_dim = self._text.dim
+            self._text, phi_params = encoders.load_text_encoder(text_encoder, length=TEXT_LENGTH, dtype=dtype)
             self._encode_text = jax.jit(self._text.features)
-        self.truncated = 0
+        self._text_dim = self._text.dim if self._text else 0
         self.record_bytes = 2 * (int(np.prod(self._moments)) + _TEXT_ROWS * self._text_dim)
+        # Each device takes whole batches, in turns: what a record holds does not depend on how many devices there are.
+        devices = jax.local_devices()
+        self.ahead = len(devices)
+        self._replicas = itertools.cycle([(d, *jax.device_put((vae_params, phi_params), d)) for d in devices])
 
     def features(self, label_names: Sequence[str]) -> tfds.features.FeaturesDict:
         return records.latent_features(self._moments, self._text_dim, label_names)
@@ -100,11 +103,20 @@ class LatentRecorder:
 
     def start(self, examples: Sequence[Example]) -> dict[str, tuple[jax.Array, np.ndarray | None]]:
         """Moments (B, h, w, 2C) and features (B, L, D) with the numbers of real tokens (B,)."""
-        pixels = self._placed(np.stack([example.image for example in examples])).astype(jnp.float32) / 127.5 - 1.0
-        started = {"moments": (self._encode_images(self._vae, pixels), None)}
-        if self._text_dim:
-            started["text"] = self._start_text([example.caption for example in examples])
-            started["short_text"] = self._start_text([example.short_caption for example in examples])
+        device, vae_params, phi_params = next(self._replicas)
+
+        def text(captions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
+            tokens = self._text.tokenize(captions)
+            self.truncated += int(tokens.cut.sum())
+            # Causal: rows of real tokens do not see the padding behind them.
+            rows = min(TEXT_LENGTH, _BUCKET * max(1, -(-int(tokens.lengths.max()) // _BUCKET)))
+            return self._encode_text(phi_params, self._placed(tokens.ids[:, :rows], device)), tokens.lengths
+
+        pixels = self._placed(np.stack([example.image for example in examples]), device)
+        started = {"moments": (self._encode_images(vae_params, pixels), None)}
+        if self._text:
+            started["text"] = text([example.caption for example in examples])
+            started["short_text"] = text([example.short_caption for example in examples])
         return started
 
     def finish(self, examples: Sequence[Example], started) -> list[Record | Reject]:
@@ -122,22 +134,16 @@ class LatentRecorder:
 
     def pixels(self, moments: np.ndarray) -> np.ndarray:
         """Means (N, 2C, h, w) of records back to uint8 images (N, H, W, 3), as a look at what was stored."""
-        decode = jax.jit(lambda vae_params, latents: vae.to_uint8(self._autoencoder.decode(vae_params, latents)))
+        _, params, _ = next(self._replicas)
+        decode = jax.jit(lambda latents: vae.to_uint8(self._autoencoder.decode(params, latents)))
         mean, _ = jnp.split(rearrange(jnp.asarray(moments, jnp.float32), "n c h w -> n h w c"), 2, axis=-1)
         scaled = vae.scale(self._autoencoder.config, mean)
-        return np.concatenate([decode(self._vae, latents[None]) for latents in scaled])
+        return np.concatenate([decode(latents[None]) for latents in scaled])
 
-    def _start_text(self, captions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
-        tokens = self._text.tokenize(captions)
-        self.truncated += int(tokens.cut.sum())
-        # Causal: rows of real tokens do not see the padding behind them.
-        rows = min(TEXT_LENGTH, _BUCKET * max(1, -(-int(tokens.lengths.max()) // _BUCKET)))
-        return self._encode_text(self._phi, self._placed(tokens.ids[:, :rows])), tokens.lengths
-
-    def _placed(self, array: np.ndarray) -> jax.Array:
-        """On the devices, a short batch filled up with copies of its last row."""
+    def _placed(self, array: np.ndarray, device: jax.Device) -> jax.Array:
+        """On a device, a short batch filled up with copies of its last row."""
         full = np.concatenate([array, np.repeat(array[-1:], self.batch_size - len(array), axis=0)])
-        return jax.device_put(full, self._place)
+        return jax.device_put(full, device)
 
 
 def record(
@@ -146,6 +152,8 @@ def record(
     """A record or a reject for each item, in order; a few batches are in work at a time."""
 
     def prepared(item: Example | Reject) -> Example | Reject:
+        # Names of files and members may be any bytes; records and rejects hold text.
+        item = item._replace(key=item.key.encode(errors="backslashreplace").decode())
         if isinstance(item, Reject):
             return item
         if max(len(item.caption.encode()), len(item.short_caption.encode())) > max_caption_bytes:
@@ -166,17 +174,17 @@ def record(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
         decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
-        for batch, good, work in _ahead(map(started, decoded)):
+        for batch, good, work in _ahead(map(started, decoded), recorder.ahead):
             made = iter(recorder.finish(good, work) if good else ())
             yield from (next(made) if isinstance(item, Example) else item for item in batch)
 
 
-def _ahead(started: Iterable[T]) -> Iterator[T]:
-    """Each thing after the next one has been started."""
+def _ahead(started: Iterable[T], count: int = 1) -> Iterator[T]:
+    """Each thing after the next `count` have been started."""
     before: collections.deque[T] = collections.deque()
     for thing in started:
         before.append(thing)
-        if len(before) > 1:
+        if len(before) > count:
             yield before.popleft()
     yield from before
 

@@ -8,6 +8,7 @@ and the collection alone, and so does the dataset: not on how many processes mad
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from lina_jax import records
 from lina_jax.errors import UserError
 from lina_jax.records import Shard, Shards
-from lina_jax.sources.base import Reject
+from lina_jax.sources.base import Reject, Source
 
 Made = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
 
@@ -40,17 +41,22 @@ class Receipt:
 class WorkDirectory:
     """OUT.partial, shared by all processes that prepare OUT."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]):
-        """Raises UserError, naming the differences, if it was begun with other settings."""
+    def __init__(self, out: Path, settings: Mapping[str, Any], source: Source):
+        """Raises UserError if it was begun with other settings, which are named, or of another collection."""
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._units = self.path / "units"
         begun = self.path / "settings.json"
+        # Units are known by number: what the numbers stand for must not have changed.
+        collection = hashlib.sha256(repr((source.contents, source.units)).encode()).hexdigest()
         if begun.exists():
-            compare(json.loads(begun.read_text()), settings, f"{self.path} was begun with other settings")
+            there = json.loads(begun.read_text())
+            compare(there, settings, f"{self.path} was begun with other settings")
+            if there["collection"] != collection:
+                raise UserError(f"{source.name} has changed since {self.path} was begun: remove that directory")
         else:
             self._units.mkdir(parents=True, exist_ok=True)
-            _write(begun, dict(settings))
+            _write(begun, dict(settings) | {"collection": collection})
 
     def receipt(self, number: int) -> Receipt | None:
         """What came of a unit; None while it is not finished."""
@@ -103,12 +109,17 @@ class WorkDirectory:
             partial.rename(place)
         shutil.rmtree(partial, ignore_errors=True)
 
-    def assemble(self, units: int, name: str, features: tfds.features.FeaturesDict, summary: Mapping[str, Any]) -> None:
+    def assemble(
+        self,
+        receipts: Sequence[Receipt],
+        name: str,
+        features: tfds.features.FeaturesDict,
+        summary: Mapping[str, Any],
+    ) -> None:
         """Make the finished units the dataset OUT, with rejects.jsonl and prepare.json.
 
         Any process may do it, and several at once: each step leaves alone what is already done.
         """
-        receipts = [self.receipt(number) for number in range(units)]
         splits = {
             split: [shard for receipt in receipts for shard in receipt.shards.get(split, ())]
             for split in dict.fromkeys(split for receipt in receipts for split in receipt.shards)
@@ -118,12 +129,16 @@ class WorkDirectory:
                 splits["validation"] = _joined(splits["validation"], mine / "validation")
             records.assemble(self.path, name, features, splits)
             with (mine / "rejects.jsonl").open("wb") as joined:
-                for number in range(units):
+                for number in range(len(receipts)):
                     joined.write((self._place(number) / "rejects.jsonl").read_bytes())
             os.replace(mine / "rejects.jsonl", self.path / "rejects.jsonl")
             _write(self.path / "prepare.json", dict(summary))
         self.path.rename(self.out)  # replaces an empty directory and refuses any other
         clean(self.out)
+
+    def remove(self) -> None:
+        """Take the directory away, with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _place(self, number: int) -> Path:
         return self._units / f"{number:06d}"

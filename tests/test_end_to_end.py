@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import jax
 import numpy as np
 import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
@@ -11,7 +12,7 @@ from PIL import Image
 
 from lina_jax import data, shapes, state, train
 from lina_jax.encoders import load_encoders
-from lina_jax.prepare import Settings, prepare
+from lina_jax.prepare import Settings, Share, prepare
 
 MODEL = {
     "condition": "text", "text_encoder": "features", "text_length": 16, "text_dim": 32,
@@ -21,10 +22,16 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A tar of 24 JPEGs of 40 x 48 pixels with long and short captions, in the manner of WebDataset."""
-    path = tmp_path_factory.mktemp("photos") / "photos-000000.tar"
+    """Two tars of 12 JPEGs of 40 x 48 pixels with long and short captions, in the manner of WebDataset."""
+    directory = tmp_path_factory.mktemp("photos")
+    for part in range(2):
+        _write_tar(directory / f"photos-{part:06d}.tar", range(12 * part, 12 * part + 12))
+    return directory / "*.tar"
+
+
+def _write_tar(path, numbers):
     with tarfile.open(path, "w") as archive:
-        for i in range(24):
+        for i in numbers:
             scene = shapes.scene("train", i, 0)
             image = io.BytesIO()
             Image.fromarray(shapes.render(scene, 48)[:40]).save(image, "JPEG")
@@ -33,7 +40,6 @@ def photos(tmp_path_factory):
                 member = tarfile.TarInfo(f"{i:06d}.{kind}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +51,22 @@ def encoders(tmp_path_factory):
     return {"autoencoder": str(directory / "vae"), "text_encoder": str(directory / "phi")}
 
 
+def pixels(photos, **more) -> Settings:
+    column = {"short_caption_column": "json.short"}
+    return Settings(source="webdataset", input=str(photos), resolution=32, validation=4, **column, **more)
+
+
+def latents(photos, encoders) -> Settings:
+    return pixels(photos, **encoders, dtype="float32", batch_size=5)
+
+
 @pytest.fixture(scope="module")
 def prepared(photos, encoders, tmp_path_factory):
     """The photos as latents and text features, and as pixels."""
     out = tmp_path_factory.mktemp("prepared")
-    common = {
-        "source": "webdataset", "input": str(photos), "resolution": 32, "validation": 4,
-        "short_caption_column": "json.short",
-    }  # fmt: skip
-    totals = prepare(out / "latents", Settings(**common, **encoders, dtype="float32", batch_size=5))
+    totals = prepare(out / "latents", latents(photos, encoders))
     assert totals["images"] == {"train": 20, "validation": 4}
-    prepare(out / "pixels", Settings(**common))
+    prepare(out / "pixels", pixels(photos))
     return out
 
 
@@ -86,6 +97,22 @@ def test_photos_become_latents_a_model_and_pictures(
     pictures = [np.asarray(Image.open(tmp_path / "drawn" / f"0000{i}.png")) for i in range(2)]
     assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 2
     assert not np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_latents_do_not_depend_on_processes_or_devices(photos, prepared, encoders, tmp_path, monkeypatch, devices):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:devices])
+    made = latents(photos, encoders)
+    assert prepare(tmp_path / "out", made, share=Share(1, 2)) is None
+    prepare(tmp_path / "out", made, share=Share(0, 2))
+    for path in (prepared / "latents").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_cache_of_features_is_read_though_an_encoder_is_named(prepared, experiment, one_device):
+    config = experiment(prepared / "latents", online=True)
+    batch = data.fixed_examples(data.open_records(config, "train", load_encoders(config, one_device).text), 2)
+    assert batch["text"].dtype == np.float16
 
 
 def test_a_model_of_latents_says_what_it_lacks_for_drawing(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_sources
 from PIL import Image
 
 from lina_jax import example, reading, records
@@ -219,23 +220,56 @@ def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
     assert len(list((tmp_path / "one").glob("shapes-validation.*"))) == 1
 
 
+def array(**values) -> dict[str, str]:
+    return {f"SLURM_ARRAY_TASK_{name.upper()}": str(value) for name, value in values.items()}
+
+
 @pytest.mark.parametrize(
     ("environment", "share"),
     [
         ({}, Share(0, 1)),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, Share(2, 8)),
-        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}, Share(2, 4)),
+        (array(id=5, min=3, max=6, count=4), Share(2, 4)),
+        (array(id=20, min=0, max=30, count=4, step=10), Share(2, 4)),
+        (array(id=1, min=0, max=3, count=4) | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Share(3, 8)),
     ],
 )
 def test_a_process_finds_its_share(monkeypatch, environment, share):
-    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.environ", environment)
     assert the_share(None, None) == share
     assert the_share(1, 3) == Share(1, 3)
     with pytest.raises(UserError, match="--process_index=3 --process_count=3"):
         the_share(3, 3)
+
+
+def test_a_slurm_array_with_holes_is_refused(monkeypatch):
+    monkeypatch.setattr("os.environ", array(id=5, min=5, max=9, count=2))
+    with pytest.raises(UserError, match="array of 2 tasks from 5 to 9 has holes"):
+        the_share(None, None)
+
+
+def test_a_collection_that_changed_is_refused(tmp_path):
+    pattern = parquet(tmp_path / "raw", good(10), "b.parquet")
+    monkey = settings(pattern, validation=0, shard_mb=1)
+    prepare(tmp_path / "out", monkey, share=Share(1, 2))
+    parquet(tmp_path / "raw", good(5), "a.parquet")
+    with pytest.raises(UserError, match=r"parquet has changed since .*out.partial was begun"):
+        prepare(tmp_path / "out", monkey, share=Share(0, 2))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_one_bad_tar_of_many_is_no_end(tmp_path, first):
+    """Judged by the whole collection, whichever process meets it."""
+    (tmp_path / "raw").mkdir()
+    for i in range(4):
+        data = b"garbage" * 100 if i == first else test_sources.tar(test_sources.pairs(map(str, range(30))))
+        (tmp_path / "raw" / f"{i}.tar").write_bytes(data)
+    made = Settings(source="webdataset", input=f"{tmp_path}/raw/*.tar", resolution=4, validation=6)
+    for index in range(3):
+        assert prepare(tmp_path / "out", made, share=Share(index, 4)) is None
+    totals = prepare(tmp_path / "out", made, share=Share(3, 4))
+    assert sum(totals["images"].values()) == 90
+    assert sum(totals["rejected"].values()) == 1
 
 
 def test_work_that_others_began_differently_is_refused(tmp_path, small_units):

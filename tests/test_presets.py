@@ -105,7 +105,7 @@ def test_the_train_step_of_a_preset_fits_together(preset, load_preset, one_devic
     plan = Abstract(**vars(state.blueprint(dataclasses.replace(config, model=model), one_device)))
     size, (height, width) = config.batch_size, model.latent_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, height, width, model.latent_channels), jnp.float32),
+        "moments": jax.ShapeDtypeStruct((size, 2 * model.latent_channels, height, width), jnp.float16),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
         "text": jax.ShapeDtypeStruct((size, model.text_length, model.text_dim), jnp.float16),
         "text_length": jax.ShapeDtypeStruct((size,), jnp.int32),

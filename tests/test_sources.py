@@ -112,10 +112,13 @@ JSON_DAMAGE = {
     b'{"c": "x", "l": "cat"}': "label 'cat' is not a number",
     b'{"c": "x", "l": -1}': "missing label",
     b"\xff{}": "json is not valid JSON",
+    b"[" * 200_000: "json is not valid JSON",
+    b'{"c": "x", "l": 1e999}': "label inf is not a number",
+    b'{"c": "x", "l": 99999999999999999999}': "label 99999999999999999999 is too large",
 }
 
 
-@pytest.mark.parametrize("content", JSON_DAMAGE)
+@pytest.mark.parametrize("content", JSON_DAMAGE, ids=lambda content: content[:20].decode(errors="replace"))
 def test_bad_json_is_named(webdataset, content):
     source = webdataset(tar([("x.jpg", png()), ("x.json", content)]), Fields("", "json.c", "", "json.l"))
     assert reasons(source) == {"a.tar:x": JSON_DAMAGE[content]}
@@ -147,6 +150,20 @@ def test_a_tar_may_end_anywhere(webdataset, size, good, bad):
     source = webdataset(tar(pairs("ab"))[:size])
     assert reasons(source) == bad
     assert [item.caption for item in items(source) if isinstance(item, Example)] == good
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+def test_a_damaged_compressed_tar_is_survived(webdataset, kind):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=f"w:{kind}") as archive:
+        for name, data in pairs("abcdefgh"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    data = bytearray(out.getvalue())
+    for at in range(20, len(data), 37):
+        broken = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+        assert all(isinstance(item, Example | Reject) for item in items(webdataset(bytes(broken))))
 
 
 def test_joined_and_compressed_tars_are_read(webdataset, tmp_path):
@@ -226,7 +243,7 @@ def test_metadata_rows_are_items(folder):
 
 
 def test_metadata_may_be_csv(folder):
-    table = "file_name,text,label\na.png,größer,3\nb.png,".encode() + b"\xff\xfe,4\n"
+    table = "\ufefffile_name,text,label\na.png,größer,3\nb.png,".encode() + b"\xff\xfe,4\n"
     source = folder({"a.png": png(1), "b.png": png(2), "metadata.csv": table}, Fields("", "text", "", "label"))
     assert items(source)[0] == Example("a.png", png(1), "größer", "", 3)
     assert reasons(source) == {"b.png": "caption is not UTF-8"}

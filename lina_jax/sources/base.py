@@ -5,15 +5,20 @@ not depend on the number of processes.
 """
 
 import contextlib
+import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import fsspec
 import numpy as np
 
 from lina_jax.errors import UserError
+from lina_jax.retry import patiently
+
+T = TypeVar("T")
+_STALLED_S = 600.0  # without an answer from a bucket; a whole tar is one answer
 
 
 class Example(NamedTuple):
@@ -59,6 +64,7 @@ class Source(Protocol):
     name: str
     label_names: Sequence[str]
     units: Sequence[Unit]
+    contents: Sequence[Any]  # what is there to be read, to notice if it changes: files and their sizes, or the like
 
     def open(self, unit: Unit) -> contextlib.AbstractContextManager[tuple[int, Iterator[Example | Reject]]]:
         """The number of items, and exactly so many of them."""
@@ -104,8 +110,10 @@ def _label(value: Any, classes: int) -> int:
         raise Unusable("missing label")
     try:
         label = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Unusable(f"label {value!r:.40} is not a number") from None
+    if label >= 2**63:
+        raise Unusable(f"label {value!r:.40} is too large")
     if label < 0:
         raise Unusable("missing label")
     if classes and label >= classes:
@@ -126,13 +134,13 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"cannot open {path}: {error}") from error
 
 
-def matching(pattern: str) -> list[str]:
-    """Sorted files that match a path, a glob or a URL with a glob. Raises UserError if there are none."""
+def matching(pattern: str) -> dict[str, int]:
+    """Sorted files that match a path, a glob or a URL with a glob, and their sizes. UserError if there are none."""
     fs, inner = filesystem(pattern)
-    found = sorted(fs.glob(inner))
+    found = patient(pattern, lambda: fs.glob(inner, detail=True))
     if not found:
         raise UserError(f"no file matches {pattern!r}")
-    return [fs.unstrip_protocol(path) if not is_local(fs) else path for path in found]
+    return {path if is_local(fs) else fs.unstrip_protocol(path): found[path]["size"] for path in sorted(found)}
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -153,8 +161,52 @@ def local_file(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="lina_jax-") as directory:
         copy = os.path.join(directory, os.path.basename(inner))
-        fs.get_file(inner, copy)
+        patient(path, lambda: fs.get_file(inner, copy))
         yield copy
+
+
+def patient(path: str, call: Callable[[], T]) -> T:
+    """`call()`, tried again while the storage fails. Raises UserError naming the path, FileNotFoundError at once."""
+    try:
+        return patiently(lambda _: call(), _STALLED_S)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+class PatientFile(io.RawIOBase):
+    """A file in a bucket: reads are tried again, then end with a UserError, never with what a damaged file raises."""
+
+    def __init__(self, path: str):
+        fs, inner = filesystem(path)
+        self._path = path
+        self._file = patient(path, lambda: fs.open(inner, "rb"))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        at = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(at)
+            return self._file.read(size)
+
+        return patient(self._path, read)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def relative(paths: Sequence[str]) -> dict[str, str]:

@@ -48,6 +48,7 @@ class FolderSource:
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
+        self.contents = [row.path for row in self._rows]
         self.units = base.ranges(directory, len(self._rows), unit_items)
 
     @contextlib.contextmanager
@@ -73,9 +74,13 @@ class FolderSource:
     def _item(self, row: _Row) -> Example | Reject:
         if row.problem:
             return Reject(row.path, row.problem)
+        path = f"{self._root}/{row.path}"
         try:
-            image = self._fs.cat_file(f"{self._root}/{row.path}")
-        except FileNotFoundError:
+            if base.is_local(self._fs):
+                image = self._fs.cat_file(path)
+            else:
+                image = base.patient(path, lambda: self._fs.cat_file(path))
+        except (FileNotFoundError, ValueError):  # the latter: a name that no file can have
             return Reject(row.path, "missing file")
         except OSError as error:
             return Reject(row.path, f"unreadable file: {error.strerror or error}")
@@ -103,10 +108,17 @@ def _jsonl(content: bytes) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield None
 
 
 def _csv(content: bytes) -> Iterator[dict[str, Any]]:
-    # Bytes that are no UTF-8 stay halves of surrogate pairs, which the check of captions names.
-    return csv.DictReader(io.StringIO(content.decode(errors="surrogateescape")))
+    # Bytes that are no UTF-8 stay halves of surrogate pairs, which the check of captions names; Excel writes a BOM.
+    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error:  # a field without end
+            yield {}

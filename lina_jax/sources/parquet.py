@@ -26,8 +26,10 @@ class ParquetSource:
     def __init__(self, pattern: str, fields: Fields, unit_items: int):
         self.name = pattern
         self._fields = fields
-        paths = base.matching(pattern)
+        files = base.matching(pattern)
+        paths = list(files)
         self._short = base.relative(paths)
+        self.contents = list(files.items())
         self.label_names = _label_names(os.path.dirname(paths[0])) if fields.label else ()
         self._broken: dict[str, str] = {}
         with ThreadPoolExecutor(_FOOTERS) as pool:
@@ -101,7 +103,7 @@ class ParquetSource:
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     fs, inner = base.filesystem(path)
     # Arrow reads local files faster by itself.
-    with pq.ParquetFile(inner if base.is_local(fs) else fs.open(inner), pre_buffer=False) as file:
+    with pq.ParquetFile(inner if base.is_local(fs) else base.PatientFile(path), pre_buffer=False) as file:
         yield file
 
 

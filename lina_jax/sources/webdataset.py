@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
 _BLOCK = tarfile.BLOCKSIZE
-_UNREADABLE = (tarfile.TarError, zlib.error, EOFError, OSError)
+_UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
 class _Sample(NamedTuple):
@@ -35,9 +36,10 @@ class WebDatasetSource:
         del unit_items  # the number of samples is known only when a file is read
         self.name = pattern
         self._fields = fields
-        paths = base.matching(pattern)
-        self._short = base.relative(paths)
-        self.units = [Unit(path) for path in paths]
+        files = base.matching(pattern)
+        self._short = base.relative(list(files))
+        self.contents = list(files.items())
+        self.units = [Unit(path) for path in files]
 
     @contextlib.contextmanager
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
@@ -58,8 +60,12 @@ class WebDatasetSource:
             return Reject(key, sample.problem)
         image = next((extension for extension in sample.members if extension in IMAGES), "")
         fields = self._fields._replace(image=image)
+        wanted = {field.partition(".")[0] for field in fields} & sample.members.keys()
         try:
-            values = [_value(archive, sample, field) for field in fields]
+            # In the order of the archive: a step back in a compressed one reads it from its beginning again.
+            in_order = sorted(wanted, key=lambda extension: sample.members[extension].offset_data)
+            data = {extension: _content(archive, sample.members[extension]) for extension in in_order}
+            values = [_value(data, field) for field in fields]
         except base.Unusable as reason:
             return Reject(key, str(reason))
         return base.checked(key, fields, *values)
@@ -116,20 +122,21 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         return
 
 
-def _value(archive: tarfile.TarFile, sample: _Sample, field: str) -> Any:
-    """The bytes of a member, or one entry of a JSON object; None if it is not there."""
-    extension, _, entry = field.partition(".")
-    if extension not in sample.members:
-        return None
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
-        data = archive.extractfile(sample.members[extension]).read()
+        return archive.extractfile(member).read()
     except _UNREADABLE:
         raise base.Unusable("truncated tar member") from None
-    if not entry:
-        return data
+
+
+def _value(data: dict[str, bytes], field: str) -> Any:
+    """A member, or one entry of a JSON object; None if it is not there."""
+    extension, _, entry = field.partition(".")
+    if extension not in data or not entry:
+        return data.get(extension)
     try:
-        content = json.loads(data)
-    except ValueError:  # bytes that are not UTF-8, or text that is not JSON
+        content = json.loads(data[extension])
+    except (ValueError, RecursionError):  # bytes that are not UTF-8, text that is not JSON, or a million brackets
         raise base.Unusable(f"{extension} is not valid JSON") from None
     if not isinstance(content, dict):
         raise base.Unusable(f"{extension} is not a JSON object")
