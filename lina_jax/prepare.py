@@ -309,9 +309,9 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
 
 
 def the_share(index: int | None, count: int | None) -> Share:
-    """This process among those that prepare: from flags, else from jax.distributed or SLURM, else alone."""
+    """This process among those that prepare: from flags, else from SLURM, else alone."""
     if index is None and count is None:
-        return _slurm_share(os.environ) or Share(jax.process_index(), jax.process_count())
+        return _slurm_share(os.environ) or Share()
     if index is None or count is None or not 0 <= index < count:
         raise UserError(f"--process_index={index} --process_count={count}: expected 0 <= index < count")
     return Share(index, count)
@@ -359,9 +359,14 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
     if values.distributed:
-        # Shares end at different times, and no process is to be stopped for another's longer share.
-        jax.distributed.initialize(shutdown_timeout_seconds=7 * 24 * 3600)
-    share = the_share(values.process_index, values.process_count)
+        try:
+            # Shares end at different times, and no process is to be stopped for another's longer share.
+            jax.distributed.initialize(shutdown_timeout_seconds=7 * 24 * 3600)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--distributed: {error}") from error
+        share = Share(jax.process_index(), jax.process_count())
+    else:
+        share = the_share(values.process_index, values.process_count)
     totals = prepare(values.out, settings, values.max_reject_fraction, share)
     if totals is None:
         return

@@ -278,10 +278,21 @@ def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
         prepare(tmp_path / "out", Settings(**SMALL | {"resolution": 16}), share=Share(1, 2))
 
 
-# Prepares OUT in units of 30 items, and dies at the n-th operation on files below it.
+@pytest.fixture
+def tars(tmp_path):
+    """Six tars of 12 captioned images; each has one that does not decode."""
+    (tmp_path / "raw").mkdir()
+    for i in range(6):
+        members = test_sources.pairs(f"{i}-{j}" for j in range(11))
+        members += [("bad.jpg", b"?"), ("bad.txt", b"a caption")]
+        (tmp_path / "raw" / f"{i}.tar").write_bytes(test_sources.tar(members))
+    return {"source": "webdataset", "input": f"{tmp_path}/raw/*.tar", "resolution": 8, "validation": 8}
+
+
+# Prepares OUT, and dies at the n-th operation on files below it (0: never).
 DYING = """
-import os, signal, sys
-out, last = sys.argv[1:]
+import json, os, signal, sys
+out, settings, last, *share = sys.argv[1:]
 count = 0
 def watch(event, args):
     global count
@@ -289,22 +300,32 @@ def watch(event, args):
         count += 1
         if count == int(last):
             os.kill(os.getpid(), signal.SIGKILL)
-from lina_jax import prepare, records
-records.SHARD_RECORDS = 30
+from lina_jax import prepare
 sys.addaudithook(watch)
-prepare.prepare(out, prepare.Settings(resolution=8, train=300, validation=30))
+share = prepare.Share(*map(int, share))
+prepare.prepare(out, prepare.Settings(**json.loads(settings)), max_reject_fraction=0.5, share=share)
 """
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_units):
-    prepare(tmp_path / "whole", Settings(**SMALL))
+def dying(out, settings, last, *share) -> list[str]:
+    return [sys.executable, "-c", DYING, *map(str, (out, json.dumps(settings), last, *share))]
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, tars):
+    prepare(tmp_path / "whole", Settings(**tars), max_reject_fraction=0.5)
     random.seed(0)
     last, codes = 0, []
     # Each run goes further than the one before; the last ones die while they assemble what is all made.
     while 0 not in codes:
-        last += random.randrange(8, 20)
-        command = [sys.executable, "-c", DYING, str(tmp_path / "out"), str(last)]
-        codes.append(subprocess.run(command).returncode)
+        last += random.randrange(5, 20)
+        codes.append(subprocess.run(dying(tmp_path / "out", tars, last)).returncode)
     assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
     assert len(codes) > 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, tars):
+    prepare(tmp_path / "whole", Settings(**tars), max_reject_fraction=0.5)
+    both = [subprocess.Popen(dying(tmp_path / "out", tars, 0, index, 2)) for index in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
