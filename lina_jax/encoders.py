@@ -61,10 +61,6 @@ class Autoencoder:
         """Images (B, H, W, 3) in [-1, 1] -> moments (B, h, w, 2C) float32 of unscaled latents."""
         return nnx.merge(self.graphdef, params).encode(images)
 
-    def latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
-        """Scaled latents (.., C) float32 drawn from moments (.., 2C) with standard normal noise (.., C)."""
-        return vae.scale(self.config, vae.draw_latents(moments, noise))
-
     def decode(self, params: Tree, latents: jax.Array) -> jax.Array:
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3) float32, near [-1, 1]."""
         return nnx.merge(self.graphdef, params).decode(vae.unscale(self.config, latents))

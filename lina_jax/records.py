@@ -95,10 +95,6 @@ class Shards:
         self._records += 1
         self._bytes += len(record)
 
-    @property
-    def count(self) -> int:
-        return sum(shard.records for shard in self._finished) + self._records
-
     def finish(self) -> list[Shard]:
         self._close()
         return self._finished
@@ -161,10 +157,6 @@ class Writer:
         if split not in self.splits:
             self.splits[split] = Shards(self.directory / split)
         self.splits[split].append(self._serialize(record))
-
-    def counts(self) -> dict[str, int]:
-        """Number of records of each split so far."""
-        return {split: shards.count for split, shards in self.splits.items()}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Datasets are read at random, whatever the storage does; what cannot be read is named."""
 
-import io
 import json
 import os
 import pickle
@@ -10,28 +9,10 @@ import threading
 import fsspec
 import numpy as np
 import pytest
-from PIL import Image
+from tiny_dataset import captions, png, write
 
 from lina_jax import cache, example, reading, records, retry
 from lina_jax.errors import UserError
-
-
-def png(value: int) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(data, "PNG")
-    return data.getvalue()
-
-
-def captions(text: str) -> dict[str, str]:
-    return {"caption": text, "short_caption": ""}
-
-
-def write(directory, count=5, label_names=("cat", "dog")):
-    with records.create(directory, "tiny", records.pixel_features(label_names)) as writer:
-        for i in range(count):
-            writer.write("train", image=png(i), label=i % 3 - 1, key=f"file:{i}", **captions(f"nº {i}"))
-        writer.write("validation", image=png(99), label=-1, key="file:last", **captions(""))
-    return directory
 
 
 def keys(split: reading.Split) -> list[bytes]:
