@@ -4,9 +4,10 @@ python -m lina_jax.benchmark data [--out=DIR] [--parts=latents,jpeg,startup,memo
 [--batch_size=64] [--threads=2] [--prefetch=4] [--memory_batches=10000]
 
 `data` compares the batches of training with the same machine without this code: `latents` with what grain reads raw
-from the same files (`latents_raw`), `jpeg` with the same decoding and resizing in a bare loop (`jpeg_bare`). The two
-sides take turns; figures are medians; `cpu_ms` is processor time for one record, which busy neighbours disturb less
-than the rate. Datasets of noise are made in OUT and used again (default: a temporary directory).
+from the same files (`latents_raw` record by record, `latents_raw_lists` in lists of a batch), `jpeg` with the same
+decoding and resizing in a bare loop (`jpeg_bare`). The sides take turns; figures are medians; `cpu_ms` is processor
+time for one record, which busy neighbours disturb less than the rate. Datasets of noise are made in OUT and used again
+(default: a temporary directory).
 """
 
 import dataclasses

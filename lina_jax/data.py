@@ -131,7 +131,7 @@ class Records:
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
         self._short_caption, self._flip = short_caption, flip
-        self._threads, self._timeout = threads, read_timeout
+        self.threads, self._timeout = threads, read_timeout
         self._bad: set[tuple[int, int]] = set()
         self._truncated = 0
 
@@ -167,13 +167,19 @@ class Records:
         flip = order.uniforms(seed, positions, order.FLIPS) < (0.5 if self._flip else 0.0)
         return list(map(Variant, short.tolist(), flip.tolist()))
 
-    def read(self, wanted: Sequence[Wanted]) -> tuple[Arrays, Notes]:
-        """A batch. Raises UserError, naming shard and record, if storage fails or too many bad records follow."""
+    def read(self, wanted: Sequence[Wanted], batches: int = 1) -> tuple[Arrays, Notes]:
+        """A batch, one of so many that are read at the same time and share the threads.
+
+        Raises UserError, naming shard and record, if storage fails or too many bad records follow.
+        """
         arrays = decode.empty(self._columns, len(wanted))
-        parts = min(self._threads, len(wanted))
-        rows = [range(part * len(wanted) // parts, (part + 1) * len(wanted) // parts) for part in range(parts)]
-        parts = self._pool.map(functools.partial(self._read_rows, arrays, wanted), rows)
-        notes = list(itertools.chain.from_iterable(parts))
+        read_rows = functools.partial(self._read_rows, arrays, wanted)
+        parts = min(max(1, self.threads // batches), len(wanted))
+        if parts == 1:
+            notes = read_rows(range(len(wanted)))
+        else:
+            rows = [range(part * len(wanted) // parts, (part + 1) * len(wanted) // parts) for part in range(parts)]
+            notes = list(itertools.chain.from_iterable(self._pool.map(read_rows, rows)))
         return arrays, Notes([bad for note in notes for bad in note.bad], sum(note.truncated for note in notes))
 
     def note(self, notes: Notes) -> None:
@@ -186,7 +192,7 @@ class Records:
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, "read")
+        return ThreadPoolExecutor(self.threads, "read")
 
     def _read_rows(self, arrays: Arrays, wanted: Sequence[Wanted], rows: range) -> list[Notes]:
         finished: dict[int, Notes] = {}
@@ -228,8 +234,20 @@ class Records:
 class Blocks:
     """The blocks of one process, one per step, as grain's random access source."""
 
-    def __init__(self, records: Records, *, size: int, seed: int, start_step: int, process_index: int, processes: int):
+    def __init__(
+        self,
+        records: Records,
+        *,
+        size: int,
+        seed: int,
+        start_step: int,
+        process_index: int = 0,
+        processes: int = 1,
+        at_once: int = 1,
+    ):
+        """`at_once` blocks will be read at the same time."""
         self._records, self._order, self._seed, self._size = records, records.order(seed), seed, size
+        self._at_once = at_once
         self._start_step, self._process_index, self._processes = start_step, process_index, processes
 
     def __len__(self) -> int:
@@ -241,7 +259,8 @@ class Blocks:
         positions = range(block * self._size, (block + 1) * self._size)
         variants = self._records.variants(self._seed, positions)
         places = [self._order[position] for position in positions]
-        return self._records.read([Wanted(*place, v) for place, v in zip(places, variants, strict=True)])
+        wanted = [Wanted(*place, variant) for place, variant in zip(places, variants, strict=True)]
+        return self._records.read(wanted, self._at_once)
 
 
 def training_batches(
@@ -263,6 +282,9 @@ def training_batches(
     """
     if global_batch % process_count:
         raise UserError(f"global batch {global_batch} is not divisible by {process_count} processes")
+    ahead = 1 if workers else prefetch
+    # Each thread a block of its own, as far as memory allows: threads that share one wait for each other at its end.
+    at_once = min(records.threads, ahead)
     blocks = Blocks(
         records,
         size=global_batch // process_count,
@@ -270,10 +292,9 @@ def training_batches(
         start_step=start_step,
         process_index=process_index,
         processes=process_count,
+        at_once=at_once,
     )
-    # Two blocks at once: while one waits for its last rows the threads go on with the next.
-    ahead = 1 if workers else prefetch
-    batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(min(2, ahead), ahead))
+    batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(at_once, ahead))
     if workers:
         each = max(1, prefetch // workers)
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))

@@ -4,6 +4,7 @@ Example {1: Features {1: entry {1: name, 2: Feature {1: BytesList {1: bytes} | 3
 Protobuf's own parser copies each value twice, 0.3 MB of text features at a time, and holds the interpreter meanwhile.
 """
 
+_FIRST, _SECOND = 0x0A, 0x12  # tags of fields 1 and 2, delimited
 _BYTES, _INTEGERS = 0x0A, 0x1A
 
 
@@ -15,49 +16,52 @@ def parse(record: bytes) -> dict[str, memoryview | int | None]:
     view = memoryview(record)
     fields = {}
     try:
-        features, end = _delimited(view, 0, 0x0A)
-        if end != len(view):
+        at, end = _delimited(record, 0, len(record), _FIRST)
+        if end != len(record):
             raise ValueError("bytes follow its end")
-        at = 0
-        while at < len(features):
-            entry, at = _delimited(features, at, 0x0A)
-            name, value_at = _delimited(entry, 0, 0x0A)
-            feature, _ = _delimited(entry, value_at, 0x12)
-            fields[str(name, "utf-8")] = _value(feature)
+        while at < end:
+            entry, at = _delimited(record, at, end, _FIRST)
+            name, name_end = _delimited(record, entry, at, _FIRST)
+            fields[str(view[name:name_end], "utf-8")] = _value(view, record, *_delimited(record, name_end, at, _SECOND))
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a tf.train.Example: {error}") from None
     return fields
 
 
-def _value(feature: memoryview) -> memoryview | int | None:
-    if not feature:
+def _value(view: memoryview, record: bytes, at: int, end: int) -> memoryview | int | None:
+    if at == end:
         return None
-    kind = feature[0]
+    kind = record[at]
     if kind not in (_BYTES, _INTEGERS):
         raise ValueError(f"a field of kind {kind:#x}")
-    values, _ = _delimited(feature, 0, kind)
-    if not values:
+    at, end = _delimited(record, at, end, kind)
+    if at == end:
         return None
+    at, end = _delimited(record, at, end, _FIRST)
     if kind == _BYTES:
-        return _delimited(values, 0, 0x0A)[0]
-    integer, _ = _varint(_delimited(values, 0, 0x0A)[0], 0)
+        return view[at:end]
+    integer, _ = _varint(record, at)
     return integer - (1 << 64) if integer >= 1 << 63 else integer
 
 
-def _delimited(view: memoryview, at: int, tag: int) -> tuple[memoryview, int]:
-    """A length-delimited field at `at`, which must have this tag, and where the next one starts."""
-    if view[at] != tag:
-        raise ValueError(f"tag {view[at]:#x} where {tag:#x} belongs")
-    length, at = _varint(view, at + 1)
-    if at + length > len(view):
+def _delimited(record: bytes, at: int, limit: int, tag: int) -> tuple[int, int]:
+    """Where the contents of the delimited field at `at` begin and end; it must have this tag and end by `limit`."""
+    if record[at] != tag:
+        raise ValueError(f"tag {record[at]:#x} where {tag:#x} belongs")
+    length = record[at + 1]
+    if length < 0x80:
+        at += 2
+    else:
+        length, at = _varint(record, at + 1)
+    if at + length > limit:
         raise ValueError("it ends early")
-    return view[at : at + length], at + length
+    return at, at + length
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def _varint(record: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = view[at]
+        byte = record[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
