@@ -194,11 +194,13 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1 and takes what is left."""
+    """Devices along each axis; one axis may be -1 and takes what is left (docs/sharding.md)."""
 
+    replica: int = 1  # whole groups of devices joined by slow links: TPU slices, GPU nodes
     data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # parameters, moments and EMA are cut over it, batches too
+    sequence: int = 1  # rows of the token grid
+    tensor: int = 1  # attention heads and hidden units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,10 @@ MAY_BE_ZERO = frozenset({
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
     "model.condition_depth", "data.short_caption", "data.workers",
 })  # fmt: skip
-MAY_BE_NEGATIVE = frozenset(
-    {"mesh.data", "mesh.fsdp", "mesh.tensor", "autoencoder.shift_factor", "loss.mask_ratio_mean"}
-)
+MAY_BE_NEGATIVE = frozenset({
+    "mesh.replica", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
+    "autoencoder.shift_factor", "loss.mask_ratio_mean",
+})  # fmt: skip
 
 
 def check_value(name: str, value: Any) -> None:
@@ -123,5 +124,5 @@ def check_run(config: "Config") -> None:
         raise UserError(
             f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
         )
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("mesh: only one axis can be -1")

@@ -43,7 +43,7 @@ class Validation:
     def losses(self, plan: Blueprint, params: Tree, frozen: Tree) -> dict[str, float]:
         """'loss', and 'loss_sigma_LOW_HIGH' for each bin of noise levels."""
         self._step = self._step or state.make_eval_step(plan)
-        size = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+        size = mesh_lib.batch_parts(plan.mesh)
         batch = -(-self._batch // size) * size
         place = mesh_lib.sharding(plan.mesh, "batch")
         sums = np.zeros((2, NOISE_LEVELS))

@@ -9,7 +9,7 @@ import numpy as np
 
 from lina_jax.config import ModelConfig, SampleConfig
 from lina_jax.mesh import constrain
-from lina_jax.models import flow, vae
+from lina_jax.models import flow, sequence, vae
 from lina_jax.models.layers import unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Tree
@@ -69,16 +69,15 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
     def both(x):
         return jnp.concatenate([x] * copies)
 
-    def make_step(slots: int, width: int):
+    def make_step(most_visible: int, width: int):
         # Slices of the order may run past its end; what lies there is never used.
         padded = jnp.pad(order, ((0, 0), (0, width)))
 
         def step(tokens, inputs):
             count, predicted, guidance, euler, sigmas = inputs
-            visible = jnp.broadcast_to(jnp.arange(slots) < count, (batch, slots))
-            z = model.encode_image(both(tokens), both(rank >= count), both(order[:, :slots]), both(visible), c)
+            z = model.encode_image(both(tokens), both(rank >= count), most_visible, c)
             ids = jax.lax.dynamic_slice_in_dim(padded, count, width, axis=1)
-            z = model.head.embed.condition(jnp.take_along_axis(z, both(ids)[..., None], axis=1))
+            z = model.head.embed.condition(sequence.take(z, both(ids)))
             times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1])
 
             def euler_step(j, x):

@@ -1,23 +1,29 @@
 """Devices to mesh, and the one table that says which array axis lives on which mesh axis."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lina_jax import places
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once a
+# step; `tensor` exchanges activations in every layer.
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters: one large axis is cut over `fsdp` (gathered where used, so that no device holds
-# the model), the other over `tensor` (Megatron: heads and hidden units are cut, the width is summed). Activations: cut
-# by batch.
+# Logical axis -> mesh axes. Parameters, their moments and EMA, and the frozen encoders: one large axis is cut over
+# `fsdp` (gathered where used, so that no device holds the model), the other over `tensor` (Megatron: heads and hidden
+# units are cut, the width is summed). Activations: cut by batch, and the tokens of each image by `sequence`
+# (models/sequence.py).
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("replica", "data", "fsdp"),
+    "tokens": ("sequence",),  # of condition and image; data and encoders are whole along it
     "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, channels of autoencoders
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
@@ -25,8 +31,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def build(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices. Raises UserError with the arithmetic when the axes do not multiply to their number."""
+def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, neighbours in it neighbours in the machine.
+
+    Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
+    fit the slices of a TPU (or, between GPUs, the processes).
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = math.prod(n for n in sizes.values() if n != -1)
@@ -35,7 +45,23 @@ def build(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     product = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh: {product} does not make {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    granules = slices if slices > 1 else len({device.process_index for device in devices})
+    if slices > 1 and sizes["replica"] % slices:
+        raise UserError(f"mesh.replica={sizes['replica']}: {slices} slices need a multiple of {slices}")
+    # A TPU slice is one machine, however many processes drive it.
+    if granules > 1 and sizes["replica"] % granules == 0 and (slices > 1 or devices[0].platform != "tpu"):
+        inner = (sizes["replica"] // granules, *shape[1:])
+        outer = (granules, *(1 for _ in shape[1:]))
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=slices == 1, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def cache_programs(directory: Path) -> None:
@@ -45,20 +71,35 @@ def cache_programs(directory: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def check(config: Config, mesh: Mesh) -> None:
-    """Raises UserError when a batch, the heads or a width cannot be cut as the table says."""
+    """Raises UserError when a batch, the heads, a width or the tokens cannot be cut as the table says."""
     model, size = config.model, dict(mesh.shape)
-    rows = size["data"] * size["fsdp"]
+    (rows, columns), tokens = model.image_grid, model.condition_tokens
+    edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0
     for name, value, parts in (
-        ("batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, rows),
+        ("batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, batch_parts(mesh)),
         ("model.heads", model.heads, size["tensor"]),
         ("model.width", model.width, size["fsdp"]),
         ("model.width", model.width, size["tensor"]),
         ("model.head_width", model.head_width, size["fsdp"]),
         ("model.head_width", model.head_width, size["tensor"]),
+        (f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"]),
+        ("model.condition_grid: its number of tokens", tokens, size["sequence"]),
     ):
         if value % parts:
-            raise UserError(f"{name}={value} is not divisible by {parts} devices (mesh {size})")
+            cut = {axis: n for axis, n in size.items() if n > 1}
+            raise UserError(f"{name}={value} is not divisible by {parts} devices (mesh {cut})")
+    if size["sequence"] > 1 and rows // size["sequence"] < edge:
+        raise UserError(
+            f"mesh.sequence={size['sequence']} leaves {rows // size['sequence']} of {rows} rows to a device; "
+            f"model.conv_kernel={model.conv_kernel} reaches {edge} rows into the neighbour: at most "
+            f"mesh.sequence={rows // edge}"
+        )
 
 
 def spec(*names: str | None) -> PartitionSpec:

@@ -169,7 +169,7 @@ def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable
         *size, channels = moments.shape[1:]
         data = vae.scale(config.autoencoder, vae.draw_latents(moments, noise_of((*size, channels // 2))))
     tokens = patchify(data, config.model.patch_size)
-    return constrain(tokens, "batch", None, None), plan.condition(weights, batch)
+    return constrain(tokens, "batch", "tokens", None), plan.condition(weights, batch)
 
 
 def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:

@@ -89,13 +89,13 @@ def latents_of(tokens: jax.Array, config: ModelConfig) -> np.ndarray:
 
 def draws_of(case: Case, repeat: int, prefix: str = "") -> Draws:
     ids, mask = case[f"{prefix}prev_ids"][..., 0], case[f"{prefix}mask"][..., 0] > 0
+    assert not np.any(np.take_along_axis(mask, ids, axis=1))
     return Draws(
         drop=jnp.zeros(len(ids), bool),
-        visible_ids=jnp.asarray(ids),
-        visible=jnp.ones(ids.shape, bool),
         mask=jnp.asarray(mask),
         timestep=jnp.asarray(rearrange(case[f"{prefix}timestep_idx"], "(r b) n -> r b n", r=repeat)),
         noise=jnp.asarray(rearrange(case[f"{prefix}noise"], "(r b) n c -> r b n c", r=repeat)),
+        most_visible=ids.shape[1],
     )
 
 
@@ -118,7 +118,7 @@ def transformer(case: Case) -> None:
             "outputs.cond_tokens": model.embed_condition(condition)[0],
             "outputs.c": c,
             "outputs.masked": model.mask_image(tokens, draws.mask),
-            "outputs.z": model.encode_image(tokens, draws.mask, draws.visible_ids, draws.visible, c),
+            "outputs.z": model.encode_image(tokens, draws.mask, draws.most_visible, c),
             "outputs.model_pred": rearrange(model.velocities(tokens, condition, draws, sigmas), "r b n c -> (r b) n c"),
             "outputs.per_token_loss": rearrange(
                 model.token_losses(tokens, condition, draws, sigmas), "r b n -> (r b) n 1"
@@ -180,15 +180,12 @@ def sample(case: Case) -> None:
     copies = 2 if plan.guided else 1
     encoded = model.encode_condition(condition)
     case.check("outputs.c", encoded)
-    order, all_rank = jnp.tile(order, (copies, 1)), np.tile(rank, (copies, 1))
+    all_rank = np.tile(rank, (copies, 1))
     for i in range(len(plan.predicted)):
         if f"outputs.z_step{i}" not in case:
             continue
         count, before = plan.visible[i], jnp.tile(after(i - 1) if i else jnp.zeros_like(tokens), (copies, 1, 1))
-        visible = jnp.ones((len(order), count), bool)
-        case.check(
-            f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, order[:, :count], visible, encoded)
-        )
+        case.check(f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, int(count), encoded))
 
 
 def train_steps(case: Case) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lina_jax import state
 from lina_jax.config import EmaConfig, LossConfig
 from lina_jax.models import flow
-from lina_jax.models.draws import draw, visible_count, visible_slots
+from lina_jax.models.draws import draw, most_visible, visible_count
 from lina_jax.models.transformer import layer_runs
 
 
@@ -124,7 +124,7 @@ def many_draws(tiny):
 def test_draws_differ_between_steps(many_draws):
     one, other = many_draws
     assert not np.any(np.asarray(one.noise) == np.asarray(other.noise))
-    assert np.mean(np.all(np.asarray(one.visible_ids) == np.asarray(other.visible_ids), axis=1)) < 0.01
+    assert np.mean(np.all(np.asarray(one.mask) == np.asarray(other.mask), axis=1)) < 0.01
 
 
 def test_draws_differ_between_examples(many_draws):
@@ -132,10 +132,10 @@ def test_draws_differ_between_examples(many_draws):
     assert len(np.unique(noise, axis=0)) == len(noise)
 
 
-def test_a_token_is_either_visible_or_masked(many_draws):
-    draws = jax.device_get(many_draws[0])
-    for ids, visible, mask in zip(draws.visible_ids[:64], draws.visible[:64], draws.mask[:64], strict=True):
-        assert sorted([*ids[visible], *np.flatnonzero(mask)]) == list(range(mask.size))
+def test_every_token_is_masked_equally_often(many_draws):
+    """In 4096 draws; counts differ by chance alone, by 6 deviations at most."""
+    visible = np.sum(~np.asarray(many_draws[0].mask), axis=0)
+    assert np.max(np.abs(visible - np.mean(visible))) < 6 * np.sqrt(np.mean(visible))
 
 
 def test_the_mean_mask_ratio_is_the_published_one(tiny):
@@ -151,15 +151,15 @@ def test_one_mask_ratio_per_step_is_one_count_for_all(tiny):
     model, counts = tiny().model, set()
     function = jax.jit(lambda key: draw(key, jnp.arange(16), model, LossConfig(mask_ratio_per="step")))
     for step in range(8):
-        (count,) = set(np.sum(np.asarray(function(jax.random.key(step)).visible), axis=1).tolist())
+        (count,) = set(np.sum(~np.asarray(function(jax.random.key(step)).mask), axis=1).tolist())
         counts.add(count)
     assert len(counts) > 1
 
 
-def test_visible_tokens_always_fit_their_slots(many_draws, tiny):
-    slots = visible_slots(LossConfig(), tiny().model.image_tokens)
-    assert many_draws[0].visible_ids.shape[1] == slots
-    assert int(jnp.max(jnp.sum(many_draws[0].visible, axis=1))) == slots
+def test_no_image_has_more_visible_tokens_than_the_bound(many_draws, tiny):
+    most = most_visible(LossConfig(), tiny().model.image_tokens)
+    assert many_draws[0].most_visible == most
+    assert int(jnp.max(jnp.sum(~many_draws[0].mask, axis=1))) == most
 
 
 def loss_and_gradient(plan, batch):

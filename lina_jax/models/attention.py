@@ -1,4 +1,7 @@
-"""Linear and softmax attention: one module, its variant chosen by fields (spec section 4; paper section 3.2)."""
+"""Linear and softmax attention: one module, its variant chosen by fields (spec section 4; paper section 3.2).
+
+Sequences are stored shard by shard (see `sequence`); the plain order where the mesh does not cut them.
+"""
 
 import dataclasses
 
@@ -8,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 
 from lina_jax.mesh import constrain
+from lina_jax.models import sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
@@ -62,10 +66,14 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        q, k, v = (constrain(a, "batch", None, "heads", None) for a in self.qkv.split(x))
+        q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in self.qkv.split(x))
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = softmax_attention(q, k, v, valid) if self.config.kind == "softmax" else self._linear(x, q, k, v, valid)
+        if self.config.kind == "softmax":
+            # Every query needs every key: these are gathered over the shards of the sequence.
+            out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
+        else:
+            out = self._linear(x, q, k, v, valid)
         if self.config.conv_kernel:
             out = out + rearrange(self._convolution(x), "b n (h d) -> b n h d", h=self.config.heads)
         return self.proj(out)
@@ -74,12 +82,10 @@ class Attention(nnx.Module):
         eps = RELU_EPS if self.config.normalization == "division" else 0.0
         q, k = jax.nn.relu(q) + eps, jax.nn.relu(k) + eps
         key_gate, normalizer_gate, value_gate = self._gates(x)
-        k_normalizer = _gated(k, normalizer_gate)
-        k = k_normalizer if normalizer_gate is key_gate else _gated(k, key_gate)
-        v = _gated(v, value_gate)
-        if self.config.normalization == "division":
-            return division_attention(q, k, k_normalizer, v, valid)
-        return subtraction_attention(q, k, k_normalizer, v, valid)
+        k_normalizer = None if normalizer_gate is key_gate else _gated(k, normalizer_gate)
+        k, v = _gated(k, key_gate), _gated(v, value_gate)
+        core = division_attention if self.config.normalization == "division" else subtraction_attention
+        return sequence.by_shard(core)(q, k, k_normalizer, v, valid)
 
     def _gates(self, x: jax.Array):
         """Factors (.., N, H or 1) of k in the product, k in the normaliser, and v; None where there is none."""
@@ -91,17 +97,27 @@ class Attention(nnx.Module):
             )
             return key, key, value
         if kind == "decoupled":
-            return self.key_scale_gamma[...], self.key_scale_tau[...], self.value_scale[...]
-        key = self.key_scale[...] if kind in ("head", "shared", "key") else None
-        value = self.value_scale[...] if kind in ("head", "shared", "value") else None
+            return tuple(map(self._by_token, (self.key_scale_gamma, self.key_scale_tau, self.value_scale)))
+        key = self._by_token(self.key_scale) if kind in ("head", "shared", "key") else None
+        value = self._by_token(self.value_scale) if kind in ("head", "shared", "value") else None
         return key, key, value
+
+    def _by_token(self, gate: nnx.Param) -> jax.Array:
+        """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1, Nc + N, H or 1)."""
+        return sequence.rows(gate[...], self.config.condition_tokens)
 
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
-        (rows, columns), first = self.config.grid, self.config.condition_tokens
-        image = rearrange(x[:, first:], "b (h w) d -> b h w d", h=rows, w=columns).astype(self.config.dtype)
-        y = depthwise_convolution(image, self.conv_kernel[...].astype(x.dtype)) + self.conv_bias[...].astype(x.dtype)
-        return jnp.pad(rearrange(y, "b h w d -> b (h w) d"), ((0, 0), (first, 0), (0, 0)))
+        dtype, size = self.config.dtype, self.config.conv_kernel
+
+        def own(x, kernel, bias):
+            first = self.config.condition_tokens // sequence.shards()
+            image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), kernel) + bias
+            return jnp.pad(rearrange(y, "b h w d -> b (h w) d"), ((0, 0), (first, 0), (0, 0)))
+
+        arrays = (a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...]))
+        return sequence.by_shard(own, whole=(1, 2))(*arrays)
 
 
 GATE_NAMES = {
@@ -133,39 +149,47 @@ def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(*arrays, cpu=widened, default=product)
 
 
-def _token_means(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
+def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
     """1 / (number of tokens), against a (B, H, d) sum, and the factor (B, N, 1, 1) that removes absent tokens."""
     if valid is None:
-        return 1.0 / k.shape[1], None
-    count = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)
+        return 1.0 / sequence.total(k.shape[1]), None
+    count = jnp.maximum(sequence.total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
     return (1.0 / count)[:, None, None], valid[:, :, None, None].astype(k.dtype)
 
 
 def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
-    """o_n = q_n (mean k v^T) / (q_n . mean k' + eps). All (B, N, H, d); k' is k except with the decoupled gate."""
-    scale, present = _token_means(valid, k)
+    """o_n = q_n (mean k v^T) / (q_n . mean k' + eps). All (B, N, H, d); k' is k where it is None (decoupled gate).
+
+    The tokens are those of one shard, the means go over all shards.
+    """
+    scale, present = _present(valid, k)
     if present is not None:
-        same = k_normalizer is k
         k = k * present
-        k_normalizer = k if same else k_normalizer * present
-    state = _summed("bmhd,bmhe->bhde", k, v) * jnp.expand_dims(scale, -1)
-    mean_k = jnp.sum(k_normalizer, axis=1, dtype=jnp.float32) * scale
+        k_normalizer = None if k_normalizer is None else k_normalizer * present
+    k_normalizer = k if k_normalizer is None else k_normalizer
+    state, sum_k = sequence.total((
+        _summed("bmhd,bmhe->bhde", k, v), jnp.sum(k_normalizer, axis=1, dtype=jnp.float32)
+    ))  # fmt: skip
+    state, mean_k = state * jnp.expand_dims(scale, -1), sum_k * scale
     numerator = _summed("bnhd,bhde->bnhe", q, state.astype(q.dtype))
     normalizer = _summed("bnhd,bhd->bnh", q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
     return (numerator / normalizer[..., None]).astype(q.dtype)
 
 
 def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
-    """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5. All (B, N, H, d)."""
-    scale, present = _token_means(valid, k)
+    """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5. As `division_attention`."""
+    scale, present = _present(valid, k)
     if present is not None:
-        same = k_normalizer is k
         k, v = k * present, v * present
-        k_normalizer = k if same else k_normalizer * present
+        k_normalizer = None if k_normalizer is None else k_normalizer * present
+    k_normalizer = k if k_normalizer is None else k_normalizer
     s = q.shape[-1] ** -0.5
-    state = _summed("bmhd,bmhe->bhde", k, v) * (s * jnp.expand_dims(scale, -1))
-    mean_k = jnp.sum(k_normalizer, axis=1, dtype=jnp.float32) * (s * scale)
-    mean_v = jnp.sum(v, axis=1, dtype=jnp.float32) * scale
+    state, sum_k, sum_v = sequence.total((
+        _summed("bmhd,bmhe->bhde", k, v),
+        jnp.sum(k_normalizer, axis=1, dtype=jnp.float32),
+        jnp.sum(v, axis=1, dtype=jnp.float32),
+    ))  # fmt: skip
+    state, mean_k, mean_v = state * (s * jnp.expand_dims(scale, -1)), sum_k * (s * scale), sum_v * scale
     weight = 1.0 - _summed("bnhd,bhd->bnh", q, mean_k.astype(q.dtype))
     return (_summed("bnhd,bhde->bnhe", q, state.astype(q.dtype)) + weight[..., None] * mean_v[:, None]).astype(q.dtype)
 
@@ -176,13 +200,12 @@ def softmax_attention(q, k, v, valid=None) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def depthwise_convolution(image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Cross-correlation with zero padding. image (B, h, w, D), kernel (k, k, D) -> (B, h, w, D).
+def depthwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D), kernel (k, k, D) -> (B, h, w, D).
 
     A sum of shifted products: compilers fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs.
     """
-    size, (h, w) = kernel.shape[0], image.shape[1:3]
-    edge = size // 2
-    padded = jnp.pad(image, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    size, h, w = kernel.shape[0], rows.shape[1] - kernel.shape[0] + 1, rows.shape[2]
+    padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
     shifted = (padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(size) for j in range(size))
     return sum(shifted)

@@ -10,30 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from lina_jax.config import LossConfig, ModelConfig
+from lina_jax.mesh import constrain
 from lina_jax.models import flow
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Draws:
-    """What chance decides for a batch: B images of N tokens, V slots for visible ones, R repeats of the head."""
+    """What chance decides for a batch: B images of N tokens, R repeats of the head."""
 
     drop: jax.Array  # (B,) bool, train unconditionally
-    visible_ids: jax.Array  # (B, V) int32, raster indices in decoding order
-    visible: jax.Array  # (B, V) bool, which slots are used
     mask: jax.Array  # (B, N) bool, True where content is hidden
     timestep: jax.Array  # (R, B, N) int32, index into the table of noise levels
     noise: jax.Array  # (R, B, N, p*p*C) float32
+    most_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
 
 
-def visible_slots(config: LossConfig, tokens: int) -> int:
-    """V: the most tokens that can be visible."""
+def most_visible(config: LossConfig, tokens: int) -> int:
+    """The most tokens that can be visible."""
     return int(np.round((1 - config.mask_ratio_min) * tokens))
 
 
 def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossConfig) -> Draws:
     """Draws for `examples` (B,), their positions in the global batch; `key` is that of (seed, step)."""
-    slots = visible_slots(config, model.image_tokens)
+    most = most_visible(config, model.image_tokens)
     shared = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example has this number
 
     def one(example: jax.Array):
@@ -41,25 +41,21 @@ def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossCo
         if config.mask_ratio_per == "step":
             ratio = shared
         count = visible_count(ratio, config, model.image_tokens)
-        ids = jnp.argsort(jax.random.uniform(order, (model.image_tokens,)))[:slots]
-        visible = jnp.arange(slots) < count
-        mask = (
-            jnp.ones((model.image_tokens,), bool)
-            .at[jnp.where(visible, ids, model.image_tokens)]
-            .set(False, mode="drop")
-        )
+        place = jnp.argsort(jnp.argsort(jax.random.uniform(order, (model.image_tokens,))))
         gaussian = jax.random.normal(timestep, (config.repeat, model.image_tokens))
         return Draws(
             drop=jax.random.uniform(drop) < config.condition_dropout,
-            visible_ids=ids.astype(jnp.int32),
-            visible=visible,
-            mask=mask,
+            mask=place >= count,
             timestep=flow.timestep_index(gaussian),
             noise=jax.random.normal(noise, (config.repeat, model.image_tokens, model.token_dim)),
+            most_visible=most,
         )
 
     # The repeats lead, so that the head's tokens are (R, B, N, ...) and z is broadcast, never tiled.
-    return jax.vmap(one, out_axes=Draws(drop=0, visible_ids=0, visible=0, mask=0, timestep=1, noise=1))(examples)
+    axes = Draws(drop=0, mask=0, timestep=1, noise=1, most_visible=most)
+    draws = jax.vmap(one, out_axes=axes)(examples)
+    # Whole along the tokens: sorting numbers that are cut over devices would exchange them.
+    return dataclasses.replace(draws, mask=constrain(draws.mask, "batch", None))
 
 
 def latent_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -103,5 +103,5 @@ class DiffusionHead(nnx.Module):
 
 
 def constrain_tokens(x: jax.Array) -> jax.Array:
-    """Cut the batch axis of (repeat, B, N, r) or (B, N, r) tokens."""
-    return constrain(x, *[None] * (x.ndim - 3), "batch", None, None)
+    """Cut batch and tokens of (repeat, B, N, r) or (B, N, r)."""
+    return constrain(x, *[None] * (x.ndim - 3), "batch", "tokens", None)

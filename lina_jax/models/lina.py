@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from lina_jax.config import ModelConfig
-from lina_jax.models import flow
+from lina_jax.mesh import constrain
+from lina_jax.models import flow, sequence
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.draws import Draws
 from lina_jax.models.head import DiffusionHead
@@ -111,50 +112,62 @@ class LINA(nnx.Module):
     def encode_condition(self, condition: Condition) -> jax.Array:
         """(B, Nc, D): what the image blocks see of the condition."""
         embedded, valid = self.embed_condition(condition)
+        embedded, present = sequence.padded(embedded)
+        if valid is not None and present is not None:
+            valid = sequence.padded(valid)[0]
+        elif valid is None:
+            valid = present
         batch, length = embedded.shape[:2]
-        grid = self.config.condition_grid
+        grid, count = self.config.condition_grid, self.config.condition_tokens
         queries = self.bos_token[...][None]
         angles = None
         if self.config.rotary:
-            angles = self._angles(np.concatenate([np.zeros((length, 3), int), grid_positions(grid)])[None])
+            angles = sequence.arrange(
+                self._angles(np.zeros((1, length, 3), int)), self._angles(grid_positions(grid)[None])
+            )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
-        queries = jnp.broadcast_to(queries.astype(self.dtype), (batch, self.config.condition_tokens, self.config.width))
+        queries = jnp.broadcast_to(queries.astype(self.dtype), (batch, count, self.config.width))
         if valid is not None:
-            valid = jnp.pad(valid, ((0, 0), (0, queries.shape[1])), constant_values=True)
-        x = self.condition_encoder(jnp.concatenate([embedded, queries], axis=1), valid=valid, angles=angles)
-        return self.condition_norm(x[:, length:])
+            valid = sequence.arrange(valid, jnp.ones((batch, count), bool))
+        x = constrain(sequence.arrange(embedded, queries), "batch", "tokens", None)
+        _, c = sequence.separate(self.condition_encoder(x, valid=valid, angles=angles), length)
+        return self.condition_norm(c)
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
         return jnp.where(mask[..., None], self.mask_token[...].astype(self.dtype), self.patch_embed(tokens))
 
-    def encode_image(
-        self, tokens: jax.Array, mask: jax.Array, visible_ids: jax.Array, visible: jax.Array, c: jax.Array
-    ) -> jax.Array:
+    def encode_image(self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array) -> jax.Array:
         """z (B, N, D), the head's condition for every token.
 
-        tokens (B, N, p*p*C); mask (B, N), True where content is hidden; visible_ids (B, V) raster indices of the
-        visible tokens, of which `visible` (B, V) says which exist; c (B, Nc, D).
+        tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
+        image; c (B, Nc, D).
         """
-        batch, conditions = c.shape[:2]
-        x = self.mask_image(tokens, mask)
-        encoder_angles = decoder_angles = None
+        conditions = c.shape[1]
+        x = constrain(self.mask_image(tokens, mask), "batch", "tokens", None)
+        angles = None
         if self.config.rotary:
-            positions = jnp.asarray(grid_positions(self.config.image_grid))
-            origin = jnp.zeros((batch, conditions, 3), positions.dtype)
-            decoder_angles = self._angles(jnp.concatenate([origin[:1], positions[None]], axis=1))
-            encoder_angles = self._angles(jnp.concatenate([origin, positions[visible_ids]], axis=1))
+            angles = self._angles(grid_positions(self.config.image_grid)[None])
+            origin = jnp.zeros_like(angles, shape=(1, conditions, angles.shape[-1]))
         else:
             x = x + jnp.asarray(position_table(self.config.image_grid, self.config.width), self.dtype)
-        gathered = jnp.take_along_axis(x, visible_ids[..., None], axis=1)
-        valid = jnp.pad(visible, ((0, 0), (conditions, 0)), constant_values=True)
-        h = self.encoder(jnp.concatenate([c, gathered], axis=1), valid=valid, angles=encoder_angles)
-        # Rows that do not exist are written past the end, that is, nowhere.
-        rows = jnp.where(visible, visible_ids, x.shape[1])
-        x = x.at[jnp.arange(batch)[:, None], rows].set(h[:, conditions:], mode="drop")
-        x = self.decoder(jnp.concatenate([h[:, :conditions], x], axis=1), angles=decoder_angles)
-        return self.image_norm(x[:, conditions:])
+
+        def encode_visible(ids: jax.Array, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
+            valid = sequence.arrange(jnp.ones((len(ids), conditions), bool), exists)
+            chosen_angles = None
+            if angles is not None:
+                all_angles, all_origins = (jnp.broadcast_to(a, (len(ids), *a.shape[1:])) for a in (angles, origin))
+                chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, ids))
+            h = self.encoder(sequence.arrange(c, sequence.pick(x, ids)), valid=valid, angles=chosen_angles)
+            c_encoded, h = sequence.separate(h, conditions)
+            return c_encoded, sequence.put_back(x, h, mask)
+
+        encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
+        if angles is not None:
+            angles = sequence.arrange(origin, angles)
+        _, z = sequence.separate(self.decoder(encoded, angles=angles), conditions)
+        return self.image_norm(z)
 
     def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
         """Predicted velocities (R, B, N, p*p*C) at the drawn noise levels.
@@ -162,7 +175,7 @@ class LINA(nnx.Module):
         tokens (B, N, p*p*C) float32; sigmas (1000,) the table that draws.timestep (R, B, N) indexes.
         """
         c = self.encode_condition(condition)
-        z = self.encode_image(tokens, draws.mask, draws.visible_ids, draws.visible, c)
+        z = self.encode_image(tokens, draws.mask, draws.most_visible, c)
         noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
         # One embedding per entry of the table and one projection of z per token, shared by the repeats.
         times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas)).astype(self.dtype)[draws.timestep]

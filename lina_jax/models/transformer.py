@@ -21,8 +21,8 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(config.width)
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        x = constrain(x + self.norm1(self.attention(x, valid=valid, angles=angles)), "batch", None, None)
-        return constrain(x + self.norm2(self.mlp(x)), "batch", None, None)
+        x = constrain(x + self.norm1(self.attention(x, valid=valid, angles=angles)), "batch", "tokens", None)
+        return constrain(x + self.norm2(self.mlp(x)), "batch", "tokens", None)
 
 
 def _gelu(x: jax.Array) -> jax.Array:

@@ -1,0 +1,178 @@
+"""Sequence parallelism: the tokens of an image cut by rows over the mesh axis `sequence`.
+
+A sequence of condition and image tokens is stored shard by shard: each of S shards has its Nc / S condition tokens,
+then its N / S image tokens, which are whole rows of the grid. With S = 1 that is the plain order. Only attention, its
+convolution and the choice of visible tokens know of shards, and only these functions talk to other devices: sums by
+all-reduce, rows at the edges by collective-permute. Tokens themselves are never gathered (softmax attention excepted).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+T = TypeVar("T")
+
+AXIS = "sequence"
+
+# Standard deviations above the mean up to which a shard has room for visible tokens. A normal variable is larger once
+# in 1e9 draws.
+SPREAD = 6.0
+
+
+def shards() -> int:
+    """S, of the mesh in use; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
+
+
+def arrange(condition: jax.Array, image: jax.Array) -> jax.Array:
+    """condition (B, Nc, ...), image (B, N, ...) -> (B, Nc + N, ...), shard by shard."""
+    s = shards()
+    condition, image = (rearrange(x, "b (s n) ... -> b s n ...", s=s) for x in (condition, image))
+    return rearrange(jnp.concatenate([condition, image], axis=2), "b s n ... -> b (s n) ...")
+
+
+def separate(x: jax.Array, conditions: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `arrange`, for `conditions` = Nc tokens."""
+    s = shards()
+    x = rearrange(x, "b (s n) ... -> b s n ...", s=s)
+    parts = x[:, :, : conditions // s], x[:, :, conditions // s :]
+    return tuple(rearrange(part, "b s n ... -> b (s n) ...") for part in parts)
+
+
+def rows(table: jax.Array, conditions: int) -> jax.Array:
+    """A table (Nc + N, ...) with a row for each token, as `arrange` stores them: (1, Nc + N, ...).
+
+    The table is whole on every device and so is its gradient, a sum over shards.
+    """
+    s = shards()
+    if s == 1:
+        return table[None]
+
+    def own(table):
+        def part(rows):
+            count = len(rows) // s
+            return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * count, count)
+
+        return jnp.concatenate([part(table[:conditions]), part(table[conditions:])])[None]
+
+    return by_shard(own, whole=(0,))(table)
+
+
+def padded(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """x (B, N, ...) with zeros up to a multiple of S, and which tokens are there (B, N'), None for all."""
+    tokens = x.shape[1]
+    missing = -tokens % shards()
+    if not missing:
+        return x, None
+    present = jnp.arange(tokens + missing) < tokens
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths), jnp.broadcast_to(present, (len(x), tokens + missing))
+
+
+def by_shard(function: Callable, *, whole: tuple[int, ...] = (), summed: bool = False) -> Callable:
+    """`function` on each shard's own tokens, axis 1 of its arguments and of what it returns.
+
+    Arguments whose numbers are in `whole` come as they are; a `summed` result is the same on all shards.
+    """
+    if shards() == 1:
+        return function
+
+    def call(*args):
+        specs = tuple(PartitionSpec() if i in whole else PartitionSpec(None, AXIS) for i in range(len(args)))
+        out = PartitionSpec() if summed else PartitionSpec(None, AXIS)
+        return jax.shard_map(function, in_specs=specs, out_specs=out, axis_names={AXIS})(*args)
+
+    return call
+
+
+def total(x):
+    """The sum over shards, inside `by_shard`."""
+    return jax.lax.psum(x, AXIS) if shards() > 1 else x
+
+
+def with_edges(rows: jax.Array, edge: int) -> jax.Array:
+    """rows (B, h, w, D) of a shard, inside `by_shard` -> (B, edge + h + edge, w, D), zeros beyond the image."""
+    s = shards()
+    if s == 1:
+        return jnp.pad(rows, ((0, 0), (edge, edge), (0, 0), (0, 0)))
+    down = [(i, i + 1) for i in range(s - 1)]  # who receives nothing has zeros
+    above = jax.lax.ppermute(rows[:, rows.shape[1] - edge :], AXIS, down)
+    below = jax.lax.ppermute(rows[:, :edge], AXIS, [(to, source) for source, to in down])
+    return jnp.concatenate([above, rows, below], axis=1)
+
+
+def take(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """A few tokens by their raster indices: x (B, N, D), ids (B, K) -> (B, K, D), the same on all shards."""
+
+    def own(x, ids):
+        if shards() == 1:
+            return jnp.take_along_axis(x, ids[..., None], axis=1)
+        local = ids - jax.lax.axis_index(AXIS) * x.shape[1]
+        here = (local >= 0) & (local < x.shape[1])
+        mine = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[1] - 1)[..., None], axis=1)
+        return total(jnp.where(here[..., None], mine, 0))
+
+    return by_shard(own, whole=(1,), summed=True)(x, ids)
+
+
+def room(tokens: int, visible: int) -> int:
+    """Places for visible tokens in a shard of an image of `tokens`, of which at most `visible` are, chosen at random.
+
+    Their number is hypergeometric; it is larger than this as good as never, and never where this is all there can be.
+    """
+    s, share = shards(), visible / tokens
+    deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
+    wanted = math.ceil((visible / s + SPREAD * deviation) / 8) * 8
+    return min(wanted, most_in_shard(tokens, visible))
+
+
+def most_in_shard(tokens: int, visible: int) -> int:
+    """The most of `visible` tokens that one shard of an image of `tokens` can have."""
+    return min(visible, tokens // shards())
+
+
+def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
+    """function(ids, exists), with room for the visible tokens of each shard; at full length when that does not suffice.
+
+    mask (B, N), True where a token is hidden; at most `visible` > 0 are not. ids (B, S * room) are places within each
+    shard, those of visible tokens first, in raster order; `exists` says which of them are visible.
+    """
+    tokens, s = mask.shape[1], shards()
+
+    def with_room(places: int) -> T:
+        def choose(mask):
+            ids = jnp.argsort(mask, axis=1, stable=True)[:, :places]
+            return ids, jnp.arange(places) < jnp.sum(~mask, axis=1, keepdims=True)
+
+        return function(*by_shard(choose)(mask))
+
+    few, many = room(tokens, visible), most_in_shard(tokens, visible)
+    if few == many:
+        return with_room(many)
+    fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few
+    return jax.lax.cond(fits, functools.partial(with_room, few), functools.partial(with_room, many))
+
+
+def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Tokens at places within their shards: x (B, N, D), ids (B, K) as of `on_visible` -> (B, K, D)."""
+
+    def own(x, ids):
+        return jnp.take_along_axis(x, ids[..., None], axis=1)
+
+    return by_shard(own)(x, ids)
+
+
+def put_back(x: jax.Array, picked: jax.Array, mask: jax.Array) -> jax.Array:
+    """x (B, N, D) with its visible tokens replaced by `picked` (B, K, D), which stand as `on_visible` chose them."""
+
+    def own(x, picked, mask):
+        place = jnp.clip(jnp.cumsum(~mask, axis=1) - 1, 0, picked.shape[1] - 1)
+        return jnp.where(mask[..., None], x, jnp.take_along_axis(picked, place[..., None], axis=1))
+
+    return by_shard(own)(x, picked, mask)
