@@ -1,5 +1,7 @@
 """Eight devices compute what one computes, whatever the mesh, and hold only their parts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -42,14 +44,20 @@ def alone(config_of, one_device, rough, batch_of):
 
 @pytest.mark.parametrize(
     ("condition", "sizes"),
-    [("class", (2, 2, 2)), ("class", (1, 8, 1)), ("text", (1, 2, 4))],
+    [
+        ("class", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("class", {"data": 1, "fsdp": 8}),
+        ("text", {"data": 1, "fsdp": 2, "tensor": 4}),
+        ("class", {"replica": 2, "data": 1, "fsdp": 2, "sequence": 2}),
+        ("text", {"data": 1, "sequence": 4, "tensor": 2}),
+    ],
     ids=str,
 )
 def test_eight_devices_give_the_loss_and_gradients_of_one(
     condition, sizes, alone, config_of, rough, batch_of, error_between
 ):
     config = config_of(condition)
-    loss, gradient = first_step(state.blueprint(config, mesh.build(MeshConfig(*sizes))), rough, batch_of(config))
+    loss, gradient = first_step(state.blueprint(config, mesh.build(MeshConfig(**sizes))), rough, batch_of(config))
     want_loss, want_gradient = alone[condition]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
@@ -74,9 +82,9 @@ def test_parameters_are_cut_over_tensor(tiny, rough):
     assert local_share(run.params) < 0.25
 
 
-def test_the_table_cuts_heads_and_width():
+def test_the_table_cuts_heads_width_and_tokens():
     assert mesh.spec("embed", None, "heads", None) == PartitionSpec("fsdp", None, "tensor", None)
-    assert mesh.spec("batch", None) == PartitionSpec(("data", "fsdp"), None)
+    assert mesh.spec("batch", "tokens", None) == PartitionSpec(("replica", "data", "fsdp"), "sequence", None)
 
 
 @pytest.mark.parametrize("names", [("batch", "embed"), ("heads", "mlp"), ("embed", "embed")])
@@ -85,39 +93,90 @@ def test_two_axes_on_one_mesh_axis_are_refused(names):
         mesh.spec(*names)
 
 
+def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(tiny, batch_of):
+    """Of the state; the text table, which is read a few rows at a time, is frozen and small."""
+    config = tiny(model={"condition": "class"}, batch_size=8)
+    plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
+    batch = jax.device_put(batch_of(config), mesh.sharding(plan.mesh, "batch"))
+    compiled = state.make_train_step(plan).lower(plan.shapes, batch).compile()
+    (run, _, _), _ = compiled.input_shardings
+    large = [
+        (path, leaf, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(plan.shapes), jax.tree.leaves(run, is_leaf=lambda x: x is None), strict=True
+        )
+        if leaf.size >= config.model.width**2 and path[0].name != "frozen"
+    ]
+    assert len(large) > 20
+    assert [path for path, leaf, sharding in large if sharding.shard_shape(leaf.shape) == leaf.shape] == []
+
+
 def test_the_open_axis_takes_the_devices_that_are_left():
-    assert dict(mesh.build(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    sizes = dict(mesh.build(MeshConfig(data=2, fsdp=-1, tensor=2)).shape)
+    assert sizes == {"replica": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
-    ("config", "arithmetic"),
+    ("sizes", "arithmetic"),
     [
-        (MeshConfig(3, 1, 1), "data=3 x fsdp=1 x tensor=1 does not make 8 devices"),
-        (MeshConfig(-1, 3, 1), "data=-1 x fsdp=3 x tensor=1 does not make 8 devices"),
-        (MeshConfig(4, 4, 1), "data=4 x fsdp=4 x tensor=1 does not make 8 devices"),
-        (MeshConfig(8, 0, 1), "data=8 x fsdp=0 x tensor=1 does not make 8 devices"),
-        (MeshConfig(-2, -4, 1), "data=-2 x fsdp=-4 x tensor=1 does not make 8 devices"),
+        ({"data": 3}, "replica=1 x data=3 x fsdp=1 x sequence=1 x tensor=1"),
+        ({"fsdp": 3}, "replica=1 x data=-1 x fsdp=3 x sequence=1 x tensor=1"),
+        ({"data": 4, "sequence": 4}, "replica=1 x data=4 x fsdp=1 x sequence=4 x tensor=1"),
+        ({"data": 8, "replica": 0}, "replica=0 x data=8 x fsdp=1 x sequence=1 x tensor=1"),
+        ({"data": -2, "fsdp": -4}, "replica=1 x data=-2 x fsdp=-4 x sequence=1 x tensor=1"),
     ],
+    ids=str,
 )
-def test_impossible_meshes_are_refused_with_the_arithmetic(config, arithmetic):
+def test_impossible_meshes_are_refused_with_the_arithmetic(sizes, arithmetic):
     with pytest.raises(UserError) as error:
-        mesh.build(config)
-    assert str(error.value) == f"mesh: {arithmetic}"
+        mesh.build(MeshConfig(**sizes))
+    assert str(error.value) == f"mesh: {arithmetic} does not make 8 devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What mesh.build asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "GPU"
+
+
+def chips(slices: int, processes: int) -> list[Chip]:
+    """Eight chips of that many slices and processes."""
+    return [Chip(i, i * processes // 8, i * slices // 8) for i in range(8)]
+
+
+@pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])
+def test_a_replica_is_a_slice_or_a_node(slices, processes):
+    devices = mesh.build(MeshConfig(replica=2, data=1, fsdp=2, tensor=2), chips(slices, processes)[::-1]).devices
+    assert [sorted(chip.id for chip in block.flat) for block in devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_slices_are_joined_by_replicas_alone():
+    with pytest.raises(UserError, match=r"mesh.replica=1: 2 slices need a multiple of 2"):
+        mesh.build(MeshConfig(data=8), chips(2, 2))
 
 
 @pytest.mark.parametrize(
     ("changes", "sizes", "message"),
     [
-        ({"batch_size": 12}, (8, 1, 1), "batch_size / optim.accumulate=12 is not divisible by 8"),
-        ({"optim": {"accumulate": 2}}, (4, 2, 1), "batch_size / optim.accumulate=4 is not divisible by 8"),
-        ({}, (1, 1, 8), "model.heads=4 is not divisible by 8"),
-        ({"model": {"head_width": 36}}, (1, 8, 1), "model.head_width=36 is not divisible by 8"),
-        ({"model": {"width": 36}}, (1, 8, 1), "model.width=36 is not divisible by 8"),
+        ({"batch_size": 12}, {"data": 8}, "batch_size / optim.accumulate=12 is not divisible by 8"),
+        ({"batch_size": 12}, {"replica": 2, "data": 4}, "batch_size / optim.accumulate=12 is not divisible by 8"),
+        ({"optim": {"accumulate": 2}}, {"fsdp": 2}, "batch_size / optim.accumulate=4 is not divisible by 8"),
+        ({}, {"tensor": 8}, "model.heads=4 is not divisible by 8"),
+        ({"model": {"head_width": 36}}, {"fsdp": 8}, "model.head_width=36 is not divisible by 8"),
+        ({"model": {"width": 36}}, {"fsdp": 8}, "model.width=36 is not divisible by 8"),
+        ({}, {"sequence": 8}, "model.image_grid=4,4: its number of rows=4 is not divisible by 8"),
+        ({"model": {"condition_grid": (1, 2)}}, {"sequence": 4}, "model.condition_grid: its number of tokens=2 is not"),
+        ({"model": {"conv_kernel": 5}}, {"sequence": 4}, "mesh.sequence=4 leaves 1 of 4 rows to a device; model.conv_"),
     ],
 )  # fmt: skip
 def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
     with pytest.raises(UserError) as error:
-        mesh.check(tiny(**changes), mesh.build(MeshConfig(*sizes)))
+        mesh.check(tiny(**changes), mesh.build(MeshConfig(**sizes)))
     assert str(error.value).startswith(message)
 
 
