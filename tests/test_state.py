@@ -107,10 +107,9 @@ def test_draws_of_an_example_do_not_depend_on_its_company(tiny, identical):
     together, apart = (
         jax.jit(lambda ids: draw(key, ids, model, loss))(ids) for ids in (jnp.arange(8), jnp.array([5, 2]))
     )
-    for field in dataclasses.fields(together):
-        axis = 1 if field.name in ("timestep", "noise") else 0
-        few, all_ = getattr(apart, field.name), getattr(together, field.name)
-        assert identical(few, jnp.take(all_, jnp.array([5, 2]), axis)), field.name
+    for name, axis in (("drop", 0), ("mask", 0), ("timestep", 1), ("noise", 1)):
+        few, all_ = getattr(apart, name), getattr(together, name)
+        assert identical(few, jnp.take(all_, jnp.array([5, 2]), axis)), name
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,10 @@ def many_draws(tiny):
 def test_draws_differ_between_steps(many_draws):
     one, other = many_draws
     assert not np.any(np.asarray(one.noise) == np.asarray(other.noise))
-    assert np.mean(np.all(np.asarray(one.mask) == np.asarray(other.mask), axis=1)) < 0.01
+    one, other = np.asarray(one.mask), np.asarray(other.mask)
+    # Of 16 tokens three or more are visible, in one of 560 ways or more; with fewer, images can well look alike.
+    alike = np.all(one == other, axis=1) & (np.sum(~one, axis=1) >= 3)
+    assert np.mean(alike) < 0.01
 
 
 def test_draws_differ_between_examples(many_draws):
