@@ -1,7 +1,6 @@
 """Set-by-set decoding: one compiled program from conditions to images (spec section 8; paper section 3.1)."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from lina_jax.mesh import constrain
 from lina_jax.models import flow, vae
 from lina_jax.models.layers import unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
-from lina_jax.state import Blueprint, Tree
+from lina_jax.state import Blueprint, Program, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +120,7 @@ def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
     return vae.to_uint8(plan.encoders.pixels(weights, latents))
 
 
-def make_sampler(
-    plan: Blueprint, sample: SampleConfig
-) -> Callable[[Tree, Tree, Condition, jax.Array, jax.Array], jax.Array]:
+def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
     """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3).
 
     The condition is as in a training batch: with the frozen text encoder in the plan, `text` may be token ids.
@@ -137,5 +134,4 @@ def make_sampler(
         condition = plan.condition(weights, condition)
         return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), plan, weights)
 
-    compiled = plan.jit(program)
-    return lambda *args: compiled(*args, plan.encoders.weights)
+    return plan.jit(program, plan.encoders.weights)

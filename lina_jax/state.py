@@ -82,15 +82,26 @@ class Blueprint:
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
-    def jit(self, function: Callable, **options) -> Callable:
-        """`jax.jit`, called under this run's mesh."""
-        compiled = jax.jit(function, **options)
+    def jit(self, function: Callable, *last, **options) -> "Program":
+        """`jax.jit` under this run's mesh; the arguments `last` follow those of each call."""
+        return Program(jax.jit(function, **options), self.mesh, last)
 
-        def call(*args):
-            with jax.set_mesh(self.mesh):
-                return compiled(*args)
 
-        return call
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function that is called, or lowered for abstract arguments, under a mesh."""
+
+    jitted: Callable
+    mesh: Mesh
+    last: tuple = ()
+
+    def __call__(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args, *self.last)
+
+    def lower(self, *args) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args, *self.last)
 
 
 def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
@@ -172,8 +183,11 @@ def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable
     return constrain(tokens, "batch", None, None), plan.condition(weights, batch)
 
 
-def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step: one global batch, one update (or none, if loss or gradient is not finite). Donates the state."""
+def make_train_step(plan: Blueprint) -> Program:
+    """The jitted step (state, batch) -> (state, metrics): one global batch, one update. Donates the state.
+
+    If loss or gradient is not finite, there is no update.
+    """
     config, optimizer = plan.config, plan.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
@@ -209,8 +223,7 @@ def make_train_step(plan: Blueprint) -> Callable[[TrainState, Batch], tuple[Trai
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    compiled = plan.jit(step, donate_argnums=0, out_shardings=(plan.shardings, None))
-    return lambda state, batch: compiled(state, batch, plan.encoders.weights)
+    return plan.jit(step, plan.encoders.weights, donate_argnums=0, out_shardings=(plan.shardings, None))
 
 
 def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):
@@ -259,7 +272,7 @@ def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> 
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
 
-def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+def make_eval_step(plan: Blueprint) -> Program:
     """(params, frozen, batch, examples (B,)) -> summed masked loss and masked tokens by bin of sigma, (NOISE_LEVELS,).
 
     The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are
@@ -279,5 +292,4 @@ def make_eval_step(plan: Blueprint) -> Callable[[Tree, Tree, Batch, jax.Array], 
         bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]
         return jnp.einsum("rbn,rbnl->l", losses, bins), jnp.sum(bins, axis=(0, 1, 2))
 
-    compiled = plan.jit(step)
-    return lambda params, frozen, batch, examples: compiled(params, frozen, batch, examples, plan.encoders.weights)
+    return plan.jit(step, plan.encoders.weights)
