@@ -103,7 +103,10 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
 
 
 def _activations(config: Config, candidate: Candidate) -> float:
-    """Bytes of one chip's activations: what blocks keep, and the widest block's own."""
+    """Bytes of one chip's activations: what blocks keep, and the widest block's own.
+
+    Nothing is saved by `tensor`: it cuts hidden units and heads, but each device of a group has the whole group's rows.
+    """
     model, width = config.model, config.model.width * 2
     condition, image = model.condition_tokens, model.image_tokens
     text = model.text_tokens if model.condition == "text" else 1
@@ -111,7 +114,7 @@ def _activations(config: Config, candidate: Candidate) -> float:
     head = config.loss.repeat * image * model.head_width * 2
     kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
     working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    return candidate.per_chip * (kept + working) / candidate.tensor / config.optim.accumulate
+    return candidate.per_chip * (kept + working) / config.optim.accumulate
 
 
 def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> float:
