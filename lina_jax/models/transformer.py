@@ -4,6 +4,7 @@ import dataclasses
 from itertools import groupby
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lina_jax.mesh import constrain
@@ -26,7 +27,9 @@ class Block(nnx.Module):
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+    """Exact, by erf: jax.nn.gelu goes through erfc, which is 93 vector operations on a TPU where this is 14."""
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 REMAT_POLICIES = {
