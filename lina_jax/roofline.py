@@ -213,7 +213,7 @@ class _Walk:
         collective that was started before.
         """
         opcode, inner = instruction.opcode, instruction
-        if opcode in ("all-reduce-done", "all-gather-done", "collective-permute-done", "async-done"):
+        if opcode == "async-done" or (opcode.endswith("-done") and opcode.removesuffix("-done") in hlo.COLLECTIVES):
             return "done", instruction.operands[0], None
         if opcode in ("fusion", "async-start"):
             for name in instruction.called:

@@ -234,9 +234,19 @@ def test_between_slices_each_device_sends_its_part_over_the_slow_link():
     assert across == pytest.approx(within + slow)
 
 
-def test_a_message_of_the_compiler_says_how_much_memory_is_missing():
-    error = programs._out_of_memory("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded ...")
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+        "the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_message_of_the_compiler_says_how_much_memory_is_missing(message):
+    error = programs._out_of_memory(message)
     assert (error.needed, error.capacity) == (20.5 * 2**30, 15.75 * 2**30)
+
+
+def test_other_errors_of_the_compiler_are_not_about_memory():
     assert programs._out_of_memory("INTERNAL: something else") is None
 
 
