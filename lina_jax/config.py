@@ -229,7 +229,7 @@ class LogConfig:
     preview_images: int = 16
     profile_start: int = 0
     profile_steps: int = 0
-    peak_flops: float = 0.0  # of one device, for MFU; 0: as in metrics.PEAK_FLOPS
+    peak_flops: float = 0.0  # of one device, for MFU; 0: as in chips.CHIPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,7 @@ def _load(
     def place(path, array):
         if mesh is None:
             return jnp.asarray(array)
-        sharding = mesh_lib.sharding(mesh, *_cuttable(mesh, array.shape, variables[path].get_metadata("axes")))
+        sharding = mesh_lib.sharding(mesh, *cuttable(mesh, array.shape, variables[path].get_metadata("axes")))
         return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
 
     shapes = unflatten_dict({path: shape(path, variable) for path, variable in variables.items()})
@@ -233,7 +233,7 @@ def _load(
         raise UserError(f"{directory}: {error}") from error
 
 
-def _cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
+def cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
     """Logical names of all axes; None where the mesh does not divide an axis: a frozen encoder does not choose it."""
     names = (None,) * (len(shape) - len(names)) + tuple(names)  # stacked layers add a leading axis, never cut
 

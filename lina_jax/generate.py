@@ -62,11 +62,12 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
     copies = 2 if plan.guided else 1
     if plan.guided:
         other = model.encode_condition(unconditional(model.config, condition))
-        c = jnp.concatenate([c, jnp.broadcast_to(other, c.shape)])
+        c = jnp.stack([c, jnp.broadcast_to(other, c.shape)], axis=1).reshape(2 * batch, *c.shape[1:])
     rank = jnp.argsort(order, axis=1)
 
     def both(x):
-        return jnp.concatenate([x] * copies)
+        # Neighbours, not halves: so each image and its copy stay on the device that has the image.
+        return jnp.repeat(x, copies, axis=0)
 
     def make_step(most_visible: int, width: int):
         # Slices of the order may run past its end; what lies there is never used.
@@ -82,7 +83,7 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
             def euler_step(j, x):
                 velocity = model.head(both(x), times[j], z).astype(jnp.float32)
                 if plan.guided:
-                    with_condition, without = jnp.split(velocity, 2)
+                    with_condition, without = velocity[::2], velocity[1::2]
                     velocity = without + guidance * (with_condition - without)
                 return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 

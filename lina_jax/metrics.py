@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from lina_jax import chips
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
@@ -18,25 +19,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
-# Peak dense bf16 FLOP/s of one device, by what `jax.devices()[0].device_kind` begins with (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 def peak_flops(config: Config) -> float:
     """Peak FLOP/s of one device, 0 where unknown."""
-    kind = jax.devices()[0].device_kind
-    known = max((name for name in PEAK_FLOPS if kind.startswith(name)), key=len, default=None)
-    return config.log.peak_flops or (PEAK_FLOPS[known] if known else 0.0)
+    chip = chips.of_kind(jax.devices()[0].device_kind)
+    return config.log.peak_flops or (chip.peak_flops if chip else 0.0)
 
 
 class Writer:

@@ -1,0 +1,400 @@
+"""What a compiled XLA program says of itself: its scheduled instructions, their arithmetic and their traffic.
+
+`cost_analysis` counts the body of a loop once and knows nothing of collectives; here the text is read instead. Counts
+are those of one device and one execution of an instruction; `roofline` multiplies by trip counts.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}  # of others the name says it
+_SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
+# Instructions that move nothing: they name, or bind together, what is already there.
+_FREE = frozenset({
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "opt-barrier", "partition-id", "replica-id", "copy-done", "async-done", "domain", "add-dependency",
+})  # fmt: skip
+_SLICING = frozenset({"dynamic-slice", "slice", "gather"})
+_MOVING = frozenset({
+    "broadcast", "reshape", "transpose", "pad", "concatenate", "reverse", "iota", "copy", "copy-start", "slice",
+    "dynamic-slice", "dynamic-update-slice", "gather", "scatter", "fusion", "custom-call", "sort", "dot", "convolution",
+    "rng-bit-generator", "bitcast-convert", "async-start",
+})  # fmt: skip
+_SLOW = frozenset({
+    "divide", "sqrt", "rsqrt", "cbrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh",
+    "logistic", "erf", "sine", "cosine", "power", "remainder", "atan2",
+})  # fmt: skip
+_SLOW_OPS = 8  # vector operations of one of them, about
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    near: bool = False  # held in the core's own memory (TPU: layouts with S(1)), not in HBM
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        bits = _BITS.get(self.dtype)
+        return self.size * (int(re.search(r"\d+", self.dtype)[0]) if bits is None else bits) / 8
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that reading it takes from HBM."""
+        return 0.0 if self.near else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result, tuples flattened
+    operands: tuple[str, ...]
+    literal: str  # what stands in the parentheses, of a constant or a parameter
+    attributes: str
+    root: bool
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Computations that it runs; of a loop the body."""
+        found = []
+        for match in _CALLED.finditer(self.attributes):
+            rest = self.attributes[match.end() :]
+            found += _NAME.findall(rest[: rest.index("}")] if rest.startswith("{") else rest.split(",", 1)[0])
+        return tuple(found)
+
+    def attribute(self, name: str) -> str:
+        """The text of an attribute up to the comma after it, "" where it has none; braces are kept together."""
+        match = re.search(rf"\b{name}=", self.attributes)
+        return _balanced(self.attributes[match.end() :]) if match else ""
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", self.attribute(name))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one execution costs one device."""
+
+    matmul_flops: float = 0.0
+    vector_ops: float = 0.0
+    traffic: float = 0.0  # bytes to and from HBM
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, n: float) -> "Work":
+        return Work(*(n * a for a in dataclasses.astuple(self)))
+
+
+class Module:
+    """A compiled program, read from `jax.stages.Compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self._frames: dict[str, dict[int, str]] = {}
+        current = table = None
+        for line in text.splitlines():
+            if line.startswith("  ") and current is not None:
+                instruction = _instruction(line)
+                current[instruction.name] = instruction
+            elif line.startswith(("%", "ENTRY")) and line.endswith("{"):
+                name = _NAME.search(line)[1]
+                current = self.computations[name] = {}
+                self.entry = name if line.startswith("ENTRY") else self.entry
+            elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+                table = self._frames[line] = {}
+            elif table is not None and line[:1].isdigit():
+                number, rest = line.split(" ", 1)
+                table[int(number)] = rest
+            else:
+                current = None
+        if not self.entry:
+            raise ValueError("the text has no entry computation")
+
+    def instructions(self, computation: str) -> Iterator[Instruction]:
+        """In the order of the schedule."""
+        yield from self.computations[computation].values()
+
+    def source(self, instruction: Instruction) -> str:
+        """FILE:LINE where the program's author wrote it, as far as the compiler kept track; "" otherwise."""
+        if match := re.search(r'source_file="([^"]+)" source_line=(\d+)', instruction.attributes):
+            return f"{match[1]}:{match[2]}"
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        if not frame or "StackFrames" not in self._frames:
+            return ""
+        place = int(re.search(r"file_location_id=(\d+)", self._frames["StackFrames"][int(frame[1])])[1])
+        where = self._frames["FileLocations"][place]
+        file = self._frames["FileNames"][int(re.search(r"file_name_id=(\d+)", where)[1])].strip('"')
+        return file + ":" + re.search(r"line=(\d+)", where)[1]
+
+    def trips(self, loop: Instruction, computation: str, unknown: float = 1.0) -> float:
+        """How often a `while` runs its body; `unknown` where that depends on data."""
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+            return float(match[1])
+        test = self.computations[_NAME.match(loop.attribute("condition"))[1]]
+        root = next(i for i in test.values() if i.root)
+        counter, limit = (_through(test, name) for name in root.operands) if len(root.operands) == 2 else (None, None)
+        if root.attribute("direction") != "LT" or limit is None or limit.opcode != "constant":
+            return unknown
+        index = int(counter.attribute("index") or 0)
+        start = self.computations[computation].get(loop.operands[0])
+        first = _through(self.computations[computation], start.operands[index]) if start.opcode == "tuple" else None
+        return float(limit.literal) - (float(first.literal) if first and first.opcode == "constant" else 0.0)
+
+    def work(self, instruction: Instruction, computation: str) -> Work:
+        """The work of one instruction outside fusions; loops, branches and collectives are `roofline`'s to add up."""
+        if instruction.opcode in _FREE or collective_kind(instruction):
+            return Work()
+        flops, ops = self._arithmetic(instruction, self.computations[computation])
+        return Work(flops, ops, self._traffic(instruction, self.computations[computation]))
+
+    def _arithmetic(self, instruction: Instruction, scope: dict[str, Instruction]) -> tuple[float, float]:
+        """(FLOPs of matrix products, vector operations)."""
+        opcode, out = instruction.opcode, sum(shape.size for shape in instruction.shapes)
+        if opcode == "dot":
+            lhs = scope[instruction.operands[0]].shapes[0].dims
+            return 2.0 * out * math.prod(lhs[i] for i in instruction.numbers("lhs_contracting_dims")), 0.0
+        if opcode == "convolution":
+            return _convolution_flops(instruction, *(scope[name].shapes[0].dims for name in instruction.operands)), 0.0
+        if opcode == "custom-call" and "gemm_backend_config" in instruction.attributes:
+            lhs = scope[instruction.operands[0]].shapes[0].dims
+            dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)[1]
+            contracted = math.prod(lhs[int(i)] for i in re.findall(r"\d+", dims))
+            return 2.0 * instruction.shapes[0].size * contracted, 0.0
+        if opcode in ("fusion", "call", "async-start"):
+            return tuple(map(sum, zip(*map(self._inside, instruction.called), strict=True))) or (0.0, 0.0)
+        if opcode in ("reduce", "reduce-window"):
+            return 0.0, float(sum(scope[name].shapes[0].size for name in instruction.operands))
+        if opcode in _MOVING or opcode in _FREE:
+            return 0.0, 0.0
+        return 0.0, float(out * (_SLOW_OPS if opcode in _SLOW else 1))
+
+    @functools.cache  # noqa: B019 - a module lives as long as its numbers are asked for
+    def _inside(self, computation: str) -> tuple[float, float]:
+        scope = self.computations[computation]
+        pairs = [self._arithmetic(instruction, scope) for instruction in scope.values()]
+        return sum(flops for flops, _ in pairs), sum(ops for _, ops in pairs)
+
+    def _traffic(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
+        results = [shape.traffic for shape in instruction.shapes]
+        operands = [
+            sum(shape.traffic for shape in scope[name].shapes) for name in instruction.operands if name in scope
+        ]
+        opcode = instruction.opcode
+        if opcode == "copy-start":  # (there, here, context): the copy engine reads one and writes the other
+            return sum(shape.traffic for shape in instruction.shapes[:2])
+        if opcode in _SLICING:  # reads what it gives
+            return 2 * sum(results)
+        if opcode == "dynamic-update-slice":  # in place
+            return 2 * operands[1]
+        if opcode == "fusion":
+            reads, writes = self._fused_traffic(instruction.called[0])
+            reads = [own if whole is None else min(whole, own) for whole, own in zip(reads, operands, strict=False)]
+            writes = [own if part is None else min(part, own) for part, own in zip(writes, results, strict=False)]
+            return sum(reads) + sum(writes)
+        return sum(operands) + sum(results)
+
+    @functools.cache  # noqa: B019
+    def _fused_traffic(self, computation: str) -> tuple[list[float | None], list[float | None]]:
+        """Bytes that a fusion reads of each parameter and writes of each result; None: all of it.
+
+        A parameter of which only slices are taken is read that far; an array that is updated in place is written that
+        far, and not read; what is handed on is neither.
+        """
+        scope = self.computations[computation]
+        users: dict[str, list[Instruction]] = {name: [] for name in scope}
+        for instruction in scope.values():
+            for name in set(instruction.operands) & scope.keys():
+                users[name].append(instruction)
+
+        def used(name: str) -> float | None:
+            total = 0.0
+            for user in users[name]:
+                if user.opcode in _SLICING and user.operands[0] == name:
+                    total += sum(shape.bytes for shape in user.shapes)
+                elif user.opcode in ("bitcast", "fusion"):
+                    inner = used(user.name) if user.opcode == "bitcast" else through(user, name)
+                    if inner is None:
+                        return None
+                    total += inner
+                elif user.opcode == "tuple" or collective_kind(user):
+                    continue  # handed on; what a collective moves is its own affair
+                elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+                    return None
+            return total
+
+        def through(fusion: Instruction, name: str) -> float | None:
+            reads, _ = self._fused_traffic(fusion.called[0])
+            parts = [part for part, operand in zip(reads, fusion.operands, strict=True) if operand == name]
+            return None if None in parts else sum(parts)
+
+        def written(instruction: Instruction) -> float | None:
+            while instruction.opcode == "bitcast":
+                instruction = scope[instruction.operands[0]]
+            if instruction.opcode == "parameter" or collective_kind(instruction):
+                return 0.0
+            if instruction.opcode == "dynamic-update-slice":
+                return sum(shape.bytes for shape in scope[instruction.operands[1]].shapes)
+            return None
+
+        parameters = sorted((i for i in scope.values() if i.opcode == "parameter"), key=lambda i: int(i.literal))
+        root = next(i for i in scope.values() if i.root)
+        results = [scope[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        return [used(parameter.name) for parameter in parameters], [written(result) for result in results]
+
+
+def collective_kind(instruction: Instruction) -> str | None:
+    """all-gather, all-reduce, ... of an instruction that is or starts one."""
+    name = instruction.opcode.removesuffix("-start")
+    return name if name in COLLECTIVES else None
+
+
+def collective_bytes(instruction: Instruction, scope: dict[str, Instruction]) -> float:
+    """Bytes of the whole array that devices bring together or spread: the gathered, the summed, the exchanged one."""
+    if instruction.opcode.startswith("reduce-scatter"):
+        return sum(shape.bytes for name in instruction.operands for shape in scope[name].shapes)
+    arrays = [shape for shape in instruction.shapes if shape.dims or shape.dtype not in ("u32", "s32")]
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results)
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(shape.bytes for shape in arrays)
+
+
+def groups(instruction: Instruction, devices: int) -> list[list[int]]:
+    """The numbers of the devices that take part in a collective together; pairs of a permute as they are written."""
+    if pairs := instruction.attribute("source_target_pairs"):
+        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)]
+    text = instruction.attribute("replica_groups")
+    if text.startswith("mesh["):
+        return _mesh_groups(instruction.attributes)
+    if text.startswith("["):
+        shape, source = text.split("<=")
+        return _iota(source).reshape(_integers(shape)).tolist()
+    explicit = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text[1:-1])]
+    return explicit or [list(range(devices))]
+
+
+def _integers(text: str) -> list[int]:
+    return list(map(int, re.findall(r"\d+", text)))
+
+
+def _iota(text: str) -> np.ndarray:
+    """[4,16]T(1,0): 0 .. 63 as an array of 4 x 16, transposed."""
+    dims, _, order = text.partition("T")
+    dims = _integers(dims)
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(_integers(order)) if order else ids
+
+
+def _mesh_groups(attributes: str) -> list[list[int]]:
+    """Groups written as axes of a mesh: mesh['a'=4,'b'=2] {'b'}, or a part of an axis, {'a':(2)2}: size 2 after 2."""
+    match = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?|[\d,]+)\))?\s*\{([^}]*)\}",
+        attributes,
+    )
+    axes, order, members = match.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", members)
+    dims, joined = [], []
+    for name, size in sizes.items():
+        parts = sorted((int(before or 1), int(part or size)) for n, before, part in wanted if n == name)
+        at = 1
+        for before, part in parts:
+            dims += [before // at, part]
+            joined.append(len(dims) - 1)
+            at = before * part
+        dims.append(size // at)
+    ids = _iota(order) if order and order.startswith("[") else np.array(order.split(","), int) if order else None
+    ids = (np.arange(math.prod(dims)) if ids is None else ids).reshape(dims)
+    apart = [axis for axis in range(len(dims)) if axis not in joined]
+    return ids.transpose(apart + joined).reshape(-1, math.prod(dims[axis] for axis in joined)).tolist()
+
+
+def _instruction(line: str) -> Instruction:
+    text = line.strip()
+    root = text.startswith("ROOT ")
+    name, rest = text.removeprefix("ROOT ").split(" = ", 1)
+    kind, rest = _type_and_rest(rest)
+    opcode, rest = rest.split("(", 1)
+    inside = _until_closed(rest)
+    shapes = tuple(
+        Shape(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), "S(1)" in (layout or ""))
+        for dtype, dims, layout in _SHAPE.findall(kind)
+    )
+    operands = tuple(_NAME.findall(inside)) if opcode not in ("constant", "parameter") else ()
+    return Instruction(name.lstrip("%"), opcode, shapes, operands, inside, rest[len(inside) + 1 :].lstrip(", "), root)
+
+
+def _type_and_rest(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        return text.split(" ", 1)
+    inside = _until_closed(text[1:])
+    return inside, text[len(inside) + 2 :].lstrip()
+
+
+def _until_closed(text: str) -> str:
+    """The text before the parenthesis that closes one opened before it."""
+    depth = 1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return text[: match.start()]
+    raise ValueError(f"a parenthesis is not closed: {text[:80]}")
+
+
+def _balanced(text: str) -> str:
+    depth = 0
+    for i, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            return text[:i]
+        if depth < 0:
+            return text[:i]
+    return text
+
+
+def _through(scope: dict[str, Instruction], name: str) -> Instruction | None:
+    """What an operand is, seen through copies."""
+    instruction = scope.get(name)
+    while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
+        instruction = scope.get(instruction.operands[0])
+    return instruction
+
+
+def _convolution_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
+    """Multiply-adds that meet data, not padding: TPUs write most matrix products as such convolutions."""
+    left, rest = instruction.attribute("dim_labels").split("_")
+    right, out = rest.split("->")
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_\-]+)", instruction.attribute("window"))}
+    result = instruction.shapes[0].dims
+    positions = 1
+    for i in range(len(left) - 2):
+        axis = str(i)
+
+        def of(key, default, i=i):
+            return window[key][i] if key in window else default
+
+        taps = rhs[right.index(axis)]
+        stride, low = int(of("stride", "1")), int(of("pad", "0_0").split("_")[0])
+        base, spread = int(of("lhs_dilate", "1")), int(of("rhs_dilate", "1"))
+        places = np.arange(result[out.index(axis)])[:, None] * stride + np.arange(taps)[None] * spread - low
+        inside = (places >= 0) & (places % base == 0) & (places // base < lhs[left.index(axis)])
+        positions *= int(inside.sum())
+    # The kernel's input features are those of one group already.
+    return 2.0 * positions * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]

@@ -1,0 +1,234 @@
+"""What a config would need and do on a TPU slice or a GPU cluster that is not there.
+
+python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [--batch_per_chip=8] [--json]
+    [--nosampling] [--detail=10] [--search [--search_compiles=6]] [--config.any.field=value ...]
+
+Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory of
+a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
+alone on stdout, the table goes to stderr. --search tries remat policies, meshes and batch sizes. A config that does not
+fit is an answer, not an error. Needs `pip install 'lina_jax[plan]'`; docs/planning.md says what the figures mean.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from lina_jax import config as config_lib
+from lina_jax import config_file, errors, flops, generate, hlo, mesh, programs, roofline, search, state, topology
+from lina_jax.config import Config
+from lina_jax.errors import UserError
+from lina_jax.topology import Topology
+
+GIB = 2**30
+DAY = 86_400.0
+
+Report = dict[str, Any]
+
+
+def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, sampling: bool = True) -> Report:
+    """Everything that is printed, as what JSON can hold; sizes in bytes of one device, times in seconds.
+
+    Raises UserError where the mesh does not fit the devices or the config.
+    """
+    grid = mesh.build(config.mesh, list(devices))
+    mesh.check(config, grid)
+    blueprint = state.blueprint(config, grid)
+    report = {
+        "topology": where.name
+        + ":"
+        + "x".join(map(str, where.shape))
+        + (f"*{where.slices}" if where.slices > 1 else ""),
+        "chips": where.chips,
+        "devices": len(devices),
+        "mesh": dict(grid.shape),
+        "batch_size": config.batch_size,
+        "remat": config.model.remat,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
+        "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
+    }
+    program, arguments = programs.train_step(config, grid)
+    memory = programs.state_bytes(blueprint) | {"batch": programs.device_bytes(arguments[1])}
+    report |= _compiled("train step", program, arguments, where, grid, memory)
+    if seconds := report.get("predicted_step_s"):
+        total = config.steps * seconds
+        report |= {
+            "predicted_mfu": report["model_flops"] / seconds / (len(devices) * where.chip.peak_flops),
+            "images_per_s": config.batch_size / seconds,
+            "steps": config.steps,
+            "days": total / DAY,
+            "chip_hours": total / 3600 * where.chips,
+        }
+    if sampling:
+        report["sampling"] = _sampling(config, where, grid)
+    return report
+
+
+def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Report:
+    images = config.batch_size
+    program, arguments = programs.sampling_step(config, grid, images)
+    weights, frozen, *inputs = arguments
+    memory = {
+        "params": programs.device_bytes((weights, frozen)),
+        "autoencoder": programs.device_bytes(program.last),
+        "batch": programs.device_bytes(inputs),
+    }
+    steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+    euler = float(steps.euler_steps.mean())
+    made = _compiled("sampling step", program, arguments, where, grid, memory, unknown_trips=euler)
+    if seconds := made.pop("predicted_step_s", None):
+        made |= {"predicted_s": seconds, "images": images, "images_per_s": images / seconds}
+    return made
+
+
+def _compiled(
+    name: str, program, arguments, where: Topology, grid, memory: Mapping[str, int], *, unknown_trips: float = 1.0
+) -> Report:
+    """What compiling says of memory, FLOPs, collectives and time; of a program that does not fit, by how much."""
+    print(f"compiling the {name} for {where.name} ...", file=sys.stderr, flush=True)
+    capacity = where.chip.memory
+    try:
+        compiled = programs.compile_program(program, arguments, topology.compiler_options(where))
+    except programs.OutOfMemory as error:
+        memory = {**memory, "total": error.needed, "capacity": error.capacity}
+        return {"fits": False, "headroom_bytes": error.capacity - error.needed, "memory_bytes": memory}
+    memory = {
+        **memory,
+        "temporaries": compiled.temporaries,
+        "outputs": compiled.outputs,
+        "total": compiled.total,
+        "capacity": capacity,
+    }
+    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, grid, unknown_trips=unknown_trips)
+    return {
+        "fits": compiled.total <= capacity,
+        "headroom_bytes": capacity - compiled.total,
+        "memory_bytes": memory,
+        "compiled_flops": estimate.work.matmul_flops * grid.size,
+        "hbm_bytes": estimate.work.traffic,
+        "collective_bytes": estimate.collective_bytes,
+        "predicted_step_s": estimate.seconds,
+        "seconds_by_bound": estimate.bound,
+        "exposed_collectives": [
+            {"name": c.name, "kind": c.kind, "axes": c.axes, "bytes": c.bytes, "times": c.times, "seconds": c.exposed,
+             "source": c.source}
+            for c in sorted(estimate.collectives, key=lambda c: -c.exposed)
+        ],
+        "slowest": [
+            {"name": name, "seconds": seconds, "source": source, **dataclasses.asdict(work)}
+            for seconds, name, source, work in estimate.slowest
+        ],
+        "compile_s": compiled.seconds,
+    }  # fmt: skip
+
+
+def table(report: Report, detail: int = 0) -> str:
+    """The report for people, with the `detail` costliest collectives and instructions."""
+    rows = [
+        f"{report['topology']}: {report['chips']} chips, mesh "
+        + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
+        f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
+        f"remat {report['remat']}, {report['parameters']:,} trained parameters",
+        "",
+        "train step",
+        *_rows(report, detail),
+    ]
+    if "predicted_mfu" in report:
+        rows += [
+            f"  step               {report['predicted_step_s'] * 1e3:.1f} ms, MFU {report['predicted_mfu']:.1%}",
+            f"  FLOPs of a step    model {report['model_flops'] / 1e12:,.0f} T, "
+            f"compiled {report['compiled_flops'] / 1e12:,.0f} T",
+            f"  images             {report['images_per_s']:,.0f}/s",
+            f"  {report['steps']:,} steps  {report['days']:.1f} days, {report['chip_hours']:,.0f} chip-hours",
+        ]
+    if made := report.get("sampling"):
+        rows += ["", "sampling step", *_rows(made, detail)]
+        if "predicted_s" in made:
+            rows.append(
+                f"  {made['images']} images     {made['predicted_s']:.2f} s, {made['images_per_s']:,.1f} images/s"
+            )
+    return "\n".join(rows)
+
+
+def _rows(part: Report, detail: int) -> list[str]:
+    memory = dict(part["memory_bytes"])
+    total, capacity = memory.pop("total"), memory.pop("capacity")
+    room = part["headroom_bytes"]
+    verdict = f"fits, {room / GIB:.2f} GiB free" if part["fits"] else f"does NOT fit, {-room / GIB:.2f} GiB too much"
+    rows = [
+        "  memory of a device " + ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in memory.items()) + " GiB",
+        f"                     {total / GIB:.2f} of {capacity / GIB:.2f} GiB: {verdict}",
+    ]
+    for axes, kinds in sorted(part.get("collective_bytes", {}).items()):
+        sizes = ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in sorted(kinds.items()))
+        rows.append(f"  over {axes or 'one device':<14}{sizes} GiB")
+    if bounds := part.get("seconds_by_bound"):
+        rows.append(
+            "  time bound by      " + ", ".join(f"{k} {v * 1e3:.1f}" for k, v in sorted(bounds.items())) + " ms"
+        )
+    for found in part.get("exposed_collectives", [])[:detail]:
+        rows.append(
+            f"    {found['seconds'] * 1e3:8.2f} ms waits for {found['kind']} over {found['axes']} of "
+            f"{found['bytes'] / 1e6:.1f} MB x {found['times']:g} ({found['name']}) {found['source']}"
+        )
+    for found in part.get("slowest", [])[:detail]:
+        rows.append(
+            f"    {found['seconds'] * 1e3:8.2f} ms {found['name']}: {found['matmul_flops'] / 1e9:.1f} GFLOP, "
+            f"{found['vector_ops'] / 1e6:.0f} Mop, {found['traffic'] / 1e6:.1f} MB {found['source']}"
+        )
+    if "compile_s" in part:
+        rows.append(f"  compiled in        {part['compile_s']:.0f} s")
+    return rows
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    if values.config is None or not values.topology:
+        raise UserError("--config=FILE.py[:PRESET] and --topology=CHIP:SHAPE (v5e:16x16, h200:8) are both needed")
+    where = topology.parse(values.topology)
+    config = config_lib.freeze(values.config)
+    devices = topology.devices(where)
+    if values.batch_per_chip is not None:
+        config = dataclasses.replace(config, batch_size=values.batch_per_chip * where.chips)
+    if values.search:
+        report = search.search(
+            config,
+            where,
+            devices,
+            lambda candidate: plan(candidate, where, devices, sampling=False),
+            compiles=values.search_compiles,
+            fixed_batch=values.batch_per_chip is not None,
+        )
+        if values.sampling and report["fits"]:
+            best = search.apply(config, report["recommended"])
+            report["sampling"] = _sampling(best, where, mesh.build(best.mesh, list(devices)))
+    else:
+        report = plan(config, where, devices, sampling=values.sampling)
+    text = table(report, values.detail)
+    if not values.json:
+        print(text)
+        return
+    print(text, file=sys.stderr)
+    for part in (report, report.get("sampling", {})):
+        for name in ("exposed_collectives", "slowest"):
+            if name in part:
+                part[name] = part[name][: max(values.detail, 10)]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    config_file.define_flag()
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE, like v5e:16x16, v5p:4x4x4*2 (two slices), h200:8, h200:4x8")
+    flags.DEFINE_integer("batch_per_chip", None, "global batch as images a chip; default: the config's", lower_bound=1)
+    flags.DEFINE_bool("json", False, "print one JSON object on stdout, the table on stderr")
+    flags.DEFINE_bool("sampling", True, "compile the sampling step too")
+    flags.DEFINE_integer("detail", 0, "costliest collectives and instructions to name", lower_bound=0)
+    flags.DEFINE_bool("search", False, "try remat policies, meshes and batch sizes, and recommend one of each")
+    flags.DEFINE_integer("search_compiles", 6, "most programs that a search compiles", lower_bound=1)
+    errors.run(main)

@@ -1,0 +1,166 @@
+"""The real train step and sampling step, compiled for devices that may not be there."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lina_jax import encoders, generate, state
+from lina_jax import mesh as mesh_lib
+from lina_jax.config import Config
+from lina_jax.encoders import Autoencoder, Encoders
+from lina_jax.models.vae import AutoencoderKL, VaeConfig
+from lina_jax.state import Blueprint, Program
+
+Tree = Any
+
+# Sizes of the published autoencoders, for plans whose config names no directory (spec section 10).
+_AUTOENCODERS = {
+    "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=encoders.SDXL_SCALING),
+    "mar": VaeConfig(
+        (128, 128, 256, 256, 512),
+        2,
+        latent_channels=16,
+        scaling_factor=encoders.MAR_SCALING,
+        last_level_attention=True,
+    ),
+}
+
+
+class OutOfMemory(Exception):
+    """The compiler found that a program does not fit; both numbers are bytes of one device."""
+
+    def __init__(self, needed: float, capacity: float):
+        super().__init__(f"{needed / 2**30:.2f} GiB of {capacity / 2**30:.2f} GiB")
+        self.needed, self.capacity = needed, capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program's text and what it needs; bytes are those of one device."""
+
+    text: str
+    arguments: int
+    temporaries: int
+    outputs: int  # that are not arguments written again
+    seconds: float  # of lowering and compiling
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def train_step(config: Config, mesh: Mesh) -> tuple[Program, tuple]:
+    """The step and its abstract arguments: the state, and a batch of cached latents and text features."""
+    plan = state.blueprint(config, mesh)
+    return state.make_train_step(plan), (plan.shapes, batch(config, mesh))
+
+
+def sampling_step(config: Config, mesh: Mesh, images: int) -> tuple[Program, tuple]:
+    """The sampler for `images` images, with the autoencoder that its latents need, and its abstract arguments.
+
+    Texts come as features: encoding prompts is a program of its own size, and done once for many images.
+    """
+    plan = state.blueprint(config, mesh, abstract_encoders(config, mesh))
+    whole = mesh_lib.sharding(mesh)
+    numbers = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=mesh_lib.sharding(mesh, "batch"))
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    arguments = (plan.shapes.ema, plan.shapes.frozen, condition(config, mesh, images), numbers, seed)
+    return generate.make_sampler(plan, config.sample), arguments
+
+
+def batch(config: Config, mesh: Mesh) -> Tree:
+    """What `data.open_records` gives of prepared records, abstract: moments (pixels without an autoencoder)."""
+    model, size = config.model, config.batch_size
+    array = functools.partial(_batched, mesh, size)
+    if config.autoencoder.kind == "identity":
+        data = {"image": array((*model.latent_size, 3), jnp.uint8)}
+    else:
+        data = {"moments": array((2 * model.latent_channels, *model.latent_size), jnp.float16)}
+    return data | condition(config, mesh, size)
+
+
+def condition(config: Config, mesh: Mesh, size: int) -> Tree:
+    model, array = config.model, functools.partial(_batched, mesh, size)
+    if model.condition == "class":
+        return {"label": array((), jnp.int32)}
+    if model.text_encoder == "bytes":
+        return {"text": array((model.text_length,), jnp.uint8), "text_length": array((), jnp.int32)}
+    text = array((model.text_length, model.text_dim), jnp.float16)
+    return {"text": text, "text_length": array((), jnp.int32)}
+
+
+def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
+    """The published autoencoder of the config's kind, its parameters abstract, placed as `load_encoders` would."""
+    kind = config.autoencoder.kind
+    if kind == "identity":
+        return Encoders()
+    sizes, dtype = _AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
+    module = nnx.eval_shape(lambda: AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, variables = nnx.split(module)
+
+    def placed(path, variable):
+        shape = variable.get_value().shape
+        norm = any(str(name).startswith("norm") for name in path)
+        names = encoders.cuttable(mesh, shape, variable.get_metadata("axes"))
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if norm else dtype, sharding=mesh_lib.sharding(mesh, *names))
+
+    flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(variables)]
+    weights = nnx.to_pure_dict(nnx.from_flat_state(flat))
+    return Encoders(Autoencoder(sizes, graphdef), None, config.autoencoder.tile, {"autoencoder": weights})
+
+
+def compile_program(program: Program, arguments: tuple, options: Mapping[str, object]) -> Compiled:
+    """Raises OutOfMemory where the compiler says so."""
+    start = time.monotonic()
+    lowered = program.lower(*arguments)
+    try:
+        compiled = lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        raise _out_of_memory(str(error)) or error from None
+    memory = compiled.memory_analysis()
+    return Compiled(
+        compiled.as_text(),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        time.monotonic() - start,
+    )
+
+
+def _out_of_memory(message: str) -> OutOfMemory | None:
+    """Of 'Used 19.75G of 15.75G hbm', or '... (143.31G) exceeds available HBM (95.74G)'."""
+    number = r"([\d.]+)([KMGT]?)"
+    match = re.search(rf"Used {number} of {number} hbm", message)
+    match = match or re.search(rf"\({number}\) exceeds available HBM \({number}\)", message)
+    if not match:
+        return None
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return OutOfMemory(float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]])
+
+
+def state_bytes(plan: Blueprint) -> dict[str, int]:
+    """Bytes that one device holds of the state, by kind."""
+    shapes = plan.shapes
+    return {
+        "params": device_bytes(shapes.params) + device_bytes(shapes.frozen),
+        "optimizer": device_bytes(shapes.opt_state),
+        "ema": device_bytes(shapes.ema),
+    }
+
+
+def device_bytes(tree: Tree) -> int:
+    """Bytes that one device holds of a tree of abstract arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _batched(mesh: Mesh, size: int, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=mesh_lib.sharding(mesh, "batch"))

@@ -1,0 +1,256 @@
+"""How long a compiled step takes, estimated from its schedule.
+
+The compiler's text is a schedule: what stands in it one after the other runs one after the other. An instruction takes
+the longest of its matrix products, its vector operations and its traffic to HBM, each at the share of the chip's rate
+that ATTAINED gives. A collective takes the time of its bytes over the links that its devices span; between its `-start`
+and its `-done` the program goes on, so that only what is left of it at the `-done` counts. Loops are multiplied by
+their trips, and of a conditional the longest branch counts. docs/planning.md says how far this is from measurements.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from lina_jax import hlo
+from lina_jax.chips import Chip
+
+# Shares of the rates in `chips` that good kernels reach. TPU: large bf16 products measure 0.9 and more of the peak, HBM
+# streams 0.9, long rings 0.9 of their links. GPU: power limits bf16 products of realistic values to about 700 of the
+# data sheet's 989 TFLOP/s (H100, H200), NCCL's rings reach 0.8 of NVLink.
+ATTAINED = {
+    "tpu": {"matmul": 0.92, "vector": 0.7, "memory": 0.9, "link": 0.9},
+    "cuda": {"matmul": 0.72, "vector": 0.7, "memory": 0.9, "link": 0.8},
+}
+# Seconds that a collective takes whatever its size: for each hop around a torus, for one among the GPUs of a node, for
+# one over the slow links.
+HOP, GPU_LATENCY, SLOW_LATENCY = 1e-6, 20e-6, 50e-6
+OVERHEAD = 0.5e-6  # of an instruction: filling and draining its pipelines
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program, as often as it runs in a step."""
+
+    kind: str
+    axes: str  # of the mesh, with commas
+    bytes: float  # of the whole array, in one execution
+    times: float
+    seconds: float  # one execution on its own
+    exposed: float  # what the program waits for it in a step
+    source: str
+    name: str
+
+
+@dataclasses.dataclass
+class Estimate:
+    """One step on one device."""
+
+    seconds: float = 0.0
+    work: hlo.Work = dataclasses.field(default_factory=hlo.Work)
+    bound: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds by what bounds them
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    slowest: list[tuple[float, str, str, hlo.Work]] = dataclasses.field(default_factory=list)
+
+    @property
+    def collective_bytes(self) -> dict[str, dict[str, float]]:
+        """Bytes in a step by mesh axes and kind."""
+        total: dict[str, dict[str, float]] = {}
+        for c in self.collectives:
+            kinds = total.setdefault(c.axes, {})
+            kinds[c.kind] = kinds.get(c.kind, 0.0) + c.times * c.bytes
+        return total
+
+
+def estimate(module: hlo.Module, chip: Chip, mesh: Mesh, *, unknown_trips: float = 1.0) -> Estimate:
+    """The time of one run of the program; loops whose length depends on data count `unknown_trips` times."""
+    walk = _Walk(module, chip, mesh, unknown_trips)
+    walk.result.seconds = walk.run(module.entry, 1.0)
+    walk.result.slowest.sort(key=lambda row: -row[0])
+    return walk.result
+
+
+def instruction_seconds(work: hlo.Work, chip: Chip) -> tuple[float, str]:
+    """Seconds of one instruction and what bounds it."""
+    share = ATTAINED[chip.platform]
+    return max(
+        (work.matmul_flops / (share["matmul"] * chip.peak_flops), "matmul"),
+        (work.vector_ops / (share["vector"] * chip.vector_ops), "vector"),
+        (work.traffic / (share["memory"] * chip.memory_bandwidth), "memory"),
+    )
+
+
+def collective_seconds(
+    kind: str, size: float, members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]
+) -> float:
+    """Seconds of one collective over `members`, its array of `size` bytes; `extent` is the slice's torus.
+
+    Rings within a slice or node; across them each device exchanges its part of the array with its likes.
+    """
+    if len(members) < 2:
+        return 0.0
+    share = ATTAINED[chip.platform]["link"]
+    domains = len({_domain(device, chip) for device in members})
+    near = len(members) // domains
+    # An all-reduce is a reduce-scatter and an all-gather; of an all-to-all a quarter of a ring's traffic passes a link.
+    rounds = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}.get(kind, 1.0)
+    seconds = 0.0
+    if near > 1:
+        rate, latency = chip.link, GPU_LATENCY
+        if chip.torus:
+            rate, latency = _torus_rate(members, chip, extent)
+        if kind == "collective-permute":
+            return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)
+        seconds += rounds * (size * (near - 1) / near / (share * rate) + latency)
+    if domains > 1:
+        part = size if kind == "collective-permute" else size / near * (domains - 1) / domains
+        seconds += rounds * (part / (share * chip.slow_link) + SLOW_LATENCY)
+    return seconds
+
+
+def _domain(device: jax.Device, chip: Chip) -> int:
+    """Devices of one domain reach each other over fast links."""
+    return (getattr(device, "slice_index", None) or 0) if chip.torus else device.process_index
+
+
+def _torus_rate(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> tuple[float, float]:
+    """(bytes a second into each member over all links of the rings it is in, seconds of latency around them)."""
+    rate = hops = 0.0
+    for axis, full in enumerate(extent):
+        spanned = len({device.coords[axis] for device in members})
+        if spanned > 1:
+            closed = spanned == full and full % chip.wrap == 0
+            rate += chip.link * (2 if closed else 1)
+            hops += spanned / 2 if closed else spanned
+    # Two devices of one chip share its links.
+    return rate or chip.link, HOP * max(hops, 1.0)
+
+
+class _Walk:
+    def __init__(self, module: hlo.Module, chip: Chip, mesh: Mesh, unknown_trips: float):
+        self._module, self._chip, self._mesh, self._unknown = module, chip, mesh, unknown_trips
+        self._devices = list(mesh.devices.flat)
+        self._extent = ()
+        if chip.torus:
+            self._extent = tuple(
+                1 + max(d.coords[k] for d in self._devices) for k in range(len(self._devices[0].coords))
+            )
+        self.result = Estimate()
+
+    def run(self, computation: str, times: float) -> float:
+        """Seconds of one execution; what is counted is multiplied by `times`."""
+        clock = free = 0.0  # now; when the links are free
+        flying: dict[str, tuple[float, Collective]] = {}
+        scope = self._module.computations[computation]
+        for instruction in self._module.instructions(computation):
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips = self._module.trips(instruction, computation, self._unknown)
+                clock += trips * self.run(instruction.called[0], times * trips)
+            elif opcode == "conditional":
+                clock += self._longest(instruction.called, times)
+            elif opcode == "call":
+                clock += self.run(instruction.called[0], times)
+            elif (found := self._collective(instruction, scope, times)) is not None:
+                phase, key, collective = found
+                if phase == "start":
+                    free = max(clock, free) + collective.seconds
+                    flying[key] = free, collective
+                elif phase == "done" and key in flying:
+                    finish, collective = flying.pop(key)
+                    wait = max(0.0, finish - clock)
+                    clock += wait
+                    self._count(collective, wait, times)
+                elif phase == "at once":
+                    # What is fused with it runs beside it.
+                    compute = self._compute(instruction, computation, times)
+                    free = max(clock, free) + collective.seconds
+                    wait = max(0.0, free - clock - compute)
+                    clock += compute + wait
+                    self._count(collective, wait, times)
+                else:
+                    clock += self._compute(instruction, computation, times)
+            else:
+                clock += self._compute(instruction, computation, times)
+        return clock
+
+    def _longest(self, branches: Sequence[str], times: float) -> float:
+        """Of several computations of which one runs: the one that takes longest, counted."""
+        before = self.result
+        results = []
+        for branch in branches:
+            self.result = Estimate()
+            results.append((self.run(branch, times), self.result))
+        seconds, taken = max(results, key=lambda pair: pair[0])
+        self.result = before
+        before.work += taken.work
+        for name, value in taken.bound.items():
+            before.bound[name] = before.bound.get(name, 0.0) + value
+        before.collectives += taken.collectives
+        before.slowest += taken.slowest
+        return seconds
+
+    def _compute(self, instruction: hlo.Instruction, computation: str, times: float) -> float:
+        work = self._module.work(instruction, computation)
+        seconds, bound = instruction_seconds(work, self._chip)
+        if not seconds or instruction.opcode == "copy-start":  # the copy engine works beside the core
+            return 0.0
+        seconds += OVERHEAD
+        result = self.result
+        result.work += work.times(times)
+        result.bound[bound] = result.bound.get(bound, 0.0) + times * seconds
+        result.slowest.append((times * seconds, instruction.name, self._module.source(instruction), work))
+        return seconds
+
+    def _collective(
+        self, instruction: hlo.Instruction, scope: Mapping[str, hlo.Instruction], times: float
+    ) -> tuple[str, str, Collective | None] | None:
+        """(phase, key, collective) of an instruction that is, holds, starts or ends a collective, else None.
+
+        Phases: at once; start and done, which share a key; between, of a TPU's fusion of computation with a step of a
+        collective that was started before.
+        """
+        opcode, inner = instruction.opcode, instruction
+        if opcode == "async-done" or (opcode.endswith("-done") and opcode.removesuffix("-done") in hlo.COLLECTIVES):
+            return "done", instruction.operands[0], None
+        if opcode in ("fusion", "async-start"):
+            for name in instruction.called:
+                scope = self._module.computations[name]
+                inner = next((i for i in scope.values() if hlo.collective_kind(i)), None)
+        kind = inner and hlo.collective_kind(inner)
+        if not kind:
+            return None
+        phase, key = ("start", instruction.name) if opcode.endswith("-start") else ("at once", instruction.name)
+        if opcode == "fusion" and "async_collective_fusion_config" in inner.attributes:
+            key = inner.attribute("channel_id")
+            phase = {"start": "start", "done": "done"}.get(instruction.name.split(".")[0].split("-")[-1], "between")
+        if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
+            kind = "reduce-scatter"
+        size, groups = hlo.collective_bytes(inner, scope), hlo.groups(inner, len(self._devices))
+        members = [self._devices[i] for i in groups[0]]
+        seconds = collective_seconds(kind, size, members, self._chip, self._extent)
+        source = self._module.source(inner)
+        return phase, key, Collective(kind, self._axes(groups), size, times, seconds, 0.0, source, instruction.name)
+
+    def _axes(self, groups: Sequence[Sequence[int]]) -> str:
+        """Mesh axes along which the members of a group differ."""
+        shape = self._mesh.devices.shape
+        moved = set()
+        for group in groups[: 1 if len(groups[0]) > 2 else None]:
+            at = [_unravel(i, shape) for i in group]
+            moved |= {axis for axis in range(len(shape)) if len({place[axis] for place in at}) > 1}
+        return ",".join(self._mesh.axis_names[axis] for axis in sorted(moved))
+
+    def _count(self, collective: Collective, wait: float, times: float) -> None:
+        self.result.collectives.append(dataclasses.replace(collective, exposed=times * wait))
+        self.result.bound["collectives"] = self.result.bound.get("collectives", 0.0) + times * wait
+
+
+def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    place = []
+    for axis in range(len(shape)):
+        after = math.prod(shape[axis + 1 :])
+        place.append(index // after % shape[axis])
+    return tuple(place)

@@ -1,0 +1,134 @@
+"""Which remat policy, mesh and batch size suit a topology: guessed by memory and arithmetic, settled by compiling."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lina_jax import flops, mesh, programs, state
+from lina_jax.config import Config
+from lina_jax.errors import UserError
+from lina_jax.topology import Topology
+
+GIB = 2**30
+FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
+# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products give (query, key,
+# value, projection, four of the hidden layer, one more) and the block's input; none also what lies between them.
+KEPT = {"none": 26, "dots": 10, "full": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    per_chip: int
+    remat: str
+    fsdp: int
+    tensor: int
+
+    def __str__(self) -> str:
+        return f"{self.per_chip} images a chip, remat {self.remat}, fsdp {self.fsdp}, tensor {self.tensor}"
+
+
+def search(
+    config: Config,
+    where: Topology,
+    devices: Sequence[jax.Device],
+    plan: Callable[[Config], dict[str, Any]],
+    *,
+    compiles: int,
+    fixed_batch: bool,
+) -> dict[str, Any]:
+    """The report of the fastest config that fits (or of the last one tried), with `recommended` and `tried`.
+
+    At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
+    """
+    candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
+    if not candidates:
+        raise UserError("--search: by estimate no mesh and remat policy fit; take more chips or fewer images a chip")
+    tried, best = [], None
+    for number, candidate in enumerate(candidates[:compiles], 1):
+        print(f"{number} of {min(compiles, len(candidates))}: {candidate}", file=sys.stderr, flush=True)
+        report = plan(apply(config, dataclasses.asdict(candidate), where.chips))
+        mfu = report.get("predicted_mfu", 0.0)
+        print(
+            f"  {'fits' if report['fits'] else 'does not fit'}, {report['memory_bytes']['total'] / GIB:.1f} GiB, "
+            f"MFU {mfu:.1%}",
+            file=sys.stderr,
+            flush=True,
+        )
+        tried.append(dataclasses.asdict(candidate) | {"fits": report["fits"], "predicted_mfu": mfu})
+        report["recommended"] = dataclasses.asdict(candidate)
+        if best is None or (report["fits"], report.get("images_per_s", 0)) > (
+            best["fits"],
+            best.get("images_per_s", 0),
+        ):
+            best = report
+    return best | {"tried": tried}
+
+
+def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> Config:
+    """The config with a candidate's choices."""
+    return dataclasses.replace(
+        config,
+        batch_size=config.batch_size if chips is None else chosen["per_chip"] * chips,
+        model=dataclasses.replace(config.model, remat=chosen["remat"]),
+        mesh=dataclasses.replace(config.mesh, data=-1, fsdp=chosen["fsdp"], tensor=chosen["tensor"]),
+    )
+
+
+def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
+    """Candidates that by estimate fit and that the mesh allows, those of most images a second first."""
+    known = max(1, config.batch_size // where.chips)
+    sizes = [known] if fixed_batch else sorted({known} | {2**n for n in range(7)})
+    memory: dict[tuple[int, int], int] = {}
+    found = []
+    for fsdp in (n for n in _powers(len(devices)) if config.model.width % n == 0):
+        for tensor in (1, 2, 4):
+            for per_chip in sizes:
+                for remat in RECOMPUTED:
+                    candidate = Candidate(per_chip, remat, fsdp, tensor)
+                    trial = apply(config, dataclasses.asdict(candidate), where.chips)
+                    try:
+                        grid = mesh.build(trial.mesh, list(devices))
+                        mesh.check(trial, grid)
+                    except UserError:
+                        continue
+                    if (fsdp, tensor) not in memory:
+                        memory[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
+                    if memory[fsdp, tensor] + _activations(trial, candidate) < FULL * where.chip.memory:
+                        found.append((_seconds_an_image(trial, candidate, where), candidate))
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+
+
+def _activations(config: Config, candidate: Candidate) -> float:
+    """Bytes of one chip's activations: what blocks keep, and the widest block's own.
+
+    Nothing is saved by `tensor`: it cuts hidden units and heads, but each device of a group has the whole group's rows.
+    """
+    model, width = config.model, config.model.width * 2
+    condition, image = model.condition_tokens, model.image_tokens
+    text = model.text_tokens if model.condition == "text" else 1
+    blocks = model.condition_depth * (text + condition) + model.image_depth * (condition + image)
+    head = config.loss.repeat * image * model.head_width * 2
+    kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
+    working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
+    return candidate.per_chip * (kept + working) / config.optim.accumulate
+
+
+def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> float:
+    """Roughly: arithmetic and, half of it hidden, what fsdp and tensor move."""
+    chip, model = where.chip, config.model
+    work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
+    weights = 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
+    links = chip.link * (2 if chip.torus else 1)
+    gathered = 3 * weights / links if candidate.fsdp > 1 else 2 * weights / links
+    tokens = model.condition_tokens + model.image_tokens
+    summed = 8 * tokens * model.width * 2 * (model.condition_depth + model.image_depth) / links
+    moved = gathered / candidate.per_chip + (summed if candidate.tensor > 1 else 0.0)
+    return work + 0.5 * moved
+
+
+def _powers(most: int) -> list[int]:
+    return [n for n in (2**k for k in range(most.bit_length())) if n <= most and most % n == 0]

@@ -1,0 +1,96 @@
+"""Slices and nodes that are not there: their devices, as compilers know them."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from importlib import resources
+
+import jax
+from jax.experimental import topologies
+
+from lina_jax import xla_flags
+from lina_jax.chips import CHIPS, Chip
+from lina_jax.errors import UserError
+
+# libtpu asks the machine it runs on for these, and has no answer on one without a TPU.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many chips of a kind: v5p:4x4x4 is one slice, v5p:4x4x4*2 two of them, h200:8 a node, h200:4x8 four."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]  # chips along each dimension of a slice; GPUs: nodes, GPUs of a node
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+
+def parse(text: str) -> Topology:
+    """Raises UserError with what is allowed."""
+    example = "expected CHIP:SHAPE like v5e:16x16, v5p:4x4x4, v5p:4x4x4*2 (two slices), h200:8 or h200:4x8 (four nodes)"
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
+    if not match:
+        raise UserError(f"--topology={text!r}: {example}")
+    name, shape, slices = match[1], tuple(map(int, match[2].split("x"))), int(match[3] or 1)
+    if name not in CHIPS:
+        raise UserError(f"--topology={text!r}: {name!r} is not known, only {', '.join(CHIPS)}")
+    if not all((*shape, slices)):
+        raise UserError(f"--topology={text!r}: {example}")
+    chip = CHIPS[name]
+    if chip.torus:
+        if len(shape) != chip.torus:
+            raise UserError(f"--topology={text!r}: a slice of {name} has {chip.torus} dimensions, not {len(shape)}")
+    elif len(shape) > 2 or slices > 1:
+        raise UserError(f"--topology={text!r}: GPUs are {name}:GPUS or {name}:NODESxGPUS")
+    elif len(shape) == 1:
+        shape = (1, *shape)
+    return Topology(name, chip, shape, slices)
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """The devices, for a mesh. Raises UserError where their compiler is not installed or knows no such slice.
+
+    Must be called before this process uses a backend of JAX: it makes the CPU the default one.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    chip = topology.chip
+    if chip.torus:
+        _require("libtpu", topology, "pip install 'lina_jax[plan]'")
+        os.environ.update(_TPU_ENVIRONMENT)
+        os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(xla_flags.TPU))
+        name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
+        options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
+    else:
+        _require("jax_cuda12_plugin", topology, "pip install 'lina_jax[plan-gpu]'")
+        name = topology.name.upper()
+        target = resources.files("lina_jax").joinpath(f"targets/{topology.name}.txtpb").read_text()
+        options = {"target_config": target, "topology": "1x" + "x".join(map(str, topology.shape))}
+    try:
+        return list(topologies.get_topology_desc(name, platform=chip.platform, **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology: the compiler knows no such slice: {str(error).splitlines()[0]}") from error
+
+
+def compiler_options(topology: Topology) -> dict[str, object]:
+    """What a compiler has to be told where the device is not there."""
+    if topology.chip.torus:
+        return {}
+    # Nothing can be measured; and of some products XLA's choice of Triton tiles then fails (jax 0.10.2).
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+def _require(package: str, topology: Topology, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--topology={topology.name}: its compiler is not installed; {remedy}")
