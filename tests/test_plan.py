@@ -1,5 +1,6 @@
 """Plans: programs are read as they are written, seconds follow from them, and real steps compile for absent TPUs."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lina_jax import chips, hlo, mesh, programs, roofline, topology
+from lina_jax import chips, hlo, mesh, programs, roofline, search, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -264,6 +265,15 @@ def test_the_sampling_step_takes_what_the_plan_says(condition, tiny):
     program, arguments = programs.sampling_step(config, grid(data=4, fsdp=2), images=16)
     (images,) = jax.tree.leaves(program.lower(*arguments).out_info)
     assert images.shape == (16, *config.model.latent_size, 3)
+
+
+def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
+    candidates = search.ranked(tiny(batch_size=16), where, jax.devices(), fixed_batch=True)
+    assert {candidate.per_chip for candidate in candidates} == {2}
+    assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
+    small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
+    assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
 
 
 def run_plan(*args: str) -> subprocess.CompletedProcess:
