@@ -8,10 +8,10 @@ their trips, and of a conditional the longest branch counts. docs/planning.md sa
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lina_jax import hlo
@@ -239,18 +239,10 @@ class _Walk:
         shape = self._mesh.devices.shape
         moved = set()
         for group in groups[: 1 if len(groups[0]) > 2 else None]:
-            at = [_unravel(i, shape) for i in group]
+            at = [np.unravel_index(i, shape) for i in group]
             moved |= {axis for axis in range(len(shape)) if len({place[axis] for place in at}) > 1}
         return ",".join(self._mesh.axis_names[axis] for axis in sorted(moved))
 
     def _count(self, collective: Collective, wait: float, times: float) -> None:
         self.result.collectives.append(dataclasses.replace(collective, exposed=times * wait))
         self.result.bound["collectives"] = self.result.bound.get("collectives", 0.0) + times * wait
-
-
-def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    place = []
-    for axis in range(len(shape)):
-        after = math.prod(shape[axis + 1 :])
-        place.append(index // after % shape[axis])
-    return tuple(place)
