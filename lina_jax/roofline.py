@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from lina_jax import hlo
 from lina_jax.chips import Chip
 
-# Shares of the rates in `chips` that good kernels reach. TPU: large bf16 products measure 0.9 and more of the peak, HBM
-# streams 0.9, long rings 0.9 of their links. GPU: power limits bf16 products of realistic values to about 700 of the
-# data sheet's 989 TFLOP/s (H100, H200), NCCL's rings reach 0.8 of NVLink.
+# Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has the
+# one comparison with a measurement. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
 ATTAINED = {
     "tpu": {"matmul": 0.92, "vector": 0.7, "memory": 0.9, "link": 0.9},
     "cuda": {"matmul": 0.72, "vector": 0.7, "memory": 0.9, "link": 0.8},
