@@ -8,18 +8,17 @@ their trips, and of a conditional the longest branch counts. docs/planning.md sa
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lina_jax import hlo
 from lina_jax.chips import Chip
 
-# Shares of the rates in `chips` that good kernels reach. TPU: large bf16 products measure 0.9 and more of the peak, HBM
-# streams 0.9, long rings 0.9 of their links. GPU: power limits bf16 products of realistic values to about 700 of the
-# data sheet's 989 TFLOP/s (H100, H200), NCCL's rings reach 0.8 of NVLink.
+# Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has the
+# one comparison with a measurement. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
 ATTAINED = {
     "tpu": {"matmul": 0.92, "vector": 0.7, "memory": 0.9, "link": 0.9},
     "cuda": {"matmul": 0.72, "vector": 0.7, "memory": 0.9, "link": 0.8},
@@ -239,18 +238,10 @@ class _Walk:
         shape = self._mesh.devices.shape
         moved = set()
         for group in groups[: 1 if len(groups[0]) > 2 else None]:
-            at = [_unravel(i, shape) for i in group]
+            at = [np.unravel_index(i, shape) for i in group]
             moved |= {axis for axis in range(len(shape)) if len({place[axis] for place in at}) > 1}
         return ",".join(self._mesh.axis_names[axis] for axis in sorted(moved))
 
     def _count(self, collective: Collective, wait: float, times: float) -> None:
         self.result.collectives.append(dataclasses.replace(collective, exposed=times * wait))
         self.result.bound["collectives"] = self.result.bound.get("collectives", 0.0) + times * wait
-
-
-def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    place = []
-    for axis in range(len(shape)):
-        after = math.prod(shape[axis + 1 :])
-        place.append(index // after % shape[axis])
-    return tuple(place)

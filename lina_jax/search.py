@@ -13,6 +13,7 @@ from lina_jax.errors import UserError
 from lina_jax.topology import Topology
 
 GIB = 2**30
+TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
 # Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products give (query, key,
@@ -124,6 +125,8 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> 
     weights = 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
     links = chip.link * (2 if chip.torus else 1)
     gathered = 3 * weights / links if candidate.fsdp > 1 else 2 * weights / links
+    if chip.torus and model.width // candidate.fsdp % TILE:
+        gathered *= 2
     tokens = model.condition_tokens + model.image_tokens
     summed = 8 * tokens * model.width * 2 * (model.condition_depth + model.image_depth) / links
     moved = gathered / candidate.per_chip + (summed if candidate.tensor > 1 else 0.0)

@@ -1,5 +1,6 @@
 """Plans: programs are read as they are written, seconds follow from them, and real steps compile for absent TPUs."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lina_jax import chips, hlo, mesh, programs, roofline, topology
+from lina_jax import chips, hlo, mesh, programs, roofline, search, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -258,6 +259,23 @@ def test_the_abstract_batch_is_what_records_give(tiny, batch_of):
     assert {n: (x.shape, x.dtype) for n, x in abstract.items()} == {n: (x.shape, x.dtype) for n, x in real.items()}
 
 
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_the_sampling_step_takes_what_the_plan_says(condition, tiny):
+    config = tiny(model={"condition": condition})
+    program, arguments = programs.sampling_step(config, grid(data=4, fsdp=2), images=16)
+    (images,) = jax.tree.leaves(program.lower(*arguments).out_info)
+    assert images.shape == (16, *config.model.latent_size, 3)
+
+
+def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
+    candidates = search.ranked(tiny(batch_size=16), where, jax.devices(), fixed_batch=True)
+    assert {candidate.per_chip for candidate in candidates} == {2}
+    assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
+    small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
+    assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
+
+
 def run_plan(*args: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
     command = [sys.executable, "-m", "lina_jax.plan", *args]
@@ -268,21 +286,21 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason
 
 
 @needs_libtpu
-def test_the_steps_of_a_model_compile_for_a_tpu_and_json_stands_alone(tiny, config_file):
+def test_the_step_of_a_model_compiles_for_a_tpu_and_json_stands_alone(tiny, config_file):
     config = tiny(model={"scan_layers": True}, batch_size=8)
-    done = run_plan(f"--config={config_file(config)}", "--topology=v5e:2x2", "--json", "--config.mesh.fsdp=2")
+    where = ("--topology=v5e:2x2", "--config.mesh.fsdp=2")
+    done = run_plan(f"--config={config_file(config)}", *where, "--json", "--nosampling")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["fits"] and report["sampling"]["fits"]
+    assert report["fits"]
     assert report["mesh"]["fsdp"] == report["mesh"]["data"] == 2
     assert report["collective_bytes"]
     assert 0 < report["predicted_mfu"] < 1
     # The compiler may pad and recompute; that much less, and products were not seen.
     assert report["compiled_flops"] > 0.8 * report["model_flops"]
     memory = report["memory_bytes"]
-    assert memory["total"] == pytest.approx(
-        memory["params"] + memory["optimizer"] + memory["ema"] + memory["batch"] + memory["temporaries"], rel=0.05
-    )
+    parts = ("params", "optimizer", "ema", "batch", "temporaries")
+    assert memory["total"] >= sum(memory[part] for part in parts)  # tiles are padded
     assert "train step" in done.stderr
 
 
