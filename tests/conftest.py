@@ -20,7 +20,15 @@ from lina_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8
-QUICKLY_COMPILED = {"test_end_to_end", "test_mesh", "test_state", "test_train", "test_generate", "test_encoders"}
+QUICKLY_COMPILED = {
+    "test_end_to_end",
+    "test_mesh",
+    "test_state",
+    "test_train",
+    "test_generate",
+    "test_encoders",
+    "test_many_hosts",
+}
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
 
