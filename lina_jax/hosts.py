@@ -62,6 +62,9 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
     code. With `preemption`, SIGTERM is a notice for `preemption.Notice`.
     """
     values = flags.FLAGS
+    for name in ("connect_timeout", "heartbeat_timeout"):
+        if not values[name].value > 0:
+            raise UserError(f"--{name}={values[name].value}: must be positive")
     cluster = the_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
     if cluster is None:
         yield

@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 DEADLINE_S = 200  # for processes to get somewhere, or to end
 HEARTBEAT_S = 6
 # Relative difference of the loss of a step. Nothing but the order of sums may differ:
-# measured ?.
-TOLERANCE = 1e-5
+# measured 9e-8 over eleven steps.
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +162,6 @@ def test_two_processes_compute_what_one_computes(two, reference):
     check_losses(two, reference(6), range(1, 7))
 
 
-def test_four_processes_compute_what_one_computes(file, start, tmp_path, reference):
-    succeed(start("train", 4, f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.steps=4"))
-    check_losses(tmp_path / "run", reference(6), range(1, 5))
-
-
 def test_two_processes_draw_what_one_draws(two, start, tmp_path):
     drawn = []
     for count in (1, 2):
@@ -183,7 +178,9 @@ def test_two_processes_evaluate_as_training_does(two, start, tmp_path):
     assert score["validation"] == pytest.approx({n: row[f"validation/{n}"] for n in score["validation"]}, rel=TOLERANCE)
 
 
-def test_a_flipped_bit_is_noticed_by_all_and_the_checkpoint_before_is_used(two, file, start, tmp_path, reference):
+def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_before(
+    two, file, start, tmp_path, reference
+):
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
     largest = max((workdir / "checkpoints" / "6" / "params").rglob("*"), key=lambda path: path.stat().st_size)
@@ -193,7 +190,7 @@ def test_a_flipped_bit_is_noticed_by_all_and_the_checkpoint_before_is_used(two, 
         opened.seek(-1, os.SEEK_CUR)
         opened.write(bytes([byte[0] ^ 1]))
     (workdir / "metrics.jsonl").unlink()
-    processes = start("train", 2, f"--config={file}", f"--workdir={workdir}")
+    processes = start("train", 4, f"--config={file}", f"--workdir={workdir}")
     succeed(processes)
     name = largest.relative_to(workdir / "checkpoints" / "6")
     assert (
@@ -206,13 +203,13 @@ def test_a_flipped_bit_is_noticed_by_all_and_the_checkpoint_before_is_used(two, 
     assert Checkpoints(workdir, CheckpointConfig(), create=False).latest_step() == 6
 
 
-@pytest.mark.parametrize(("seed", "goes_on_in"), [(0, 1), (1, 4)])
-def test_sigterm_to_one_saves_the_same_step_in_all(seed, goes_on_in, config, file, start, tmp_path, reference):
-    """At a random moment, and once more while all are about to save; then more or fewer processes go on."""
+@pytest.mark.parametrize(("seed", "count", "goes_on_in"), [(0, 2, 1), (1, 4, 2)])
+def test_sigterm_to_one_saves_the_same_step_in_all(seed, count, goes_on_in, config, file, start, tmp_path, reference):
+    """At a random moment, and once more while all are about to save; then fewer processes go on."""
     draw, workdir = random.Random(seed), tmp_path / "run"
     options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=100000"]
-    processes = start("train", 2, *options, "--config.steps=100000")
-    moment, victim = draw.randint(1, 9), draw.randrange(2)
+    processes = start("train", count, *options, "--config.steps=100000")
+    moment, victim = draw.randint(1, 9), draw.randrange(count)
     wait_until(lambda: max(losses(workdir), default=0) >= moment, processes)
     processes[victim].send(signal.SIGTERM)
     processes[victim].send(signal.SIGTERM)
