@@ -1,7 +1,8 @@
 """Checkpoints: orbax, asynchronous, atomic; and the config that a workdir belongs to.
 
 WORKDIR/checkpoints/STEP holds the state after STEP batches in four items, so that sampling reads just the weights it
-needs.
+needs, and digests of their files (`integrity.py`). A damaged checkpoint is named and the one before it used; training
+moves it to WORKDIR/damaged.
 """
 
 import dataclasses
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
 from lina_jax import config as config_lib
+from lina_jax import integrity
 from lina_jax.config import CheckpointConfig, Config
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
@@ -25,10 +29,13 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig, *, create: bool = True):
         self.directory = workdir.resolve() / "checkpoints"
+        self._aside = workdir.resolve() / "damaged"
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
             create=create,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._record_digests),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -45,21 +52,29 @@ class Checkpoints:
             return
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in WEIGHTS}
         items["progress"] = ocp.args.StandardSave(_progress(state))
+        self.wait()  # for the save before, to which `_saving` belongs until it is finished
+        self._saving = step
         with self._naming_failures():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
-        """The state at `step` (default: the latest), laid out as `plan` says, whatever mesh it was saved from."""
-        step = self._existing(step)
+        """The state at `step`, laid out as `plan` says, whatever mesh it was saved from.
+
+        Without a step it is the latest that is not damaged; damaged ones are moved away, since the run will come to
+        their steps again.
+        """
         shapes = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
-        items = self._restore(step, shapes)
+        _, items, damaged = self._restore_sound(step, shapes)
+        if damaged:
+            self._move_aside(damaged)
         progress = items.pop("progress")
         return TrainState(**progress, **items)
 
     def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
         """(parameters or their EMA, frozen arrays, step), nothing else read from disk."""
-        step, name = self._existing(step), "ema" if ema else "params"
-        items = self._restore(step, {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen})
+        name = "ema" if ema else "params"
+        shapes = {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen}
+        step, items, _ = self._restore_sound(step, shapes)
         return items[name], items["frozen"], step
 
     def wait(self) -> None:
@@ -72,13 +87,34 @@ class Checkpoints:
         with self._naming_failures():
             self._manager.close()
 
+    def _restore_sound(self, step: int | None, shapes: dict[str, Tree]) -> tuple[int, dict[str, Tree], list[int]]:
+        """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound."""
+        damaged: dict[int, str] = {}
+        for candidate in self._candidates(step):
+            try:
+                items = self._restore(candidate, shapes)
+            except _Damaged as error:
+                damaged[candidate] = str(error)
+                continue
+            for later, reason in damaged.items():
+                if jax.process_index() == 0:
+                    logging.warning(
+                        "checkpoint %d in %s is damaged (%s): using %d", later, self.directory, reason, candidate
+                    )
+            return candidate, items, list(damaged)
+        named = "; ".join(f"checkpoint {later} in {self.directory} is damaged ({damaged[later]})" for later in damaged)
+        raise UserError(f"{named}: {'no other was asked for' if step is not None else 'there is no older one'}")
+
     def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
-        """Raises UserError when the checkpoint is damaged, or has other arrays than `shapes`."""
+        """Raises _Damaged, and UserError when the checkpoint has other arrays than `shapes`."""
+        folder = self.directory / str(step)
+        if reason := integrity.damage(folder, shapes):
+            raise _Damaged(reason)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         try:
             # Orbax tells neither from the other, and says either at length.
             for name, tree in shapes.items():
-                self._check_shapes(self.directory / str(step) / name, tree)
+                self._check_shapes(folder / name, tree)
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         except (UserError, jax.errors.JaxRuntimeError):  # the latter: no memory
             raise
@@ -87,11 +123,11 @@ class Checkpoints:
             while cause.__cause__:
                 cause = cause.__cause__
             reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # in brackets: how it was read
-            older = [s for s in self.steps() if s < step]
-            remedy = f"to go on from step {older[-1]}" if older else "to start again: there is no older one"
-            raise UserError(
-                f"checkpoint {step} in {self.directory} is damaged ({reason}); remove that folder {remedy}"
-            ) from error
+            if jax.process_count() > 1:  # others may have read it, so that all of them have to start again
+                raise UserError(
+                    f"checkpoint {step} in {self.directory} cannot be read ({reason}); if it is damaged, remove it"
+                ) from error
+            raise _Damaged(reason) from error
 
     def _check_shapes(self, item: Path, wanted: Tree) -> None:
         for part in ("_METADATA", "manifest.ocdbt"):
@@ -111,18 +147,36 @@ class Checkpoints:
                 "(--allow_config_change cannot change the arrays of model or optimizer: choose another --workdir)"
             )
 
-    def _existing(self, step: int | None) -> int:
+    def _candidates(self, step: int | None) -> list[int]:
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
         if step is None:
-            return steps[-1]
+            return steps[::-1]
         if step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
-        return step
+        return [step]
+
+    def _move_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            self._aside.mkdir(exist_ok=True)
+            for step in steps:
+                before = len(list(self._aside.glob(f"{step}.*")))
+                os.rename(self.directory / str(step), self._aside / f"{step}.{before}")
+        multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
+        self._manager.reload()
+
+    def _record_digests(self) -> None:
+        """Called by orbax in process 0 when all is written, before the folder gets its name."""
+        for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            integrity.record(folder)
 
     def _naming_failures(self):
         return _NamedFailure(self.directory)
+
+
+class _Damaged(Exception):
+    """A checkpoint's files are not those that were saved."""
 
 
 @dataclasses.dataclass
@@ -135,7 +189,8 @@ class _NamedFailure:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        gone = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1  # another process, not a disk
+        if isinstance(error, Exception) and not isinstance(error, UserError) and not gone:
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
 

@@ -239,6 +239,9 @@ class Config:
     seed: int = 3
     steps: int = 2_500_000
     batch_size: int = 2_048  # global, in images
+    step_timeout: float = (
+        1800.0  # seconds after which a step has stalled and the process ends, to be run again; 0: never
+    )
     model: ModelConfig = ModelConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
@@ -259,7 +262,7 @@ FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
     "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
     "autoencoder.path", "autoencoder.tile", "text_encoder.path", "model.remat", "model.scan_layers",
-    "optim.max_skipped",
+    "optim.max_skipped", "step_timeout",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ MAY_BE_ZERO = frozenset({
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
-    "model.condition_depth", "data.short_caption", "data.workers",
+    "model.condition_depth", "data.short_caption", "data.workers", "step_timeout",
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset({
     "mesh.replica", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",

@@ -48,6 +48,12 @@ def load(given: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def given_flags() -> dict[str, object]:
+    """{'--name': value} of the flags that the command line gives, beside those that differ among processes."""
+    values, own = flags.FLAGS, ("coordinator", "process_id")
+    return {f"--{name}": values[name].value for name in sorted(values) if values[name].present and name not in own}
+
+
 class _Parser(flags.ArgumentParser):
     """Loads as above, and looks at the names of the overrides before ml_collections does."""
 

@@ -153,6 +153,11 @@ class Records:
         total = sum(self._weights)
         return min(len(s) * total // weight for s, weight in zip(self._splits, self._weights, strict=True))
 
+    @property
+    def manifest(self) -> str:
+        """The same wherever the same records were opened."""
+        return " ".join(split.manifest for split in self._splits)
+
     def order(self, seed: int) -> order.Order:
         return order.make([len(split) for split in self._splits], self._weights, seed)
 

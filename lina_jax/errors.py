@@ -1,6 +1,8 @@
 """How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
-Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 130 interrupted (Ctrl-C).
+Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
+(EX_TEMPFAIL: preempted, a step that stalled, another process that is gone; launchers restart on it), 130 interrupted
+(Ctrl-C).
 """
 
 import contextlib
@@ -8,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -16,6 +19,9 @@ from absl import logging as absl_logging
 
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's names of flag types
 
+RUN_AGAIN = 75
+_leaving = threading.Lock()
+
 
 class UserError(Exception):
     """A mistake in a config, a flag, a path or a file; the message names the value and what is allowed. Exit code 2."""
@@ -23,6 +29,24 @@ class UserError(Exception):
 
 class TrainingDiverged(Exception):
     """Training stopped itself to protect its checkpoints. Exit code 1."""
+
+
+class Preempted(Exception):
+    """Training was asked to stop and has saved; the same command goes on. Exit code 75."""
+
+
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """(line, exit code) of an error that is no bug."""
+    match error:
+        case UserError() | OSError():  # OSError: a full disk, a place that cannot be written or read
+            return f"error: {error}", 2
+        case TrainingDiverged():
+            return f"error: {error}", 1
+        case Preempted():
+            return f"preempted; {error}", RUN_AGAIN
+        case KeyboardInterrupt():
+            return "; ".join(["interrupted", *map(str, error.args)]), 130
+    return None
 
 
 def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> None:
@@ -39,10 +63,10 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             if rest:
                 raise UserError(f"unexpected argument {rest[0]!r}: options are given as --name=value")
             main(argv)
-        except (UserError, OSError) as error:  # OSError: a full disk, a place that cannot be written or read
-            _leave(f"error: {error}", 2)
-        except TrainingDiverged as error:
-            _leave(f"error: {error}", 1)
+        except Exception as error:
+            if known := ending(error):
+                leave(*known)
+            raise
         return 0
 
     # When one read of a checkpoint fails, orbax abandons the others; they would tell of it at length, each in its way.
@@ -51,7 +75,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except KeyboardInterrupt as stop:
-        _leave("; ".join(["interrupted", *map(str, stop.args)]), 130)
+        leave(*ending(stop))
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -61,10 +85,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except SystemExit:  # absl's help ends with 1
         sys.exit(0)
     except flags.IllegalFlagValueError as error:
-        _leave(f"error: {_illegal_value(error)}", 2)
+        leave(f"error: {_illegal_value(error)}", 2)
     # A config file and the overrides of its fields are evaluated while flags are parsed: any mistake can surface here.
     except Exception as error:
-        _leave(f"error: {error}", 2)
+        leave(f"error: {error}", 2)
 
     if flags.FLAGS[
         "verbosity"
@@ -81,8 +105,9 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     return f"{given}: expected {expected}" if expected else str(error)
 
 
-def _leave(line: str, code: int) -> NoReturn:
-    """Print one line and end the process."""
+def leave(line: str, code: int) -> NoReturn:
+    """Print one line and end the process, of the threads that want it the first."""
+    _leaving.acquire()
     print(" ".join(line.split()), file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
-from lina_jax import data, errors, pictures, places, sample, scene_score, shapes, state
+from lina_jax import config_file, data, errors, hosts, pictures, places, sample, scene_score, shapes, state
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
@@ -51,8 +52,12 @@ class Validation:
             numbers = start + np.arange(batch)
             present = numbers < self._count
             rows = {name: array[np.minimum(numbers, self._count - 1)] for name, array in self._examples.items()}
-            rows, numbers = jax.device_put((rows, np.where(present, numbers, -1)), place)
-            sums += np.asarray(self._step(params, frozen, rows, numbers), np.float64)
+            # Every process has all rows in memory, and gives its devices theirs.
+            rows, numbers = jax.tree.map(
+                lambda array: jax.make_array_from_callback(array.shape, place, array.__getitem__),
+                (rows, np.where(present, numbers, -1)),
+            )
+            sums += multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True)
         total, weight = sums
         edges = np.linspace(0, 1, NOISE_LEVELS + 1)
         by_level = {
@@ -71,7 +76,11 @@ def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    values = flags.FLAGS
+    with hosts.together(config_file.given_flags()):
+        _main(flags.FLAGS)
+
+
+def _main(values: flags.FlagValues) -> None:
     if not values.workdir:
         raise UserError("--workdir=DIR (a training directory) is needed")
     if values.scenes < 0:
@@ -97,6 +106,9 @@ def main(argv: Sequence[str]) -> None:
         scores, images, captions = scene_scores(sampler, raw if values.raw else ema, frozen, values.scenes, values.seed)
         result = {**scores, **result, "sample": dataclasses.asdict(settings), "seed": values.seed}
         shown = min(len(images), 36)
+    if jax.process_index() != 0:
+        return
+    if values.scenes:
         pictures.save(out / "samples.png", pictures.grid(images[:shown], captions[:shown]))
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "score.json.partial"
@@ -114,4 +126,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
+    hosts.define_flags()
     errors.run(main)

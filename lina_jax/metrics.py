@@ -1,7 +1,9 @@
 """What a run reports: JSON lines and TensorBoard events, throughput and MFU, the loss curve."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,12 @@ class Throughput:
         rates = {"images_per_s": images, "model_flops_per_s": images * self._flops}
         return rates | ({"mfu": images * self._flops / self._peak} if self._peak else {})
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training."""
-        self._time += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out time that is not training."""
+        started = time.monotonic()
+        yield
+        self._time += time.monotonic() - started
 
 
 def read_jsonl(path: Path) -> list[dict[str, float | None]]:

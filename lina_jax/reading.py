@@ -1,6 +1,7 @@
 """Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
 
 import bisect
+import hashlib
 import itertools
 import os
 import resource
@@ -67,8 +68,9 @@ class Readers:
 class Split:
     """Random access to the serialized records of one split."""
 
-    def __init__(self, shards: Sequence[Shard], form: Form):
-        self.form = form
+    def __init__(self, shards: Sequence[Shard], form: Form, manifest: str = ""):
+        """`manifest` is a digest of what the dataset says of itself and of the split."""
+        self.form, self.manifest = form, manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         self._readers = Readers(_open_files() // 2)
@@ -77,7 +79,7 @@ class Split:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self):
-        return self._shards, self.form
+        return self._shards, self.form, self.manifest
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -146,7 +148,8 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
         if missing:
             raise UserError(f"{len(missing)} of the {len(shards)} shards of {split!r} are missing, first {missing[0]}")
-    return Split(shards, _form(info.features))
+    said = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
+    return Split(shards, _form(info.features), hashlib.sha256(said + split.encode()).hexdigest()[:16])
 
 
 def _info(directory: Path) -> tfds.core.DatasetInfo:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from lina_jax import decode, encoders, errors, mesh, pictures, places, state
+from lina_jax import config_file, decode, encoders, errors, hosts, mesh, pictures, places, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -45,31 +45,31 @@ class Sampler:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
         config, images = self.plan.config, []
         starts = range(0, len(conditions), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=None, leave=False):
+        for start in tqdm(starts, unit="batch", disable=True if jax.process_index() else None, leave=False):
             chunk = list(conditions[start : start + self.batch_size])
             numbers = first + start + np.arange(self.batch_size)
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
             condition = encode_conditions(config, padded, self.plan.encoders.text)
-            made = self._program(params, frozen, condition, jnp.asarray(numbers, jnp.int32), jnp.int32(seed))
-            images.append(np.asarray(made)[: len(chunk)])
+            made = self._program(params, frozen, condition, numbers.astype(np.int32), np.int32(seed))
+            images.append(multihost_utils.process_allgather(made, tiled=True)[: len(chunk)])
         return np.concatenate(images)
 
 
 def encode_conditions(
     config: Config, conditions: Sequence[str] | Sequence[int], text_encoder: TextEncoder | None = None
-) -> dict[str, jax.Array]:
+) -> dict[str, np.ndarray]:
     """Captions or class numbers (B,) as the sampler takes them. Raises UserError for a class that does not exist."""
     model = config.model
     if model.condition == "class":
         for label in conditions:
             if not 0 <= label <= model.num_classes:
                 raise UserError(f"label {label}: classes are 0 to {model.num_classes - 1} ({model.num_classes}: any)")
-        return {"label": jnp.asarray(conditions, jnp.int32)}
+        return {"label": np.asarray(conditions, np.int32)}
     if model.text_encoder == "bytes":
         text, length = decode.encode_text(conditions, model.text_length)
     else:
         text, length, _ = text_encoder.tokenize(conditions)
-    return {"text": jnp.asarray(text), "text_length": jnp.asarray(length)}
+    return {"text": text, "text_length": length}
 
 
 class Previews:
@@ -207,7 +207,11 @@ def _picture(out: Path, number: int) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    values = flags.FLAGS
+    with hosts.together(config_file.given_flags()):
+        _main(flags.FLAGS)
+
+
+def _main(values: flags.FlagValues) -> None:
     if not values.workdir or not values.out:
         raise UserError("--workdir=DIR (a training directory) and --out=DIR are both needed")
     workdir, out = Path(values.workdir).expanduser(), Path(values.out).expanduser()
@@ -231,6 +235,8 @@ def main(argv: Sequence[str]) -> None:
     )
     sampler = Sampler(plan, settings, batch_for(len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
+    if jax.process_index() != 0:
+        return
     for i, image in enumerate(images):
         pictures.save(_picture(out, i), image)
     for stale in earlier[len(images) :]:
@@ -265,4 +271,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
     flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the pictures")
+    hosts.define_flags()
     errors.run(main)

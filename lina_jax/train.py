@@ -2,7 +2,8 @@
 
 python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--config.any.field=value ...]
 
-Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way. WORKDIR
+Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way, SIGTERM
+after saving (exit code 75). In many processes (docs/many_hosts.md) only the first writes logs and pictures. WORKDIR
 holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
 events/, previews/, compiled/ programs and, at the end, loss.png.
 
@@ -11,10 +12,10 @@ Any field of the config can be overridden, for example --config.steps=500 --conf
 """
 
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -24,18 +25,18 @@ from clu import parameter_overview
 from tqdm import tqdm
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, data, errors, evaluate, mesh, metrics, places, sample, state
+from lina_jax import config_file, data, errors, evaluate, hosts, mesh, metrics, places, preemption, sample, state
 from lina_jax.checkpoint import Checkpoints, check_config, write_config
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
-from lina_jax.errors import TrainingDiverged, UserError
+from lina_jax.errors import Preempted, TrainingDiverged, UserError
 
 
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
     """Train to `config.steps` batches, starting where the workdir's last checkpoint stands.
 
-    Raises UserError for what the user can mend, before anything is written, and TrainingDiverged after
-    `optim.max_skipped` steps in a row with a non-finite loss or gradient.
+    Raises UserError for what the user can mend, before anything is written, TrainingDiverged after `optim.max_skipped`
+    steps in a row with a non-finite loss or gradient, and Preempted when it was asked to stop and has saved.
     """
     devices = mesh.build(config.mesh)
     mesh.check(config, devices)
@@ -45,6 +46,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     validation = evaluate.Validation(config, valid_records)
+    hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices, encoders)
@@ -68,43 +70,45 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     previews = sample.Previews(plan, workdir, writer) if drawn else None
     train_step = state.make_train_step(plan)
     batches = device_batches(config, plan, train_records, first)
-    progress = tqdm(total=config.steps, initial=first, unit="step", disable=None if sys.stderr.isatty() else True)
+    hidden = jax.process_index() != 0 or not sys.stderr.isatty()
+    progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
+    watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
-    try:
-        for step in range(first + 1, config.steps + 1):
-            profile(config, workdir, first, step)
-            run, scalars = train_step(run, next(batches))
-            if pending:
-                _report(config, writer, throughput, progress, train_records, *pending)
-            pending = step, scalars
-            last = step == config.steps
-            if (
-                last
-                or _due(step, config.eval.every)
-                or _due(step, config.log.preview_every)
-                or _due(step, config.checkpoint.every)
-            ):
-                _report(config, writer, throughput, progress, train_records, *pending)
-                pending = None
-                started = time.monotonic()
-                if last or _due(step, config.checkpoint.every):
-                    checkpoints.save(run)
-                if last or _due(step, config.eval.every):
-                    losses = validation.both(plan, run.params, run.ema, run.frozen)
-                    writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
-                if previews and (last or _due(step, config.log.preview_every)):
-                    previews.draw(step, run)
-                throughput.pause(time.monotonic() - started)
-        profile(config, workdir, first, config.steps + 1)
-    except KeyboardInterrupt:
-        step = checkpoints.latest_step()
-        raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
-    finally:  # a save that is under way is finished, whatever ends the run
-        progress.close()
+    # Left from right to left: whatever ends the run, a save that is under way is finished, and SIGTERM waits for it.
+    with notice, closing(checkpoints), closing(writer), progress, watchdog:
         try:
-            writer.close()
-        finally:
-            checkpoints.close()
+            for step in range(first + 1, config.steps + 1):
+                profile(config, workdir, first, step)
+                run, scalars = train_step(run, next(batches))
+                if pending:
+                    _report(config, writer, throughput, progress, train_records, *pending)
+                    watchdog.step_ended()
+                pending = step, scalars
+                last = step == config.steps
+                preempted = notice.reached(step) and not last
+                if (
+                    last
+                    or preempted
+                    or _due(step, config.eval.every)
+                    or _due(step, config.log.preview_every)
+                    or _due(step, config.checkpoint.every)
+                ):
+                    _report(config, writer, throughput, progress, train_records, *pending)
+                    pending = None
+                    with watchdog.paused(), throughput.paused():
+                        if last or preempted or _due(step, config.checkpoint.every):
+                            checkpoints.save(run)
+                        if preempted:
+                            raise Preempted(f"run the same command to go on from step {step}")
+                        if last or _due(step, config.eval.every):
+                            losses = validation.both(plan, run.params, run.ema, run.frozen)
+                            writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
+                        if previews and (last or _due(step, config.log.preview_every)):
+                            previews.draw(step, run)
+            profile(config, workdir, first, config.steps + 1)
+        except KeyboardInterrupt:
+            step = checkpoints.latest_step()
+            raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
     _conclude(config, workdir, config.steps)
     return run
 
@@ -209,7 +213,9 @@ def main(argv: Sequence[str]) -> None:
     if values.config is None or not values.workdir:
         raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")
     config = config_lib.freeze(values.config)
-    train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
+    facts = {"--workdir": values.workdir, **config_lib.flatten(config)}
+    with hosts.together(facts, preemption=True):
+        train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
 
 
 if __name__ == "__main__":
@@ -217,4 +223,5 @@ if __name__ == "__main__":
     flags.declare_key_flag("config")
     flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go")
     flags.DEFINE_bool("allow_config_change", False, "go on in a workdir that was trained with another config")
+    hosts.define_flags()
     errors.run(main)

@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 
 import jax
@@ -20,7 +22,7 @@ from PIL import Image
 from lina_jax import mesh, metrics, state
 from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
 from lina_jax.config import MeshConfig
-from lina_jax.errors import TrainingDiverged, UserError
+from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
@@ -148,35 +150,95 @@ def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(config, t
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
 
 
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut(folder):
+    os.truncate(largest_file(folder / "progress"), 100)
+
+
+def flip_a_bit(folder):
+    path = largest_file(folder / "params")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forget_digests_and_cut(folder):
+    """As in a checkpoint of an earlier version."""
+    (folder / "digests.json").unlink()
+    for file in (folder / "params" / "ocdbt.process_0" / "d").iterdir():
+        os.truncate(file, 100)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda folder: shutil.rmtree(folder / "params"), "params/_METADATA is missing"),
         (lambda folder: (folder / "progress" / "manifest.ocdbt").unlink(), "progress/manifest.ocdbt is missing"),
+        (cut, "has another size than was saved"),
+        (flip_a_bit, "has other bytes than were saved"),
+        (lambda folder: os.truncate(folder / "digests.json", 100), "digests.json cannot be read"),
+        (forget_digests_and_cut, "OUT_OF_RANGE"),
     ],
-    ids=["params", "manifest"],
+    ids=["params", "manifest", "cut", "bit", "digests", "unrecorded"],
 )
-def test_a_damaged_checkpoint_is_named_with_what_to_do(config, finished, tmp_path, one_device, damage, reason):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    config, finished, tmp_path, one_device, damage, reason, caplog
+):
     shutil.copytree(finished[0], tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     plan = state.blueprint(config, one_device)
     damage(checkpoints.directory / "6")
-    where = re.escape(f"checkpoint 6 in {checkpoints.directory} is damaged ({reason}")
-    with pytest.raises(UserError, match=rf"{where}.*\); remove that folder to go on from step 3$"):
-        checkpoints.restore(plan)
-    assert int(checkpoints.restore(plan, 3).step) == 3
+    with pytest.raises(UserError, match=rf"checkpoint 6 in {checkpoints.directory} is damaged \(.*{reason}"):
+        checkpoints.restore(plan, 6)
+    assert int(checkpoints.restore(plan).step) == 3
+    assert re.search(rf"checkpoint 6 in .* is damaged \(.*{reason}.*\): using 3", caplog.text)
+    assert checkpoints.steps() == [0, 3]
+    assert (tmp_path / "run" / "damaged" / "6.0").is_dir()
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_like_one_without(config, finished, tmp_path, identical):
+    shutil.copytree(finished[0], tmp_path / "run")
+    flip_a_bit(tmp_path / "run" / "checkpoints" / "6")
+    assert identical(whole(train(config, tmp_path / "run")), finished[1])
+    assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3, 6]
+
+
+def test_damage_to_all_checkpoints_is_one_line_and_nothing_is_moved(config, finished, tmp_path, one_device):
+    shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    for step in checkpoints.steps():
+        flip_a_bit(checkpoints.directory / str(step))
+    with pytest.raises(UserError, match=r"checkpoint 6 in .*; checkpoint 0 in .* damaged .*: there is no older one"):
+        checkpoints.restore(state.blueprint(config, one_device))
+    assert checkpoints.steps() == [0, 3, 6]
+
+
+def test_sampling_reads_past_damage_and_moves_nothing(config, finished, tmp_path, one_device):
+    """Only what is read has to be sound."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    plan = state.blueprint(config, one_device)
+    flip_a_bit(checkpoints.directory / "6")
+    assert checkpoints.restore_weights(plan, ema=True)[2] == 6
+    assert checkpoints.restore_weights(plan, ema=False)[2] == 3
+    with pytest.raises(UserError, match=r"checkpoint 6 in .* is damaged"):
+        checkpoints.restore_weights(plan, ema=False, step=6)
+    assert checkpoints.steps() == [0, 3, 6]
 
 
 def test_cut_files_of_a_checkpoint_are_one_line(config, finished, tmp_path, run_module, config_file):
     """Nothing is said of the many reads that orbax abandons when the first one fails."""
     shutil.copytree(finished[0], tmp_path / "run")
-    for file in (tmp_path / "run" / "checkpoints" / "6" / "params" / "ocdbt.process_0" / "d").iterdir():
-        os.truncate(file, 100)
-    result = run_module("train", f"--config={config_file(config)}", f"--workdir={tmp_path / 'run'}")
+    forget_digests_and_cut(tmp_path / "run" / "checkpoints" / "6")
+    options = f"--workdir={tmp_path / 'run'}", "--prompt=a red circle", f"--out={tmp_path / 'out'}", "--raw"
+    result = run_module("sample", *options, "--checkpoint=6")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: checkpoint 6 in {tmp_path / 'run' / 'checkpoints'} is damaged (OUT_OF_RANGE: ")
-    assert line.endswith("); remove that folder to go on from step 3")
+    assert line.endswith("): no other was asked for")
 
 
 @pytest.mark.parametrize(
@@ -299,6 +361,83 @@ def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_
         checkpoints = Checkpoints(workdir, endless.checkpoint, create=False)
         finals[name] = whole(checkpoints.restore(state.blueprint(endless, one_device), steps))
     assert identical(finals["killed"], finals["in_one_go"])
+
+
+def test_sigterm_saves_and_asks_to_be_run_again(endless, run_module, config_file, tmp_path, one_device, identical):
+    """However often it comes; what goes on ends like a run in one go."""
+    options = [f"--config={config_file(endless)}", "--config.checkpoint.every=100000", "--config.log.every=1"]
+    process = run_module("train", *options, f"--workdir={tmp_path / 'stopped'}", start=True)
+    try:
+        wait_for(lambda: len(metrics.read_jsonl(tmp_path / "stopped" / "metrics.jsonl")) > 2, process)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == RUN_AGAIN
+    saved = Checkpoints(tmp_path / "stopped", endless.checkpoint, create=False).latest_step()
+    assert saved == metrics.read_jsonl(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
+    finals = [
+        whole(train(dataclasses.replace(endless, steps=saved + 2), tmp_path / name))
+        for name in ("stopped", "in_one_go")
+    ]
+    assert identical(*finals)
+
+
+STALLED = """
+import sys, threading
+from lina_jax import errors, preemption
+
+def main(argv):
+    with preemption.Watchdog(0.2) as watchdog:
+        threading.Event().wait(0.5)  # the first step compiles
+        watchdog.step_ended()
+        with watchdog.paused():
+            threading.Event().wait(0.5)  # what takes its own time
+        print("alive", file=sys.stderr)
+        stalled_for_ever()
+
+def stalled_for_ever():
+    threading.Event().wait()
+
+errors.run(main)
+"""
+
+
+def test_a_step_that_stalls_ends_the_process_with_its_stacks():
+    result = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert result.returncode == RUN_AGAIN
+    first, *stacks, last = result.stderr.splitlines()
+    assert first == "alive"
+    assert any("stalled_for_ever" in line for line in stacks)
+    assert last.startswith("error: no step has ended for 0.2 s (step_timeout)")
+
+
+def test_training_that_waits_for_batches_in_vain_is_ended(config, tmp_path, monkeypatch):
+    """After three steps, of which the first compiles for longer than a step may take."""
+
+    class Ended(Exception):
+        pass
+
+    def stopping(*args):
+        yield from itertools.islice(batches(*args), 3)
+        ended.wait()
+        raise Ended
+
+    def leave(line, code):
+        said.append((line, code))
+        ended.set()
+        raise SystemExit  # of the watchdog's thread
+
+    said, ended, batches = [], threading.Event(), importlib.import_module("lina_jax.train").device_batches
+    monkeypatch.setattr("lina_jax.train.device_batches", stopping)
+    monkeypatch.setattr("lina_jax.errors.leave", leave)
+    with pytest.raises(Ended):
+        train(dataclasses.replace(config, step_timeout=0.5), tmp_path / "run")
+    ((line, code),) = said
+    assert (code, line[:39]) == (RUN_AGAIN, "error: no step has ended for 0.5 s (ste")
 
 
 def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(

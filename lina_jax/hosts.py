@@ -1,0 +1,317 @@
+"""Many processes, one run: how they find each other, agree on what they run, and end together.
+
+`together()` is the frame of an entry point. Where flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the
+process is one of several, it starts jax.distributed; alone, nothing is different. docs/many_hosts.md tells the user's
+side.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import hashlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from jax._src import distributed  # its key-value store, which has no public name
+from jax._src.clusters import ClusterEnv
+
+import lina_jax
+from lina_jax import errors
+from lina_jax.errors import RUN_AGAIN, Preempted, UserError
+
+_GREETING = "lina_jax"
+_END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
+_SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
+_FAREWELL_S = 5.0  # how long process 0, which hosts the key-value store, waits for others to read it
+_PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
+
+
+class Cluster(NamedTuple):
+    """This process among the others."""
+
+    address: str  # HOST:PORT of process 0
+    processes: int
+    process_id: int
+    local_devices: Sequence[int] | None = None  # None: all
+
+
+def define_flags() -> None:
+    """Define the flags of entry points that run in many processes."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found by the environment, or alone")
+    flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0")
+    flags.DEFINE_float("connect_timeout", 300.0, "seconds to wait for all processes at the start")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds without a sign of life after which a process is given up")
+
+
+@contextlib.contextmanager
+def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[None]:
+    """The frame of an entry point's work, in each process of the run.
+
+    All processes must agree on `facts` (name: value). An error in one of them ends all, with its line and its exit
+    code. With `preemption`, SIGTERM is a notice for `preemption.Notice`.
+    """
+    values = flags.FLAGS
+    for name in ("connect_timeout", "heartbeat_timeout"):
+        if not values[name].value > 0:
+            raise UserError(f"--{name}={values[name].value}: must be positive")
+    cluster = the_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
+    if cluster is None:
+        yield
+        return
+    _connect(cluster, values.connect_timeout, values.heartbeat_timeout, preemption)
+    follower = threading.Thread(target=_follow, args=(cluster,), daemon=True)
+    follower.start()
+    try:
+        check_same("start", {"code": _code(), "jax": jax.__version__, **facts})
+        yield
+    except Preempted:  # in all processes after the same step
+        _disconnect(follower)
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        traceback.print_exc()
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end
+            # of this time, in `_follow` or `_aborted`.
+            time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
+        _end_all(cluster, error)
+    except BaseException as error:
+        if not errors.ending(error):
+            traceback.print_exc()
+        _end_all(cluster, error)
+    else:
+        _disconnect(follower)
+
+
+def check_same(what: str, facts: Mapping[str, Any]) -> None:
+    """Returns when all processes have come here with the facts of process 0. Raises UserError naming what differs.
+
+    `what` names the occasion, anew each time. Alone, nothing happens.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    mine, key = {name: str(value) for name, value in facts.items()}, f"lina_jax/same/{what}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(mine))
+    theirs = json.loads(client.blocking_key_value_get(key, _PATIENCE_MS))
+    differing = [
+        f"{name}={mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
+        for name in theirs | mine
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differing:
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"process {jax.process_index()} differs from process 0: {'; '.join(differing[:3])}{more} "
+            "(all processes must run the same command with the same code and data)"
+        )
+    client.wait_at_barrier(key, _PATIENCE_MS)
+
+
+def the_cluster(
+    address: str | None, processes: int | None, process_id: int | None, timeout: float = 300.0
+) -> Cluster | None:
+    """This process's place, from the three flags or else the environment; None: alone. Raises UserError."""
+    given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
+    if processes == 1:
+        return None
+    if (address, processes, process_id) == (None, None, None):
+        return _detected(timeout)
+    if None in (address, processes, process_id):
+        raise UserError(f"{given}: all three are needed, or none of them")
+    if not 0 <= process_id < processes:
+        raise UserError(f"{given}: expected 0 <= process_id < processes")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{given}: expected HOST:PORT")
+    return Cluster(address, processes, process_id)
+
+
+def _detected(timeout: float) -> Cluster | None:
+    """By JAX's own rules."""
+    # A shell in an allocation is one task, while SLURM_NTASKS, which JAX reads, counts those of the allocation.
+    if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        return None
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
+    except Exception as error:  # metadata servers, Kubernetes: each raises its own
+        raise UserError(
+            f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
+            "--processes and --process_id, or --processes=1"
+        ) from error
+    address, processes, process_id, local_devices = found
+    if processes is None and given:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={given}: --coordinator, --processes and --process_id are needed too")
+    return Cluster(address, processes, process_id, local_devices) if processes and processes > 1 else None
+
+
+def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool) -> None:
+    roll_call(cluster, timeout)
+    # Without it SIGTERM ends a process, as usual; with it nothing but a training loop heeds the signal.
+    jax.config.update("jax_enable_preemption_service", preemption)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+    try:
+        jax.distributed.initialize(
+            cluster.address,
+            cluster.processes,
+            cluster.process_id,
+            cluster.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(timeout),
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot start jax.distributed at {cluster.address}: {error}") from error
+
+
+def _disconnect(follower: threading.Thread) -> None:
+    """Leave when all do."""
+    jax.distributed.shutdown()
+    follower.join()  # a thread in the runtime's hands would end the interpreter's own end with an abort
+    ctypes.CDLL(None).signal(signal.SIGABRT, None)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(signum: int) -> None:
+    """JAX's runtime aborts the process when others are gone, and asks nobody before."""
+    del signum
+    faulthandler.dump_traceback()
+    errors.leave(
+        "error: JAX's runtime ended this process, as it does when another one is gone (its reason stands above); "
+        "run the same command again",
+        RUN_AGAIN,
+    )
+
+
+def roll_call(cluster: Cluster, timeout: float) -> None:
+    """Meet at the coordinator's port, just before JAX does. Raises UserError that names who is missing, in all.
+
+    JAX would abort each process after such a time-out, and would not say whom it had waited for.
+    """
+    deadline = time.monotonic() + timeout
+    if cluster.process_id == 0:
+        _call(cluster, deadline, timeout)
+    else:
+        _answer(cluster, deadline, timeout)
+
+
+def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
+    port, missing = int(cluster.address.rpartition(":")[2]), set(range(1, cluster.processes))
+    mistake = ""
+    with contextlib.ExitStack() as present:
+        try:
+            server = present.enter_context(_listen(port))
+        except OSError as error:
+            raise UserError(f"process 0 cannot listen at port {port} of {cluster.address}: {error.strerror}") from error
+        callers = []
+        while missing and not mistake and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                caller = present.enter_context(server.accept()[0])
+                caller.settimeout(_FAREWELL_S)
+                greeting, number, count = caller.makefile().readline().split()
+            except (OSError, ValueError):  # the time-out, or a stranger
+                continue
+            if greeting != _GREETING:
+                continue
+            callers.append(caller)
+            if int(count) != cluster.processes:
+                mistake = f"process {number} was started with --processes={count}, process 0 with {cluster.processes}"
+            elif int(number) not in missing:
+                mistake = f"two processes have --process_id={number}"
+            missing.discard(int(number))
+        if missing and not mistake:
+            mistake = f"{_listed(missing)} of {cluster.processes} did not come within {timeout:g} s (--connect_timeout)"
+        for caller in callers:
+            with contextlib.suppress(OSError):
+                caller.sendall(f"{_GREETING} {mistake}\n".encode())
+    if mistake:
+        raise UserError(mistake)
+
+
+def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
+    host, _, port = cluster.address.rpartition(":")
+    reason = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as line:
+                line.sendall(f"{_GREETING} {cluster.process_id} {cluster.processes}\n".encode())
+                line.settimeout(left + _FAREWELL_S)
+                greeting, _, mistake = line.makefile().readline().rstrip("\n").partition(" ")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        else:
+            if greeting == _GREETING and mistake:
+                raise UserError(mistake)
+            if greeting == _GREETING:
+                return
+        time.sleep(0.1)  # it has not started yet
+    raise UserError(
+        f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
+    )
+
+
+def _listen(port: int) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=dual)
+
+
+def _listed(processes: Collection[int]) -> str:
+    shown = ", ".join(map(str, sorted(processes)[:20]))
+    more = f" and {len(processes) - 20} more" if len(processes) > 20 else ""
+    return f"process{'es' * (len(processes) > 1)} {shown}{more}"
+
+
+def _end_all(cluster: Cluster, error: BaseException) -> None:
+    """Tell the others why this process ends, and end it."""
+    line, code = errors.ending(error) or (f"error: {type(error).__name__}: {error}", 1)
+    client = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the store is gone
+        client.key_value_set(_END, json.dumps([cluster.process_id, line, code]))
+    _farewell(cluster)
+    errors.leave(line, code)
+
+
+def _follow(cluster: Cluster) -> None:
+    """End this process when another one says that it ends."""
+    try:
+        process, line, code = json.loads(
+            distributed.global_state.client.blocking_key_value_get(_END, _PATIENCE_MS * 365)
+        )
+    except jax.errors.JaxRuntimeError:  # disconnected
+        return
+    if process != cluster.process_id:
+        _farewell(cluster)
+        errors.leave(f"process {process}: {line}", code)
+
+
+def _farewell(cluster: Cluster) -> None:
+    """Say that the end is known here; process 0 stays until all have said so, since the store goes with it."""
+    client, deadline = distributed.global_state.client, time.monotonic() + _FAREWELL_S
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_SEEN}/{cluster.process_id}", "", allow_overwrite=True)
+        while cluster.process_id == 0 and time.monotonic() < deadline:
+            if len(client.key_value_dir_get(_SEEN)) == cluster.processes:
+                return
+            time.sleep(0.02)
+
+
+def _code() -> str:
+    """The version, and a digest of this package's sources."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return f"{lina_jax.__version__}-{digest.hexdigest()[:12]}"

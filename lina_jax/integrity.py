@@ -1,0 +1,72 @@
+"""Whether the files of a checkpoint are those that were saved: their sizes and CRC-32, in a file beside them."""
+
+import json
+import os
+import zlib
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+DIGESTS = "digests.json"
+_PIECE = 2**24
+_THREADS = 8  # reading waits for storage, and CRC-32 works outside the interpreter lock
+_SOUND, _UNKNOWN, _UNREADABLE, _FIRST = 0, 1, 2, 3  # findings; from _FIRST on they name file and kind of damage
+_KINDS = ("is missing", "has another size than was saved", "has other bytes than were saved")
+
+
+def record(folder: Path) -> None:
+    """Write the digests of all files in the items of a checkpoint."""
+    paths = [path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
+    partial = folder / f"{DIGESTS}.partial"
+    partial.write_text(json.dumps(dict(sorted(digests.items())), indent=0) + "\n")
+    os.replace(partial, folder / DIGESTS)
+
+
+def damage(folder: Path, items: Collection[str]) -> str:
+    """What is wrong with the files of these items, "" if nothing; the same in all processes, which share the work.
+
+    Checkpoints without digests (of earlier versions) pass. Raises OSError where storage fails.
+    """
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        files = [(name, *digests[name]) for name in sorted(digests) if name.partition("/")[0] in items]
+    except FileNotFoundError:
+        finding, files = _UNKNOWN, []
+    except (ValueError, TypeError):
+        finding, files = _UNREADABLE, []
+    else:
+        mine = range(jax.process_index(), len(files), jax.process_count())
+        with ThreadPoolExecutor(_THREADS) as pool:
+            kinds = pool.map(lambda number: _compare(folder, *files[number]), mine)
+            found = [(number, kind) for number, kind in zip(mine, kinds, strict=True) if kind is not None]
+        finding = _FIRST + found[0][0] * len(_KINDS) + found[0][1] if found else _SOUND
+    finding = int(np.max(multihost_utils.process_allgather(np.int32(finding))))
+    if finding == _UNREADABLE or (finding >= _FIRST and not files):
+        return f"{DIGESTS} cannot be read"
+    if finding < _FIRST:
+        return ""
+    number, kind = divmod(finding - _FIRST, len(_KINDS))
+    return f"{files[number][0]} {_KINDS[kind]}"
+
+
+def _compare(folder: Path, name: str, size: int, crc: int) -> int | None:
+    try:
+        if (folder / name).stat().st_size != size:
+            return 1
+        return 2 if _digest(folder / name) != (size, crc) else None
+    except FileNotFoundError:
+        return 0
+
+
+def _digest(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return size, crc

@@ -1,0 +1,93 @@
+"""A run that is asked to stop, and a run that has stopped by itself: both end so that they can be run again."""
+
+import contextlib
+import faulthandler
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from lina_jax import errors
+
+
+class Notice:
+    """Whether the run is to stop: SIGTERM in this process, or with jax.distributed in any, or the platform's notice.
+
+    A context: within it SIGTERM, however often it comes, does nothing else.
+    """
+
+    def __init__(self):
+        self._asked = False
+
+    def __enter__(self):
+        # With jax.distributed the signal is in the hands of the runtime, which tells all processes.
+        self._own = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
+        if self._own:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error):
+        if self._own:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """To be asked after every step; true after the same step in all processes."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _ask(self, signum, frame) -> None:
+        del signum, frame
+        self._asked = True
+
+
+class Watchdog:
+    """Ends the process, with the stacks of its threads, when the next step does not end within so many seconds.
+
+    A context. It starts with the first `step_ended`, so that the first step may compile as long as it takes.
+    0 s: never.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._deadline: float | None = None
+        self._changed = threading.Condition()
+
+    def __enter__(self):
+        self._open = True
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._set(None, is_open=False)
+
+    def step_ended(self) -> None:
+        self._set(time.monotonic() + self._seconds if self._seconds else None)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what takes its own time; afterwards the next step has its full time."""
+        self._set(None)
+        yield
+        self.step_ended()
+
+    def _set(self, deadline: float | None, *, is_open: bool = True) -> None:
+        with self._changed:
+            self._deadline, self._open = deadline, is_open
+            self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while self._open:
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    faulthandler.dump_traceback()
+                    errors.leave(
+                        f"error: no step has ended for {self._seconds:g} s (step_timeout), the stacks of all threads "
+                        "stand above; run the same command again",
+                        errors.RUN_AGAIN,
+                    )
+                self._changed.wait(left)

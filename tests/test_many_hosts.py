@@ -1,0 +1,399 @@
+"""Several processes train, stop, die and go on like one. Each is a Python of its own, on CPU devices, over gloo."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import hosts, metrics
+from lina_jax.checkpoint import Checkpoints
+from lina_jax.config import CheckpointConfig
+from lina_jax.errors import RUN_AGAIN, UserError
+from lina_jax.prepare import Settings, prepare
+from lina_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_S = 200  # for processes to get somewhere, or to end
+HEARTBEAT_S = 6
+# Relative difference of the loss of a step. Nothing but the order of sums may differ:
+# measured 9e-8 over eleven steps.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def start(compiled_programs, tmp_path_factory):
+    """Start `python -m lina_jax.NAME ...` in N processes that share eight devices; all that live on are killed."""
+    started = []
+
+    def run(name: str, count: int, *args: str, own=lambda process: (), cwd=lambda process: ROOT) -> list["Process"]:
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        place = [f"--coordinator=localhost:{free_port()}", f"--processes={count}", f"--heartbeat_timeout={HEARTBEAT_S}"]
+        processes = [
+            Process(
+                [sys.executable, "-m", f"lina_jax.{name}", *args, *place, f"--process_id={i}", *own(i)],
+                cwd(i),
+                env,
+                tmp_path_factory.mktemp("output") / "stderr",
+            )
+            for i in range(count)
+        ]
+        started.extend(processes)
+        return processes
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+class Process:
+    """One of the processes; what it writes to stderr goes to a file, so that it never waits for a reader."""
+
+    def __init__(self, command, cwd, env, errors):
+        self._errors = errors
+        with errors.open("w") as file:
+            self._popen = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=file)
+
+    def send(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, stderr)"""
+        try:
+            return self._popen.wait(DEADLINE_S), self._errors.read_text()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"a process has not ended:\n{self._errors.read_text()}")
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._popen.kill()
+        self._popen.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def succeed(processes) -> None:
+    for code, errors in [process.end() for process in processes]:
+        assert code == 0, errors
+
+
+def wait_until(condition, processes) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        for process in processes:
+            assert process.running(), process.end()
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.01)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in row}
+
+
+def check_losses(workdir: Path, reference: dict[int, float], steps) -> None:
+    got = losses(workdir)
+    assert [got[step] for step in steps] == pytest.approx([reference[step] for step in steps], rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_text):
+    return tiny_text()
+
+
+@pytest.fixture(scope="module")
+def file(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "experiment.py"
+    path.write_text(
+        "import ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({dataclasses.asdict(config)!r})\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(config, tmp_path_factory):
+    """Losses of one process with eight devices, that was never stopped."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+
+    def until(steps: int) -> dict[int, float]:
+        if steps > max(losses(workdir), default=0):
+            every = dataclasses.replace(config.checkpoint, every=1000)
+            train(dataclasses.replace(config, steps=steps, checkpoint=every), workdir)
+        return losses(workdir)
+
+    return until
+
+
+@pytest.fixture(scope="module")
+def two(file, start, tmp_path_factory):
+    """A workdir of six steps of two processes with four devices each."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    succeed(start("train", 2, f"--config={file}", f"--workdir={workdir}"))
+    return workdir
+
+
+def test_two_processes_compute_what_one_computes(two, reference):
+    check_losses(two, reference(6), range(1, 7))
+
+
+def test_two_processes_draw_what_one_draws(two, start, tmp_path):
+    drawn = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        succeed(start("sample", count, f"--workdir={two}", "--prompt=a red circle", "--num=9", f"--out={out}"))
+        drawn.append([np.asarray(Image.open(out / f"{i:05d}.png"), np.int32) for i in range(9)])
+    assert np.max(np.abs(np.subtract(*drawn))) <= 1  # a value at the border between two bytes
+
+
+def test_two_processes_evaluate_as_training_does(two, start, tmp_path):
+    succeed(start("evaluate", 2, f"--workdir={two}", "--scenes=2", f"--out={tmp_path}"))
+    score = json.loads((tmp_path / "score.json").read_text())
+    row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
+    assert score["validation"] == pytest.approx({n: row[f"validation/{n}"] for n in score["validation"]}, rel=TOLERANCE)
+
+
+def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_before(
+    two, file, start, tmp_path, reference
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    largest = max((workdir / "checkpoints" / "6" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as opened:
+        opened.seek(largest.stat().st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte[0] ^ 1]))
+    (workdir / "metrics.jsonl").unlink()
+    processes = start("train", 4, f"--config={file}", f"--workdir={workdir}")
+    succeed(processes)
+    name = largest.relative_to(workdir / "checkpoints" / "6")
+    assert (
+        f"checkpoint 6 in {workdir}/checkpoints is damaged ({name} has other bytes than were saved): using 3"
+        in (processes[0].end()[1])
+    )
+    assert sorted(losses(workdir)) == [4, 5, 6]
+    check_losses(workdir, reference(6), range(4, 7))
+    assert (workdir / "damaged" / "6.0" / "params").is_dir()
+    assert Checkpoints(workdir, CheckpointConfig(), create=False).latest_step() == 6
+
+
+@pytest.mark.parametrize(("seed", "count", "goes_on_in"), [(0, 2, 1), (1, 4, 2)])
+def test_sigterm_to_one_saves_the_same_step_in_all(seed, count, goes_on_in, config, file, start, tmp_path, reference):
+    """At a random moment, and once more while all are about to save; then fewer processes go on."""
+    draw, workdir = random.Random(seed), tmp_path / "run"
+    options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=100000"]
+    processes = start("train", count, *options, "--config.steps=100000")
+    moment, victim = draw.randint(1, 9), draw.randrange(count)
+    wait_until(lambda: max(losses(workdir), default=0) >= moment, processes)
+    processes[victim].send(signal.SIGTERM)
+    processes[victim].send(signal.SIGTERM)
+    ends = [process.end() for process in processes]
+    saved = Checkpoints(workdir, config.checkpoint, create=False).latest_step()
+    assert saved >= moment
+    for code, errors in ends:
+        assert code == RUN_AGAIN, errors
+        assert errors.splitlines()[-1] == f"preempted; run the same command to go on from step {saved}"
+    if goes_on_in == 1:
+        train(dataclasses.replace(config, steps=saved + 2), workdir)
+    else:
+        succeed(start("train", goes_on_in, *options, f"--config.steps={saved + 2}"))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, saved + 3))  # none twice, none missing
+    check_losses(workdir, reference(saved + 2), range(1, saved + 3))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_during_a_save_ends_the_other_and_both_go_on(victim, file, start, tmp_path, reference):
+    """Process 0 hosts the coordination service and names checkpoints; of the death of others only heartbeats tell."""
+    workdir, draw = tmp_path / "run", random.Random(victim)
+    checkpoints = workdir / "checkpoints"
+    options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=1"]
+    processes = start("train", 2, *options, "--config.steps=100000")
+    moment = draw.randint(2, 6)
+    wait_until(lambda: max(losses(workdir), default=0) >= moment, processes)
+    wait_until(lambda: list(checkpoints.glob("*.orbax-checkpoint-tmp*")), processes)
+    completed = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    processes[victim].send(signal.SIGKILL)
+    killed = time.monotonic()
+    code, errors = processes[1 - victim].end()
+    assert time.monotonic() - killed < 5 * HEARTBEAT_S
+    assert code == RUN_AGAIN, errors
+    assert errors.splitlines()[-1].endswith("; run the same command again")
+    processes[victim].end()
+
+    saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert saved >= completed
+    before = (workdir / "metrics.jsonl").read_text().count("\n")
+    succeed(start("train", 2, *options, f"--config.steps={saved + 2}"))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()[before:]]
+    assert [line["step"] for line in lines if "loss" in line] == [saved + 1, saved + 2]
+    check_losses(workdir, reference(saved + 2), range(1, saved + 3))
+
+
+def test_another_config_in_one_process_ends_all(file, start, tmp_path):
+    processes = start(
+        "train",
+        2,
+        f"--config={file}",
+        f"--workdir={tmp_path / 'run'}",
+        own=lambda process: (f"--config.seed={process}",),
+    )
+    said = (
+        "error: process 1 differs from process 0: seed=1, there 0 "
+        "(all processes must run the same command with the same code and data)"
+    )
+    for process, line in zip(processes, (f"process 1: {said}", said), strict=True):
+        code, errors = process.end()
+        assert (code, errors.splitlines()[-1]) == (2, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_in_one_process_ends_all(file, start, tmp_path):
+    for process in range(2):
+        prepare(tmp_path / str(process) / "data", Settings(resolution=8, train=16 + process, validation=8))
+    processes = start(
+        "train", 2, f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.data.path=data",
+        cwd=lambda process: tmp_path / str(process),
+    )  # fmt: skip
+    for process in processes:
+        code, errors = process.end()
+        assert code == 2, errors
+        assert "error: process 1 differs from process 0: training data=" in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_missing_process_is_named_by_the_command(file, start, tmp_path):
+    options = f"--config={file}", f"--workdir={tmp_path / 'run'}", "--connect_timeout=3"
+    process, other = start("train", 2, *options, own=lambda process: ("--process_id=0",))
+    ends = {process.end(), other.end()}
+    assert (2, "error: process 1 of 2 did not come within 3 s (--connect_timeout)\n") in ends
+    assert all(code == 2 for code, _ in ends)  # the other one cannot have the port
+
+
+def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[int, str]:
+    """What the roll call says in each of these processes, "" if nothing."""
+    said = {}
+
+    def take_part(number, process):
+        try:
+            hosts.roll_call(hosts.Cluster(f"localhost:{port}", count, process), timeout)
+            said[number] = ""
+        except UserError as error:
+            said[number] = str(error)
+
+    threads = [threading.Thread(target=take_part, args=place) for place in enumerate(ids)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_a_roll_call_with_all_is_silent():
+    port = free_port()
+    for _ in range(2):  # the port is free again at once
+        assert set(answers(port, 3, 1, 0, 2, timeout=30).values()) == {""}
+
+
+def test_missing_processes_are_named_in_all_that_came():
+    line = "processes 1, 3 of 4 did not come within 1 s (--connect_timeout)"
+    assert set(answers(free_port(), 2, 0).values()) == {line}
+
+
+def test_without_process_0_its_address_is_named():
+    port = free_port()
+    (line,) = answers(port, 1).values()
+    assert line.startswith(f"process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)")
+
+
+def test_two_processes_of_one_number_are_refused():
+    assert "two processes have --process_id=1" in answers(free_port(), 0, 1, 1, timeout=30).values()
+
+
+def test_a_stranger_at_the_port_is_passed_over():
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(answers, port, 0, count=2, timeout=30)
+        while not first.done():  # until it listens
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as line:
+                line.sendall(b"GET / HTTP/1.1\r\n")
+                break
+        assert answers(port, 1, count=2, timeout=30) == {0: ""}
+        assert first.result() == {0: ""}
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "JAX_COORD", "OMPI_", "KUBERNETES_"))]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "cluster"),
+    [
+        ({}, None),
+        (SLURM, hosts.Cluster(f"node03:{65535 - 2**12 + 8}", 8, 5, [1])),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # a shell in the allocation
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")}, None),  # a batch script
+    ],
+    ids=["alone", "srun", "shell", "one task", "batch script"],
+)
+def test_the_environment_says_who_takes_part(variables, cluster, environment):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert hosts.the_cluster(None, None, None) == cluster
+
+
+def test_flags_go_before_the_environment(environment):
+    for name, value in SLURM.items():
+        environment.setenv(name, value)
+    assert hosts.the_cluster(None, 1, None) is None
+    assert hosts.the_cluster("here:1", 3, 2) == hosts.Cluster("here:1", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("here:1", 3, None), "--process_id=None: all three are needed, or none"),
+        ((None, 3, 1), "--coordinator=None .*: all three are needed, or none"),
+        (("here:1", 3, 3), "--process_id=3: expected 0 <= process_id < processes"),
+        (("here", 3, 1), "--coordinator=here .*: expected HOST:PORT"),
+    ],
+)
+def test_places_that_cannot_be_are_refused(given, message, environment):
+    with pytest.raises(UserError, match=message):
+        hosts.the_cluster(*given)
