@@ -19,11 +19,11 @@ find_python() {
   return 2
 }
 
-# make_environment DIR [EXTRA]: a virtual environment in DIR with the requirements, made once per set of them.
+# make_environment DIR [EXTRA,...]: a virtual environment in DIR with the requirements, made once per set of them.
 make_environment() {
   local python directory=$1 extra=${2:-} wanted
   python=$(find_python) || return 2
-  wanted=$("$python" --version && cat "$root/requirements.txt" "$root/pyproject.toml")
+  wanted=$("$python" --version && echo "$extra" && cat "$root/requirements.txt" "$root/pyproject.toml")
   if [ ! -f "$directory/ready" ] || [ "$(cat "$directory/ready")" != "$wanted" ]; then
     echo "setting up $directory with $("$python" --version)"
     "$python" -m venv --clear "$directory" &&
@@ -31,4 +31,23 @@ make_environment() {
       printf '%s' "$wanted" >"$directory/ready" || return 1
   fi
   PATH="$directory/bin:$PATH"
+}
+
+# accelerator_flags tpu|gpu|cpu: export what makes training faster there. What the user has set comes last and wins.
+accelerator_flags() {
+  case $1 in
+    tpu)
+      LIBTPU_INIT_ARGS="--xla_tpu_enable_latency_hiding_scheduler=true ${LIBTPU_INIT_ARGS-}"
+      export LIBTPU_INIT_ARGS
+      ;;
+    gpu)
+      XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS-}"
+      export XLA_FLAGS
+      ;;
+    cpu) ;;
+    *)
+      echo "error: accelerator '$1': expected tpu, gpu or cpu" >&2
+      return 2
+      ;;
+  esac
 }
