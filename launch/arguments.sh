@@ -4,9 +4,9 @@
 #
 #   launch/WHERE.sh [--dry-run] --name=RUN [--OPTION=VALUE ...] -- COMMAND...
 #
-# COMMAND is an entry point of lina_jax with its arguments (train, sample, evaluate, prepare, convert, benchmark, plan) or
-# any other command line. Each option can come from the environment instead: LINA_ZONE=... for --zone=... . An option's
-# variable has its name; what a launcher gives it before `read_arguments` is its default.
+# COMMAND is an entry point of lina_jax with its arguments (train, sample, evaluate, prepare, convert, benchmark, plan)
+# or any other command line. Each option can come from the environment instead: LINA_ZONE=... for --zone=... . An
+# option's variable has its name; what a launcher gives it before `read_arguments` is its default.
 
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -9,7 +9,8 @@ running() { kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; }
 if ! running; then
   rm -f "$run.code"
   touch "$run.log" # tail needs it at once
-  setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" >>"$run.log" 2>&1 </dev/null &
+  setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" \
+    >>"$run.log" 2>&1 </dev/null &
   echo $! >"$run.pid"
 fi
 tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"

@@ -15,8 +15,8 @@
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #
-# --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT go to all processes, which then
-# save and end. When one ends with 75, all are ended and started again; another failure ends all, with its code.
+# --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT go to all processes, which
+# then save and end. When one ends with 75, all are ended and started again; another failure ends all, with its code.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -37,7 +37,7 @@ case $accelerator in
   cpu) devices=${devices:-1} ;;
   gpu)
     gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)}
-    count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there are none (nvidia-smi, CUDA_VISIBLE_DEVICES)"
+    count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
     devices=${devices:-$((count / processes))}
     [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||
       refuse "--processes=$processes of --devices=$devices: there are $count GPUs"

@@ -16,11 +16,10 @@
 #
 # Each option can also be given as LINA_NAME, LINA_NODES, ... in the environment.
 #
-# This directory and its environment must be visible on all nodes: pip install -e '.[cuda]'. A task for each GPU: JAX's own
-# start-up under SLURM gives a task the GPU of its number on the node, NCCL then has one thread to each GPU, and loading
-# has as many processes as there are GPUs. The tasks get SIGTERM before the time limit, save, and end with 75; then the job
-# requeues itself. Of a node that fails, or a preemption by the cluster, SLURM takes care by --requeue. scancel --name=RUN
-# stops a run for good.
+# This directory and its environment must be visible on all nodes: pip install -e '.[cuda]'. A task for each GPU: JAX's
+# start-up under SLURM gives a task the GPU of its number on the node and no other, and NCCL and loading have a process
+# for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then the job requeues itself.
+# Of a node that fails, or a preemption by the cluster, SLURM takes care by --requeue. scancel --name=RUN stops a run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 

@@ -16,10 +16,10 @@
 # Each option can also be given as LINA_NAME, LINA_ZONE, ... in the environment.
 #
 # Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
-# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, or stalled)
-# or 134 (a peer is gone). A preempted TPU VM disappears with its disk, and its queued resource is suspended for good: the
-# script deletes it, asks for another and starts there. The workdir must therefore be in a bucket. The TPU stays, and
-# costs, when the run has ended: the last line says how to delete it.
+# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, or
+# stalled) or 134 (a peer is gone). A preempted TPU VM disappears with its disk, and its queued resource is suspended
+# for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a bucket. The TPU
+# stays, and costs, when the run has ended: the last line says how to delete it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -28,7 +28,7 @@ read_arguments "topology zone project runtime_version requirements" "$@"
 need name topology zone
 split_topology
 case $tpu_type in
-  v4) image=tpu-ubuntu2204-base ;;
+  v4) image='tpu-ubuntu2204-base' ;;
   v5litepod) image=v2-alpha-tpuv5-lite ;;
   v5p) image=v2-alpha-tpuv5 ;;
   v6e) image=v2-alpha-tpuv6e ;;
@@ -75,13 +75,15 @@ while :; do
         $tpus tpu-vm $(queue ssh --worker=all --command="$start")
       code=\$?
       if [ \$code -eq 0 ]; then break; fi
-      # What ends with another code on a machine that is there has ended by itself; gcloud fails with 255 and with 1.
-      if [ \$code -eq 75 ] || [ \$code -eq 134 ]; then
-        again "ended with \$code"
-      elif [ \$code -ne 255 ] && [ "\$($tpus tpu-vm $(queue describe --format='value(state)') 2>/dev/null)" = READY ]; then
-        exit \$code
-      fi
-      pause "no connection"
+      case \$code in
+        75 | 134 | 255) ;; # saved; a peer is gone; the connection was lost
+        *) # the run's own end, or gcloud's, who did not find the machine
+          vm=\$($tpus tpu-vm $(queue describe --format='value(state)') 2>/dev/null)
+          if [ "\$vm" = READY ]; then exit \$code; fi
+          ;;
+      esac
+      again "ended with \$code"
+      pause "waiting"
       ;;
     SUSPENDED)
       again "preempted"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What every machine of a run does: set-up, flags of its accelerator, the command. The other launchers call it; it is also
-# what the images of launch/Dockerfile start.
+# What every machine of a run does: set-up, flags of its accelerator, the command. The other launchers call it; it is
+# also what the images of launch/Dockerfile start.
 #
 # usage: launch/worker.sh --accelerator=tpu|gpu|cpu [--setup=COMMAND] [--requirements=EXTRA] [--max_restarts=N]
 #                         [--code_file=FILE] -- COMMAND...

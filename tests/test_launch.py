@@ -54,7 +54,7 @@ if "ssh" in words:
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run a launcher, or a program given as text, with stubs in place of the clusters' tools; returns result and calls."""
+    """Run a launcher, or a program given as text, with stubs for the clusters' tools; returns result, calls, home."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for name in ("gcloud", "xpk", "sbatch", "srun", "scontrol"):
@@ -144,6 +144,13 @@ def test_a_mistake_on_a_tpu_pod_ends_there(launch):
     words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo a mistake; exit 2"]
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
     assert result.returncode == 2 and "a mistake" in result.stdout
+    assert [call[4] for call in calls].count("ssh") == 1
+
+
+def test_restarts_of_a_tpu_pod_are_counted(launch):
+    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=0", "--", "bash", "-c", "exit 134"]
+    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
+    assert result.returncode == 75 and "0 restarts were allowed" in result.stderr
     assert [call[4] for call in calls].count("ssh") == 1
 
 
@@ -246,7 +253,7 @@ if len(todo) == 2:
     open(here / f"meet{started}", "rw"[int(me)]).close()
 if isinstance(mine, int):
     os._exit(mine)
-print("ready", flush=True)
+os.write(1, b"ready\n")
 while True:
     signal.pause()
 """
