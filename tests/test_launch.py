@@ -253,7 +253,7 @@ if len(todo) == 2:
     open(here / f"meet{started}", "rw"[int(me)]).close()
 if isinstance(mine, int):
     os._exit(mine)
-os.write(1, b"ready\n")
+os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
