@@ -42,7 +42,7 @@ queue() { quoted "$1" "$name" "${where[@]}" "${@:2}"; }
 python='command -v python3.11 || { sudo add-apt-repository -y ppa:deadsnakes/ppa && '
 python+='sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }'
 prepare=${requirements:+$python}
-prepare+=${setup:+${prepare:+ && }$setup}
+if [ -n "$setup" ]; then prepare+="${prepare:+ && }{ $setup; }"; fi
 start="mkdir -p $name && cd $name && "
 start+="{ kill -0 \$(cat $name.pid 2>/dev/null) 2>/dev/null || tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \

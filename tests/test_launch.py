@@ -114,7 +114,7 @@ def test_a_tpu_pod_is_asked_for_by_topology(launch):
     worker = shlex.split(calls[4][-1].removeprefix("--command="))
     assert worker[worker.index("--") + 1 :] == MODULE
     setup = next(word for word in worker if word.startswith("--setup="))
-    assert setup.endswith(SETUP.removeprefix("--setup="))
+    assert setup.endswith("&& { " + SETUP.removeprefix("--setup=") + "; }")
 
 
 def test_gke_runs_the_command_of_the_image(launch):
