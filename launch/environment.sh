@@ -1,7 +1,8 @@
-# Shared by the scripts here; to be sourced. The one place for flags that make runs faster.
+# Shared by the scripts here; to be sourced. Here and in lina_jax/xla_flags.py stand the settings that make runs faster.
 #
-# glibc.malloc.hugetlb=1: XLA allocates its temporaries anew at each step. With huge pages the kernel has far fewer of them
-# to clear: a step of the quickstart's model at batch 64 took 0.73 s without and 0.48 s with it (2 cores, jax 0.10.2).
+# glibc.malloc.hugetlb=1: XLA allocates its temporaries anew at each step. With huge pages the kernel has far fewer of
+# them to clear: a step of the quickstart's model at batch 64 took 0.73 s without and 0.48 s with it (2 cores, jax
+# 0.10.2).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
@@ -19,11 +20,11 @@ find_python() {
   return 2
 }
 
-# make_environment DIR [EXTRA]: a virtual environment in DIR with the requirements, made once per set of them.
+# make_environment DIR [EXTRA,...]: a virtual environment in DIR with the requirements, made once per set of them.
 make_environment() {
   local python directory=$1 extra=${2:-} wanted
   python=$(find_python) || return 2
-  wanted=$("$python" --version && cat "$root/requirements.txt" "$root/pyproject.toml")
+  wanted=$("$python" --version && echo "$extra" && cat "$root/requirements.txt" "$root/pyproject.toml")
   if [ ! -f "$directory/ready" ] || [ "$(cat "$directory/ready")" != "$wanted" ]; then
     echo "setting up $directory with $("$python" --version)"
     "$python" -m venv --clear "$directory" &&
@@ -31,4 +32,31 @@ make_environment() {
       printf '%s' "$wanted" >"$directory/ready" || return 1
   fi
   PATH="$directory/bin:$PATH"
+}
+
+# accelerator_flags tpu|gpu|cpu: export what makes training faster there. What the user has set comes last and wins.
+#
+# XLA's own flags, with their reasons, stand in lina_jax/xla_flags.py: the planner compiles with the same ones.
+accelerator_flags() {
+  local flags=""
+  case $1 in
+    tpu | gpu) flags=$("$(find_python)" "$root/lina_jax/xla_flags.py" "$1") || return 2 ;;
+  esac
+  case $1 in
+    tpu) export LIBTPU_INIT_ARGS="$flags ${LIBTPU_INIT_ARGS-}" ;;
+    gpu)
+      export XLA_FLAGS="$flags ${XLA_FLAGS-}"
+      # JAX takes 75 % of the memory unless told; the rest would be idle. NCCL keeps its own buffers in what is left.
+      export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+      # Say which link failed. Which one to use is the cluster's business: NCCL_SOCKET_IFNAME, NCCL_IB_HCA.
+      export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+      # Up to Hopper: kernels start in XLA's order, so that no collective is stuck behind compute.
+      export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+      ;;
+    cpu) ;;
+    *)
+      echo "error: accelerator '$1': expected tpu, gpu or cpu" >&2
+      return 2
+      ;;
+  esac
 }

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Set up and run everything that proves the code base: lint, format, tests. Fifteen minutes at most on two CPU cores.
-# usage: launch/test.sh [pytest arguments]
+# usage: [LINA_TEST_EXTRAS=test,tpu] launch/test.sh [pytest arguments]
+# With the extra tpu, programs are compiled for TPU pods as well; there need be none.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-make_environment .venv-test test
+make_environment .venv-test "${LINA_TEST_EXTRAS:-test}"
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .

@@ -6,7 +6,7 @@ python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [
 Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory of
 a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
 alone on stdout, the table goes to stderr. --search tries remat policies, meshes and batch sizes. A config that does not
-fit is an answer, not an error. Needs `pip install 'lina_jax[plan]'`; docs/planning.md says what the figures mean.
+fit is an answer, not an error. Needs `pip install 'lina_jax[tpu]'`; docs/planning.md says what the figures mean.
 """
 
 import dataclasses

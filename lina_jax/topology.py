@@ -67,13 +67,14 @@ def devices(topology: Topology) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     chip = topology.chip
     if chip.torus:
-        _require("libtpu", topology, "pip install 'lina_jax[plan]'")
+        _require("libtpu", topology, "pip install 'lina_jax[tpu]'")
         os.environ.update(_TPU_ENVIRONMENT)
         os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(xla_flags.TPU))
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
     else:
         _require("jax_cuda12_plugin", topology, "pip install 'lina_jax[plan-gpu]'")
+        os.environ["XLA_FLAGS"] = " ".join([*xla_flags.GPU, os.environ.get("XLA_FLAGS", "")])
         name = topology.name.upper()
         target = resources.files("lina_jax").joinpath(f"targets/{topology.name}.txtpb").read_text()
         options = {"target_config": target, "topology": "1x" + "x".join(map(str, topology.shape))}

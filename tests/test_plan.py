@@ -282,7 +282,7 @@ def run_plan(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
-needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs pip install 'lina_jax[plan]'")
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs pip install 'lina_jax[tpu]'")
 
 
 @needs_libtpu

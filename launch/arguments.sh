@@ -1,0 +1,105 @@
+# Shared by the launchers; to be sourced. Arguments, quoting, printing or doing.
+#
+# Every launcher is called alike:
+#
+#   launch/WHERE.sh [--dry-run] --name=RUN [--OPTION=VALUE ...] -- COMMAND...
+#
+# COMMAND is an entry point of lina_jax with its arguments (train, sample, evaluate, prepare, convert, benchmark, plan)
+# or any other command line. Each option can come from the environment instead: LINA_ZONE=... for --zone=... . An
+# option's variable has its name; what a launcher gives it before `read_arguments` is its default.
+
+# shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+name='' setup='' extra='' topology='' max_restarts=100 dry_run=''
+words=()
+
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# restarts_on CODE: whether a run that ended with this code is to be started again. 75: it saved what it had, or its
+# watchdog ended it. 134: the JAX runtime aborts a process whose peer is gone. Anything else needs a person.
+restarts_on() { [ "$1" -eq 75 ] || [ "$1" -eq 134 ]; }
+
+# quoted WORD...: the words as one line that a shell reads back as the same words.
+quoted() {
+  local word line='' apostrophe="'\\''"
+  for word; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'${word//\'/$apostrophe}'" ;;
+    esac
+    line+=${line:+ }$word
+  done
+  printf '%s\n' "$line"
+}
+
+# read_arguments "OPTION..." ARGUMENT...: set the variables of the options, and `words` to the command after --.
+read_arguments() {
+  local known=" name setup extra max_restarts $1 " option variable
+  shift
+  for option in $known; do
+    variable=LINA_$(tr '[:lower:]' '[:upper:]' <<<"$option")
+    if [ -n "${!variable-}" ]; then printf -v "$option" %s "${!variable}"; fi
+  done
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+      --dry-run | --dry_run) dry_run=yes ;;
+      --)
+        shift
+        words=("$@")
+        break
+        ;;
+      --*=*)
+        option=${1%%=*} option=${option#--} option=${option//-/_}
+        [[ $known == *" $option "* ]] || refuse "unknown option --$option; there are: ${known# }"
+        printf -v "$option" %s "${1#*=}"
+        ;;
+      --*) refuse "$1 needs a value: $1=..., or is to stand after --, with the command" ;;
+      *) refuse "unexpected argument '$1': the command to run stands after --" ;;
+    esac
+    shift
+  done
+  [ ${#words[@]} -gt 0 ] || refuse "no command: for example -- train --config=configs/t2i.py:256 --workdir=WORKDIR"
+  case ${words[0]} in
+    train | sample | evaluate | prepare | convert | benchmark | plan)
+      words=(python -m "lina_jax.${words[0]}" "${words[@]:1}")
+      ;;
+  esac
+  whole max_restarts 0
+}
+
+# need OPTION...: refuse when one is missing. A run's name must do for TPU VMs, Kubernetes and files alike.
+need() {
+  local option
+  for option; do
+    [ -n "${!option}" ] || refuse "--$option=... is missing (--help says what it is)"
+  done
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    refuse "--name=$name: expected up to 40 of a-z, 0-9 and -, a letter first, no - last"
+}
+
+# whole OPTION LEAST: refuse when the option is not a whole number of at least LEAST.
+whole() {
+  [[ ${!1} =~ ^[0-9]{1,9}$ ]] && [ "${!1}" -ge "$2" ] || refuse "--$1=${!1}: expected a whole number from $2"
+}
+
+# split_topology: --topology=v5e:16x16, as lina_jax.plan takes it, to `tpu_type` (v5litepod) and `shape` (16x16).
+split_topology() {
+  [[ $topology =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+(x[0-9]+){1,2})$ ]] ||
+    refuse "--topology=$topology: expected v4, v5e, v5p, v6e or tpu7x and a shape, as in v5e:16x16 or v5p:4x4x4"
+  tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
+}
+
+# perform PROGRAM: run the text in a shell, or print it. That it is one text makes --dry-run exact.
+perform() {
+  if [ -n "$dry_run" ]; then
+    printf '%s\n' "$1"
+  else
+    exec bash -c "$1"
+  fi
+}

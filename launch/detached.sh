@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Start a worker that outlives this connection, or find it running; show its log; end with its exit code.
+# usage: launch/detached.sh RUN ARGUMENTS...     (of worker.sh; RUN.pid, RUN.log and RUN.code are written here)
+set -euo pipefail
+run=$1
+shift
+
+running() { kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; }
+if ! running; then
+  rm -f "$run.code"
+  touch "$run.log" # tail needs it at once
+  setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" \
+    >>"$run.log" 2>&1 </dev/null &
+  echo $! >"$run.pid"
+fi
+tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"
+exit "$(cat "$run.code" 2>/dev/null || echo 137)" # no code: it was killed

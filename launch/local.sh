@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Run N processes on this machine, over its GPUs or over fake CPU devices: to try what a pod will do, or one GPU node.
+#
+# usage: launch/local.sh [--dry-run] --name=RUN [--processes=N] [OPTIONS] -- train ARGUMENTS...
+#
+#   --name             of the run; starts the lines that the launcher prints
+#   --processes        how many, default 2
+#   --accelerator      cpu or gpu; default: gpu where nvidia-smi finds one
+#   --devices          for each process; default: 1 fake CPU device, or an equal share of the GPUs
+#   --port             of the coordinator, default: a free one
+#   --setup            shell command to run first
+#   --grace            seconds from SIGTERM to SIGKILL when a process has failed, default 120
+#   --max_restarts     how often to start all again when one ends with 75, default 100
+#   --dry-run          print the commands that would run, and end
+#
+# Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
+#
+# --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT go to all processes, which
+# then save and end. When one ends with 75, all are ended and started again; another failure ends all, with its code.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+
+processes=2 accelerator='' devices='' port='' grace=120
+read_arguments "processes accelerator devices port grace" "$@"
+need name
+[ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
+whole processes 1
+whole grace 0
+if [ -n "$port" ]; then whole port 1; fi
+if [ -z "$accelerator" ]; then
+  if nvidia-smi -L >/dev/null 2>&1; then accelerator=gpu; else accelerator=cpu; fi
+fi
+accelerator_flags "$accelerator"
+
+gpus=''
+case $accelerator in
+  cpu) devices=${devices:-1} ;;
+  gpu)
+    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)}
+    count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
+    devices=${devices:-$((count / processes))}
+    [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||
+      refuse "--processes=$processes of --devices=$devices: there are $count GPUs"
+    ;;
+  *) refuse "--accelerator=$accelerator: expected cpu or gpu" ;;
+esac
+whole devices 1
+
+python=$(find_python)
+if [ -n "$dry_run" ]; then
+  echo "source $(quoted "$root/launch/environment.sh") && accelerator_flags $accelerator"
+  if [ -n "$setup" ]; then printf '%s\n' "$setup"; fi
+elif [ -n "$setup" ]; then
+  eval "$setup" || refuse "the set-up failed: $setup"
+fi
+exec "$python" "$root/launch/processes.py" --name="$name" --processes="$processes" --devices="$devices" --gpus="$gpus" \
+  --port="${port:-0}" --grace="$grace" --max_restarts="$max_restarts" ${dry_run:+--dry_run} -- "${words[@]}"

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Run on the GPUs of a SLURM cluster: submit a batch job that requeues itself when it was preempted.
+#
+# usage: launch/slurm.sh [--dry-run] --name=RUN --nodes=N [OPTIONS] -- train ARGUMENTS...
+#
+#   --name             of the run and its job; the log is NAME-JOB.log in the directory of the call
+#   --nodes            how many
+#   --gpus_per_node    default 8
+#   --partition        default: the cluster's
+#   --time             limit of one start, as sbatch takes it (24:00:00); the run goes on in the next
+#   --setup            shell command that each task runs first: module load ..., source .venv/bin/activate
+#   --extra            more arguments for sbatch: --extra='--account=NAME --mem=0'
+#   --grace            seconds of notice before the time limit, default 120: enough to finish a step and save
+#   --max_restarts     how often the job may be requeued, default 100
+#   --dry-run          print the job and the command that would run, and end
+#
+# Each option can also be given as LINA_NAME, LINA_NODES, ... in the environment.
+#
+# This directory and its environment must be visible on all nodes: pip install -e '.[cuda]'. A task for each GPU: JAX's
+# start-up under SLURM gives a task the GPU of its number on the node and no other, and NCCL and loading have a process
+# for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then the job requeues itself.
+# Of a node that fails, or a preemption by the cluster, SLURM takes care by --requeue. scancel --name=RUN stops a run.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+
+nodes='' gpus_per_node=8 partition='' time='' grace=120
+read_arguments "nodes gpus_per_node partition time grace" "$@"
+need name nodes
+whole nodes 1
+whole gpus_per_node 1
+whole grace 0
+
+worker=$(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"} -- "${words[@]}")
+[[ $worker != *$'\n'* ]] || refuse "the command and --setup must be one line each"
+
+perform "$(
+  cat <<END
+sbatch $extra <<'END_OF_JOB'
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus_per_node
+#SBATCH --gpus-per-node=$gpus_per_node
+${partition:+#SBATCH --partition=$partition
+}${time:+#SBATCH --time=$time
+}#SBATCH --signal=TERM@$grace
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=$name-%j.log
+
+cd $(quoted "$root") || exit
+# SLURM itself tells the batch shell of scancel and of its own requeueing: then there is nothing to do here.
+stopped=
+trap 'stopped=yes' TERM
+# A task that ends early must not take those along that are still saving; a task that hangs is ended by its watchdog.
+srun --kill-on-bad-exit=0 --gpu-bind=none $worker
+code=\$?
+if [ \$code -ne 75 ] && [ \$code -ne 134 ] || [ -n "\$stopped" ]; then exit \$code; fi
+restarts=\${SLURM_RESTART_COUNT:-0}
+if [ "\$restarts" -ge $max_restarts ]; then
+  echo "ended with \$code after \$restarts restarts, as many as were allowed" >&2
+  exit \$code
+fi
+echo "ended with \$code: restart \$((restarts + 1)) of at most $max_restarts" >&2
+scontrol requeue "\$SLURM_JOB_ID"
+END_OF_JOB
+END
+)"

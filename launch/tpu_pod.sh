@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Run on a Cloud TPU pod: ask for a queued resource, wait for it, copy the code to every worker, start, follow.
+#
+# usage: launch/tpu_pod.sh [--dry-run] --name=RUN --topology=v5e:16x16 --zone=ZONE [OPTIONS] -- train ARGUMENTS...
+#
+#   --name             of the run, the queued resource and the TPU
+#   --topology         of v4, v5e, v5p or v6e, as lina_jax.plan takes it; one slice (several: launch/gke.sh)
+#   --zone, --project  where; the project is gcloud's own unless given
+#   --runtime_version  the TPU VM's image; by default the one that suits the topology
+#   --requirements     extra of pyproject.toml to install on the workers, default tpu; empty: the machine's own Python
+#   --setup            shell command that each worker runs first: mount the bucket, set variables
+#   --extra            more arguments for "queued-resources create": --extra='--spot --network=NAME'
+#   --max_restarts     how often to start again, on the pod and as a new pod; default 100
+#   --dry-run          print the program that would run, and end
+#
+# Each option can also be given as LINA_NAME, LINA_ZONE, ... in the environment.
+#
+# Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
+# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, or
+# stalled) or 134 (a peer is gone). A preempted TPU VM disappears with its disk, and its queued resource is suspended
+# for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a bucket. The TPU
+# stays, and costs, when the run has ended: the last line says how to delete it.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+
+topology='' zone='' project='' runtime_version='' requirements=tpu
+read_arguments "topology zone project runtime_version requirements" "$@"
+need name topology zone
+split_topology
+case $tpu_type in
+  v4) image='tpu-ubuntu2204-base' ;;
+  v5litepod) image=v2-alpha-tpuv5-lite ;;
+  v5p) image=v2-alpha-tpuv5 ;;
+  v6e) image=v2-alpha-tpuv6e ;;
+  *) refuse "--topology=$topology: there are no queued resources of $tpu_type; launch/gke.sh runs on it" ;;
+esac
+
+tpus="gcloud compute tpus"
+where=(--zone="$zone" ${project:+--project="$project"})
+queue() { quoted "$1" "$name" "${where[@]}" "${@:2}"; }
+# The image's Python may be too old; the lock is held by the updates of a machine that has just started.
+python='command -v python3.11 || { sudo add-apt-repository -y ppa:deadsnakes/ppa && '
+python+='sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }'
+prepare=${requirements:+$python}
+if [ -n "$setup" ]; then prepare+="${prepare:+ && }{ $setup; }"; fi
+start="mkdir -p $name && cd $name && "
+start+="{ kill -0 \$(cat $name.pid 2>/dev/null) 2>/dev/null || tar -xzf ../$name.tgz; } && "
+start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
+  --max_restarts="$max_restarts" -- "${words[@]}")"
+archive=${TMPDIR:-/tmp}/$name.tgz
+
+perform "$(
+  cat <<END
+tar -C $(quoted "$root") --exclude=__pycache__ -czf $(quoted "$archive") \
+lina_jax configs launch pyproject.toml requirements.txt README.md LICENSE || exit
+attempts=0
+again() {
+  if [ \$attempts -ge $max_restarts ]; then echo "$name: \$1; $max_restarts restarts were allowed" >&2 && exit 75; fi
+  attempts=\$((attempts + 1))
+  echo "$name: \$1; restart \$attempts of at most $max_restarts" >&2
+}
+pause() {
+  echo "$name: \$1"
+  sleep "\${LINA_POLL_SECONDS:-30}"
+}
+while :; do
+  state=\$($tpus queued-resources $(queue describe --format='value(state.state)') 2>/dev/null)
+  case \$state in
+    '')
+      $tpus queued-resources $(queue create --node-id="$name" --type="$tpu_type" --topology="$shape" \
+        --runtime-version="${runtime_version:-$image}") $extra || exit
+      ;;
+    ACTIVE)
+      $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}") &&
+        $tpus tpu-vm $(queue ssh --worker=all --command="$start")
+      code=\$?
+      if [ \$code -eq 0 ]; then break; fi
+      case \$code in
+        75 | 134 | 255) ;; # saved; a peer is gone; the connection was lost
+        *) # the run's own end, or gcloud's, who did not find the machine
+          vm=\$($tpus tpu-vm $(queue describe --format='value(state)') 2>/dev/null)
+          if [ "\$vm" = READY ]; then exit \$code; fi
+          ;;
+      esac
+      again "ended with \$code"
+      pause "waiting"
+      ;;
+    SUSPENDED)
+      again "preempted"
+      $tpus queued-resources $(queue delete --force --quiet) || exit
+      ;;
+    FAILED)
+      $tpus queued-resources $(queue describe) >&2
+      echo "$name: the request failed; delete it before another: $tpus queued-resources $(queue delete --force)" >&2
+      exit 1
+      ;;
+    *) pause "\$state" ;;
+  esac
+done
+echo "$name: done; delete the TPU: $tpus queued-resources $(queue delete --force)"
+END
+)"

