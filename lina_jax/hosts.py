@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from absl import flags
@@ -32,7 +32,8 @@ from lina_jax.errors import RUN_AGAIN, Preempted, UserError
 _GREETING = "lina_jax"
 _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
-_FAREWELL_S = 5.0  # how long process 0, which hosts the key-value store, waits for others to read it
+_FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
+_known_end: tuple[str, int] | None = None  # (line, exit code) as soon as this process knows that the run ends
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -187,6 +188,8 @@ def _disconnect(follower: threading.Thread) -> None:
 def _aborted(signum: int) -> None:
     """JAX's runtime aborts the process when others are gone, and asks nobody before."""
     del signum
+    if _known_end:  # the others have left already
+        errors.leave(*_known_end)
     faulthandler.dump_traceback()
     errors.leave(
         "error: JAX's runtime ended this process, as it does when another one is gone (its reason stands above); "
@@ -281,8 +284,7 @@ def _end_all(cluster: Cluster, error: BaseException) -> None:
     client = distributed.global_state.client
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the store is gone
         client.key_value_set(_END, json.dumps([cluster.process_id, line, code]))
-    _farewell(cluster)
-    errors.leave(line, code)
+    _leave_knowingly(cluster, line, code)
 
 
 def _follow(cluster: Cluster) -> None:
@@ -294,19 +296,19 @@ def _follow(cluster: Cluster) -> None:
     except jax.errors.JaxRuntimeError:  # disconnected
         return
     if process != cluster.process_id:
-        _farewell(cluster)
-        errors.leave(f"process {process}: {line}", code)
+        _leave_knowingly(cluster, f"process {process}: {line}", code)
 
 
-def _farewell(cluster: Cluster) -> None:
-    """Say that the end is known here; process 0 stays until all have said so, since the store goes with it."""
+def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
+    """Say that the end is known here, and leave when all have said so: who leaves earlier makes JAX abort others."""
+    global _known_end
+    _known_end = line, code
     client, deadline = distributed.global_state.client, time.monotonic() + _FAREWELL_S
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_SEEN}/{cluster.process_id}", "", allow_overwrite=True)
-        while cluster.process_id == 0 and time.monotonic() < deadline:
-            if len(client.key_value_dir_get(_SEEN)) == cluster.processes:
-                return
+        while len(client.key_value_dir_get(_SEEN)) < cluster.processes and time.monotonic() < deadline:
             time.sleep(0.02)
+    errors.leave(line, code)
 
 
 def _code() -> str:
