@@ -90,7 +90,7 @@ def _main(values: flags.FlagValues) -> None:
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
     settings = sample.sample_settings(load_config(workdir), {"guidance": values.guidance})
     places.check("out", out)
-    plan, ema, frozen, step = sample.load(workdir, ema=True, step=values.checkpoint)
+    plan, ema, frozen, step = sample.load(workdir, step=values.checkpoint, axes=mesh_lib.parse(values.mesh))
     config = plan.config
     raw, _, _ = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan, ema=False, step=step)
     if values.scenes and (config.model.condition != "text" or len(set(config.model.image_grid)) > 1):
@@ -102,7 +102,7 @@ def _main(values: flags.FlagValues) -> None:
     validation = Validation(config, records)
     result["validation"] = validation.both(plan, raw, ema, frozen)
     if values.scenes:
-        sampler = sample.Sampler(plan, settings, sample.batch_for(values.scenes))
+        sampler = sample.Sampler(plan, settings, sample.batch_for(plan, values.scenes))
         scores, images, captions = scene_scores(sampler, raw if values.raw else ema, frozen, values.scenes, values.seed)
         result = {**scores, **result, "sample": dataclasses.asdict(settings), "seed": values.seed}
         shown = min(len(images), 36)
@@ -126,5 +126,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
+    flags.DEFINE_string("mesh", "", sample.MESH_HELP)
     hosts.define_flags()
     errors.run(main)

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lina_jax import places
-from lina_jax.config import Config, MeshConfig
+from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
 # From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once a
@@ -64,6 +64,17 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def parse(text: str) -> MeshConfig:
+    """'fsdp=2,sequence=4' as a config; the axes that are not named are the defaults. Raises UserError."""
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.removeprefix("-").isdigit():
+            raise UserError(f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
 def cache_programs(directory: Path) -> None:
     """Keep compiled programs in a directory, if it can be written, so that the next start need not compile them."""
     if jax.config.jax_compilation_cache_dir is None and places.writable(directory):
@@ -78,28 +89,32 @@ def batch_parts(mesh: Mesh) -> int:
 
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError when a batch, the heads, a width or the tokens cannot be cut as the table says."""
-    model, size = config.model, dict(mesh.shape)
-    (rows, columns), tokens = model.image_grid, model.condition_tokens
+    _divides(mesh, "batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, batch_parts(mesh))
+    check_model(config.model, mesh)
+
+
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """`check`, without the batch."""
+    size, (rows, columns) = mesh.shape, model.image_grid
+    _divides(mesh, "model.heads", model.heads, size["tensor"])
+    for name, width in (("model.width", model.width), ("model.head_width", model.head_width)):
+        _divides(mesh, name, width, size["fsdp"])
+        _divides(mesh, name, width, size["tensor"])
+    _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
+    _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0
-    for name, value, parts in (
-        ("batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, batch_parts(mesh)),
-        ("model.heads", model.heads, size["tensor"]),
-        ("model.width", model.width, size["fsdp"]),
-        ("model.width", model.width, size["tensor"]),
-        ("model.head_width", model.head_width, size["fsdp"]),
-        ("model.head_width", model.head_width, size["tensor"]),
-        (f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"]),
-        ("model.condition_grid: its number of tokens", tokens, size["sequence"]),
-    ):
-        if value % parts:
-            cut = {axis: n for axis, n in size.items() if n > 1}
-            raise UserError(f"{name}={value} is not divisible by {parts} devices (mesh {cut})")
     if size["sequence"] > 1 and rows // size["sequence"] < edge:
         raise UserError(
             f"mesh.sequence={size['sequence']} leaves {rows // size['sequence']} of {rows} rows to a device; "
             f"model.conv_kernel={model.conv_kernel} reaches {edge} rows into the neighbour: at most "
             f"mesh.sequence={rows // edge}"
         )
+
+
+def _divides(mesh: Mesh, name: str, value: int, parts: int) -> None:
+    if value % parts:
+        cut = {axis: n for axis, n in mesh.shape.items() if n > 1}
+        raise UserError(f"{name}={value} is not divisible by {parts} devices (mesh {cut})")
 
 
 def spec(*names: str | None) -> PartitionSpec:

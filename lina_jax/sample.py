@@ -82,7 +82,7 @@ class Previews:
         if config.model.condition == "text":
             prompts = config.log.preview_prompts or ("",)
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
-        self._sampler = Sampler(plan, config.sample, batch_for(len(self._conditions)))
+        self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
 
     def draw(self, step: int, run: state.TrainState) -> None:
         """WORKDIR/previews/STEP.png, and to TensorBoard."""
@@ -93,10 +93,13 @@ class Previews:
             self._writer.image(step, "preview", picture)
 
 
-def batch_for(wanted: int, most: int = 64) -> int:
+MESH_HELP = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+
+
+def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
     """A batch size near `wanted` that all devices can share."""
-    devices = jax.device_count()
-    return max(1, -(-min(wanted, most) // devices)) * devices
+    parts = mesh.batch_parts(plan.mesh)
+    return max(1, -(-min(wanted, most) // parts)) * parts
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
@@ -117,16 +120,24 @@ def cannot_draw(config: Config) -> str:
 
 
 def load(
-    workdir: Path, *, ema: bool = True, step: int | None = None, autoencoder: str = "", text_encoder: str = ""
+    workdir: Path,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    autoencoder: str = "",
+    text_encoder: str = "",
+    axes: MeshConfig | None = None,
 ) -> tuple[Blueprint, Tree, Tree, int]:
     """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory.
 
-    `autoencoder` and `text_encoder` are directories to use in place of those in the run's config.
+    `autoencoder` and `text_encoder` are directories to use in place of those in the run's config, `axes` the mesh
+    (default: every device draws images of its own). Raises UserError where the model cannot be cut so.
     """
-    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    config = dataclasses.replace(load_config(workdir), mesh=axes or MeshConfig())
     config = with_encoders(config, autoencoder, text_encoder)
     mesh.cache_programs(workdir / "compiled")
     devices = mesh.build(config.mesh)
+    mesh.check_model(config.model, devices)
     plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
@@ -232,8 +243,9 @@ def _main(values: flags.FlagValues) -> None:
         step=values.checkpoint,
         autoencoder=values.autoencoder,
         text_encoder=values.text_encoder,
+        axes=mesh.parse(values.mesh),
     )
-    sampler = Sampler(plan, settings, batch_for(len(conditions), values.batch_size))
+    sampler = Sampler(plan, settings, batch_for(plan, len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
     if jax.process_index() != 0:
         return
@@ -271,5 +283,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
     flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the pictures")
+    flags.DEFINE_string("mesh", "", MESH_HELP)
     hosts.define_flags()
     errors.run(main)

@@ -200,11 +200,11 @@ def test_bfloat16_is_near_float32(kind, vae_directory, phi_directory, error_betw
     assert error_between(got, run("float32")) < BFLOAT16_TOLERANCE[kind]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
 def test_eight_devices_compute_what_one_computes(
     sizes, vae_directory, phi_directory, autoencoder, text_encoder, error_between
 ):
-    devices = mesh.build(MeshConfig(*sizes))
+    devices = mesh.build(MeshConfig(**sizes))
 
     def check(loaded, params, name, given):
         described, alone = loaded
@@ -224,7 +224,7 @@ def test_eight_devices_compute_what_one_computes(
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole(tmp_path):
     write_phi(tmp_path, width=12, heads=3)
-    _, params = load_text_encoder(tmp_path, mesh=mesh.build(MeshConfig(1, 1, 8)))
+    _, params = load_text_encoder(tmp_path, mesh=mesh.build(MeshConfig(tensor=8)))
     assert params["blocks"]["qkv"]["kernel"].sharding.spec == mesh.spec(None, "embed", "parts", None, None)
     assert params["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == mesh.spec(None, "embed", "mlp")
 

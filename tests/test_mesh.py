@@ -180,6 +180,17 @@ def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
     assert str(error.value).startswith(message)
 
 
+def test_a_mesh_on_the_command_line():
+    assert mesh.parse("fsdp=2,sequence=4") == MeshConfig(fsdp=2, sequence=4)
+    assert mesh.parse("") == MeshConfig()
+
+
+@pytest.mark.parametrize("text", ["sequnce=4", "sequence", "sequence=four", "4"])
+def test_a_mesh_that_cannot_be_read_is_named(text):
+    with pytest.raises(UserError, match=f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes replica, data, fsdp"):
+        mesh.parse(text)
+
+
 def test_constrain_does_nothing_without_a_mesh():
     x = np.ones((2, 2), np.float32)
     assert mesh.constrain(x, "batch", None) is x

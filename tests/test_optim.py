@@ -84,7 +84,7 @@ def test_weight_decay_spares_layer_norms_alone(name, tiny, one_device, rough):
 
 
 def test_muon_on_eight_devices_steps_as_on_one(muon, by_muon, stepped, error_between):
-    cut = stepped(state.blueprint(muon, mesh.build(MeshConfig(1, 4, 2))))
+    cut = stepped(state.blueprint(muon, mesh.build(MeshConfig(fsdp=4, tensor=2))))
     moved, expected = (jax.tree.map(np.subtract, after, before) for before, after in (cut, by_muon))
     # Measured 6e-6: orthogonalising lifts the smallest singular values, and their rounding, a few hundred times.
     assert error_between(moved, expected) < 5e-5

@@ -287,7 +287,7 @@ def test_a_workdir_of_another_config_is_taken_on_request(config, tmp_path):
 def test_steps_logging_and_mesh_may_change(config, tmp_path):
     write_config(tmp_path, config)
     other = dataclasses.replace(
-        config, steps=60, mesh=MeshConfig(1, 1, 1), log=dataclasses.replace(config.log, every=2)
+        config, steps=60, mesh=MeshConfig(data=1), log=dataclasses.replace(config.log, every=2)
     )
     check_config(tmp_path, other)
 
