@@ -1,5 +1,6 @@
 """Published model directories: JSON files, and safetensors whole or in shards, read tensor by tensor."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,28 +28,56 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files, by name; each is read when it is asked for and kept by nobody."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies, and what its file says of it."""
 
-    def __init__(self, files: Mapping[str, tuple[Any, str]]):
-        self._files = dict(files)  # name -> (open file, name in it)
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F32, F16, BF16
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of safetensors files, by name; each is read when it is asked for and kept by nobody.
+
+    A file is open only while one of its tensors is read: what is mapped into memory is never more than that.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None):
+        self._stored = dict(stored)
+        self.metadata = dict(metadata or {})  # free text, from the files' headers
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file, stored = self._files[name]
-        return file.get_tensor(stored)
+        stored = self._stored[name]
+        with safe_open(stored.path, framework="numpy") as file:
+            return file.get_tensor(stored.name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors; none of them is read."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: stored.dtype for name, stored in self._stored.items()}
+
+    def stored(self, name: str) -> Stored:
+        return self._stored[name]
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
         """The same tensors under the names that `rename` gives; without those to which it gives None."""
-        return Tensors({new: file for name, file in self._files.items() if (new := rename(name)) is not None})
+        renamed = {new: stored for name, stored in self._stored.items() if (new := rename(name)) is not None}
+        return Tensors(renamed, self.metadata)
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -56,8 +85,7 @@ def open_tensors(directory: Path) -> Tensors:
     indices = sorted(directory.glob("*.safetensors.index.json"))
     single = [path for name in WEIGHT_FILES if (path := directory / name).is_file()]
     if single:
-        file = _opened(single[0])
-        return Tensors({name: (file, name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+        return open_file(single[0])
     if not indices:
         raise UserError(f"{directory}: no weights; expected {' or '.join(WEIGHT_FILES)}, or *.safetensors.index.json")
     if len(indices) > 1:
@@ -72,20 +100,24 @@ def _sharded(index: Path) -> Tensors:
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent)}")
-    files = {name: _opened(index.parent / name) for name in names}
-    held = {name: set(file.keys()) for name, file in files.items()}
-    if lost := [tensor for tensor, name in where.items() if tensor not in held[name]]:
+    files = {name: open_file(index.parent / name) for name in names}
+    if lost := [tensor for tensor, name in where.items() if tensor not in files[name]]:
         raise UserError(f"{index}: {len(lost)} tensors are not in their files, first {lost[0]} in {where[lost[0]]}")
-    return Tensors({tensor: (files[name], tensor) for tensor, name in where.items()})
+    return Tensors({tensor: files[name].stored(tensor) for tensor, name in where.items()}, files[names[0]].metadata)
 
 
-def _opened(path: Path) -> Any:
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file. Raises UserError unless it is whole and holds floating-point numbers."""
+    stored = {}
     try:
-        file = safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                view = file.get_slice(name)
+                stored[name] = Stored(path, name, tuple(view.get_shape()), view.get_dtype())
+            metadata = file.metadata()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    for name in file.keys():  # noqa: SIM118 (not a mapping)
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in FLOATS:
-            raise UserError(f"{path}: tensor {name} is {dtype}, not one of {', '.join(FLOATS)}")
-    return file
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
+    return Tensors(stored, metadata)
