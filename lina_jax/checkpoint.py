@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lina_jax import config as config_lib
@@ -48,17 +49,47 @@ class Checkpoints:
         with self._naming_failures():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
+    def save_weights(self, params: Tree, frozen: Tree) -> None:
+        """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0)."""
+        items = {"params": ocp.args.StandardSave(params), "frozen": ocp.args.StandardSave(frozen)}
+        with self._naming_failures():
+            self._manager.save(0, args=ocp.args.Composite(**items))
+
+    def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and types of the arrays that a model needs, none of which is read."""
+        described = {}
+        for item in ("params", "frozen"):
+            tree = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / item).tree
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                described[name] = tuple(leaf.shape), np.dtype(leaf.dtype)
+        return described
+
+    def imported(self, step: int | None = None) -> bool:
+        """Whether the checkpoint is one of `save_weights`."""
+        return _imported(self.directory / str(self._existing(step)))
+
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
-        """The state at `step` (default: the latest), laid out as `plan` says, whatever mesh it was saved from."""
+        """The state at `step` (default: the latest), laid out as `plan` says, whatever mesh it was saved from.
+
+        Weights alone become a fresh state.
+        """
         step = self._existing(step)
+        if self.imported(step):
+            params, frozen, _ = self.restore_weights(plan, ema=False, step=step)
+            return plan.start(params, frozen)
         shapes = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
         items = self._restore(step, shapes)
         progress = items.pop("progress")
         return TrainState(**progress, **items)
 
     def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
-        """(parameters or their EMA, frozen arrays, step), nothing else read from disk."""
-        step, name = self._existing(step), "ema" if ema else "params"
+        """(parameters or their EMA, frozen arrays, step), nothing else read from disk.
+
+        Where there are weights alone, they are their EMA.
+        """
+        step = self._existing(step)
+        name = "ema" if ema and not self.imported(step) else "params"
         items = self._restore(step, {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen})
         return items[name], items["frozen"], step
 
@@ -150,15 +181,23 @@ def _progress(state: TrainState) -> dict[str, Tree]:
     return {name: getattr(state, name) for name in names}
 
 
+def _imported(checkpoint: Path) -> bool:
+    # Of a damaged checkpoint of a run, one of the two is there still.
+    return checkpoint.is_dir() and not any((checkpoint / name).exists() for name in ("ema", "progress"))
+
+
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
     """Check that a workdir may go on with a config.
 
     Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
-    otherwise.
+    otherwise. Imported weights, before they are trained, have a function only.
     """
     if not (workdir / "config.json").exists():
         return
     changed = config_lib.differences(load_config(workdir), config)
+    steps = [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    if steps and all(_imported(path) for path in steps):
+        changed = [field for field in changed if field.startswith(("model.", "autoencoder."))]
     if changed and not allow_changes:
         raise UserError(
             f"{workdir} belongs to another config: {'; '.join(changed)} "

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lina_jax import places
-from lina_jax.config import Config, MeshConfig
+from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
 # From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once a
@@ -46,6 +46,14 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh: {product} does not make {len(devices)} devices")
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def holding(model: ModelConfig) -> Mesh:
+    """A mesh to hold weights without a batch: cut over the devices here where widths allow it, else on one of them."""
+    devices = jax.local_devices()
+    if model.width % len(devices) or model.head_width % len(devices):
+        devices = devices[:1]
+    return build(MeshConfig(data=1, fsdp=len(devices)), devices)
 
 
 def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:

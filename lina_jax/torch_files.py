@@ -1,18 +1,20 @@
-"""Published model directories: JSON files, and safetensors whole or in shards, read tensor by tensor."""
+"""Published model directories: JSON files; safetensors, whole or in shards, read and written tensor by tensor."""
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,3 +123,75 @@ def open_file(path: Path) -> Tensors:
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
     return Tensors(stored, metadata)
+
+
+class Pickled(Mapping[str, np.ndarray]):
+    """The tensors of a PyTorch .bin file, like `Tensors`; mapped, not read, where the file is of today's format."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any]):
+        self._path, self._tensors, self.metadata = path, dict(tensors), {}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+        kinds = {name: str(tensor.dtype) for name, tensor in self._tensors.items()}
+        if others := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in names]:
+            raise UserError(f"{path}: not of type {', '.join(FLOATS)}: {', '.join(others)}")
+        self.dtypes = {name: names[kind] for name, kind in kinds.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].detach().contiguous()
+        if self.dtypes[name] != "BF16":
+            return tensor.numpy()
+        import torch  # numpy has no bfloat16 of its own, so bits are carried over
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def open_bin(path: Path) -> Pickled:
+    """A PyTorch state dict, read without running any code that the file may hold. Raises UserError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of damaged files it raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a whole file of PyTorch weights alone ({reason})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
+    return Pickled(path, state)
+
+
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file, each tensor asked for, cast and written before the next.
+
+    Raises UserError naming a tensor that is not finite, or not in `dtype` (F32, F16, BF16).
+    """
+    kind, header, end = FLOATS[dtype], {"__metadata__": dict(metadata)}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * kind.itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, shape in shapes.items():
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(tensor(name), dtype=kind)
+            if array.shape != tuple(shape):
+                raise ValueError(f"{name}: {array.shape}, announced {shape}")
+            if not np.all(np.isfinite(array)):
+                raise UserError(f"{name} has values that are not finite in {kind}")
+            file.write(array.tobytes() if kind.itemsize == 2 else array.data)
