@@ -119,7 +119,7 @@ def _shown_fields(config: Config) -> dict[str, Any]:
 
 
 def difference(path: Path, other: Path) -> str:
-    """In what two of them differ: fields, names, shapes, types, values. Names are the published ones if one has them."""
+    """In what two of them differ: fields, names (published ones if one has them), shapes, types, values."""
     a, b = open_content(path), open_content(other)
     lines = []
     if a.config and b.config:

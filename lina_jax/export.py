@@ -58,8 +58,8 @@ def check_publishable(workdir: Path) -> None:
     ]
     if problems:
         raise UserError(
-            f"{workdir}: not a model that the published code can load (--to_safetensors takes all):\n  "
-            + "\n  ".join(problems)
+            f"{workdir}: not a model that the published code can load (--to_safetensors takes all); "
+            + "; ".join(problems)
         )
 
 

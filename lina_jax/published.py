@@ -127,7 +127,7 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
         problems.append(f"model.image_grid, model.condition_grid: {grids[0]} and {grids[1]}, gates of {length} tokens")
     autoencoder = _autoencoder(pipeline, facts, given, problems)
     if problems:
-        raise UserError(f"{pipeline.source}: not one model:\n  " + "\n  ".join(problems))
+        raise UserError(f"{pipeline.source}: not one model; " + "; ".join(problems))
     if not given:
         _require(pipeline, facts)
     return _config(pipeline, facts, given, autoencoder), assumed
@@ -305,7 +305,7 @@ def _require(pipeline: Pipeline, facts: Facts) -> None:
     attention = facts.get("model.attention")
     if attention is None:
         lacking.append(
-            "model.attention (softmax and division have the same tensors; MODULE in model_index.json tells them apart)"
+            "model.attention (softmax and division have the same tensors, only model_index.json tells them apart)"
         )
     if attention == "hybrid" and facts.get("model.softmax_period") is None:
         lacking.append("model.softmax_period (of model.attention=hybrid)")
@@ -315,7 +315,7 @@ def _require(pipeline: Pipeline, facts: Facts) -> None:
         if facts.get(f"model.{name}") is None:
             lacking.append(f"model.{name} ({where} in config.json)")
     if lacking:
-        raise UserError(f"{pipeline.source} does not tell, so --config is needed:\n  " + "\n  ".join(lacking))
+        raise UserError(f"{pipeline.source} does not tell, so --config is needed; " + "; ".join(lacking))
 
 
 def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:
