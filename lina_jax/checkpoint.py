@@ -50,8 +50,12 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def save_weights(self, params: Tree, frozen: Tree) -> None:
-        """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0)."""
-        items = {"params": ocp.args.StandardSave(params), "frozen": ocp.args.StandardSave(frozen)}
+        """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0).
+
+        By themselves data files would grow to 2 GB, in memory until they are written.
+        """
+        trees = {"params": params, "frozen": frozen}
+        items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
         with self._naming_failures():
             self._manager.save(0, args=ocp.args.Composite(**items))
 
