@@ -6,6 +6,10 @@ python -m lina_jax.convert --workdir=DIR --to_torch=DIR [--raw] [--dtype=float32
     back, as the published PyTorch code reads it
 python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE [--raw] [--dtype=float32] [--checkpoint=STEP]
     one file of arrays under the names that they have here
+python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cuda,tpu] [--raw] [--checkpoint=STEP]
+    the sampling program and its weights, which JAX runs without this package
+python -m lina_jax.convert --workdir=DIR --average=K --out=DIR
+    a new workdir of the mean of the last K checkpoints
 python -m lina_jax.convert --describe=PATH [--diff=OTHER]
     what a workdir, a pipeline directory or a file of weights holds, and in what another differs
 
@@ -20,14 +24,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, describe, errors, export, mesh, places, published, sample, state, torch_layout
-from lina_jax.checkpoint import Checkpoints, write_config
-from lina_jax.config import Config
+from lina_jax import (
+    config_file,
+    describe,
+    encoders,
+    errors,
+    export,
+    export_program,
+    mesh,
+    places,
+    published,
+    sample,
+    state,
+    torch_layout,
+)
+from lina_jax.checkpoint import Checkpoints, load_config, write_config
+from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
 
 
@@ -77,10 +95,9 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     if tensors.bad:
         raise UserError(f"{pipeline.source}: values that are not finite in {', '.join(tensors.bad)}")
     with new_directory(workdir) as partial:
-        write_config(partial, config)
-        checkpoints = Checkpoints(partial, config.checkpoint)
-        checkpoints.save_weights(*(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen)))
-        checkpoints.close()
+        _write_workdir(
+            partial, config, *(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen))
+        )
     return config
 
 
@@ -136,6 +153,55 @@ def check_new(flag: str, path: Path) -> None:
     places.check(flag, path.parent)
 
 
+def to_stablehlo(
+    workdir: Path,
+    directory: Path,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    platforms: Sequence[str] = export_program.PLATFORMS,
+) -> int:
+    """The program that draws with a workdir's weights, encoders included; their step. Raises UserError."""
+    if unknown := sorted(set(platforms) - set(export_program.PLATFORMS)) or not platforms:
+        raise UserError(f"--platforms: {unknown or 'none'}: allowed are {', '.join(export_program.PLATFORMS)}")
+    check_new("to_stablehlo", directory)
+    config = load_config(workdir)
+    if lacking := sample.cannot_draw(config):
+        raise UserError(lacking)
+    one = mesh.build(MeshConfig(), jax.local_devices()[:1])
+    plan = state.blueprint(config, one, encoders.load_encoders(config, one))
+    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
+    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    with new_directory(directory) as partial:
+        metadata = export.metadata_of(config, step, "ema" if ema and not checkpoints.imported(step) else "raw")
+        export_program.write_program(partial, plan, params, frozen, metadata, platforms)
+    return step
+
+
+def average(workdir: Path, out: Path, last: int) -> list[int]:
+    """A new workdir of the mean of the parameters of the last checkpoints; their steps. Raises UserError."""
+    check_new("out", out)
+    config = load_config(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
+    steps = checkpoints.steps()[-last:] if last > 0 else []
+    if len(steps) != last or last < 1:
+        raise UserError(f"--average={last}: {workdir} has {len(checkpoints.steps())} checkpoints")
+    plan, total = state.blueprint(config, mesh.holding(config.model)), None
+    for step in steps:
+        params, frozen, _ = checkpoints.restore_weights(plan, ema=False, step=step)
+        total = params if total is None else jax.tree.map(jnp.add, total, params)
+    with new_directory(out) as partial:
+        _write_workdir(partial, config, jax.tree.map(lambda x: x / last, total), frozen)
+    return steps
+
+
+def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: state.Tree) -> None:
+    write_config(workdir, config)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints.save_weights(params, frozen)
+    checkpoints.close()
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write into that becomes `path` once all of it is there."""
@@ -168,16 +234,17 @@ def _report(weights: export.Weights, target: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
-    chosen = [name for name in ("from_torch", "to_torch", "to_safetensors", "describe") if values[name].value]
+    names = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "describe")
+    chosen = [name for name in names if values[name].value is not None]
     if len(chosen) != 1:
-        raise UserError("exactly one of --from_torch, --to_torch, --to_safetensors and --describe is needed")
+        raise UserError(f"exactly one of --{', --'.join(names)} is needed")
     if chosen != ["describe"] and not values.workdir:
         raise UserError(f"--{chosen[0]} needs --workdir=DIR")
     given = config_lib.freeze(values.config) if values.config is not None else None
     if given and chosen != ["from_torch"]:
         raise UserError("--config goes with --from_torch alone: a workdir has its own")
     workdir = Path(values.workdir).expanduser() if values.workdir else None
-    target = Path(values[chosen[0]].value).expanduser()
+    target = Path(values.out or "" if chosen == ["average"] else values[chosen[0]].value).expanduser()
     which = {"ema": not values.raw, "step": values.checkpoint, "dtype": values.dtype}
     match chosen[0]:
         case "from_torch":
@@ -188,6 +255,13 @@ def main(argv: Sequence[str]) -> None:
             _report(to_torch(workdir, target, **which, max_shard_gb=values.max_shard_gb), target)
         case "to_safetensors":
             _report(to_safetensors(workdir, target, **which), target)
+        case "to_stablehlo":
+            step = to_stablehlo(workdir, target, ema=not values.raw, step=values.checkpoint, platforms=values.platforms)
+            print(f"{target} holds the sampling program and the weights of step {step}")
+        case "average":
+            if not values.out:
+                raise UserError("--average needs --out=DIR")
+            print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
         case "describe":
             other = Path(values.diff).expanduser() if values.diff else None
             print(describe.difference(target, other) if other else describe.describe(target))
@@ -200,6 +274,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("from_torch", None, "published pipeline directory, its transformer/, or a file of weights")
     flags.DEFINE_string("to_torch", None, "directory to make")
     flags.DEFINE_string("to_safetensors", None, "file to make")
+    flags.DEFINE_string("to_stablehlo", None, "directory to make")
+    flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "that the program of --to_stablehlo runs on")
+    flags.DEFINE_integer("average", None, "how many of the last checkpoints")
+    flags.DEFINE_string("out", None, "workdir that --average makes")
     flags.DEFINE_string("describe", None, "workdir, pipeline directory or file of weights")
     flags.DEFINE_string("diff", None, "another one, to compare with")
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")

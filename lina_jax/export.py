@@ -29,10 +29,14 @@ class Weights:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """For the header of a safetensors file; paths of this machine stay here."""
-        config = dataclasses.asdict(self.config)
-        config["autoencoder"]["path"] = config["text_encoder"]["path"] = config["data"]["path"] = ""
-        return {"config": json.dumps(config), "step": str(self.step), "weights": self.kind}
+        return metadata_of(self.config, self.step, self.kind)
+
+
+def metadata_of(config: Config, step: int, kind: str) -> dict[str, str]:
+    """For the header of a safetensors file; paths of this machine stay here."""
+    fields = dataclasses.asdict(config)
+    fields["autoencoder"]["path"] = fields["text_encoder"]["path"] = fields["data"]["path"] = ""
+    return {"config": json.dumps(fields), "step": str(step), "weights": kind}
 
 
 def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights:

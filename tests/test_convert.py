@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lina_jax import convert, describe, export, mesh, published, published_names, state, torch_layout
+from lina_jax import convert, describe, export, mesh, published, published_names, sample, state, torch_layout
 from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
 from lina_jax.config import Config, default, freeze
 from lina_jax.errors import UserError
@@ -357,6 +358,71 @@ def test_from_a_downloaded_pipeline_to_a_picture_in_two_commands_and_back_in_one
         assert picture.size == (192, 192)
     assert run_module("convert", f"--workdir={run}", f"--to_torch={back}").returncode == 0
     assert (tmp_path / "back" / WEIGHTS).is_file()
+
+
+@pytest.fixture
+def tiny_run(tiny, rough, tmp_path) -> Path:
+    """A workdir of a class-conditional model of pixels, trained for three steps of which nothing is said."""
+    config = tiny()
+    write_config(tmp_path / "run", config)
+    plan = state.blueprint(config, mesh.holding(config.model))
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint)
+    for step in (1, 2, 3):
+        run = rough(plan, seed=step)
+        average = jax.tree.map(lambda x, s=step: x + s, run.params)
+        frozen = jax.tree.map(jax.numpy.zeros_like, run.frozen)
+        checkpoints.save(dataclasses.replace(run, step=run.step + step, ema=average, frozen=frozen))
+    checkpoints.close()
+    return tmp_path / "run"
+
+
+def test_average_or_parameters_of_any_step_go_out(tiny_run, tmp_path):
+    """Different arrays: EMA by default."""
+    average, raw = export.load(tiny_run), export.load(tiny_run, ema=False)
+    assert (average.kind, raw.kind, raw.step) == ("ema", "raw", 3)
+    for ema, step, weights in ((True, None, average), (False, None, raw), (True, 2, export.load(tiny_run, step=2))):
+        out = tmp_path / f"out_{ema}_{step}"
+        convert.to_torch(tiny_run, out, ema=ema, step=step)
+        found = load_file(out / WEIGHTS)["image_encoder.norm.bias"]
+        assert np.array_equal(found, weights.arrays["image_norm", "bias"])
+    assert not np.array_equal(average.arrays["image_norm", "bias"], raw.arrays["image_norm", "bias"])
+
+
+def test_the_last_checkpoints_are_averaged(tiny_run, tmp_path):
+    assert convert.average(tiny_run, tmp_path / "mean", 2) == [2, 3]
+    parts = [export.load(tiny_run, ema=False, step=step).arrays for step in (2, 3)]
+    for path, array in export.load(tmp_path / "mean").arrays.items():
+        np.testing.assert_allclose(array, (np.asarray(parts[0][path]) + np.asarray(parts[1][path])) / 2, rtol=1e-6)
+    with pytest.raises(UserError, match=r"--average=4: .* has 3 checkpoints"):
+        convert.average(tiny_run, tmp_path / "more", 4)
+
+
+RUN_PROGRAM = """
+import sys
+sys.modules["lina_jax"] = None  # importing it fails
+import jax, numpy as np
+from jax import export
+from safetensors.numpy import load_file
+program = export.deserialize(open(f"{sys.argv[1]}/sample.stablehlo", "rb").read())
+weights = load_file(f"{sys.argv[1]}/weights.safetensors")
+labels, numbers = np.array([0, 2, 1], np.int32), np.arange(3, dtype=np.int32)
+np.save("images.npy", program.call(weights, {"label": labels}, numbers, np.int32(7)))
+"""
+
+
+def test_a_sampling_program_runs_without_the_package(tiny_run, tmp_path):
+    convert.to_stablehlo(tiny_run, tmp_path / "program", ema=False)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-c", RUN_PROGRAM, str(tmp_path / "program")]
+    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    plan, params, frozen, _ = sample.load(tiny_run, ema=False)
+    ours = sample.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
+    theirs = np.load(elsewhere / "images.npy")
+    assert theirs.shape == ours.shape and theirs.std() > 10
+    # Programs for one batch size and for any round differently: a value near an integer may be cut to the one below.
+    assert np.max(np.abs(theirs.astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
 
 def test_bin_files_need_torch(tmp_path, monkeypatch):
