@@ -28,6 +28,7 @@ QUICKLY_COMPILED = {
     "test_train",
     "test_generate",
     "test_encoders",
+    "test_convert",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
