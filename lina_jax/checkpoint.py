@@ -8,9 +8,11 @@ moves it to WORKDIR/damaged.
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -22,6 +24,7 @@ from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
 
 WEIGHTS = ("params", "frozen", "ema")
+ALONE = ("params", "frozen")  # of an import
 
 
 class Checkpoints:
@@ -57,25 +60,66 @@ class Checkpoints:
         with self._naming_failures():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
+    def save_weights(self, params: Tree, frozen: Tree) -> None:
+        """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0).
+
+        By themselves data files would grow to 2 GB, in memory until they are written.
+        """
+        trees = dict(zip(ALONE, (params, frozen), strict=True))
+        items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
+        self._saving = 0
+        with self._naming_failures():
+            self._manager.save(0, args=ocp.args.Composite(**items))
+
+    def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and types of the arrays that a model needs, none of which is read."""
+        described = {}
+        for item in ALONE:
+            tree = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / item).tree
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                described[name] = tuple(leaf.shape), np.dtype(leaf.dtype)
+        return described
+
+    def imported(self, step: int) -> bool:
+        """Whether the checkpoint is one of `save_weights`."""
+        return _imported(self.directory / str(step))
+
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
         """The state at `step`, laid out as `plan` says, whatever mesh it was saved from.
 
         Without a step it is the latest that is not damaged; damaged ones are moved away, since the run will come to
-        their steps again.
+        their steps again. Weights alone become a fresh state.
         """
-        shapes = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
-        _, items, damaged = self._restore_sound(step, shapes)
+
+        def wanted(imported: bool) -> dict[str, Tree]:
+            weights = {name: getattr(plan.shapes, name) for name in WEIGHTS}
+            if imported:
+                return {name: weights[name] for name in ALONE}
+            return weights | {"progress": _progress(plan.shapes)}
+
+        _, items, damaged = self._restore_sound(step, wanted)
         if damaged:
             self._move_aside(damaged)
+        if "progress" not in items:
+            return plan.start(**items)
         progress = items.pop("progress")
         return TrainState(**progress, **items)
 
     def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
-        """(parameters or their EMA, frozen arrays, step), nothing else read from disk."""
-        name = "ema" if ema else "params"
-        shapes = {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen}
-        step, items, _ = self._restore_sound(step, shapes)
-        return items[name], items["frozen"], step
+        """(parameters or their EMA, frozen arrays, step), nothing else read from disk.
+
+        Where there are weights alone, they are their EMA.
+        """
+
+        def wanted(imported: bool) -> dict[str, Tree]:
+            name = "ema" if ema and not imported else "params"
+            return {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen}
+
+        step, items, _ = self._restore_sound(step, wanted)
+        frozen = items.pop("frozen")
+        (params,) = items.values()
+        return params, frozen, step
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError when a save failed."""
@@ -87,12 +131,17 @@ class Checkpoints:
         with self._naming_failures():
             self._manager.close()
 
-    def _restore_sound(self, step: int | None, shapes: dict[str, Tree]) -> tuple[int, dict[str, Tree], list[int]]:
-        """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound."""
+    def _restore_sound(
+        self, step: int | None, wanted: Callable[[bool], dict[str, Tree]]
+    ) -> tuple[int, dict[str, Tree], list[int]]:
+        """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound.
+
+        `wanted` tells the shapes of the items, of a checkpoint of weights alone or of another.
+        """
         damaged: dict[int, str] = {}
         for candidate in self._candidates(step):
             try:
-                items = self._restore(candidate, shapes)
+                items = self._restore(candidate, wanted(self.imported(candidate)))
             except _Damaged as error:
                 damaged[candidate] = str(error)
                 continue
@@ -205,15 +254,23 @@ def _progress(state: TrainState) -> dict[str, Tree]:
     return {name: getattr(state, name) for name in names}
 
 
+def _imported(checkpoint: Path) -> bool:
+    # Of a damaged checkpoint of a run, one of the two is there still.
+    return checkpoint.is_dir() and not any((checkpoint / name).exists() for name in ("ema", "progress"))
+
+
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
     """Check that a workdir may go on with a config.
 
     Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
-    otherwise.
+    otherwise. Imported weights, before they are trained, have a function only.
     """
     if not (workdir / "config.json").exists():
         return
     changed = config_lib.differences(load_config(workdir), config)
+    steps = [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    if steps and all(_imported(path) for path in steps):
+        changed = [field for field in changed if field.startswith(("model.", "autoencoder."))]
     if changed and not allow_changes:
         raise UserError(
             f"{workdir} belongs to another config: {'; '.join(changed)} "

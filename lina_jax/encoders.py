@@ -175,6 +175,12 @@ def load_autoencoder(
     return Autoencoder(config, graphdef), params
 
 
+def describe_autoencoder(directory: Path) -> VaeConfig:
+    """The sizes of a diffusers AutoencoderKL, none of its weights. Raises UserError naming what is wrong and where."""
+    tensors = open_tensors(directory).renamed(torch_layout.current_name)
+    return _vae_config(directory / "config.json", read_json(directory / "config.json"), tensors)
+
+
 def load_text_encoder(
     directory: str | Path,
     *,

@@ -48,6 +48,14 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def holding(model: ModelConfig) -> Mesh:
+    """A mesh to hold weights without a batch: cut over the devices here where widths allow it, else on one of them."""
+    devices = jax.local_devices()
+    if model.width % len(devices) or model.head_width % len(devices):
+        devices = devices[:1]
+    return build(MeshConfig(data=1, fsdp=len(devices)), devices)
+
+
 def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})

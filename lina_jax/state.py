@@ -82,6 +82,12 @@ class Blueprint:
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
 
+    def start(self, params: Tree, frozen: Tree) -> TrainState:
+        """A fresh state of these weights, which are donated to it."""
+        make = functools.partial(fresh_state, optimizer=self.optimizer)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.shardings, donate_argnums=(0, 1))(params, frozen)
+
     def jit(self, function: Callable, *last, **options) -> "Program":
         """`jax.jit` under this run's mesh; the arguments `last` follow those of each call."""
         return Program(jax.jit(function, **options), self.mesh, last)

@@ -1,17 +1,20 @@
-"""Published model directories: JSON files, and safetensors whole or in shards, read tensor by tensor."""
+"""Published model directories: JSON files; safetensors, whole or in shards, read and written tensor by tensor."""
 
+import dataclasses
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,28 +30,56 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files, by name; each is read when it is asked for and kept by nobody."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies, and what its file says of it."""
 
-    def __init__(self, files: Mapping[str, tuple[Any, str]]):
-        self._files = dict(files)  # name -> (open file, name in it)
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F32, F16, BF16
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of safetensors files, by name; each is read when it is asked for and kept by nobody.
+
+    A file is open only while one of its tensors is read: what is mapped into memory is never more than that.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None):
+        self._stored = dict(stored)
+        self.metadata = dict(metadata or {})  # free text, from the files' headers
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file, stored = self._files[name]
-        return file.get_tensor(stored)
+        stored = self._stored[name]
+        with safe_open(stored.path, framework="numpy") as file:
+            return file.get_tensor(stored.name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors; none of them is read."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: stored.dtype for name, stored in self._stored.items()}
+
+    def stored(self, name: str) -> Stored:
+        return self._stored[name]
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
         """The same tensors under the names that `rename` gives; without those to which it gives None."""
-        return Tensors({new: file for name, file in self._files.items() if (new := rename(name)) is not None})
+        renamed = {new: stored for name, stored in self._stored.items() if (new := rename(name)) is not None}
+        return Tensors(renamed, self.metadata)
 
 
 def open_tensors(directory: Path) -> Tensors:
@@ -56,8 +87,7 @@ def open_tensors(directory: Path) -> Tensors:
     indices = sorted(directory.glob("*.safetensors.index.json"))
     single = [path for name in WEIGHT_FILES if (path := directory / name).is_file()]
     if single:
-        file = _opened(single[0])
-        return Tensors({name: (file, name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+        return open_file(single[0])
     if not indices:
         raise UserError(f"{directory}: no weights; expected {' or '.join(WEIGHT_FILES)}, or *.safetensors.index.json")
     if len(indices) > 1:
@@ -72,20 +102,96 @@ def _sharded(index: Path) -> Tensors:
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent)}")
-    files = {name: _opened(index.parent / name) for name in names}
-    held = {name: set(file.keys()) for name, file in files.items()}
-    if lost := [tensor for tensor, name in where.items() if tensor not in held[name]]:
+    files = {name: open_file(index.parent / name) for name in names}
+    if lost := [tensor for tensor, name in where.items() if tensor not in files[name]]:
         raise UserError(f"{index}: {len(lost)} tensors are not in their files, first {lost[0]} in {where[lost[0]]}")
-    return Tensors({tensor: (files[name], tensor) for tensor, name in where.items()})
+    return Tensors({tensor: files[name].stored(tensor) for tensor, name in where.items()}, files[names[0]].metadata)
 
 
-def _opened(path: Path) -> Any:
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file. Raises UserError unless it is whole and holds floating-point numbers."""
+    stored = {}
     try:
-        file = safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                view = file.get_slice(name)
+                stored[name] = Stored(path, name, tuple(view.get_shape()), view.get_dtype())
+            metadata = file.metadata()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    for name in file.keys():  # noqa: SIM118 (not a mapping)
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in FLOATS:
-            raise UserError(f"{path}: tensor {name} is {dtype}, not one of {', '.join(FLOATS)}")
-    return file
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
+    return Tensors(stored, metadata)
+
+
+class Pickled(Mapping[str, np.ndarray]):
+    """The tensors of a PyTorch .bin file, like `Tensors`; mapped, not read, where the file is of today's format."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any]):
+        self._path, self._tensors, self.metadata = path, dict(tensors), {}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+        kinds = {name: str(tensor.dtype) for name, tensor in self._tensors.items()}
+        if others := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in names]:
+            raise UserError(f"{path}: not of type {', '.join(FLOATS)}: {', '.join(others)}")
+        self.dtypes = {name: names[kind] for name, kind in kinds.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].detach().contiguous()
+        if self.dtypes[name] != "BF16":
+            return tensor.numpy()
+        import torch  # numpy has no bfloat16 of its own, so bits are carried over
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def open_bin(path: Path) -> Pickled:
+    """A PyTorch state dict, read without running any code that the file may hold. Raises UserError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # of damaged files it raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a whole file of PyTorch weights alone ({reason})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
+    return Pickled(path, state)
+
+
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file, each tensor asked for, cast and written before the next.
+
+    Raises UserError naming a tensor that is not finite, or not in `dtype` (F32, F16, BF16).
+    """
+    kind, header, end = FLOATS[dtype], {"__metadata__": dict(metadata)}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * kind.itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, shape in shapes.items():
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(tensor(name), dtype=kind)
+            if array.shape != tuple(shape):
+                raise ValueError(f"{name}: {array.shape}, announced {shape}")
+            if not np.all(np.isfinite(array)):
+                raise UserError(f"{name} has values that are not finite in {kind}")
+            file.write(array.tobytes() if kind.itemsize == 2 else array.data)

@@ -274,36 +274,47 @@ def from_torch(
 
     Arrays are filled one after the other, each handed to `place` as soon as it is full: tensors that are read when
     they are asked for need the memory of one array. Raises UserError listing every missing, unexpected and misshaped
-    tensor.
+    tensor, before any is read where `tensors` knows their shapes (torch_files.Tensors).
     """
-    leaves, sources = flatten_dict(shapes), defaultdict(list)
+    given = tensors.shapes if hasattr(tensors, "shapes") else {key: np.shape(t) for key, t in tensors.items()}
+    if problems := mismatches(table, given, shapes):
+        raise UserError("weights do not fit the model:\n  " + "\n  ".join(problems))
+    sources = defaultdict(list)
     for entry in table:
         sources[entry.path].append(entry)
-    problems = [f"unexpected: {key}" for key in sorted(tensors.keys() - {e.key for e in table})]
-    unnamed = sorted(leaves.keys() - sources.keys())
-    problems += [f"without a published counterpart: {'/'.join(path)}" for path in unnamed]
-    tree = {}
+    leaves, tree = flatten_dict(shapes), {}
     for path, entries_of_array in sources.items():
         array = np.zeros(leaves[path].shape, leaves[path].dtype)
         for entry in entries_of_array:
-            problems += _fill(array, entry, tensors)
-        if not problems:
-            tree[path] = place(path, array)
-    if problems:
-        raise UserError("weights do not fit the model:\n  " + "\n  ".join(problems))
+            target = entry.within(array)
+            target[...] = entry.to_ours(np.asarray(tensors[entry.key]), target.shape)
+        tree[path] = place(path, array)
     return unflatten_dict(tree)
 
 
-def _fill(array: np.ndarray, entry: Entry, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Write one published tensor where it belongs; what is wrong with it."""
-    if entry.key not in tensors:
-        return [f"missing: {entry.key}"]
-    tensor, expected = np.asarray(tensors[entry.key]), entry.to_torch(array).shape
-    if tensor.shape != expected:
-        return [f"misshaped: {entry.key} is {tensor.shape}, the model has {expected}"]
-    target = entry.within(array)
-    target[...] = entry.to_ours(tensor, target.shape)
-    return []
+def published_shapes(table: list[Entry], shapes: Tree) -> dict[str, tuple[int, ...]]:
+    """Published names and shapes of our tree. Every array must have an entry."""
+    leaves = flatten_dict(shapes)
+    zeros = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in leaves.items()}  # without memory
+    return {entry.key: entry.to_torch(zeros[entry.path]).shape for entry in table}
+
+
+def mismatches(table: list[Entry], given: Mapping[str, tuple[int, ...]], shapes: Tree) -> list[str]:
+    """What keeps published tensors of the `given` shapes from being our tree, a line for each tensor."""
+    wanted = published_shapes(table, shapes)
+    problems = [f"unexpected: {key}" for key in sorted(given.keys() - wanted.keys())]
+    problems += [f"without a published counterpart: {name}" for name in unpublished(table, shapes)]
+    for key, shape in wanted.items():
+        if key not in given:
+            problems.append(f"missing: {key}")
+        elif tuple(given[key]) != shape:
+            problems.append(f"misshaped: {key} is {tuple(given[key])}, the model has {shape}")
+    return problems
+
+
+def unpublished(table: list[Entry], shapes: Tree) -> list[str]:
+    """Arrays of ours that no published tensor holds."""
+    return sorted("/".join(path) for path in flatten_dict(shapes).keys() - {entry.path for entry in table})
 
 
 def to_torch(table: list[Entry], tree: Tree) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ QUICKLY_COMPILED = {
     "test_generate",
     "test_encoders",
     "test_many_hosts",
+    "test_convert",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device

@@ -56,11 +56,16 @@ def model_config(c: dict) -> ModelConfig:
     )
 
 
-def lina(case: Case):
-    """(config, table, graphdef, trained, frozen) of a whole-model case."""
+def config_of(case: Case) -> ModelConfig:
     config = model_config(case.config)
     if config.condition == "class":
         config = ModelConfig(**{**vars(config), "num_classes": case.weights["label_embed.weight"].shape[0] - 1})
+    return config
+
+
+def lina(case: Case):
+    """(config, table, graphdef, trained, frozen) of a whole-model case."""
+    config = config_of(case)
     table = list(torch_layout.entries(config))
     graphdef, tree = loaded(lambda rngs: LINA(config, rngs=rngs), table, case.weights)
     flat = flatten_dict(jax.tree.map(jnp.asarray, tree))
@@ -104,8 +109,8 @@ def loss_of(model: LINA, tokens, condition, draws: Draws):
     return jnp.sum(losses * draws.mask) / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
 
 
-def transformer(case: Case) -> None:
-    config, table, graphdef, trained, frozen = lina(case)
+def transformer(case: Case, load=lina) -> None:
+    config, table, graphdef, trained, frozen = load(case)
     repeat, batch = case.config["loss_repeat"], case.config["batch"]
     tokens, condition = tokens_of(case["x"], config.patch_size), condition_of(case, config, batch)
     draws, sigmas = draws_of(case, repeat), flow.training_sigmas()
@@ -143,8 +148,8 @@ def transformer(case: Case) -> None:
     case.check("outputs.all_grad_norms", [np.linalg.norm(named[key]) for key in case.manifest["param_order"]])
 
 
-def sample(case: Case) -> None:
-    config, _, graphdef, trained, frozen = lina(case)
+def sample(case: Case, load=lina) -> None:
+    config, _, graphdef, trained, frozen = load(case)
     c, batch = case.config, case.config["batch"]
     low = c["guidance_scale"] if c["min_guidance_scale"] is None else c["min_guidance_scale"]
     plan = generate.schedule(
@@ -188,8 +193,8 @@ def sample(case: Case) -> None:
         case.check(f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, int(count), encoded))
 
 
-def train_steps(case: Case) -> None:
-    config, table, graphdef, trained, frozen = lina(case)
+def train_steps(case: Case, load=lina) -> None:
+    config, table, graphdef, trained, frozen = load(case)
     c = case.config
     settings = OptimConfig(
         learning_rate=c["lr"], warmup_steps=c["warmup_steps"], warmup_factor=c["warmup_factor"], eps=c["adam_eps"],

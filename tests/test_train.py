@@ -58,6 +58,22 @@ def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identi
     assert identical(whole(resumed), finished[1])
 
 
+def test_a_run_that_starts_from_weights_is_a_run(config, finished, tmp_path, identical, one_device):
+    """Bit for bit, where the weights are those of a fresh run; what they came with does not bind the training."""
+    fresh = state.blueprint(config, one_device).init()
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1.0), batch_size=4)
+    write_config(tmp_path / "run", other)
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint)
+    checkpoints.save_weights(fresh.params, fresh.frozen)
+    checkpoints.close()
+    check_config(tmp_path / "run", config)
+    with pytest.raises(UserError, match=r"belongs to another config: model\.width"):
+        check_config(tmp_path / "run", dataclasses.replace(config, model=dataclasses.replace(config.model, width=64)))
+    assert identical(whole(train(config, tmp_path / "run")), finished[1])
+    with pytest.raises(UserError, match=r"batch_size.*optim\.learning_rate"):  # trained by now
+        check_config(tmp_path / "run", other)
+
+
 def test_worker_processes_change_nothing(config, run_module, config_file, tmp_path, one_device, identical):
     """From the command line, where workers must not take the program's flags or devices."""
     silent = dataclasses.replace(config, steps=3, log=dataclasses.replace(config.log, preview_images=0))
@@ -286,9 +302,7 @@ def test_a_workdir_of_another_config_is_taken_on_request(config, tmp_path):
 
 def test_steps_logging_and_mesh_may_change(config, tmp_path):
     write_config(tmp_path, config)
-    other = dataclasses.replace(
-        config, steps=60, mesh=MeshConfig(data=1), log=dataclasses.replace(config.log, every=2)
-    )
+    other = dataclasses.replace(config, steps=60, mesh=MeshConfig(data=1), log=dataclasses.replace(config.log, every=2))
     check_config(tmp_path, other)
 
 

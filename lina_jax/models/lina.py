@@ -154,10 +154,10 @@ class LINA(nnx.Module):
             x = x + jnp.asarray(position_table(self.config.image_grid, self.config.width), self.dtype)
 
         def encode_visible(ids: jax.Array, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
-            valid = sequence.arrange(jnp.ones((len(ids), conditions), bool), exists)
+            valid = sequence.arrange(jnp.ones((ids.shape[0], conditions), bool), exists)
             chosen_angles = None
             if angles is not None:
-                all_angles, all_origins = (jnp.broadcast_to(a, (len(ids), *a.shape[1:])) for a in (angles, origin))
+                all_angles, all_origins = (jnp.broadcast_to(a, (ids.shape[0], *a.shape[1:])) for a in (angles, origin))
                 chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, ids))
             h = self.encoder(sequence.arrange(c, sequence.pick(x, ids)), valid=valid, angles=chosen_angles)
             c_encoded, h = sequence.separate(h, conditions)

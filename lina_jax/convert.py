@@ -1,0 +1,287 @@
+"""Checkpoints in and out.
+
+python -m lina_jax.convert --from_torch=DIR_OR_FILE --workdir=DIR [--config=FILE.py[:PRESET]]
+    a published pipeline directory, its transformer/, or a bare file of weights, to a workdir that train and sample take
+python -m lina_jax.convert --workdir=DIR --to_torch=DIR [--raw] [--dtype=float32] [--max_shard_gb=5] [--checkpoint=STEP]
+    back, as the published PyTorch code reads it
+python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE [--raw] [--dtype=float32] [--checkpoint=STEP]
+    one file of arrays under the names that they have here
+python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cuda,tpu] [--raw] [--checkpoint=STEP]
+    the sampling program and its weights, which JAX runs without this package
+python -m lina_jax.convert --workdir=DIR --average=K --out=DIR
+    a new workdir of the mean of the last K checkpoints
+python -m lina_jax.convert --describe=PATH [--diff=OTHER]
+    what a workdir, a pipeline directory or a file of weights holds, and in what another differs
+
+docs/checkpoints.md says what becomes of what. Nothing is ever replaced, and nothing is left half-written.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lina_jax import config as config_lib
+from lina_jax import (
+    config_file,
+    describe,
+    encoders,
+    errors,
+    export,
+    export_program,
+    mesh,
+    places,
+    published,
+    sample,
+    state,
+    torch_layout,
+)
+from lina_jax.checkpoint import Checkpoints, load_config, write_config
+from lina_jax.config import Config, MeshConfig
+from lina_jax.errors import UserError
+
+
+class Finite(Mapping[str, np.ndarray]):
+    """Tensors, with the names of those in which a value is not finite, as they are read."""
+
+    def __init__(self, tensors):
+        self._tensors, self.shapes, self.bad = tensors, tensors.shapes, []
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        if not np.all(np.isfinite(tensor)):
+            self.bad.append(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Config:
+    """Published weights to a workdir of parameters and frozen arrays; its config.
+
+    Each array goes to its sharding as soon as it is full. Raises UserError with everything that is wrong, before
+    anything is written.
+    """
+    check_new("workdir", workdir)
+    pipeline = published.open_pipeline(source)
+    check_dtypes(pipeline)
+    config, assumed = published.config_of(pipeline, given)
+    for assumption in assumed:
+        print(f"assumed, as nothing says otherwise: {assumption}", file=sys.stderr)
+    plan = state.blueprint(config, mesh.holding(config.model))
+    params, frozen = flatten_dict(plan.shapes.params), flatten_dict(plan.shapes.frozen)
+    shapes = params | frozen
+
+    def place(path, array):
+        return jax.device_put(array, shapes[path].sharding)
+
+    tensors, table = Finite(pipeline.tensors), list(torch_layout.entries(config.model))
+    try:
+        tree = flatten_dict(torch_layout.from_torch(table, tensors, unflatten_dict(shapes), place))
+    except UserError as error:
+        raise UserError(f"{pipeline.source}: {error}") from error
+    if tensors.bad:
+        raise UserError(f"{pipeline.source}: values that are not finite in {', '.join(tensors.bad)}")
+    with new_directory(workdir) as partial:
+        _write_workdir(
+            partial, config, *(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen))
+        )
+    return config
+
+
+def to_torch(
+    workdir: Path,
+    directory: Path,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_gb: float = 5.0,
+) -> export.Weights:
+    """The published layout of a workdir's weights (docs/checkpoints.md), which are returned. Raises UserError."""
+    if not max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb={max_shard_gb}: must be positive")
+    check_new("to_torch", directory)
+    export.check_publishable(workdir)
+    weights = export.load(workdir, ema=ema, step=step)
+    with new_directory(directory) as partial:
+        export.to_torch(weights, partial, dtype, max_shard_gb * 1e9)
+    return weights
+
+
+def to_safetensors(
+    workdir: Path, file: Path, *, ema: bool = True, step: int | None = None, dtype: str = "float32"
+) -> export.Weights:
+    """A workdir's weights, which are returned, as one file. Raises UserError."""
+    check_new("to_safetensors", file)
+    weights = export.load(workdir, ema=ema, step=step)
+    with new_file(file) as partial:
+        export.to_safetensors(weights, partial, dtype)
+    return weights
+
+
+def check_dtypes(pipeline: published.Pipeline) -> None:
+    """Raises UserError where tensors are of several types.
+
+    The published EMA is of float32 parameters beside a text buffer that kept the type in which it was loaded.
+    """
+    dtypes = {name: dtype for name, dtype in pipeline.tensors.dtypes.items() if name != "text_embed.weight"}
+    counts = {dtype: list(dtypes.values()).count(dtype) for dtype in sorted(set(dtypes.values()))}
+    if len(counts) > 1:
+        rare = min(counts, key=counts.get)
+        first = next(name for name, dtype in dtypes.items() if dtype == rare)
+        told = ", ".join(f"{count} of {dtype}" for dtype, count in counts.items())
+        raise UserError(f"{pipeline.source}: tensors of several types ({told}; first of {rare}: {first})")
+
+
+def check_new(flag: str, path: Path) -> None:
+    """Raises UserError unless `path` is absent, or an empty directory, and can be made."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"--{flag}={path}: is there already, choose another place")
+    places.check(flag, path.parent)
+
+
+def to_stablehlo(
+    workdir: Path,
+    directory: Path,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    platforms: Sequence[str] = export_program.PLATFORMS,
+) -> int:
+    """The program that draws with a workdir's weights, encoders included; their step. Raises UserError."""
+    if unknown := sorted(set(platforms) - set(export_program.PLATFORMS)) or not platforms:
+        raise UserError(f"--platforms: {unknown or 'none'}: allowed are {', '.join(export_program.PLATFORMS)}")
+    check_new("to_stablehlo", directory)
+    config = load_config(workdir)
+    if lacking := sample.cannot_draw(config):
+        raise UserError(lacking)
+    one = mesh.build(MeshConfig(), jax.local_devices()[:1])
+    plan = state.blueprint(config, one, encoders.load_encoders(config, one))
+    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
+    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    with new_directory(directory) as partial:
+        metadata = export.metadata_of(config, step, "ema" if ema and not checkpoints.imported(step) else "raw")
+        export_program.write_program(partial, plan, params, frozen, metadata, platforms)
+    return step
+
+
+def average(workdir: Path, out: Path, last: int) -> list[int]:
+    """A new workdir of the mean of the parameters of the last checkpoints; their steps. Raises UserError."""
+    check_new("out", out)
+    config = load_config(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
+    steps = checkpoints.steps()[-last:] if last > 0 else []
+    if len(steps) != last or last < 1:
+        raise UserError(f"--average={last}: {workdir} has {len(checkpoints.steps())} checkpoints")
+    plan, total = state.blueprint(config, mesh.holding(config.model)), None
+    for step in steps:
+        params, frozen, _ = checkpoints.restore_weights(plan, ema=False, step=step)
+        total = params if total is None else jax.tree.map(jnp.add, total, params)
+    with new_directory(out) as partial:
+        _write_workdir(partial, config, jax.tree.map(lambda x: x / last, total), frozen)
+    return steps
+
+
+def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: state.Tree) -> None:
+    write_config(workdir, config)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints.save_weights(params, frozen)
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `path` once all of it is there."""
+    partial = path.absolute().parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` once all of it is there."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _report(weights: export.Weights, target: Path) -> None:
+    kind = "EMA" if weights.kind == "ema" else "parameters themselves"
+    print(f"{target} holds step {weights.step}, the {kind}")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    names = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "describe")
+    chosen = [name for name in names if values[name].value is not None]
+    if len(chosen) != 1:
+        raise UserError(f"exactly one of --{', --'.join(names)} is needed")
+    if chosen != ["describe"] and not values.workdir:
+        raise UserError(f"--{chosen[0]} needs --workdir=DIR")
+    given = config_lib.freeze(values.config) if values.config is not None else None
+    if given and chosen != ["from_torch"]:
+        raise UserError("--config goes with --from_torch alone: a workdir has its own")
+    workdir = Path(values.workdir).expanduser() if values.workdir else None
+    target = Path(values.out or "" if chosen == ["average"] else values[chosen[0]].value).expanduser()
+    which = {"ema": not values.raw, "step": values.checkpoint, "dtype": values.dtype}
+    match chosen[0]:
+        case "from_torch":
+            config = from_torch(target, workdir, given)
+            lacking = sample.cannot_draw(config)
+            print(f"{workdir} holds the weights of {target}" + (f"; to draw, {lacking}" if lacking else ""))
+        case "to_torch":
+            _report(to_torch(workdir, target, **which, max_shard_gb=values.max_shard_gb), target)
+        case "to_safetensors":
+            _report(to_safetensors(workdir, target, **which), target)
+        case "to_stablehlo":
+            step = to_stablehlo(workdir, target, ema=not values.raw, step=values.checkpoint, platforms=values.platforms)
+            print(f"{target} holds the sampling program and the weights of step {step}")
+        case "average":
+            if not values.out:
+                raise UserError("--average needs --out=DIR")
+            print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
+        case "describe":
+            other = Path(values.diff).expanduser() if values.diff else None
+            print(describe.difference(target, other) if other else describe.describe(target))
+
+
+if __name__ == "__main__":
+    config_file.define_flag()
+    flags.declare_key_flag("config")
+    flags.DEFINE_string("workdir", None, "training directory: made by --from_torch, read by the others")
+    flags.DEFINE_string("from_torch", None, "published pipeline directory, its transformer/, or a file of weights")
+    flags.DEFINE_string("to_torch", None, "directory to make")
+    flags.DEFINE_string("to_safetensors", None, "file to make")
+    flags.DEFINE_string("to_stablehlo", None, "directory to make")
+    flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "that the program of --to_stablehlo runs on")
+    flags.DEFINE_integer("average", None, "how many of the last checkpoints")
+    flags.DEFINE_string("out", None, "workdir that --average makes")
+    flags.DEFINE_string("describe", None, "workdir, pipeline directory or file of weights")
+    flags.DEFINE_string("diff", None, "another one, to compare with")
+    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
+    flags.DEFINE_integer("checkpoint", None, "step to export; default: the latest")
+    flags.DEFINE_enum("dtype", "float32", sorted(export.DTYPES), "of exported weights")
+    flags.DEFINE_float("max_shard_gb", 5.0, "largest file of --to_torch, in 10^9 bytes")
+    errors.run(main)

@@ -1,0 +1,168 @@
+"""What a workdir, a published pipeline or a file of weights holds, and in what two of them differ."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lina_jax import config as config_lib
+from lina_jax import export, published, torch_layout
+from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.config import Config
+from lina_jax.errors import UserError
+from lina_jax.torch_files import FLOATS, open_file
+
+SHOWN = 20  # differing tensors, the largest differences first
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Weights somewhere; `read` gets one tensor by its name."""
+
+    kind: str
+    config: Config | None
+    unknown: str  # why there is no config
+    step: int | None
+    published: bool  # names and layouts are the published ones, not ours
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    read: Callable[[str], np.ndarray]
+
+
+def open_content(path: Path) -> Content:
+    """What there is at a path. Raises UserError where it is none of the formats."""
+    if (path / "checkpoints").is_dir():
+        return _workdir(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        tensors = open_file(path)
+        if tensors.metadata.get("format") == "lina_jax":
+            return _plain_file(path, tensors)
+    pipeline = published.open_pipeline(path)
+    unknown, step = "", pipeline.tensors.metadata.get("step")
+    try:
+        config = published.config_of(pipeline, None)[0]
+    except UserError as error:
+        config, unknown = None, str(error)
+    kind = "published PyTorch layout" + (", exported from here" if pipeline.metadata else "")
+    return Content(
+        kind, config, unknown, step and int(step), True, _listed(pipeline.tensors), pipeline.tensors.__getitem__
+    )
+
+
+def _listed(tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (shape, FLOATS[tensors.dtypes[name]]) for name, shape in tensors.shapes.items()}
+
+
+def _workdir(path: Path) -> Content:
+    config = load_config(path)
+    checkpoints = Checkpoints(path, config.checkpoint, create=False)
+    if not checkpoints.steps():
+        raise UserError(f"{path}: a training directory without a checkpoint")
+    step = checkpoints.steps()[-1]
+    more = "weights alone" if checkpoints.imported(step) else "parameters, EMA (listed here), state of the optimizer"
+    steps = ", ".join(map(str, checkpoints.steps()))
+
+    @functools.cache
+    def arrays() -> dict[str, Any]:
+        return {"/".join(name): array for name, array in export.load(path).arrays.items()}
+
+    return Content(
+        f"training directory, steps {steps}; the last has {more}",
+        config,
+        "",
+        step,
+        False,
+        checkpoints.describe_weights(step),
+        lambda name: np.asarray(arrays()[name]),
+    )
+
+
+def _plain_file(path: Path, tensors) -> Content:
+    try:
+        config, step = config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata lack config or step ({error})") from error
+    read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack of layers is asked for once for each
+    kind = f"safetensors file of arrays as they are here, weights: {tensors.metadata.get('weights')}"
+    return Content(kind, config, "", step, False, _listed(tensors), read)
+
+
+def describe(path: Path) -> str:
+    """Kind, step, config, a table of tensors, and sizes."""
+    content = open_content(path)
+    lines = [f"{path}: {content.kind}"]
+    lines += [f"step: {content.step}"] if content.step is not None else []
+    if content.config:
+        lines += [f"config.{name} = {value!r}" for name, value in _shown_fields(content.config).items()]
+    else:
+        lines.append(f"config: {content.unknown}")
+    wide = max(map(len, content.tensors), default=0)
+    for name, (shape, dtype) in content.tensors.items():
+        lines.append(f"{name:{wide}}  {dtype!s:8}  {' x '.join(map(str, shape))}")
+    counts = {}
+    for shape, dtype in content.tensors.values():
+        counts[dtype] = counts.get(dtype, 0) + int(np.prod(shape))
+    sizes = ", ".join(
+        f"{count:,} of {dtype} ({count * dtype.itemsize / 1e9:.3f} GB)" for dtype, count in counts.items()
+    )
+    lines.append(f"{len(content.tensors)} tensors, {sizes}")
+    return "\n".join(lines)
+
+
+def _shown_fields(config: Config) -> dict[str, Any]:
+    """The function, not the training."""
+    flat = config_lib.flatten(config)
+    return {name: value for name, value in flat.items() if name.startswith(("model.", "autoencoder."))}
+
+
+def difference(path: Path, other: Path) -> str:
+    """In what two of them differ: fields, names (published ones if one has them), shapes, types, values."""
+    a, b = open_content(path), open_content(other)
+    lines = []
+    if a.config and b.config:
+        fields, others = _shown_fields(a.config), _shown_fields(b.config)
+        lines += [f"config.{n}: {v!r} | {others[n]!r}" for n, v in fields.items() if v != others[n]]
+    if a.step != b.step:
+        lines.append(f"step: {a.step} | {b.step}")
+    if a.published != b.published:
+        a, b = (c if c.published else _as_published(c) for c in (a, b))
+    lines += [f"only in {path}: {name}" for name in a.tensors if name not in b.tensors]
+    lines += [f"only in {other}: {name}" for name in b.tensors if name not in a.tensors]
+    common, equal, differing = [name for name in a.tensors if name in b.tensors], 0, []
+    for name in common:
+        (shape, dtype), (other_shape, other_dtype) = a.tensors[name], b.tensors[name]
+        if shape != other_shape:
+            lines.append(f"{name}: {shape} | {other_shape}")
+            continue
+        if dtype != other_dtype:
+            lines.append(f"{name}: {dtype} | {other_dtype}")
+        x, y = (np.asarray(content.read(name), np.float32) for content in (a, b))
+        if np.array_equal(x, y):
+            equal += 1
+        else:
+            differing.append((float(np.max(np.abs(x - y))), name))
+    differing.sort(reverse=True)
+    lines += [f"{name}: values differ by up to {most:.3g}" for most, name in differing[:SHOWN]]
+    if len(differing) > SHOWN:
+        lines.append(f"and {len(differing) - SHOWN} more tensors with other values")
+    lines.append(f"{len(common)} tensors in both, {equal} with equal values")
+    return "\n".join(lines)
+
+
+def _as_published(content: Content) -> Content:
+    """The same weights by published names; arrays without one keep theirs."""
+    table = {entry.key: entry for entry in torch_layout.entries(content.config.model)}
+    tensors, paths = {}, {"/".join(entry.path) for entry in table.values()}
+    for key, entry in table.items():
+        shape, dtype = content.tensors["/".join(entry.path)]
+        tensors[key] = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape, dtype
+    tensors |= {name: said for name, said in content.tensors.items() if name not in paths}
+
+    def read(name: str) -> np.ndarray:
+        entry = table.get(name)
+        return entry.to_torch(content.read("/".join(entry.path))) if entry else content.read(name)
+
+    return dataclasses.replace(content, published=True, tensors=tensors, read=read)

@@ -1,0 +1,71 @@
+"""The sampling program as StableHLO, its weights beside it: JAX alone runs it, without this package."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export
+from safetensors.numpy import save_file
+
+from lina_jax.generate import make_sampler
+from lina_jax.state import Blueprint, Tree
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def write_program(
+    directory: Path, plan: Blueprint, params: Tree, frozen: Tree, metadata: dict[str, str], platforms: Sequence[str]
+) -> None:
+    """sample.stablehlo, weights.safetensors and arguments.json into a directory.
+
+    The program is (weights, condition, image numbers (b,) int32, seed () int32) -> uint8 images (b, H, W, 3) for any b;
+    `weights` are the arrays of the file by their names. The config's sampling settings are part of it.
+    """
+    trees = {"params": params, "frozen": frozen, "encoders": plan.encoders.weights}
+    arrays = {"/".join(path): np.asarray(array) for path, array in flatten_dict(trees).items()}
+    sampler = make_sampler(plan, plan.config.sample)
+
+    def program(weights, condition, images, seed):
+        trees = {"params": {}, "frozen": {}, "encoders": {}}
+        trees |= unflatten_dict({tuple(name.split("/")): array for name, array in weights.items()})
+        return sampler.jitted(trees["params"], trees["frozen"], condition, images, seed, trees["encoders"])
+
+    (batch,) = export.symbolic_shape("b")
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+    condition = _condition(plan, batch)
+    arguments = (shapes, condition, _int32(batch), _int32())
+    with jax.set_mesh(plan.mesh):
+        exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
+    (directory / "sample.stablehlo").write_bytes(exported.serialize())
+    save_file(arrays, directory / "weights.safetensors", metadata)
+    (directory / "weights.safetensors").chmod(0o644)  # it comes closed to others
+    told = {
+        "condition": {name: [str(x.dtype), [str(n) for n in x.shape]] for name, x in condition.items()},
+        "images": ["int32", ["b"]],
+        "seed": ["int32", []],
+        "platforms": list(platforms),
+        "sample": dataclasses.asdict(plan.config.sample),
+    }
+    (directory / "arguments.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _condition(plan: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:
+    """Class numbers, or a text: bytes, token ids of the text encoder, or its features, and how many of them count."""
+    model = plan.config.model
+    if model.condition == "class":
+        return {"label": _int32(batch)}
+    text = _int32(batch, model.text_length)
+    if model.text_encoder == "bytes":
+        text = jax.ShapeDtypeStruct(text.shape, jnp.uint8)
+    elif not plan.encoders.text:
+        text = jax.ShapeDtypeStruct((*text.shape, model.text_dim), jnp.float32)
+    return {"text": text, "text_length": _int32(batch)}
+
+
+def _int32(*shape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,363 @@
+"""Published pipeline directories: what is in them, and the config that they mean (spec sections 1, 15, 19).
+
+What is known of a model comes from several places: the shapes of its tensors, config.json, model_index.json. Each says
+what it knows, and every contradiction is named.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lina_jax import config as config_lib
+from lina_jax.config import Config, ModelConfig
+from lina_jax.encoders import describe_autoencoder
+from lina_jax.errors import UserError
+from lina_jax.published_names import HEADS, variant_of
+from lina_jax.torch_files import Pickled, Tensors, open_bin, open_file, open_tensors, read_json
+
+BIN = "diffusion_pytorch_model.bin"
+TEXT_SAMPLING = {"steps": 128, "guidance": 7.0, "guidance_schedule": "constant"}  # of the published evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A published model, opened but not read; what is absent is empty."""
+
+    source: Path  # of the weights
+    tensors: Tensors | Pickled
+    transformer: Mapping[str, Any]  # config.json
+    index: Mapping[str, Any]  # model_index.json
+    scheduler: Mapping[str, Any]
+    vae: Path | None
+    text_encoder: Path | None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The config that our own exports carry with them."""
+        try:
+            config = json.loads(self.tensors.metadata.get("config", "{}"))
+        except ValueError as error:
+            raise UserError(f"{self.source}: the config in its metadata is not valid JSON ({error})") from error
+        return config if isinstance(config, dict) and isinstance(config.get("model"), dict) else {}
+
+
+def open_pipeline(path: Path) -> Pipeline:
+    """A pipeline directory, its `transformer/`, or a bare file of weights. Raises UserError."""
+    if path.is_file():
+        opened = {".safetensors": open_file, ".bin": open_bin}.get(path.suffix)
+        if not opened:
+            raise UserError(f"{path}: expected a .safetensors or .bin file, or a directory")
+        source, folder, tensors = path, path.parent, opened(path)
+    elif path.is_dir():
+        source = folder = path / "transformer" if (path / "transformer").is_dir() else path
+        only_bin = (folder / BIN).is_file() and not any(folder.glob("*.safetensors*"))
+        tensors = open_bin(folder / BIN) if only_bin else open_tensors(folder)
+    else:
+        raise UserError(f"{path}: no such file or directory")
+    root = folder.parent if folder.name == "transformer" else folder
+
+    def content(path: Path) -> Mapping[str, Any]:
+        return read_json(path) if path.is_file() else {}
+
+    def part(name: str) -> Path | None:
+        return (root / name).resolve() if (root / name / "config.json").is_file() else None
+
+    return Pipeline(
+        source,
+        tensors,
+        content(folder / "config.json"),
+        content(root / "model_index.json"),
+        content(root / "scheduler" / "scheduler_config.json"),
+        part("vae"),
+        part("text_encoder"),
+    )
+
+
+class Facts:
+    """What each source says of each field of a config."""
+
+    def __init__(self):
+        self._said: dict[str, dict[str, Any]] = {}  # field -> source -> value
+
+    def add(self, source: str, fields: Mapping[str, Any], prefix: str = "model.") -> None:
+        for name, value in fields.items():
+            value = tuple(value) if isinstance(value, list) else value
+            self._said.setdefault(prefix + name, {})[source] = value
+
+    def get(self, field: str) -> Any:
+        return next(iter(self._said.get(field, {}).values()), None)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {field: self.get(field) for field in self._said}
+
+    def contradictions(self) -> list[str]:
+        return [
+            f"{field}: {', '.join(f'{value!r} by {source}' for source, value in said.items())}"
+            for field, said in self._said.items()
+            if any(value != self.get(field) for value in said.values())
+        ]
+
+
+def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[str]]:
+    """The config of a published model, and what had to be assumed for it; `given` is the user's, if any.
+
+    Raises UserError listing every contradiction, or what cannot be told without the user.
+    """
+    facts = Facts()
+    if given:
+        fields = {name: value for name, value in config_lib.flatten(given).items() if name.startswith("model.")}
+        facts.add("--config", fields, "")
+    shapes = pipeline.tensors.shapes
+    facts.add("the tensors", _from_shapes(pipeline.source, shapes))
+    named = "config.json"
+    facts.add(named, _from_transformer(pipeline.transformer, text="text_embed.weight" in shapes))
+    facts.add(f"{named} (image_size)", _grid_of_size(pipeline.transformer))
+    facts.add("model_index.json", _from_index(pipeline.index))
+    facts.add("the weights' metadata", _from_metadata(pipeline.metadata.get("model", {}), given))
+    assumed = [] if given else _assume(facts, shapes)
+    problems = facts.contradictions()
+    grids = facts.get("model.image_grid"), facts.get("model.condition_grid")
+    length = _gate_length(shapes)
+    if length and all(grids) and length != sum(math.prod(grid) for grid in grids):
+        problems.append(f"model.image_grid, model.condition_grid: {grids[0]} and {grids[1]}, gates of {length} tokens")
+    autoencoder = _autoencoder(pipeline, facts, given, problems)
+    if problems:
+        raise UserError(f"{pipeline.source}: not one model; " + "; ".join(problems))
+    if not given:
+        _require(pipeline, facts)
+    return _config(pipeline, facts, given, autoencoder), assumed
+
+
+def _from_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Fields of ModelConfig that names and shapes of published tensors tell."""
+
+    def shape(key: str, rank: int) -> tuple[int, ...]:
+        if key not in shapes:
+            raise UserError(f"{source}: not a LINA or NOVA transformer: it has no {key}")
+        if len(shapes[key]) != rank:
+            raise UserError(f"{source}: {key} is {shapes[key]}, expected {rank} axes")
+        return shapes[key]
+
+    width, channels, patch, _ = shape("image_encoder.patch_embed.proj.weight", 4)
+    block = "image_encoder.blocks.0"
+    depth = _count(shapes, "image_encoder")
+    fields = {
+        "width": width,
+        "latent_channels": channels,
+        "patch_size": patch,
+        "condition_depth": _count(shapes, "video_encoder"),
+        "image_depth": depth,
+        "mlp_ratio": shape(f"{block}.mlp.fc1.weight", 2)[0] // width,
+        "head_width": shape("image_decoder.patch_embed.proj.weight", 4)[0],
+        "head_depth": _count(shapes, "image_decoder"),
+        "rotary": not any(key.startswith("video_pos_embed.") for key in shapes),
+    }
+    if "text_embed.weight" in shapes:
+        fields |= {"condition": "text", "text_encoder": "features", "text_dim": shape("text_embed.weight", 2)[1]}
+    else:
+        fields |= {"condition": "class", "num_classes": shape("label_embed.weight", 2)[0] - 1}
+    return fields | _variant(shapes, depth)
+
+
+def _count(shapes: Mapping[str, Any], stack: str) -> int:
+    """Blocks of a stack."""
+    numbers = {key.split(".")[2] for key in shapes if key.startswith(f"{stack}.blocks.")}
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def _variant(shapes: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, Any]:
+    """What the attention of the image blocks' second half tells: softmax and plain division look alike."""
+    last = range(depth // 2, depth)
+    held = [
+        {key.split(".attn.")[1] for key in shapes if key.startswith(f"image_encoder.blocks.{i}.attn.")} for i in last
+    ]
+    names = set().union(*held)
+    conv, gate, heads = "dw_conv.weight" in names, "none", None
+    kinds = {"key_gate.weight": "dynamic", "key_scale_gamma": "decoupled", "key_scale": "key", "value_scale": "value"}
+    for name, kind in kinds.items():
+        if name in names:
+            gate = kind
+            heads = next(s[0 if kind == "dynamic" else 1] for k, s in shapes.items() if k.endswith(f"attn.{name}"))
+            break
+    fields = {"depthwise_conv": conv}
+    if gate == "key" and "value_scale" in names:
+        gate = "head"
+    if gate == "head" and heads == 1:  # one gate for all heads, or one head
+        heads = None
+    else:
+        fields["kv_gate"] = gate
+    if heads:
+        fields["heads"] = heads
+    if conv:
+        key = next(key for key in shapes if key.endswith(".attn.dw_conv.weight"))
+        fields["conv_kernel"] = shapes[key][-1]
+    special = [bool({"dw_conv.weight", "q.weight"} & keys) or (gate != "none" and len(keys) > 4) for keys in held]
+    if any(special):
+        fields["attention"] = "linear" if all(special) else "hybrid"
+        fields["normalization"] = "subtraction" if "q.weight" in names else "division"
+    return fields
+
+
+def _gate_length(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Tokens of condition and image, of which each has a gate."""
+    names = ("key_scale", "value_scale", "key_scale_gamma")
+    return next(
+        (s[2] for k, s in shapes.items() if k.endswith(tuple(f".attn.{n}" for n in names)) and len(s) == 4), None
+    )
+
+
+def _from_transformer(raw: Mapping[str, Any], text: bool) -> dict[str, Any]:
+    """Fields that a published config.json tells. Raises UserError where it cannot be read, or is of a video model."""
+    if raw.get("video_mixer_rank"):
+        raise UserError(f"config.json: video_mixer_rank={raw['video_mixer_rank']}: models of video are not supported")
+
+    for name in ("image_dim", "image_stride", "text_token_dim", "text_token_len"):
+        if raw.get(name) is not None and (type(raw[name]) is not int or raw[name] < 1):
+            raise UserError(f"config.json: {name}={raw[name]!r}: expected a positive whole number")
+
+    def pair(name: str) -> tuple[int, int]:
+        value = raw[name]
+        if not isinstance(value, list) or len(value) < 2 or not all(type(n) is int for n in value):
+            raise UserError(f"config.json: {name}={value!r}: expected a list of whole numbers")
+        return tuple(value[-2:])
+
+    fields = {}
+    names = {"image_dim": "latent_channels", "rotary_pos_embed": "rotary"}
+    names |= {"text_token_dim": "text_dim", "text_token_len": "text_length"} if text else {}
+    fields |= {ours: raw[theirs] for theirs, ours in names.items() if raw.get(theirs) is not None}
+    if raw.get("image_stride"):
+        fields["patch_size"] = 15 // raw["image_stride"] + 1
+    if raw.get("image_base_size"):
+        fields["image_grid"] = pair("image_base_size")
+    if raw.get("video_base_size"):
+        fields["condition_grid"] = pair("video_base_size")
+    return fields | (_from_arch(raw["arch"]) if raw.get("arch") else {})
+
+
+def _from_arch(arch: Any) -> dict[str, int]:
+    """['vit_d16w768', 'vit_d32w768', 'mlp_d6w768']: depth and width of condition blocks, image blocks, head."""
+    parts = [
+        re.fullmatch(rf"{kind}_d(\d+)w(\d+)", str(name))
+        for kind, name in zip(("vit", "vit", "mlp"), arch, strict=False)
+    ]
+    if len(parts) != 3 or not all(parts):
+        raise UserError(f"config.json: arch={arch!r}: expected three names like vit_d16w768, vit_d32w768, mlp_d6w768")
+    (conditions, width), (depth, image_width), (head_depth, head_width) = (map(int, part.groups()) for part in parts)
+    if width != image_width:
+        raise UserError(f"config.json: arch={arch!r}: condition and image blocks of different widths are not supported")
+    fields = {"width": width, "condition_depth": conditions, "image_depth": depth}
+    fields |= {"head_depth": head_depth, "head_width": head_width}
+    return fields | ({"heads": HEADS[width]} if width in HEADS else {})
+
+
+def _grid_of_size(raw: Mapping[str, Any]) -> dict[str, Any]:
+    size, stride = raw.get("image_size"), raw.get("image_stride")
+    if not size or not stride:
+        return {}
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if type(height) is not int or type(width) is not int:
+        raise UserError(f"config.json: image_size={size!r}: expected [height, width] or one number")
+    patch = 15 // stride + 1
+    return {"image_grid": (height // stride // patch, width // stride // patch)}
+
+
+def _from_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Attention, normalisation, convolution and gate, by the name of the published module."""
+    match index.get("transformer"):
+        case [str() as module, *_]:
+            return variant_of(module)
+    return {}
+
+
+def _from_metadata(model: Mapping[str, Any], given: Config | None) -> Mapping[str, Any]:
+    """The fields that our own exports carry; beside a given config those that nothing else tells, where they matter."""
+    if not given:
+        return model
+    names = ["heads", "attention", "image_grid", "condition_grid"]
+    names += ["text_length", "mask_text_padding"] if model.get("condition") == "text" else []
+    names += ["softmax_period"] if model.get("attention") == "hybrid" else []
+    return {name: model[name] for name in names if name in model}
+
+
+def _assume(facts: Facts, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Add what all published models share, where no source says it; a line for each that matters."""
+    assumed, length = [], _gate_length(shapes)
+    side = math.isqrt(4 * length // 5) if length else 0
+    if facts.get("model.image_grid") is None and length and side % 2 == 0 and 5 * side**2 == 4 * length:
+        facts.add("the gates", {"image_grid": (side, side), "condition_grid": (side // 2, side // 2)})
+        assumed.append(f"a square image: {side} x {side} tokens, {side // 2} x {side // 2} condition tokens")
+    if facts.get("model.condition") == "text" and facts.get("model.text_length") is None:
+        facts.add("all published models", {"text_length": ModelConfig.text_length})
+        assumed.append(f"model.text_length={ModelConfig.text_length}")
+    if facts.get("model.kv_gate") is None:
+        facts.add("the tensors", {"kv_gate": "shared"})
+    return assumed
+
+
+def _require(pipeline: Pipeline, facts: Facts) -> None:
+    """Raises UserError naming what no source tells."""
+    lacking = []
+    attention = facts.get("model.attention")
+    if attention is None:
+        lacking.append(
+            "model.attention (softmax and division have the same tensors, only model_index.json tells them apart)"
+        )
+    if attention == "hybrid" and facts.get("model.softmax_period") is None:
+        lacking.append("model.softmax_period (of model.attention=hybrid)")
+    if facts.get("model.heads") is None:
+        lacking.append("model.heads (gates tell it, or a published width in arch of config.json)")
+    for name, where in (("image_grid", "image_base_size"), ("condition_grid", "video_base_size")):
+        if facts.get(f"model.{name}") is None:
+            lacking.append(f"model.{name} ({where} in config.json)")
+    if lacking:
+        raise UserError(f"{pipeline.source} does not tell, so --config is needed; " + "; ".join(lacking))
+
+
+def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:
+    """Fields of the autoencoder's config; contradictions go to `problems`."""
+    channels, fields = facts.get("model.latent_channels"), {}
+    if pipeline.vae:
+        there = describe_autoencoder(pipeline.vae)
+        fields = {"kind": "mar" if there.last_level_attention else "sdxl", "stride": there.stride}
+        fields |= {"scaling_factor": there.scaling_factor, "shift_factor": there.shift_factor}
+        said = Facts()
+        said.add("the tensors", {"latent_channels": channels})
+        said.add("vae/", {"latent_channels": there.latent_channels})
+        if given:
+            ours = dataclasses.asdict(given.autoencoder)
+            said.add("--config", {name: ours[name] for name in fields}, "autoencoder.")
+        said.add("vae/", fields, "autoencoder.")
+        problems += said.contradictions()
+        return {**fields, "path": str(pipeline.vae)}
+    if given:
+        return dataclasses.asdict(given.autoencoder)
+    if saved := pipeline.metadata.get("autoencoder"):
+        return {**saved, "path": ""}
+    if channels == 16:
+        return {"kind": "mar", "stride": 16, "scaling_factor": 0.2325}
+    if channels == 4:
+        return {"kind": "sdxl", "stride": 8, "scaling_factor": 0.13025}
+    raise UserError(
+        f"{pipeline.source} has {channels} channels and no vae/: what autoencoder they are of, --config must say"
+    )
+
+
+def _config(pipeline: Pipeline, facts: Facts, given: Config | None, autoencoder: Mapping[str, Any]) -> Config:
+    fields = dataclasses.asdict(given or Config())
+    if not given:
+        fields["model"] |= {name.removeprefix("model."): value for name, value in facts.values.items()}
+        if fields["model"]["condition"] == "text":
+            fields["sample"] |= TEXT_SAMPLING
+        fields["loss"]["shift"] = float(pipeline.scheduler.get("shift", 1.0))
+    path = fields["autoencoder"]["path"]
+    fields["autoencoder"] |= autoencoder
+    if path:
+        fields["autoencoder"]["path"] = path
+    if pipeline.text_encoder and fields["model"]["condition"] == "text" and not fields["text_encoder"]["path"]:
+        fields["text_encoder"]["path"] = str(pipeline.text_encoder)
+    return config_lib.freeze(fields)
