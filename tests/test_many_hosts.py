@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_befo
     assert Checkpoints(workdir, CheckpointConfig(), create=False).latest_step() == 6
 
 
-@pytest.mark.parametrize(("seed", "count", "goes_on_in"), [(0, 2, 1), (1, 4, 2)])
+@pytest.mark.parametrize(("seed", "count", "goes_on_in"), [(0, 2, 1)])
 def test_sigterm_to_one_saves_the_same_step_in_all(seed, count, goes_on_in, config, file, start, tmp_path, reference):
     """At a random moment, and once more while all are about to save; then fewer processes go on."""
     draw, workdir = random.Random(seed), tmp_path / "run"

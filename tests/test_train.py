@@ -97,7 +97,8 @@ def test_training_changes_the_parameters(finished, one_device, config, identical
 
 def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
     workdir, run = finished
-    plan = state.blueprint(config, jax.make_mesh((2, 2, 2), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3))
+    other = jax.make_mesh((1, 2, 2, 1, 2), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    plan = state.blueprint(config, other)
     restored = Checkpoints(workdir, config.checkpoint, create=False).restore(plan)
     assert identical(whole(restored), run)
     shards = restored.params["patch_embed"]["kernel"].addressable_shards
