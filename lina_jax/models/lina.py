@@ -112,11 +112,7 @@ class LINA(nnx.Module):
     def encode_condition(self, condition: Condition) -> jax.Array:
         """(B, Nc, D): what the image blocks see of the condition."""
         embedded, valid = self.embed_condition(condition)
-        embedded, present = sequence.padded(embedded)
-        if valid is not None and present is not None:
-            valid = sequence.padded(valid)[0]
-        elif valid is None:
-            valid = present
+        embedded, valid = sequence.padded(embedded, valid)
         batch, length = embedded.shape[:2]
         grid, count = self.config.condition_grid, self.config.condition_tokens
         queries = self.bos_token[...][None]

@@ -64,15 +64,13 @@ def rows(table: jax.Array, conditions: int) -> jax.Array:
     return by_shard(own, whole=(0,))(table)
 
 
-def padded(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """x (B, N, ...) with zeros up to a multiple of S, and which tokens are there (B, N'), None for all."""
-    tokens = x.shape[1]
-    missing = -tokens % shards()
+def padded(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """x (B, N, D) with zeros up to a multiple of S tokens, and which of them exist: `valid` (B, N), None for all."""
+    missing = -x.shape[1] % shards()
     if not missing:
-        return x, None
-    present = jnp.arange(tokens + missing) < tokens
-    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths), jnp.broadcast_to(present, (len(x), tokens + missing))
+        return x, valid
+    valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(valid, ((0, 0), (0, missing)))
 
 
 def by_shard(function: Callable, *, whole: tuple[int, ...] = (), summed: bool = False) -> Callable:
