@@ -19,19 +19,23 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computa
 # Instructions that move nothing: they name, or bind together, what is already there.
 _FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "opt-barrier", "partition-id", "replica-id", "copy-done", "async-done", "domain", "add-dependency",
+    "opt-barrier", "partition-id", "replica-id", "copy-done", "slice-done", "dynamic-slice-done", "async-done",
+    "domain", "add-dependency",
 })  # fmt: skip
 _SLICING = frozenset({"dynamic-slice", "slice", "gather"})
 _MOVING = frozenset({
     "broadcast", "reshape", "transpose", "pad", "concatenate", "reverse", "iota", "copy", "copy-start", "slice",
-    "dynamic-slice", "dynamic-update-slice", "gather", "scatter", "fusion", "custom-call", "sort", "dot", "convolution",
-    "rng-bit-generator", "bitcast-convert", "async-start",
+    "slice-start", "dynamic-slice", "dynamic-slice-start", "dynamic-update-slice", "gather", "scatter", "fusion",
+    "custom-call", "sort", "dot", "convolution", "rng-bit-generator", "bitcast-convert", "async-start",
 })  # fmt: skip
 _SLOW = frozenset({
     "divide", "sqrt", "rsqrt", "cbrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh",
     "logistic", "erf", "sine", "cosine", "power", "remainder", "atan2",
 })  # fmt: skip
 _SLOW_OPS = 8  # vector operations of one of them, about
+PREFETCHES = frozenset(
+    {"copy", "slice", "dynamic-slice"}
+)  # whose -start and -done a copy engine fills the time between
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -195,8 +199,9 @@ class Module:
             sum(shape.traffic for shape in scope[name].shapes) for name in instruction.operands if name in scope
         ]
         opcode = instruction.opcode
-        if opcode == "copy-start":  # (there, here, context): the copy engine reads one and writes the other
-            return sum(shape.traffic for shape in instruction.shapes[:2])
+        if opcode.removesuffix("-start") in PREFETCHES and opcode.endswith("-start"):  # (there, here, context)
+            moved = min(shape.bytes for shape in instruction.shapes[:2])
+            return sum(moved for shape in instruction.shapes[:2] if shape.traffic)
         if opcode in _SLICING:  # reads what it gives
             return 2 * sum(results)
         if opcode == "dynamic-update-slice":  # in place

@@ -3,8 +3,9 @@
 The compiler's text is a schedule: what stands in it one after the other runs one after the other. An instruction takes
 the longest of its matrix products, its vector operations and its traffic to HBM, each at the share of the chip's rate
 that ATTAINED gives. A collective takes the time of its bytes over the links that its devices span; between its `-start`
-and its `-done` the program goes on, so that only what is left of it at the `-done` counts. Loops are multiplied by
-their trips, and of a conditional the longest branch counts. docs/planning.md says how far this is from measurements.
+and its `-done` the program goes on, so that only what is left of it at the `-done` counts; so it is with copies that a
+TPU makes ahead of their use. Loops are multiplied by their trips, and of a conditional the longest branch counts.
+docs/planning.md says how far this is from measurements.
 """
 
 import dataclasses
@@ -140,8 +141,9 @@ class _Walk:
 
     def run(self, computation: str, times: float) -> float:
         """Seconds of one execution; what is counted is multiplied by `times`."""
-        clock = free = 0.0  # now; when the links are free
+        clock = free = copier = 0.0  # now; when the links, and the copy engine, are free
         flying: dict[str, tuple[float, Collective]] = {}
+        copied: dict[str, float] = {}
         scope = self._module.computations[computation]
         for instruction in self._module.instructions(computation):
             opcode = instruction.opcode
@@ -152,6 +154,13 @@ class _Walk:
                 clock += self._longest(instruction.called, times)
             elif opcode == "call":
                 clock += self.run(instruction.called[0], times)
+            elif opcode.removesuffix("-start") in hlo.PREFETCHES and opcode.endswith("-start"):
+                copier = max(clock, copier) + self._copy(instruction, computation, times)
+                copied[instruction.name] = copier
+            elif opcode.removesuffix("-done") in hlo.PREFETCHES and opcode.endswith("-done"):
+                wait = max(0.0, copied.pop(instruction.operands[0], 0.0) - clock)
+                clock += wait
+                self._bound("memory", times * wait)
             elif (found := self._collective(instruction, scope, times)) is not None:
                 phase, key, collective = found
                 if phase == "start":
@@ -194,14 +203,22 @@ class _Walk:
     def _compute(self, instruction: hlo.Instruction, computation: str, times: float) -> float:
         work = self._module.work(instruction, computation)
         seconds, bound = instruction_seconds(work, self._chip)
-        if not seconds or instruction.opcode == "copy-start":  # the copy engine works beside the core
+        if not seconds:
             return 0.0
         seconds += OVERHEAD
-        result = self.result
-        result.work += work.times(times)
-        result.bound[bound] = result.bound.get(bound, 0.0) + times * seconds
-        result.slowest.append((times * seconds, instruction.name, self._module.source(instruction), work))
+        self.result.work += work.times(times)
+        self._bound(bound, times * seconds)
+        self.result.slowest.append((times * seconds, instruction.name, self._module.source(instruction), work))
         return seconds
+
+    def _copy(self, instruction: hlo.Instruction, computation: str, times: float) -> float:
+        """What the copy engine, which works beside the core, needs for it."""
+        work = self._module.work(instruction, computation)
+        self.result.work += work.times(times)
+        return instruction_seconds(work, self._chip)[0]
+
+    def _bound(self, by: str, seconds: float) -> None:
+        self.result.bound[by] = self.result.bound.get(by, 0.0) + seconds
 
     def _collective(
         self, instruction: hlo.Instruction, scope: Mapping[str, hlo.Instruction], times: float
@@ -244,4 +261,4 @@ class _Walk:
 
     def _count(self, collective: Collective, wait: float, times: float) -> None:
         self.result.collectives.append(dataclasses.replace(collective, exposed=times * wait))
-        self.result.bound["collectives"] = self.result.bound.get("collectives", 0.0) + times * wait
+        self._bound("collectives", times * wait)

@@ -101,7 +101,7 @@ def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: b
         yield from joined(key, (*path, "qkv"), {"q": slice(0, 1), "kv": slice(1, 3)}, layer)
     else:
         yield from linear(f"{key}.qkv", (*path, "qkv"), layer)
-    yield from linear(f"{key}.proj", (*path, "proj"), layer, "from_heads")
+    yield from linear(f"{key}.proj", (*path, "proj"), layer)
     if conv:
         yield Entry(f"{key}.dw_conv.weight", (*path, "conv_kernel"), "depthwise", layer)
         yield Entry(f"{key}.dw_conv.bias", (*path, "conv_bias"), "same", layer)

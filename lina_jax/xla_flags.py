@@ -20,6 +20,13 @@ TPU = (
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
+    # The same for the sums of gradients. With the small default of memory on chip the fusions do not compile; with
+    # twice this, v5p has too little left to fetch ahead.
+    "--xla_enable_async_reduce_scatter_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
+    "--xla_enable_async_all_reduce=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
+    "--xla_tpu_scoped_vmem_limit_kib=24576",
 )
 GPU = (
     # As for TPUs.

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -47,9 +48,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        d = c.width // c.heads
-        self.qkv = Linear(c.width, (3, c.heads, d), ("embed", "parts", "heads", None), rngs=rngs, dtype=c.dtype)
-        self.proj = Linear((c.heads, d), c.width, ("heads", None, "embed"), rngs=rngs, dtype=c.dtype)
+        self.qkv = Linear(c.width, (3, c.width), ("embed", "parts", "heads"), rngs=rngs, dtype=c.dtype)
+        self.proj = Linear(c.width, c.width, ("heads", "embed"), rngs=rngs, dtype=c.dtype)
         if c.conv_kernel:
             init = uniform(c.conv_kernel**2)
             self.conv_kernel = nnx.Param(
@@ -66,7 +66,10 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in self.qkv.split(x))
+        q, k, v = (
+            rearrange(constrain(a, "batch", "tokens", "heads"), "b n (h d) -> b n h d", h=self.config.heads)
+            for a in self.qkv.split(x)
+        )
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if self.config.kind == "softmax":
@@ -74,8 +77,9 @@ class Attention(nnx.Module):
             out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
         else:
             out = self._linear(x, q, k, v, valid)
+        out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
-            out = out + rearrange(self._convolution(x), "b n (h d) -> b n h d", h=self.config.heads)
+            out = out + self._convolution(x)
         return self.proj(out)
 
     def _linear(self, x, q, k, v, valid):
@@ -200,12 +204,37 @@ def softmax_attention(q, k, v, valid=None) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
+@jax.custom_vjp
 def depthwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D), kernel (k, k, D) -> (B, h, w, D).
 
     A sum of shifted products: compilers fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs.
     """
-    size, h, w = kernel.shape[0], rows.shape[1] - kernel.shape[0] + 1, rows.shape[2]
+    taps = _taps(kernel)
+    return sum(part * kernel[i, j] for (i, j), part in zip(taps, _shifted(rows, kernel.shape[0], taps), strict=True))
+
+
+def _taps(kernel: jax.Array) -> list[tuple[int, int]]:
+    return list(np.ndindex(*kernel.shape[:2]))
+
+
+def _shifted(rows: jax.Array, size: int, taps: list[tuple[int, int]]) -> list[jax.Array]:
+    """What each tap sees: rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
+    h, w = rows.shape[1] - size + 1, rows.shape[2]
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
-    shifted = (padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(size) for j in range(size))
-    return sum(shifted)
+    return [padded[:, i : i + h, j : j + w] for i, j in taps]
+
+
+def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
+    rows, kernel = kept
+    size, taps = kernel.shape[0], _taps(kernel)
+    padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
+    of_kernel = [
+        jnp.sum(part * gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(kernel.dtype)
+        for part in _shifted(rows, size, taps)
+    ]
+    return depthwise_convolution(padded, kernel[::-1, ::-1]), jnp.stack(of_kernel).reshape(kernel.shape)
+
+
+depthwise_convolution.defvjp(lambda *kept: (depthwise_convolution(*kept), kept), _depthwise_gradient)

@@ -5,6 +5,7 @@ Parameters are float32; a module computes in its `dtype` and accumulates statist
 `matrix`, the (contracted, output) axes of a map of features to features.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -103,12 +104,50 @@ class Linear(nnx.Module):
         return jax.lax.platform_dependent(*arrays, cpu=apart, default=together)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def standardize(x: jax.Array, eps: float) -> jax.Array:
     """Zero mean and unit (biased) variance over the last axis, statistics in float32. x (..., D) -> (..., D)."""
+    return _standardize(x, eps)[0]
+
+
+def _standardize(x: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = (centred * factor).astype(x.dtype)
+    return y, (y, factor)
+
+
+def _standardize_gradient(_, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+    """From the result and one number a row: what jax.grad derives keeps, and writes, float32 copies of whole arrays."""
+    y, factor = kept
+    wide, g = y.astype(jnp.float32), gradient.astype(jnp.float32)
+    along = jnp.mean(g * wide, axis=-1, keepdims=True)
+    return (((g - jnp.mean(g, axis=-1, keepdims=True) - wide * along) * factor).astype(y.dtype),)
+
+
+standardize.defvjp(_standardize, _standardize_gradient)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact, by erf: jax.nn.gelu goes through erfc, which is 93 vector operations on a TPU where this is 14."""
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_gradient(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """From x alone: jax.grad keeps its steps, in float32."""
+    wide = x.astype(jnp.float32)
+    slope = _normal_cdf(wide) + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * math.pi) ** -0.5
+    return ((slope * gradient).astype(x.dtype),)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
 
 
 class LayerNorm(nnx.Module):
