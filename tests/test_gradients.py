@@ -1,0 +1,59 @@
+"""Functions with gradients of their own, against what jax.grad derives from their plain definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lina_jax.models.attention import depthwise_convolution
+from lina_jax.models.layers import gelu, standardize
+
+
+def plain_standardize(x):
+    return (x - jnp.mean(x, axis=-1, keepdims=True)) / jnp.sqrt(jnp.var(x, axis=-1, keepdims=True) + 1e-5)
+
+
+def plain_convolution(rows, kernel):
+    padded = jnp.pad(rows, ((0, 0), (0, 0), (kernel.shape[1] // 2,) * 2, (0, 0)))
+    weights = kernel[:, :, None]  # (k, k, 1, D): one input channel for each group
+    return jax.lax.conv_general_dilated(
+        padded, weights, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=rows.shape[-1]
+    )
+
+
+CASES = {
+    "standardize": (lambda x: standardize(x, 1e-5), plain_standardize, [(3, 7, 40)]),
+    "gelu": (gelu, lambda x: jax.nn.gelu(x, approximate=False), [(5, 33)]),
+    "convolution 3": (depthwise_convolution, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
+    "convolution 5": (depthwise_convolution, plain_convolution, [(2, 8, 4, 3), (5, 5, 3)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_definition(case):
+    ours, plain, shapes = CASES[case]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):  # rounding shows nothing here: only a wrong formula would
+        inputs = [jnp.asarray(2 * rng.standard_normal(shape)) for shape in shapes]
+        expected, pull_expected = jax.vjp(plain, *inputs)
+        found, pull = jax.vjp(ours, *inputs)
+        direction = jnp.asarray(rng.standard_normal(expected.shape))
+        pairs = zip((found, *pull(direction)), (expected, *pull_expected(direction)), strict=True)
+        for a, b in pairs:
+            # Statistics are kept in float32 whatever comes in.
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_bfloat16_round_once(case):
+    ours, plain, shapes = CASES[case]
+    rng = np.random.default_rng(1)
+    inputs = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    wide = [x.astype(jnp.float32) for x in inputs]
+    expected, pull_expected = jax.vjp(plain, *wide)
+    direction = jnp.asarray(rng.standard_normal(expected.shape), jnp.bfloat16)
+    found = jax.vjp(ours, *inputs)[1](direction)
+    for a, b in zip(found, pull_expected(direction.astype(jnp.float32)), strict=True):
+        assert a.dtype == jnp.bfloat16
+        distance = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+        assert distance < 0.01, distance
