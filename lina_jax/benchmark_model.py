@@ -176,14 +176,14 @@ def _attention_program(layer: AttentionConfig, batch: int, device: Mesh, *, back
 
 
 def weights(shapes: Tree) -> Tree:
-    """Random parameters for abstract ones, scales around one.
+    """Noise for abstract parameters, scales around one.
 
     As a model is after training: at initialisation the head predicts zeros, and products of zeros take less power,
     hence on some devices less time, than those of numbers.
     """
 
-    def one(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-        return 0.02 * jax.random.normal(key, leaf.shape) + (name == "scale")
+    def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
+        return 0.02 * noise + (name == "scale")
 
     return _made(shapes, one)
 
@@ -191,27 +191,37 @@ def weights(shapes: Tree) -> Tree:
 def inputs(shapes: Tree, model: ModelConfig) -> Tree:
     """Noise for abstract moments, pictures and features; texts of full length, labels that exist."""
 
-    def one(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
         if name == "text_length":
             return jnp.full(leaf.shape, model.text_length)
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jax.random.randint(key, leaf.shape, 0, model.num_classes if name == "label" else 128)
-        return jax.random.normal(key, leaf.shape)
+            return (jnp.abs(noise) * (model.num_classes if name == "label" else 128)) // 2
+        return noise
 
     return _made(shapes, one)
 
 
 def _made(shapes: Tree, one: Callable[[str, jax.ShapeDtypeStruct, jax.Array], jax.Array]) -> Tree:
-    """Arrays one(name, abstract array, key), each made where it will live."""
+    """Arrays one(name, abstract array, noise), each made where it will live."""
 
-    def make(key):
+    def make():
         paths, structure = jax.tree.flatten_with_path(shapes)
-        names = [getattr(path[-1], "key", "") if path else "" for path, _ in paths]
-        keys = jax.random.split(key, len(paths))
-        arrays = (one(n, leaf, k).astype(leaf.dtype) for n, (_, leaf), k in zip(names, paths, keys, strict=True))
+        arrays = []
+        for number, (path, leaf) in enumerate(paths):
+            name = getattr(path[-1], "key", "") if path else ""
+            arrays.append(one(name, leaf, _noise(leaf.shape, number)).astype(leaf.dtype))
         return structure.unflatten(arrays)
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(jax.random.key(0))
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+
+
+def _noise(shape: tuple[int, ...], number: int) -> jax.Array:
+    """Uniform, of mean 0 and variance 1: a hash of places. JAX's generators take minutes to compile for many arrays."""
+    bits = jnp.full(shape, number + 1, jnp.uint32)
+    for axis in range(len(shape)):
+        bits = (bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA77)
+    return 3**0.5 * (bits.astype(jnp.float32) * 2.0**-31 - 1)
 
 
 def _named(name: str, model: ModelConfig) -> Row:

@@ -56,7 +56,7 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Tim
     calls = {}
     for name, call in sides.items():
         _run(call, 1)
-        calls[name] = math.ceil(RUN_S / max(_run(call, 1)[0], 1e-9))
+        calls[name] = max(1, math.ceil(RUN_S / max(_run(call, 1)[0], 1e-9)))
     taken = {name: [] for name in sides}
     for _ in range(runs):
         for name, call in sides.items():

@@ -23,7 +23,7 @@ from lina_jax.state import Blueprint, Program
 Tree = Any
 
 # Sizes of the published autoencoders, for plans whose config names no directory (spec section 10).
-_AUTOENCODERS = {
+AUTOENCODERS = {
     "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=encoders.SDXL_SCALING),
     "mar": VaeConfig(
         (128, 128, 256, 256, 512),
@@ -104,7 +104,7 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
     kind = config.autoencoder.kind
     if kind == "identity":
         return Encoders()
-    sizes, dtype = _AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
+    sizes, dtype = AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
     module = nnx.eval_shape(lambda: AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, variables = nnx.split(module)
 
