@@ -48,9 +48,10 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compile(request):
-    """Compile the train steps of these modules without costly optimisations: three times faster."""
+    """Compile the train steps of these modules without costly optimisations on CPUs: three times faster."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", request.module.__name__ in QUICKLY_COMPILED)
+    quickly = request.module.__name__ in QUICKLY_COMPILED and jax.default_backend() == "cpu"
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
