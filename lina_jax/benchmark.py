@@ -1,31 +1,69 @@
-"""Measure parts of the system on this machine: JSON lines, each with a name, its figures and the settings.
+"""Measure parts of the system on this machine. Each line on stdout is a JSON object with the figures of one of them.
 
-python -m lina_jax.benchmark data [--out=DIR] [--parts=latents,jpeg,startup,memory] [--seconds=10] [--repeats=3]
-[--batch_size=64] [--threads=2] [--prefetch=4] [--memory_batches=10000]
+python -m lina_jax.benchmark attention [--tokens=320,5120] [--width=1536] [--heads=16] [--dtype=float32] [--batches=1]
+python -m lina_jax.benchmark train --config=configs/NAME.py[:preset] [--batches=16,32] [--config.any.field=value ...]
+python -m lina_jax.benchmark sample --config=configs/NAME.py[:preset] [--batches=1,8] [--autoencoder]
+python -m lina_jax.benchmark data [--out=DIR] [--parts=latents,jpeg,startup,memory] [--seconds=10] [--batch_size=64]
+    [--threads=2] [--prefetch=4] [--memory_batches=10000]
+
+All take --repeats=5, the runs of each measurement, of which medians count, and --compare=FILE: ratios to the lines of
+an earlier call. Compilation and first calls are left out. docs/performance.md says what the fields mean.
+
+`attention` measures the layer alone, linear beside softmax; `train` the step of training, `sample` the sampler, on all
+devices in the config's mesh, with a row for each batch size.
 
 `data` compares the batches of training with the same machine without this code: `latents` with what grain reads raw
 from the same files (`latents_raw` record by record, `latents_raw_lists` in lists of a batch), `jpeg` with the same
-decoding and resizing in a bare loop (`jpeg_bare`). The sides take turns; figures are medians; `cpu_ms` is processor
-time for one record, which busy neighbours disturb less than the rate. Datasets of noise are made in OUT and used again
-(default: a temporary directory).
+decoding and resizing in a bare loop (`jpeg_bare`). `cpu_ms` is processor time for one record, which busy neighbours
+disturb less than the rate. Datasets of noise are made in OUT and used again (default: a temporary directory).
+
+Where two sides are compared they take turns.
 """
 
-import dataclasses
 import json
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 from absl import flags
+from ml_collections import config_flags
 
-from lina_jax import benchmark_data, errors
+from lina_jax import benchmark_data, benchmark_model, config_file, errors, hosts, measure
+from lina_jax import config as config_lib
+from lina_jax.config import Config
 from lina_jax.errors import UserError
+from lina_jax.measure import Row
 
 
-def data() -> None:
-    values = flags.FLAGS
+def attention(values: flags.FlagValues) -> Iterator[Row]:
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    for tokens in _numbers("tokens", values.tokens):
+        sizes = benchmark_model.AttentionSizes(tokens, values.width, values.heads, values.dtype or default)
+        for row in benchmark_model.attention(sizes, _numbers("batches", values.batches), values.repeats):
+            yield {"config": "default"} | row
+
+
+def train(values: flags.FlagValues) -> Iterator[Row]:
+    config, told = _config(values)
+    with hosts.together(config_file.given_flags()):
+        for row in benchmark_model.train(config, _numbers("batches", values.batches), values.repeats):
+            yield told | row
+
+
+def sample(values: flags.FlagValues) -> Iterator[Row]:
+    config, told = _config(values)
+    batches = _numbers("batches", values.batches)
+    with hosts.together(config_file.given_flags()):
+        for row in benchmark_model.sample(config, batches, values.repeats, autoencoder=values.autoencoder):
+            yield told | row
+
+
+def data(values: flags.FlagValues) -> Iterator[Row]:
     settings = benchmark_data.Settings(
-        **{field.name: values[field.name].value for field in dataclasses.fields(benchmark_data.Settings)}
+        values.seconds, values.repeats, values.batch_size, values.threads, values.prefetch, values.memory_batches
     )
     unknown = [part for part in values.parts if part not in benchmark_data.PARTS]
     if unknown:
@@ -34,23 +72,80 @@ def data() -> None:
         out = Path(values.out or temporary).expanduser()
         for part in values.parts:
             for row in benchmark_data.PARTS[part](out, settings):
-                print(json.dumps(row | dataclasses.asdict(settings)), flush=True)
+                yield {"config": "default"} | row
 
 
-COMMANDS = {"data": data}
+class Command(NamedTuple):
+    rows: Callable[[flags.FlagValues], Iterator[Row]]
+    flags: tuple[str, ...]  # beside --repeats and --compare
+
+
+MODEL = ("config", "batches", "coordinator", "processes", "process_id", "connect_timeout", "heartbeat_timeout")
+COMMANDS = {
+    "attention": Command(attention, ("tokens", "width", "heads", "dtype", "batches")),
+    "train": Command(train, MODEL),
+    "sample": Command(sample, (*MODEL, "autoencoder")),
+    "data": Command(data, ("parts", "out", "seconds", "batch_size", "threads", "prefetch", "memory_batches")),
+}
+
+
+def _config(values: flags.FlagValues) -> tuple[Config, Row]:
+    """The config, and what a row says of it."""
+    if values.config is None:
+        raise UserError("--config=FILE.py[:PRESET] is needed")
+    given = flags.FLAGS["config"]
+    overrides = {name: str(value) for name, value in config_flags.get_override_values(given).items()}
+    return config_lib.freeze(values.config), {
+        "config": config_flags.get_config_filename(given),
+        **({"overrides": overrides} if overrides else {}),
+    }
+
+
+def _numbers(name: str, given: Sequence[str]) -> list[int]:
+    if not all(number.isdecimal() and int(number) for number in given):
+        raise UserError(f"--{name}={','.join(given)}: expected positive whole numbers with commas between them")
+    return list(map(int, given))
+
+
+def _refuse_flags_of_others(name: str, values: flags.FlagValues) -> None:
+    theirs = {flag for command in COMMANDS.values() for flag in command.flags} - set(COMMANDS[name].flags)
+    for flag in sorted(theirs):
+        if values[flag].present:
+            users = [other for other, command in COMMANDS.items() if flag in command.flags]
+            raise UserError(f"--{flag} belongs to {', '.join(users)}; `{name}` does not know it")
 
 
 def main(argv: Sequence[str]) -> None:
-    COMMANDS[argv[1]]()
+    values, name = flags.FLAGS, argv[1]
+    _refuse_flags_of_others(name, values)
+    earlier = measure.Earlier(values.compare) if values.compare else None
+    for row in COMMANDS[name].rows(values):
+        if jax.process_index() != 0:
+            continue
+        row = {"benchmark": row.pop("benchmark")} | row
+        if earlier:
+            row["of_earlier"] = earlier.ratios(row)
+            shown = {name: round(ratio, 3) for name, ratio in (row["of_earlier"] or {}).items()}
+            print(f"{row['benchmark']}: {shown or 'not'} in {earlier.path}", file=sys.stderr)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
+    config_file.define_flag()
+    flags.DEFINE_integer("repeats", 5, "runs of each measurement; the median counts", lower_bound=1)
+    flags.DEFINE_string("compare", None, "file with lines of an earlier call, to which ratios are printed")
+    flags.DEFINE_list("batches", [], "images or sequences at once; default: the config's batch_size, 4 images, 1")
+    flags.DEFINE_bool("autoencoder", False, "draw pixels, with an autoencoder of the published sizes")
+    flags.DEFINE_list("tokens", ["320", "5120"], "of condition and image, 1 : 4")
+    flags.DEFINE_integer("width", 1536, "of the attention layer", lower_bound=1)
+    flags.DEFINE_integer("heads", 16, "of the attention layer", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the layer; default: float32 on CPUs, else bfloat16")
     flags.DEFINE_list("parts", list(benchmark_data.PARTS), "what to measure")
     flags.DEFINE_string("out", None, "directory of the datasets of noise; default: a temporary one")
     flags.DEFINE_float("seconds", 10.0, "for each measurement", lower_bound=0.0)
-    flags.DEFINE_integer("repeats", 3, "of each measurement; the median counts", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "records of a batch", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "that read and decode", lower_bound=1)
     flags.DEFINE_integer("prefetch", 4, "batches kept ready", lower_bound=1)
     flags.DEFINE_integer("memory_batches", 10_000, "over which memory is watched", lower_bound=10)
+    hosts.define_flags()
     errors.run(main, commands=tuple(COMMANDS))

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image, ImageOps
 
 from lina_jax import data, decode, reading, records
+from lina_jax.measure import Row
 
 MOMENTS, TEXT_DIM, TEXT_LENGTH = (8, 32, 32), 2560, 256
 LATENTS, PICTURES = 3000, 1000
@@ -34,9 +35,6 @@ class Settings:
     threads: int
     prefetch: int
     memory_batches: int
-
-
-Row = dict[str, object]
 
 
 def latents(out: Path, settings: Settings) -> list[Row]:
@@ -62,7 +60,7 @@ def latents(out: Path, settings: Settings) -> list[Row]:
         options = grain.ReadOptions(settings.threads, settings.prefetch)
         return iter(order.batch(settings.batch_size, drop_remainder=True, batch_fn=list).to_iter_dataset(options))
 
-    return _compare(settings, latents=ours, latents_raw=raw, latents_raw_lists=raw_lists)
+    return _compare(settings, "float16", latents=ours, latents_raw=raw, latents_raw_lists=raw_lists)
 
 
 def jpeg(out: Path, settings: Settings) -> list[Row]:
@@ -84,7 +82,7 @@ def jpeg(out: Path, settings: Settings) -> list[Row]:
     def ours() -> Iterator:
         return _batches(data.Records([split], columns, threads=settings.threads), settings)
 
-    return _compare(settings, jpeg=ours, jpeg_bare=bare)
+    return _compare(settings, "uint8", jpeg=ours, jpeg_bare=bare)
 
 
 def startup(out: Path, settings: Settings) -> list[Row]:
@@ -92,26 +90,32 @@ def startup(out: Path, settings: Settings) -> list[Row]:
     directory = _dataset(out / "many", _tiny)
     _multiply(directory, MANY // PER_SHARD)
     rows = []
-    for name, step in (("start", 0), ("resume", MANY // settings.batch_size // 2)):
-        started = time.perf_counter()
-        source = _tiny_records(directory)
-        next(_batches(source, settings, step))
-        rows.append({"name": "startup", "from": name, "records": len(source), "s": time.perf_counter() - started})
+    for name, step in (("startup", 0), ("startup_resumed", MANY // settings.batch_size // 2)):
+        seconds = []
+        for _ in range(settings.repeats):
+            started = time.perf_counter()
+            source = _tiny_records(directory)
+            next(_batches(source, settings, step))
+            seconds.append(time.perf_counter() - started)
+        rows.append(_row(name, settings, "float16", seconds) | {"records": len(source)})
     return rows
 
 
 def memory(out: Path, settings: Settings) -> list[Row]:
     """Resident memory over many batches."""
     batches = _batches(_tiny_records(_dataset(out / "tiny", _tiny)), settings)
-    resident = []
+    resident, seconds, started = [], [], time.perf_counter()
     for number in range(settings.memory_batches + 1):
         next(batches)
         if number * 10 % settings.memory_batches == 0:
             resident.append(_resident_mb())
+            now = time.perf_counter()
+            seconds.append(10 * (now - started) / settings.memory_batches)
+            started = now
     # The first tenth fills queues and allocators.
     growth = resident[-1] - resident[1]
     figures = {"batches": settings.memory_batches, "mb_by_tenth": resident, "growth_after_first_tenth_mb": growth}
-    return [{"name": "memory", **figures}]
+    return [_row("memory", settings, "float16", seconds[1:]) | figures]
 
 
 PARTS: dict[str, Callable[[Path, Settings], list[Row]]] = {
@@ -122,28 +126,46 @@ PARTS: dict[str, Callable[[Path, Settings], list[Row]]] = {
 }
 
 
-def _compare(settings: Settings, **sides: Callable[[], Iterator]) -> list[Row]:
-    """Rates of ways of making batches, in turns, so that all see the same neighbours; the first against each other."""
-    rates = {name: [] for name in sides}
+def _compare(settings: Settings, dtype: str, **sides: Callable[[], Iterator]) -> list[Row]:
+    """Ways of making batches, in turns, so that all see the same neighbours; the first against each other."""
+    seconds = {name: [] for name in sides}
     costs = {name: [] for name in sides}
     for _ in range(settings.repeats):
         for name, make in sides.items():
-            rate, cost = _rate(make(), settings)
-            rates[name].append(rate)
+            second, cost = _seconds(make(), settings)
+            seconds[name].append(second)
             costs[name].append(cost)
     first, *others = sides
-    rows = [
-        {"name": name, "records_per_s": statistics.median(rates[name]), "cpu_ms": statistics.median(costs[name])}
-        for name in sides
-    ]
+    rows = [_row(name, settings, dtype, seconds[name]) | {"cpu_ms": statistics.median(costs[name])} for name in sides]
     for other in others:
-        ratios = [ours / theirs for ours, theirs in zip(rates[first], rates[other], strict=True)]
+        ratios = [theirs / ours for ours, theirs in zip(seconds[first], seconds[other], strict=True)]
         rows[0][f"of_{other}"] = statistics.median(ratios)
     return rows
 
 
-def _rate(batches: Iterator, settings: Settings) -> tuple[float, float]:
-    """(records per second, milliseconds of processor time for each)."""
+def _row(name: str, settings: Settings, dtype: str, seconds: Sequence[float]) -> Row:
+    """`seconds` of a batch, by run. All of it happens on the host, and none of it is the model's."""
+    told = dataclasses.asdict(settings)
+    del told["repeats"]
+    return {
+        "benchmark": name,
+        "device": "cpu",
+        "host_cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "dtype": dtype,
+        "shapes": {"batch": told.pop("batch_size")},
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "runs": len(seconds),
+        "records_per_s": settings.batch_size / statistics.median(seconds),
+        "model_flops": 0,
+        **told,
+    }
+
+
+def _seconds(batches: Iterator, settings: Settings) -> tuple[float, float]:
+    """(seconds of a batch, milliseconds of processor time for a record)."""
     for _ in range(2 * settings.prefetch):  # what was ready before the clock started does not count
         next(batches)
     started, used, count = time.perf_counter(), time.process_time(), 0
@@ -152,7 +174,7 @@ def _rate(batches: Iterator, settings: Settings) -> tuple[float, float]:
         count += settings.batch_size
     seconds, used = time.perf_counter() - started, time.process_time() - used
     batches.close()
-    return count / seconds, 1000 * used / count
+    return seconds * settings.batch_size / count, 1000 * used / count
 
 
 def _batches(source: data.Records, settings: Settings, step: int = 0) -> Iterator:

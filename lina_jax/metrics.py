@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -16,10 +15,6 @@ from lina_jax import chips
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib import ticker
 
 
 def peak_flops(config: Config) -> float:
@@ -107,6 +102,12 @@ def read_jsonl(path: Path) -> list[dict[str, float | None]]:
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """The training loss (and validation losses, where there are any) against the step, as a PNG."""
+    import matplotlib  # here, since every start of a program would wait half a second for it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib import ticker
+
     rows = read_jsonl(metrics)
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for name, style in (("loss", "-"), ("validation/loss_ema", "o-"), ("validation/loss", "s--")):

@@ -82,7 +82,14 @@ def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Repor
     euler = float(steps.euler_steps.mean())
     made = _compiled("sampling step", program, arguments, where, grid, memory, unknown_trips=euler)
     if seconds := made.pop("predicted_step_s", None):
-        made |= {"predicted_s": seconds, "images": images, "images_per_s": images / seconds}
+        needed = images * flops.sampling_flops(config.model, steps)
+        made |= {
+            "predicted_s": seconds,
+            "images": images,
+            "images_per_s": images / seconds,
+            "model_flops": needed,
+            "predicted_mfu": needed / seconds / (grid.size * where.chip.peak_flops),
+        }
     return made
 
 
@@ -149,9 +156,12 @@ def table(report: Report, detail: int = 0) -> str:
     if made := report.get("sampling"):
         rows += ["", "sampling step", *_rows(made, detail)]
         if "predicted_s" in made:
-            rows.append(
-                f"  {made['images']} images     {made['predicted_s']:.2f} s, {made['images_per_s']:,.1f} images/s"
-            )
+            rows += [
+                f"  {made['images']} images     {made['predicted_s']:.2f} s, {made['images_per_s']:,.1f} images/s, "
+                f"MFU {made['predicted_mfu']:.1%}",
+                f"  FLOPs              model {made['model_flops'] / 1e12:,.0f} T, "
+                f"compiled {made['compiled_flops'] / 1e12:,.0f} T",
+            ]
     return "\n".join(rows)
 
 

@@ -23,7 +23,7 @@ from lina_jax.state import Blueprint, Program
 Tree = Any
 
 # Sizes of the published autoencoders, for plans whose config names no directory (spec section 10).
-_AUTOENCODERS = {
+AUTOENCODERS = {
     "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=encoders.SDXL_SCALING),
     "mar": VaeConfig(
         (128, 128, 256, 256, 512),
@@ -52,6 +52,7 @@ class Compiled:
     temporaries: int
     outputs: int  # that are not arguments written again
     seconds: float  # of lowering and compiling
+    executable: jax.stages.Compiled
 
     @property
     def total(self) -> int:
@@ -64,12 +65,12 @@ def train_step(config: Config, mesh: Mesh) -> tuple[Program, tuple]:
     return state.make_train_step(plan), (plan.shapes, batch(config, mesh))
 
 
-def sampling_step(config: Config, mesh: Mesh, images: int) -> tuple[Program, tuple]:
+def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool = True) -> tuple[Program, tuple]:
     """The sampler for `images` images, with the autoencoder that its latents need, and its abstract arguments.
 
     Texts come as features: encoding prompts is a program of its own size, and done once for many images.
     """
-    plan = state.blueprint(config, mesh, abstract_encoders(config, mesh))
+    plan = state.blueprint(config, mesh, abstract_encoders(config, mesh) if autoencoder else Encoders())
     whole = mesh_lib.sharding(mesh)
     numbers = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=mesh_lib.sharding(mesh, "batch"))
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -103,7 +104,7 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
     kind = config.autoencoder.kind
     if kind == "identity":
         return Encoders()
-    sizes, dtype = _AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
+    sizes, dtype = AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
     module = nnx.eval_shape(lambda: AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, variables = nnx.split(module)
 
@@ -133,6 +134,7 @@ def compile_program(program: Program, arguments: tuple, options: Mapping[str, ob
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         time.monotonic() - start,
+        compiled,
     )
 
 

@@ -64,6 +64,29 @@ class Estimate:
         return total
 
 
+def count(module: hlo.Module, *, unknown_trips: float = 1.0) -> hlo.Work:
+    """The work of one run of the program on one device, whatever the device; collectives are left out.
+
+    Loops count by their trips (`unknown_trips` where these depend on data), of branches the one of most arithmetic.
+    """
+
+    def total(computation: str) -> hlo.Work:
+        work = hlo.Work()
+        for instruction in module.instructions(computation):
+            if instruction.opcode == "while":
+                trips = module.trips(instruction, computation, unknown_trips)
+                work += total(instruction.called[0]).times(trips)
+            elif instruction.opcode == "conditional":
+                work += max(map(total, instruction.called), key=lambda branch: branch.matmul_flops + branch.vector_ops)
+            elif instruction.opcode == "call":
+                work += total(instruction.called[0])
+            else:
+                work += module.work(instruction, computation)
+        return work
+
+    return total(module.entry)
+
+
 def estimate(module: hlo.Module, chip: Chip, mesh: Mesh, *, unknown_trips: float = 1.0) -> Estimate:
     """The time of one run of the program; loops whose length depends on data count `unknown_trips` times."""
     walk = _Walk(module, chip, mesh, unknown_trips)

@@ -388,6 +388,25 @@ def test_flags_of_the_user_come_last():
     assert result.stdout.split()[-1] == mine and len(result.stdout.split()) > 1
 
 
+def test_a_sweep_measures_presets_that_there_are(launch, load_preset, tmp_path):
+    out = tmp_path / "lines.jsonl"
+    result, _, _ = launch(LAUNCH / "benchmark.sh", "--dry-run", "--accelerator=gpu", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    assert not out.exists()
+    lines = [shlex.split(line) for line in result.stderr.splitlines()]
+    presets = {word for line in lines for word in line if word.startswith("--config=")}
+    wanted = {"imagenet256_c2i:w1536", "t2i:256", "t2i:512", "t2i:1024"}
+    assert {preset.removeprefix("--config=configs/").replace(".py", "") for preset in presets} == wanted
+    assert all(load_preset(preset) for preset in wanted)
+    assert ["python", "-m", "lina_jax.benchmark"] in [line[:3] for line in lines]
+
+
+def test_lines_of_an_earlier_sweep_are_kept(launch, tmp_path):
+    (tmp_path / "lines.jsonl").touch()
+    result, _, _ = launch(LAUNCH / "benchmark.sh", "--accelerator=cpu", f"--out={tmp_path / 'lines.jsonl'}")
+    assert (result.returncode, result.stderr) == (2, f"error: --out={tmp_path / 'lines.jsonl'} is there already\n")
+
+
 def shellcheck(*files, text: str | None = None) -> str:
     tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if tool is None:

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Set up an environment, check the model and measure it on the accelerator of this machine, in one go.
+# usage: launch/benchmark.sh [--accelerator=gpu|tpu|cpu] [--out=FILE] [--python=PYTHON] [--dry-run]
+#
+#   --accelerator  default: what is here
+#   --out          new file for the lines of `python -m lina_jax.benchmark`, default benchmark-ACCELERATOR.jsonl
+#   --python       a Python that has all requirements and pytest; without it an environment is made in .venv-benchmark
+#   --dry-run      print the commands that would run, and end
+#
+# Checks: the recorded fixtures in float32, bfloat16 against float32. What fails, and batches that do not fit, are named
+# at the end (exit code 1); the rest is measured all the same. Each size has a process of its own, so that the peak of
+# its memory is its own.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+accelerator='' out='' python='' dry_run=''
+for argument; do
+  case $argument in
+    --accelerator=* | --out=* | --python=*) printf -v "$(sed 's/^--//; s/=.*//' <<<"$argument")" %s "${argument#*=}" ;;
+    --dry-run | --dry_run) dry_run=yes ;;
+    *)
+      echo "error: $argument: expected --accelerator=gpu|tpu|cpu, --out=FILE, --python=PYTHON, --dry-run" >&2
+      exit 2
+      ;;
+  esac
+done
+if [ -z "$accelerator" ]; then
+  if nvidia-smi -L >/dev/null 2>&1; then
+    accelerator=gpu
+  elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    accelerator=tpu
+  else
+    accelerator=cpu
+  fi
+fi
+PYTHON=${python:-${PYTHON-}} accelerator_flags "$accelerator"
+out=${out:-benchmark-$accelerator.jsonl}
+if [ -e "$out" ]; then
+  echo "error: --out=$out is there already" >&2
+  exit 2
+fi
+
+case $accelerator in
+  gpu) platforms=cuda,cpu extras=cuda,test ;;
+  tpu) platforms=tpu,cpu extras=tpu,test ;;
+  cpu) platforms=cpu extras=test ;;
+esac
+export JAX_PLATFORMS=$platforms
+if [ -z "$dry_run" ] && [ -z "$python" ]; then make_environment .venv-benchmark "$extras"; fi
+python=${python:-python}
+
+failed=() lines=$out
+if [ -n "$dry_run" ]; then lines=/dev/null; fi
+# attempt COMMAND...: run it, or note that it failed.
+attempt() {
+  printf '%s\n' "$*" >&2
+  [ -n "$dry_run" ] || timeout 1800 "$@" || {
+    failed+=("$*")
+    return 1
+  }
+}
+# measured COMMAND...: add the lines that it prints to the file.
+measured() { attempt "$python" -m lina_jax.benchmark "$@" >>"$lines"; }
+# sweep COMMAND CONFIG BATCH... [-- FLAG...]: batches for each device, until one does not fit.
+sweep() {
+  local command=$1 config=$2 batches=() mesh=()
+  shift 2
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    batches+=("$1")
+    shift
+  done
+  shift $(($# > 0))
+  if [ "$devices" -gt 1 ]; then mesh=(--config.mesh.data=1 --config.mesh.fsdp=-1); fi
+  for batch in "${batches[@]}"; do
+    measured "$command" --config="$config" --batches=$((batch * devices)) "${mesh[@]}" "$@" || return 0
+  done
+}
+
+attempt env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest tests/test_golden.py || true
+attempt "$python" -m pytest tests/test_state.py tests/test_encoders.py -k bfloat16_ || true
+
+if [ "$accelerator" = cpu ]; then
+  for config in configs/bench.py configs/bench.py:softmax; do
+    measured train --config=$config || true
+    measured sample --config=$config || true
+  done
+  measured attention || true
+else
+  devices=1
+  if [ -z "$dry_run" ]; then devices=$("$python" -c 'import jax; print(jax.device_count())'); fi
+  measured attention --tokens=320,1280,5120 --batches=8 || true
+  sweep train configs/imagenet256_c2i.py:w1536 16 32 64 128
+  sweep train configs/t2i.py:256 8 16 32 64
+  sweep train configs/t2i.py:512 4 8 16 32
+  sweep train configs/t2i.py:1024 1 2 4 8
+  sweep sample configs/t2i.py:1024 1 8 -- --autoencoder --repeats=3
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi

@@ -1,0 +1,287 @@
+"""What `benchmark attention`, `benchmark train` and `benchmark sample` measure: the programs that runs use."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lina_jax import flops, generate, hlo, measure, mesh, metrics, programs, roofline, state
+from lina_jax.config import Config, MeshConfig, ModelConfig
+from lina_jax.errors import UserError
+from lina_jax.measure import Row
+from lina_jax.models.attention import Attention, AttentionConfig
+from lina_jax.programs import Compiled
+from lina_jax.state import Program
+
+Tree = Any
+
+SAMPLED = 4  # images at once, unless told
+
+
+def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
+    """A row for each global batch size: the step of training on cached latents and features, which are noise here."""
+    for size in batches or [config.batch_size]:
+        with _that_fits(size):
+            yield _train(dataclasses.replace(config, batch_size=size), runs)
+
+
+def _train(config: Config, runs: int) -> Row:
+    devices = _devices(config, config.batch_size)
+    mesh.check(config, devices)
+    plan = state.blueprint(config, devices)
+    program, (shapes, batch) = programs.train_step(config, devices)
+    compiled = programs.compile_program(program, (shapes, batch), {})
+    run, batch = plan.start(weights(shapes.params), weights(shapes.frozen)), inputs(batch, config.model)
+
+    def call():
+        nonlocal run
+        run, scalars = compiled.executable(run, batch, *program.last)
+        return run, scalars
+
+    (timing,) = measure.in_turns({"train": call}, runs).values()
+    needed = config.batch_size * flops.training_flops(config.model, config.loss)
+    row = _named("train", config.model) | _settings(config, devices)
+    row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
+    row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
+    row |= measure.efficiency(needed, timing.median, _peak(config))
+    return row | _compiled(compiled, devices.size) | measure.memory()
+
+
+def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:
+    """A row for each number of images: the sampler, up to latents or, with the published autoencoder, to pixels.
+
+    Parameters are noise, and so are text features: encoding prompts is left out.
+    """
+    default = max(SAMPLED, mesh.batch_parts(mesh.build(config.mesh)))
+    for images in batches or [default]:
+        with _that_fits(images):
+            yield _sample(config, images, runs, autoencoder)
+
+
+def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
+    devices = _devices(config, images)
+    mesh.check_model(config.model, devices)
+    program, arguments = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
+    compiled = programs.compile_program(program, arguments, {})
+    params, frozen, *rest = arguments
+    arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.last))
+    (timing,) = measure.in_turns({"sample": lambda: compiled.executable(*arguments)}, runs).values()
+    schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+    row = _named("sample", config.model) | _settings(config, devices)
+    row["shapes"] = {
+        "batch": images, **_shapes(config.model), "steps": config.sample.steps,
+        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": autoencoder,
+    }  # fmt: skip
+    row |= timing.fields() | {"images_per_s": images / timing.median}
+    row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))
+    return row | _compiled(compiled, devices.size, float(schedule.euler_steps.mean())) | measure.memory()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSizes:
+    """One attention layer of a decoder block, as in a model of square images."""
+
+    tokens: int  # of condition and image, 1 : 4
+    width: int
+    heads: int
+    dtype: str
+
+    def __post_init__(self):
+        """Raises UserError for sizes that no such layer has."""
+        side = math.isqrt(self.tokens * 4 // 5)
+        if self.tokens < 5 or 4 * self.tokens != 5 * side**2:
+            raise UserError(f"--tokens={self.tokens}: expected s * s * 5 / 4 of an even s, like 320, 1280 or 5120")
+        if self.width < 1 or self.heads < 1 or self.width % self.heads:
+            raise UserError(f"--width={self.width} --heads={self.heads}: the heads must divide the width")
+
+    @property
+    def model(self) -> ModelConfig:
+        side = math.isqrt(self.tokens * 4 // 5)
+        grids = {"image_grid": (side, side), "condition_grid": (side // 2, side // 2)}
+        return ModelConfig(width=self.width, heads=self.heads, dtype=self.dtype, **grids)
+
+
+def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Iterator[Row]:
+    """Rows of the linear attention layer (division, convolution, head-wise gates) and of softmax attention.
+
+    For each number of sequences: the forward pass alone, then forward and backward. `of_X` is the speed as a multiple
+    of that of X in the same turn, `flops_of_X` how many FLOPs there are for each of X.
+    """
+    for batch in batches or [1]:
+        with _that_fits(batch):
+            yield from _attention(sizes, batch, runs, backward=False)
+            yield from _attention(sizes, batch, runs, backward=True)
+
+
+def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) -> Iterator[Row]:
+    device, model = mesh.build(MeshConfig(), jax.devices()[:1]), sizes.model
+    one = AttentionConfig(
+        sizes.width, sizes.heads, condition_tokens=model.condition_tokens, grid=model.image_grid, dtype=sizes.dtype
+    )
+    linear = dataclasses.replace(one, conv_kernel=model.conv_kernel, gate=model.kv_gate)
+    compiled, calls = {}, {}
+    for kind, layer in (("linear", linear), ("softmax", dataclasses.replace(one, kind="softmax"))):
+        program, (params, *arrays) = _attention_program(layer, batch, device, backward=backward)
+        compiled[kind] = programs.compile_program(program, (params, *arrays), {})
+        calls[kind] = functools.partial(compiled[kind].executable, weights(params), *inputs(arrays, model))
+    timings = measure.in_turns(calls, runs)
+    needed = {
+        kind: batch * (3 if backward else 1)
+        * flops.attention_flops(model, sizes.tokens, softmax=kind == "softmax", conv=kind == "linear")
+        for kind in calls
+    }  # fmt: skip
+    name = "attention" if backward else "attention_forward"
+    for kind, timing in timings.items():
+        row = _named(name, dataclasses.replace(model, attention=kind))
+        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype}
+        row["shapes"] = {"batch": batch, "tokens": sizes.tokens, "width": sizes.width, "heads": sizes.heads}
+        row |= timing.fields() | {"tokens_per_s": batch * sizes.tokens / timing.median}
+        row |= measure.efficiency(needed[kind], timing.median, metrics.peak_flops(Config()))
+        if kind == "linear":
+            theirs = timings["softmax"].seconds
+            row |= {
+                f"of_{name}_softmax": statistics.median(b / a for a, b in zip(timing.seconds, theirs, strict=True)),
+                f"flops_of_{name}_softmax": needed["linear"] / needed["softmax"],
+            }
+        yield row | _compiled(compiled[kind], 1) | measure.memory()
+
+
+def _attention_program(layer: AttentionConfig, batch: int, device: Mesh, *, backward: bool) -> tuple[Program, tuple]:
+    """The layer (and `backward`, the gradients of its parameters and inputs), and its abstract arguments."""
+    module = nnx.eval_shape(lambda: Attention(layer, rngs=nnx.Rngs(0)))
+    graphdef, variables = nnx.split(module)
+    whole = mesh.sharding(device)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), nnx.to_pure_dict(variables)
+    )
+    x = jax.ShapeDtypeStruct((batch, layer.tokens, layer.width), layer.dtype, sharding=whole)
+
+    def forward(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    def both(params, x, cotangent):
+        y, gradients = jax.vjp(forward, params, x)
+        return y, gradients(cotangent)
+
+    function, arguments = (both, (params, x, x)) if backward else (forward, (params, x))
+    return Program(jax.jit(function), device), arguments
+
+
+def weights(shapes: Tree) -> Tree:
+    """Noise for abstract parameters, scales around one.
+
+    As a model is after training: at initialisation the head predicts zeros, and products of zeros take less power,
+    hence on some devices less time, than those of numbers.
+    """
+
+    def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
+        return 0.02 * noise + (name == "scale")
+
+    return _made(shapes, one)
+
+
+def inputs(shapes: Tree, model: ModelConfig) -> Tree:
+    """Noise for abstract moments, pictures and features; texts of full length, labels that exist."""
+
+    def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
+        if name == "text_length":
+            return jnp.full(leaf.shape, model.text_length)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return (jnp.abs(noise) * (model.num_classes if name == "label" else 128)) // 2
+        return noise
+
+    return _made(shapes, one)
+
+
+def _made(shapes: Tree, one: Callable[[str, jax.ShapeDtypeStruct, jax.Array], jax.Array]) -> Tree:
+    """Arrays one(name, abstract array, noise), each made where it will live."""
+
+    def make():
+        paths, structure = jax.tree.flatten_with_path(shapes)
+        arrays = []
+        for number, (path, leaf) in enumerate(paths):
+            name = getattr(path[-1], "key", "") if path else ""
+            arrays.append(one(name, leaf, _noise(leaf.shape, number)).astype(leaf.dtype))
+        return structure.unflatten(arrays)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+
+
+def _noise(shape: tuple[int, ...], number: int) -> jax.Array:
+    """Uniform, of mean 0 and variance 1: a hash of places. JAX's generators take minutes to compile for many arrays."""
+    bits = jnp.full(shape, number + 1, jnp.uint32)
+    for axis in range(len(shape)):
+        bits = (bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA77)
+    return 3**0.5 * (bits.astype(jnp.float32) * 2.0**-31 - 1)
+
+
+def _named(name: str, model: ModelConfig) -> Row:
+    """Rows of softmax and hybrid models have names of their own."""
+    return {"benchmark": name if model.attention == "linear" else f"{name}_{model.attention}"}
+
+
+def _settings(config: Config, devices: Mesh) -> Row:
+    return measure.machine() | {
+        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+    }
+
+
+def _shapes(model: ModelConfig) -> Row:
+    half = model.image_depth // 2
+    return {
+        "text_tokens": model.text_tokens if model.condition == "text" else 1,
+        "condition_tokens": model.condition_tokens,
+        "image_tokens": model.image_tokens,
+        "width": model.width,
+        "heads": model.heads,
+        "blocks": [model.condition_depth, half, half],
+        "head_width": model.head_width,
+        "head_depth": model.head_depth,
+    }
+
+
+def _compiled(compiled: Compiled, devices: int, unknown_trips: float = 1.0) -> Row:
+    """What the compiler made of it; FLOPs of all devices together, bytes of one."""
+    work = roofline.count(hlo.Module(compiled.text), unknown_trips=unknown_trips)
+    return {
+        "compiled_flops": devices * work.matmul_flops,
+        "compiled_bytes": work.traffic,
+        "program_bytes": compiled.total,
+        "compile_s": compiled.seconds,
+    }
+
+
+def _devices(config: Config, batch: int) -> Mesh:
+    devices = mesh.build(config.mesh)
+    parts = mesh.batch_parts(devices)
+    if batch % parts:
+        raise UserError(f"batch {batch} is not divisible by the {parts} parts that the mesh cuts it into (--batches)")
+    return devices
+
+
+@contextlib.contextmanager
+def _that_fits(batch: int) -> Iterator[None]:
+    """Raises UserError where the devices have no room for a program."""
+    try:
+        yield
+    except programs.OutOfMemory as error:
+        raise UserError(f"batch {batch} does not fit: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"batch {batch} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def _peak(config: Config) -> float:
+    return metrics.peak_flops(config) * jax.device_count()
