@@ -10,6 +10,8 @@ python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cud
     the sampling program and its weights, which JAX runs without this package
 python -m lina_jax.convert --workdir=DIR --average=K --out=DIR
     a new workdir of the mean of the last K checkpoints
+python -m lina_jax.convert --workdir=DIR --ema_decay=0.9995 --out=DIR [--checkpoint=STEP]
+    a new workdir of the EMA of another decay than the run had, reconstructed from all checkpoints
 python -m lina_jax.convert --describe=PATH [--diff=OTHER]
     what a workdir, a pipeline directory or a file of weights holds, and in what another differs
 
@@ -24,13 +26,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lina_jax import config as config_lib
 from lina_jax import (
+    averaging,
     config_file,
     describe,
     encoders,
@@ -44,6 +45,7 @@ from lina_jax import (
     state,
     torch_layout,
 )
+from lina_jax import config as config_lib
 from lina_jax.checkpoint import Checkpoints, load_config, write_config
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
@@ -181,18 +183,22 @@ def to_stablehlo(
 def average(workdir: Path, out: Path, last: int) -> list[int]:
     """A new workdir of the mean of the parameters of the last checkpoints; their steps. Raises UserError."""
     check_new("out", out)
-    config = load_config(workdir)
-    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    steps = checkpoints.steps()[-last:] if last > 0 else []
-    if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: {workdir} has {len(checkpoints.steps())} checkpoints")
-    plan, total = state.blueprint(config, mesh.holding(config.model)), None
-    for step in steps:
-        params, frozen, _ = checkpoints.restore_weights(plan, ema=False, step=step)
-        total = params if total is None else jax.tree.map(jnp.add, total, params)
+    made = averaging.mean(workdir, last)
+    _write_average(out, made)
+    return made.steps
+
+
+def ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
+    """A new workdir of the EMA of another decay, as far as checkpoints tell it; their steps. Raises UserError."""
+    check_new("out", out)
+    made, fit = averaging.ema(workdir, decay, step)
+    _write_average(out, made)
+    return made.steps, fit
+
+
+def _write_average(out: Path, made: averaging.Average) -> None:
     with new_directory(out) as partial:
-        _write_workdir(partial, config, jax.tree.map(lambda x: x / last, total), frozen)
-    return steps
+        _write_workdir(partial, made.config, made.params, made.frozen)
 
 
 def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: state.Tree) -> None:
@@ -234,7 +240,7 @@ def _report(weights: export.Weights, target: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
-    names = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "describe")
+    names = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "ema_decay", "describe")
     chosen = [name for name in names if values[name].value is not None]
     if len(chosen) != 1:
         raise UserError(f"exactly one of --{', --'.join(names)} is needed")
@@ -244,7 +250,10 @@ def main(argv: Sequence[str]) -> None:
     if given and chosen != ["from_torch"]:
         raise UserError("--config goes with --from_torch alone: a workdir has its own")
     workdir = Path(values.workdir).expanduser() if values.workdir else None
-    target = Path(values.out or "" if chosen == ["average"] else values[chosen[0]].value).expanduser()
+    averaged = chosen[0] in ("average", "ema_decay")
+    if averaged and not values.out:
+        raise UserError(f"--{chosen[0]} needs --out=DIR")
+    target = Path(values.out if averaged else values[chosen[0]].value).expanduser()
     which = {"ema": not values.raw, "step": values.checkpoint, "dtype": values.dtype}
     match chosen[0]:
         case "from_torch":
@@ -259,9 +268,14 @@ def main(argv: Sequence[str]) -> None:
             step = to_stablehlo(workdir, target, ema=not values.raw, step=values.checkpoint, platforms=values.platforms)
             print(f"{target} holds the sampling program and the weights of step {step}")
         case "average":
-            if not values.out:
-                raise UserError("--average needs --out=DIR")
             print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
+        case "ema_decay":
+            steps, fit = ema(workdir, target, values.ema_decay, values.checkpoint)
+            print(
+                f"{target} holds the EMA of decay {values.ema_decay} at step {steps[-1]}, from {len(steps)} "
+                f"checkpoints; off by at most {fit.bound:.3g} times the largest change of one update, and by "
+                f"{fit.share:.2%} of the distance to the last parameters where updates are independent"
+            )
         case "describe":
             other = Path(values.diff).expanduser() if values.diff else None
             print(describe.difference(target, other) if other else describe.describe(target))
@@ -277,7 +291,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("to_stablehlo", None, "directory to make")
     flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "that the program of --to_stablehlo runs on")
     flags.DEFINE_integer("average", None, "how many of the last checkpoints")
-    flags.DEFINE_string("out", None, "workdir that --average makes")
+    flags.DEFINE_float("ema_decay", None, "of the EMA to reconstruct; everything else as in the run's config.ema")
+    flags.DEFINE_string("out", None, "workdir that --average and --ema_decay make")
     flags.DEFINE_string("describe", None, "workdir, pipeline directory or file of weights")
     flags.DEFINE_string("diff", None, "another one, to compare with")
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")

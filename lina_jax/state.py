@@ -291,9 +291,14 @@ def _skip(state: TrainState, grads: Tree) -> TrainState:
 
 def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> Tree:
     """The EMA after `updates` updates, of which this one made `params`."""
-    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
-    decay = jnp.where(updates % config.every == 0, decay, 1.0)
+    decay = ema_decay(config, updates)
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+
+
+def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
+    """What an EMA keeps of itself at updates of these numbers, the first of which is 1."""
+    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
+    return jnp.where(updates % config.every == 0, decay, 1.0)
 
 
 def make_eval_step(plan: Blueprint) -> Program:

@@ -31,6 +31,7 @@ QUICKLY_COMPILED = {
     "test_many_hosts",
     "test_convert",
     "test_warm_start",
+    "test_averaging",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device

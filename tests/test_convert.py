@@ -392,15 +392,6 @@ def test_average_or_parameters_of_any_step_go_out(tiny_run, tmp_path):
     assert not np.array_equal(average.arrays["image_norm", "bias"], raw.arrays["image_norm", "bias"])
 
 
-def test_the_last_checkpoints_are_averaged(tiny_run, tmp_path):
-    assert convert.average(tiny_run, tmp_path / "mean", 2) == [2, 3]
-    parts = [export.load(tiny_run, ema=False, step=step).arrays for step in (2, 3)]
-    for path, array in export.load(tmp_path / "mean").arrays.items():
-        np.testing.assert_allclose(array, (np.asarray(parts[0][path]) + np.asarray(parts[1][path])) / 2, rtol=1e-6)
-    with pytest.raises(UserError, match=r"--average=4: .* has 3 checkpoints"):
-        convert.average(tiny_run, tmp_path / "more", 4)
-
-
 RUN_PROGRAM = """
 import sys
 sys.modules["lina_jax"] = None  # importing it fails
