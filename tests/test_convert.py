@@ -427,15 +427,28 @@ def test_bin_files_need_torch(tmp_path, monkeypatch):
         convert.from_torch(tmp_path, tmp_path / "run")
 
 
-def test_bin_files_hold_what_safetensors_hold(tmp_path):
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_files_hold_what_safetensors_hold(shards, tmp_path):
     torch = pytest.importorskip("torch")
-    case = Case("transformer_c2i")
+    case, folder = Case("transformer_c2i"), tmp_path / "in"
+    folder.mkdir()
     tensors = {key: torch.from_numpy(array).to(torch.bfloat16) for key, array in case.weights.items()}
-    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
-    convert.from_torch(tmp_path / "diffusion_pytorch_model.bin", tmp_path / "run")
+    names = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    where = {key: names[i % shards] for i, key in enumerate(tensors)}
+    for name in names:
+        torch.save({key: tensor for key, tensor in tensors.items() if where[key] == name}, folder / name)
+    if shards == 1:
+        (folder / names[0]).rename(folder / "diffusion_pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    convert.from_torch(folder, tmp_path / "run")
     convert.to_torch(tmp_path / "run", tmp_path / "out")
     out = load_file(tmp_path / "out" / WEIGHTS)
     assert all(np.array_equal(out[key], tensors[key].float().numpy()) for key in tensors)
+    if shards > 1:
+        (folder / names[2]).unlink()
+        with pytest.raises(UserError, match=f"1 of 3 files are absent: {names[2]}"):
+            convert.from_torch(folder, tmp_path / "again")
 
 
 def test_bin_files_run_no_code(tmp_path):
