@@ -77,12 +77,13 @@ class Checkpoints:
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and types of the arrays that a model needs, none of which is read."""
-        described = {}
-        for item in ALONE:
-            for path, leaf in flatten_dict(_metadata(self.directory / str(step) / item), sep="/").items():
-                described[path] = tuple(leaf.shape), np.dtype(leaf.dtype)
-        return described
+        """Shapes and types of the arrays that a model needs, none of which is read. Raises UserError."""
+        try:
+            trees = [_metadata(self.directory / str(step) / item) for item in ALONE]
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint {step} in {self.directory} is damaged ({error})") from error
+        leaves = {name: leaf for tree in trees for name, leaf in flatten_dict(tree, sep="/").items()}
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
 
     def imported(self, step: int) -> bool:
         """Whether the checkpoint is one of `save_weights`."""

@@ -29,7 +29,10 @@ QUICKLY_COMPILED = {
     "test_generate",
     "test_encoders",
     "test_many_hosts",
-    "test_convert",
+    "test_import",
+    "test_export",
+    "test_describe",
+    "test_golden",
     "test_warm_start",
     "test_averaging",
 }
