@@ -100,15 +100,20 @@ def open_tensors(directory: Path) -> Tensors:
 
 def open_weights(directory: Path) -> "Tensors | Pickled":
     """All tensors of a model directory, of PyTorch's own files where there are no others. Raises UserError."""
-    if not any(directory.glob("*.safetensors*")):
-        if single := [path for name in BIN_FILES if (path := directory / name).is_file()]:
-            return open_bin(single[0])
-        if index := _index(directory, "*.bin.index.json"):
-            where = _weight_map(index)
-            files = {name: _load_bin(index.parent / name) for name in sorted(set(where.values()))}
-            _check_members(index, where, files)
-            return Pickled(index, {tensor: files[name][tensor] for tensor, name in where.items()})
-    return open_tensors(directory)
+    if any(directory.glob("*.safetensors*")):
+        return open_tensors(directory)
+    if single := [path for name in BIN_FILES if (path := directory / name).is_file()]:
+        return open_bin(single[0])
+    index = _index(directory, "*.bin.index.json")
+    if index is None:
+        expected = ", ".join((*WEIGHT_FILES, *BIN_FILES))
+        raise UserError(
+            f"{directory}: no weights; expected {expected}, or *.safetensors.index.json or *.bin.index.json"
+        )
+    where = _weight_map(index)
+    files = {name: _load_bin(index.parent / name) for name in sorted(set(where.values()))}
+    _check_members(index, where, files)
+    return Pickled(index, {tensor: files[name][tensor] for tensor, name in where.items()})
 
 
 def _index(directory: Path, pattern: str) -> Path | None:
@@ -190,9 +195,11 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of damaged files it raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a whole file of PyTorch weights alone ({reason})") from error
+    except Exception as error:  # of damaged files it raises many kinds, and advises to run their code
+        raise UserError(
+            f"{path}: not a whole file of PyTorch weights alone ({type(error).__name__}): damaged, or it holds other "
+            "objects than tensors, which are never loaded"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
     return state

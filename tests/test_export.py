@@ -168,3 +168,10 @@ def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
     for platforms in (["gpu"], []):
         with pytest.raises(UserError, match=r"--platforms: .*allowed are cpu, cuda, tpu"):
             convert.to_stablehlo(tiny_run, tmp_path / "out", platforms=platforms)
+
+
+def test_an_option_that_would_be_ignored_is_refused(c2i_run, run_module, tmp_path):
+    result = run_module("convert", f"--workdir={c2i_run}", "--average=1", f"--out={tmp_path / 'out'}", "--raw")
+    assert result.returncode == 2
+    assert result.stderr == "error: --raw goes with --to_torch, --to_safetensors, --to_stablehlo, not with --average\n"
+    assert not (tmp_path / "out").exists()
