@@ -4,13 +4,21 @@ Presets:  256    16 x 16 tokens, learning rate 2e-4, batch 768  (published: 48 G
           512    32 x 32 tokens, learning rate 1e-4, batch 192  (48 x 4)
           1024   64 x 64 tokens, learning rate 5e-5, batch 48   (48 x 1)
 Latents of the SDXL autoencoder (stride 8, 4 channels) in patches of 2; captions as the last hidden states of Phi-2, 256
-tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29 TFLOP an image; 1.9, 1.5, 1.4 PFLOP a step. Each size
-continues from the one before (565k to 600k steps each); the KV gates start anew.
+tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29 TFLOP an image; 1.9, 1.5, 1.4 PFLOP a step.
+
+Each size starts from the EMA of the one before, at step 565k of 256 px and step 600k of 512 px, its KV gates anew (how
+long 1024 px was trained is not published); 256 px from NOVA (softmax attention, 1024 px), but for attention. Gates
+interpolated from the smaller grid instead: --config.init_from.rules=interpolate.
 
 Expected (paper): GenEval 0.74 overall at 1024 px, with 128 decoding steps and guidance 7.
 Data:     python -m lina_jax.prepare --source=webdataset --input='SHARDS/*.tar' --resolution=256 --validation=10000 \
-              --short_caption_column=json.short --autoencoder=VAE --text_encoder=PHI --out=data/t2i
+              --short_caption_column=json.short --autoencoder=VAE --text_encoder=PHI --out=data/t2i256
+          (and so for 512 and 1024)
 Command:  python -m lina_jax.train --config=configs/t2i.py:256 --workdir=runs/t2i256
+          python -m lina_jax.train --config=configs/t2i.py:512 --workdir=runs/t2i512
+          python -m lina_jax.train --config=configs/t2i.py:1024 --workdir=runs/t2i1024
+From NOVA, before them, and then the first with --config.init_from.path=runs/nova:
+          python -m lina_jax.convert --from_torch=NOVA --workdir=runs/nova
 """
 
 from lina_jax.config import default
@@ -18,6 +26,8 @@ from lina_jax.config import default
 GRID = {"256": 16, "512": 32, "1024": 64}
 LEARNING_RATE = {"256": 2e-4, "512": 1e-4, "1024": 5e-5}
 BATCH = {"256": 768, "512": 192, "1024": 48}
+STEPS = {"256": 565_000, "512": 600_000, "1024": 600_000}
+BEFORE = {"256": "", "512": "runs/t2i256", "1024": "runs/t2i512"}
 
 
 def get_config(preset="256"):
@@ -25,13 +35,15 @@ def get_config(preset="256"):
         raise ValueError(f"unknown preset {preset!r}: {', '.join(GRID)}")
     side = GRID[preset]
     config = default()
+    config.steps = STEPS[preset]
     config.batch_size = BATCH[preset]
     config.model.update(condition="text", text_encoder="features", text_length=256, text_dim=2560)
     config.model.update(latent_channels=4, patch_size=2, image_grid=(side, side), condition_grid=(side // 2, side // 2))
     config.model.update(width=1536, heads=16, head_width=1536, remat="full" if preset == "1024" else "dots")
     config.autoencoder.update(kind="sdxl", stride=8, scaling_factor=0.13025)
     config.optim.learning_rate = LEARNING_RATE[preset]
-    config.data.path = "data/t2i"
+    config.init_from.update(path=BEFORE[preset], rules="nova" if preset == "256" else "resolution")
+    config.data.path = f"data/t2i{preset}"
     config.data.threads = 16
     config.sample.update(steps=128, euler_steps=25, guidance=7.0, guidance_schedule="constant")
     config.checkpoint.update(every=5_000, keep_last=3, keep_every=100_000)

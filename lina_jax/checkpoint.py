@@ -8,13 +8,15 @@ moves it to WORKDIR/damaged.
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from lina_jax import config as config_lib
@@ -23,6 +25,9 @@ from lina_jax.config import CheckpointConfig, Config
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
 
+Shape = tuple[int, ...]
+Flat = dict[tuple[str, ...], Any]  # arrays, or what stands for them, by path
+Choice = Callable[[dict[tuple[str, ...], Shape]], Flat]
 WEIGHTS = ("params", "frozen", "ema")
 ALONE = ("params", "frozen")  # of an import
 
@@ -72,18 +77,17 @@ class Checkpoints:
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and types of the arrays that a model needs, none of which is read."""
-        described = {}
-        for item in ALONE:
-            tree = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / item).tree
-            for path, leaf in jax.tree.leaves_with_path(tree):
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                described[name] = tuple(leaf.shape), np.dtype(leaf.dtype)
-        return described
+        """Shapes and types of the arrays that a model needs, none of which is read. Raises UserError."""
+        try:
+            trees = [_metadata(self.directory / str(step) / item) for item in ALONE]
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint {step} in {self.directory} is damaged ({error})") from error
+        leaves = {name: leaf for tree in trees for name, leaf in flatten_dict(tree, sep="/").items()}
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
 
     def imported(self, step: int) -> bool:
         """Whether the checkpoint is one of `save_weights`."""
-        return _imported(self.directory / str(step))
+        return is_imported(self.directory / str(step))
 
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
         """The state at `step`, laid out as `plan` says, whatever mesh it was saved from.
@@ -92,13 +96,10 @@ class Checkpoints:
         their steps again. Weights alone become a fresh state.
         """
 
-        def wanted(imported: bool) -> dict[str, Tree]:
-            weights = {name: getattr(plan.shapes, name) for name in WEIGHTS}
-            if imported:
-                return {name: weights[name] for name in ALONE}
-            return weights | {"progress": _progress(plan.shapes)}
-
-        _, items, damaged = self._restore_sound(step, wanted)
+        trees = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
+        _, items, damaged = self._restore_sound(
+            step, lambda imported: ALONE if imported else (*trees,), lambda there: {name: trees[name] for name in there}
+        )
         if damaged:
             self._move_aside(damaged)
         if "progress" not in items:
@@ -112,14 +113,36 @@ class Checkpoints:
         Where there are weights alone, they are their EMA.
         """
 
-        def wanted(imported: bool) -> dict[str, Tree]:
-            name = "ema" if ema and not imported else "params"
-            return {name: getattr(plan.shapes, name), "frozen": plan.shapes.frozen}
-
-        step, items, _ = self._restore_sound(step, wanted)
+        trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}
+        step, items, _ = self._restore_sound(step, _weights(ema), lambda there: {name: trees[name] for name in there})
         frozen = items.pop("frozen")
         (params,) = items.values()
         return params, frozen, step
+
+    def restore_some(self, choose: Choice, *, ema: bool = True, step: int | None = None) -> tuple[Flat, int]:
+        """(some of the parameters, or their EMA, and of the frozen arrays, by path; step), nothing else read.
+
+        `choose` gets the shapes of all that there are, and returns jax.ShapeDtypeStruct with shardings of some.
+        """
+
+        def wanted(there: dict[str, Tree]) -> dict[str, Tree]:
+            flat = {name: flatten_dict(tree) for name, tree in there.items()}
+            chosen = choose({path: tuple(leaf.shape) for leaves in flat.values() for path, leaf in leaves.items()})
+            return {
+                name: unflatten_dict({path: leaf for path, leaf in chosen.items() if path in leaves})
+                for name, leaves in flat.items()
+            }
+
+        step, items, _ = self._restore_sound(step, _weights(ema), wanted, partial=True)
+        return {path: array for tree in items.values() for path, array in flatten_dict(tree).items()}, step
+
+    def updates(self, step: int) -> int:
+        """How many updates were applied until a checkpoint of a run."""
+        count = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        _, items, _ = self._restore_sound(
+            step, lambda imported: ("progress",), lambda there: {"progress": {"updates": count}}, partial=True
+        )
+        return int(items["progress"]["updates"])
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError when a save failed."""
@@ -132,16 +155,22 @@ class Checkpoints:
             self._manager.close()
 
     def _restore_sound(
-        self, step: int | None, wanted: Callable[[bool], dict[str, Tree]]
+        self,
+        step: int | None,
+        names: Callable[[bool], Sequence[str]],
+        wanted: Callable[[dict[str, Tree]], dict[str, Tree]],
+        *,
+        partial: bool = False,
     ) -> tuple[int, dict[str, Tree], list[int]]:
         """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound.
 
-        `wanted` tells the shapes of the items, of a checkpoint of weights alone or of another.
+        `names` tells the items to read, of a checkpoint of weights alone or of another; `wanted` makes of what they
+        hold the shapes that are read: `partial`, or else all, which must be there.
         """
         damaged: dict[int, str] = {}
         for candidate in self._candidates(step):
             try:
-                items = self._restore(candidate, wanted(self.imported(candidate)))
+                items = self._restore(candidate, names(self.imported(candidate)), wanted, partial)
             except _Damaged as error:
                 damaged[candidate] = str(error)
                 continue
@@ -154,16 +183,19 @@ class Checkpoints:
         named = "; ".join(f"checkpoint {later} in {self.directory} is damaged ({damaged[later]})" for later in damaged)
         raise UserError(f"{named}: {'no other was asked for' if step is not None else 'there is no older one'}")
 
-    def _restore(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
-        """Raises _Damaged, and UserError when the checkpoint has other arrays than `shapes`."""
+    def _restore(self, step: int, names: Sequence[str], wanted, partial: bool) -> dict[str, Tree]:
+        """Raises _Damaged, and UserError when the checkpoint has not what is wanted."""
         folder = self.directory / str(step)
-        if reason := integrity.damage(folder, shapes):
+        if reason := integrity.damage(folder, names):
             raise _Damaged(reason)
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         try:
-            # Orbax tells neither from the other, and says either at length.
-            for name, tree in shapes.items():
-                self._check_shapes(folder / name, tree)
+            # Orbax tells a damaged checkpoint from one of another model by no kind of error, and says either at length.
+            there = {name: _metadata(folder / name) for name in names}
+            trees = {name: tree for name, tree in wanted(there).items() if tree}
+            if not partial:
+                for name, tree in trees.items():
+                    _check_shapes(folder / name, there[name], tree)
+            args = {name: _arguments(tree, partial) for name, tree in trees.items()}
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         except (UserError, jax.errors.JaxRuntimeError):  # the latter: no memory
             raise
@@ -177,24 +209,6 @@ class Checkpoints:
                     f"checkpoint {step} in {self.directory} cannot be read ({reason}); if it is damaged, remove it"
                 ) from error
             raise _Damaged(reason) from error
-
-    def _check_shapes(self, item: Path, wanted: Tree) -> None:
-        for part in ("_METADATA", "manifest.ocdbt"):
-            if not (item / part).exists():
-                raise ValueError(f"{item.name}/{part} is missing")
-        there, here = _shapes(ocp.StandardCheckpointHandler().metadata(item).tree), _shapes(wanted)
-        differing = [
-            f"{path}: {there.get(path, 'absent')} in the checkpoint, {here.get(path, 'absent')} in this config"
-            for path in there | here
-            if there.get(path) != here.get(path)
-        ]
-        if differing:
-            more = f"; and {len(differing) - 2} more" if len(differing) > 2 else ""
-            kind = "optimizer" if item.name == "progress" else "model"
-            raise UserError(
-                f"{item} does not fit the {kind} of this config: {'; '.join(differing[:2])}{more} "
-                "(--allow_config_change cannot change the arrays of model or optimizer: choose another --workdir)"
-            )
 
     def _candidates(self, step: int | None) -> list[int]:
         steps = self.steps()
@@ -244,6 +258,42 @@ class _NamedFailure:
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
 
 
+def _weights(ema: bool) -> Callable[[bool], Sequence[str]]:
+    """The items with parameters, or their EMA, and frozen arrays, of a checkpoint of weights alone or of another."""
+    return lambda imported: ("ema" if ema and not imported else "params", "frozen")
+
+
+def _metadata(item: Path) -> Tree:
+    """Shapes and types of what an item holds."""
+    for part in ("_METADATA", "manifest.ocdbt"):
+        if not (item / part).exists():
+            raise ValueError(f"{item.name}/{part} is missing")
+    return ocp.StandardCheckpointHandler().metadata(item).tree
+
+
+def _arguments(tree: Tree, partial: bool) -> ocp.args.CheckpointArgs:
+    if not partial:
+        return ocp.args.StandardRestore(tree)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+
+
+def _check_shapes(item: Path, there: Tree, wanted: Tree) -> None:
+    there, here = _shapes(there), _shapes(wanted)
+    differing = [
+        f"{path}: {there.get(path, 'absent')} in the checkpoint, {here.get(path, 'absent')} in this config"
+        for path in there | here
+        if there.get(path) != here.get(path)
+    ]
+    if differing:
+        more = f"; and {len(differing) - 2} more" if len(differing) > 2 else ""
+        kind = "optimizer" if item.name == "progress" else "model"
+        raise UserError(
+            f"{item} does not fit the {kind} of this config: {'; '.join(differing[:2])}{more} "
+            "(--allow_config_change cannot change the arrays of model or optimizer: choose another --workdir)"
+        )
+
+
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     named = ((jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree))
     return {name: tuple(leaf.shape) for name, leaf in named}
@@ -254,9 +304,15 @@ def _progress(state: TrainState) -> dict[str, Tree]:
     return {name: getattr(state, name) for name in names}
 
 
-def _imported(checkpoint: Path) -> bool:
+def is_imported(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds weights alone."""
     # Of a damaged checkpoint of a run, one of the two is there still.
     return checkpoint.is_dir() and not any((checkpoint / name).exists() for name in ("ema", "progress"))
+
+
+def saved_checkpoints(workdir: Path) -> list[Path]:
+    """The folders of a workdir's checkpoints, whole or damaged, which is not looked at."""
+    return [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
 
 
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
@@ -268,8 +324,8 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
     if not (workdir / "config.json").exists():
         return
     changed = config_lib.differences(load_config(workdir), config)
-    steps = [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
-    if steps and all(_imported(path) for path in steps):
+    saved = saved_checkpoints(workdir)
+    if saved and all(is_imported(path) for path in saved):
         changed = [field for field in changed if field.startswith(("model.", "autoencoder."))]
     if changed and not allow_changes:
         raise UserError(
@@ -282,10 +338,14 @@ def write_config(workdir: Path, config: Config) -> None:
     """Bind a workdir to a config."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "config.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        os.replace(partial, path)
+        write_json(workdir / "config.json", dataclasses.asdict(config))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def load_config(workdir: Path) -> Config:

@@ -211,6 +211,25 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitFromConfig:
+    """Weights that a new run starts from, and which of them (init_rules.py, docs/checkpoints.md).
+
+    Patterns as in a shell (* is anything) go by names of arrays like decoder/runs/from_16/attention/key_scale, and are
+    added to those of the named rules.
+    """
+
+    path: str = ""  # a workdir, trained or imported; none: the run starts from its own random draw
+    checkpoint: int = -1  # step; -1: the latest
+    ema: bool = True  # their average, or the parameters themselves
+    rules: str = "all"  # all | nova | resolution (published) | interpolate (ours)
+    include: tuple[str, ...] = ()  # all, if none are given
+    exclude: tuple[str, ...] = ()
+    restart: tuple[str, ...] = ()  # stay as this run draws them
+    recompute: tuple[str, ...] = ()  # gates: interpolated from their grid to this one
+    unfit: str = "refuse"  # refuse | skip: arrays that are not there, or in another shape, or only there
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Validation in the loop and offline: fixed examples, fixed keys. `every` 0 means at the end only."""
 
@@ -251,6 +270,7 @@ class Config:
     ema: EmaConfig = EmaConfig()
     sample: SampleConfig = SampleConfig()
     mesh: MeshConfig = MeshConfig()
+    init_from: InitFromConfig = InitFromConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

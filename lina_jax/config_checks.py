@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from lina_jax import init_rules
 from lina_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ CHOICES = {
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("constant", "cosine"),
     "sample.guidance_schedule": ("linear", "constant"),
+    "init_from.rules": tuple(init_rules.SETS),
+    "init_from.unfit": init_rules.UNFIT,
     "sample.annealing": ("none", "linear", "cosine", "two_stage"),
 }
 
@@ -36,7 +39,7 @@ MAY_BE_ZERO = frozenset({
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset({
     "mesh.replica", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
-    "autoencoder.shift_factor", "loss.mask_ratio_mean",
+    "autoencoder.shift_factor", "loss.mask_ratio_mean", "init_from.checkpoint",
 })  # fmt: skip
 
 
@@ -111,6 +114,8 @@ def check_run(config: "Config") -> None:
     for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
         if decay >= 1:
             raise UserError(f"{name}={decay}: must be in [0, 1)")
+    if config.init_from.checkpoint < -1:
+        raise UserError(f"init_from.checkpoint={config.init_from.checkpoint}: must be a step, or -1 for the latest")
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed}: must be below 2**31")
     sample = config.sample

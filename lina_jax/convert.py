@@ -7,9 +7,12 @@ python -m lina_jax.convert --workdir=DIR --to_torch=DIR [--raw] [--dtype=float32
 python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE [--raw] [--dtype=float32] [--checkpoint=STEP]
     one file of arrays under the names that they have here
 python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cuda,tpu] [--raw] [--checkpoint=STEP]
+        [--autoencoder=DIR] [--text_encoder=DIR]
     the sampling program and its weights, which JAX runs without this package
 python -m lina_jax.convert --workdir=DIR --average=K --out=DIR
     a new workdir of the mean of the last K checkpoints
+python -m lina_jax.convert --workdir=DIR --ema_decay=0.9995 --out=DIR [--checkpoint=STEP]
+    a new workdir of the EMA of another decay than the run had, reconstructed from all checkpoints
 python -m lina_jax.convert --describe=PATH [--diff=OTHER]
     what a workdir, a pipeline directory or a file of weights holds, and in what another differs
 
@@ -24,13 +27,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lina_jax import config as config_lib
 from lina_jax import (
+    averaging,
     config_file,
     describe,
     encoders,
@@ -44,6 +46,7 @@ from lina_jax import (
     state,
     torch_layout,
 )
+from lina_jax import config as config_lib
 from lina_jax.checkpoint import Checkpoints, load_config, write_config
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
@@ -160,12 +163,17 @@ def to_stablehlo(
     ema: bool = True,
     step: int | None = None,
     platforms: Sequence[str] = export_program.PLATFORMS,
+    autoencoder: str = "",
+    text_encoder: str = "",
 ) -> int:
-    """The program that draws with a workdir's weights, encoders included; their step. Raises UserError."""
+    """The program that draws with a workdir's weights, encoders included; their step. Raises UserError.
+
+    `autoencoder` and `text_encoder` are directories to use in place of those in the config.
+    """
     if unknown := sorted(set(platforms) - set(export_program.PLATFORMS)) or not platforms:
         raise UserError(f"--platforms: {unknown or 'none'}: allowed are {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
-    config = load_config(workdir)
+    config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
     if lacking := sample.cannot_draw(config):
         raise UserError(lacking)
     one = mesh.build(MeshConfig(), jax.local_devices()[:1])
@@ -181,18 +189,22 @@ def to_stablehlo(
 def average(workdir: Path, out: Path, last: int) -> list[int]:
     """A new workdir of the mean of the parameters of the last checkpoints; their steps. Raises UserError."""
     check_new("out", out)
-    config = load_config(workdir)
-    checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    steps = checkpoints.steps()[-last:] if last > 0 else []
-    if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: {workdir} has {len(checkpoints.steps())} checkpoints")
-    plan, total = state.blueprint(config, mesh.holding(config.model)), None
-    for step in steps:
-        params, frozen, _ = checkpoints.restore_weights(plan, ema=False, step=step)
-        total = params if total is None else jax.tree.map(jnp.add, total, params)
+    made = averaging.mean(workdir, last)
+    _write_average(out, made)
+    return made.steps
+
+
+def ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
+    """A new workdir of the EMA of another decay, as far as checkpoints tell it; their steps. Raises UserError."""
+    check_new("out", out)
+    made, fit = averaging.ema(workdir, decay, step)
+    _write_average(out, made)
+    return made.steps, fit
+
+
+def _write_average(out: Path, made: averaging.Average) -> None:
     with new_directory(out) as partial:
-        _write_workdir(partial, config, jax.tree.map(lambda x: x / last, total), frozen)
-    return steps
+        _write_workdir(partial, made.config, made.params, made.frozen)
 
 
 def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: state.Tree) -> None:
@@ -231,37 +243,74 @@ def _report(weights: export.Weights, target: Path) -> None:
     print(f"{target} holds step {weights.step}, the {kind}")
 
 
+OPERATIONS = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "ema_decay", "describe")
+EXPORTS = ("to_torch", "to_safetensors", "to_stablehlo")
+OPTIONS = {
+    "config": ("from_torch",),
+    "raw": EXPORTS,
+    "checkpoint": (*EXPORTS, "ema_decay"),
+    "dtype": ("to_torch", "to_safetensors"),
+    "max_shard_gb": ("to_torch",),
+    "platforms": ("to_stablehlo",),
+    "autoencoder": ("to_stablehlo",),
+    "text_encoder": ("to_stablehlo",),
+    "out": ("average", "ema_decay"),
+    "diff": ("describe",),
+}
+
+
+def _operation(values: flags.FlagValues) -> str:
+    """The one that is asked for. Raises UserError unless it is one, with what it needs and nothing that it ignores."""
+    chosen = [name for name in OPERATIONS if values[name].value is not None]
+    if len(chosen) != 1:
+        raise UserError(f"exactly one of --{', --'.join(OPERATIONS)} is needed")
+    (operation,) = chosen
+    for option, takers in OPTIONS.items():
+        if values[option].present and operation not in takers:
+            raise UserError(f"--{option} goes with --{', --'.join(takers)}, not with --{operation}")
+    needed = {"workdir": OPERATIONS[:-1], "out": OPTIONS["out"]}
+    for option, takers in needed.items():
+        if operation in takers and not values[option].value:
+            raise UserError(f"--{operation} needs --{option}=DIR")
+    return operation
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
-    names = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "describe")
-    chosen = [name for name in names if values[name].value is not None]
-    if len(chosen) != 1:
-        raise UserError(f"exactly one of --{', --'.join(names)} is needed")
-    if chosen != ["describe"] and not values.workdir:
-        raise UserError(f"--{chosen[0]} needs --workdir=DIR")
-    given = config_lib.freeze(values.config) if values.config is not None else None
-    if given and chosen != ["from_torch"]:
-        raise UserError("--config goes with --from_torch alone: a workdir has its own")
+    operation = _operation(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None
-    target = Path(values.out or "" if chosen == ["average"] else values[chosen[0]].value).expanduser()
-    which = {"ema": not values.raw, "step": values.checkpoint, "dtype": values.dtype}
-    match chosen[0]:
+    target = Path(values.out or values[operation].value).expanduser()
+    which = {"ema": not values.raw, "step": values.checkpoint}
+    match operation:
         case "from_torch":
+            given = config_lib.freeze(values.config) if values.config is not None else None
             config = from_torch(target, workdir, given)
             lacking = sample.cannot_draw(config)
             print(f"{workdir} holds the weights of {target}" + (f"; to draw, {lacking}" if lacking else ""))
         case "to_torch":
-            _report(to_torch(workdir, target, **which, max_shard_gb=values.max_shard_gb), target)
+            _report(to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb), target)
         case "to_safetensors":
-            _report(to_safetensors(workdir, target, **which), target)
+            _report(to_safetensors(workdir, target, **which, dtype=values.dtype), target)
         case "to_stablehlo":
-            step = to_stablehlo(workdir, target, ema=not values.raw, step=values.checkpoint, platforms=values.platforms)
+            step = to_stablehlo(
+                workdir,
+                target,
+                **which,
+                platforms=values.platforms,
+                autoencoder=values.autoencoder,
+                text_encoder=values.text_encoder,
+            )
             print(f"{target} holds the sampling program and the weights of step {step}")
         case "average":
-            if not values.out:
-                raise UserError("--average needs --out=DIR")
             print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
+        case "ema_decay":
+            steps, fit = ema(workdir, target, values.ema_decay, values.checkpoint)
+            print(
+                f"{target} holds the EMA of decay {values.ema_decay} at step {steps[-1]}, from {len(steps)} "
+                f"checkpoints; off by at most {fit.bound:.3g} times the largest change of one update, and by "
+                f"{fit.share:.2%} of the distance to the last parameters where updates are independent"
+            )
         case "describe":
             other = Path(values.diff).expanduser() if values.diff else None
             print(describe.difference(target, other) if other else describe.describe(target))
@@ -276,8 +325,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("to_safetensors", None, "file to make")
     flags.DEFINE_string("to_stablehlo", None, "directory to make")
     flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "that the program of --to_stablehlo runs on")
+    flags.DEFINE_string("autoencoder", "", "of --to_stablehlo; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "of --to_stablehlo; default: the config's text_encoder.path")
     flags.DEFINE_integer("average", None, "how many of the last checkpoints")
-    flags.DEFINE_string("out", None, "workdir that --average makes")
+    flags.DEFINE_float("ema_decay", None, "of the EMA to reconstruct; everything else as in the run's config.ema")
+    flags.DEFINE_string("out", None, "workdir that --average and --ema_decay make")
     flags.DEFINE_string("describe", None, "workdir, pipeline directory or file of weights")
     flags.DEFINE_string("diff", None, "another one, to compare with")
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")

@@ -1,20 +1,24 @@
-"""What a workdir, a published pipeline or a file of weights holds, and in what two of them differ."""
+"""What is at a path, and in what two of them differ: everything with weights that is written or read here.
+
+Workdirs and single checkpoints of them, published pipelines and their parts, files of weights, exported programs.
+"""
 
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lina_jax import config as config_lib
-from lina_jax import export, published, torch_layout
+from lina_jax import export, export_program, published, torch_layout
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
-from lina_jax.torch_files import FLOATS, open_file
+from lina_jax.torch_files import FLOATS, Tensors, open_file, read_json
 
 SHOWN = 20  # differing tensors, the largest differences first
 
@@ -30,16 +34,26 @@ class Content:
     published: bool  # names and layouts are the published ones, not ours
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
     read: Callable[[str], np.ndarray]
+    notes: tuple[str, ...] = ()
 
 
 def open_content(path: Path) -> Content:
     """What there is at a path. Raises UserError where it is none of the formats."""
     if (path / "checkpoints").is_dir():
-        return _workdir(path)
+        return _workdir(path, None)
+    if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
+        return _workdir(path.parent.parent, int(path.name))
+    if (path / export_program.PROGRAM).is_file():
+        return _program(path)
     if path.is_file() and path.suffix == ".safetensors":
         tensors = open_file(path)
         if tensors.metadata.get("format") == "lina_jax":
             return _plain_file(path, tensors)
+    return _published(path)
+
+
+def _published(path: Path) -> Content:
+    """A pipeline, its transformer, autoencoder or text encoder, or a bare file of any of them."""
     pipeline = published.open_pipeline(path)
     unknown, step = "", pipeline.tensors.metadata.get("step")
     try:
@@ -47,30 +61,37 @@ def open_content(path: Path) -> Content:
     except UserError as error:
         config, unknown = None, str(error)
     kind = "published PyTorch layout" + (", exported from here" if pipeline.metadata else "")
-    return Content(
-        kind, config, unknown, step and int(step), True, _listed(pipeline.tensors), pipeline.tensors.__getitem__
-    )
+    if not any(name.startswith("image_encoder.") for name in pipeline.tensors):
+        raw = pipeline.transformer
+        names = [raw.get("_class_name"), *(raw.get("architectures") or [])]
+        kind = f"PyTorch weights of another model, {next(filter(None, names), 'of no name')}"
+    parts = {"vae/": pipeline.vae, "text_encoder/": pipeline.text_encoder}
+    notes = [f"beside it: {name}" for name, there in parts.items() if there]
+    notes += [f"scheduler: {json.dumps(pipeline.scheduler)}"] if pipeline.scheduler else []
+    tensors = pipeline.tensors
+    return Content(kind, config, unknown, step and int(step), True, _listed(tensors), tensors.__getitem__, tuple(notes))
 
 
 def _listed(tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {name: (shape, FLOATS[tensors.dtypes[name]]) for name, shape in tensors.shapes.items()}
 
 
-def _workdir(path: Path) -> Content:
+def _workdir(path: Path, step: int | None) -> Content:
     config = load_config(path)
     checkpoints = Checkpoints(path, config.checkpoint, create=False)
     if not checkpoints.steps():
         raise UserError(f"{path}: a training directory without a checkpoint")
-    step = checkpoints.steps()[-1]
+    which = "the last" if step is None else "this one"
+    step = checkpoints.steps()[-1] if step is None else step
     more = "weights alone" if checkpoints.imported(step) else "parameters, EMA (listed here), state of the optimizer"
     steps = ", ".join(map(str, checkpoints.steps()))
 
     @functools.cache
     def arrays() -> dict[str, Any]:
-        return {"/".join(name): array for name, array in export.load(path).arrays.items()}
+        return {"/".join(name): array for name, array in export.load(path, step=step).arrays.items()}
 
     return Content(
-        f"training directory, steps {steps}; the last has {more}",
+        f"training directory, steps {steps}; {which} has {more}",
         config,
         "",
         step,
@@ -80,14 +101,33 @@ def _workdir(path: Path) -> Content:
     )
 
 
-def _plain_file(path: Path, tensors) -> Content:
-    try:
-        config, step = config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its metadata lack config or step ({error})") from error
+def _plain_file(path: Path, tensors: Tensors) -> Content:
+    config, step = _told(path, tensors)
     read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack of layers is asked for once for each
     kind = f"safetensors file of arrays as they are here, weights: {tensors.metadata.get('weights')}"
     return Content(kind, config, "", step, False, _listed(tensors), read)
+
+
+def _program(path: Path) -> Content:
+    """An exported program: the model's arrays by their names here, those of encoders under encoders/."""
+    tensors = open_file(path / export_program.WEIGHTS)
+    config, step = _told(path, tensors)
+    told = read_json(path / export_program.ARGUMENTS)
+    tensors = tensors.renamed(lambda name: name.removeprefix("params/").removeprefix("frozen/"))
+    read = functools.lru_cache(maxsize=1)(tensors.__getitem__)
+    program = (path / export_program.PROGRAM).read_bytes()
+    digest = hashlib.sha256(program).hexdigest()[:16]
+    notes = (f"{export_program.PROGRAM}: {len(program):,} bytes, SHA-256 {digest}...",)
+    notes += tuple(f"{name}: {json.dumps(value)}" for name, value in told.items())
+    kind = f"sampling program and its weights: {tensors.metadata.get('weights')}"
+    return Content(kind, config, "", step, False, _listed(tensors), read, notes)
+
+
+def _told(path: Path, tensors: Tensors) -> tuple[Config, int]:
+    try:
+        return config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata lack config or step ({error})") from error
 
 
 def describe(path: Path) -> str:
@@ -95,6 +135,7 @@ def describe(path: Path) -> str:
     content = open_content(path)
     lines = [f"{path}: {content.kind}"]
     lines += [f"step: {content.step}"] if content.step is not None else []
+    lines += content.notes
     if content.config:
         lines += [f"config.{name} = {value!r}" for name, value in _shown_fields(content.config).items()]
     else:
@@ -127,10 +168,11 @@ def difference(path: Path, other: Path) -> str:
         lines += [f"config.{n}: {v!r} | {others[n]!r}" for n, v in fields.items() if v != others[n]]
     if a.step != b.step:
         lines.append(f"step: {a.step} | {b.step}")
+    if a.notes and b.notes:
+        lines += [f"only in {place}: {note}" for place, note in _unshared((path, a.notes), (other, b.notes))]
     if a.published != b.published:
         a, b = (c if c.published else _as_published(c) for c in (a, b))
-    lines += [f"only in {path}: {name}" for name in a.tensors if name not in b.tensors]
-    lines += [f"only in {other}: {name}" for name in b.tensors if name not in a.tensors]
+    lines += [f"only in {place}: {name}" for place, name in _unshared((path, a.tensors), (other, b.tensors))]
     common, equal, differing = [name for name in a.tensors if name in b.tensors], 0, []
     for name in common:
         (shape, dtype), (other_shape, other_dtype) = a.tensors[name], b.tensors[name]
@@ -150,6 +192,12 @@ def difference(path: Path, other: Path) -> str:
         lines.append(f"and {len(differing) - SHOWN} more tensors with other values")
     lines.append(f"{len(common)} tensors in both, {equal} with equal values")
     return "\n".join(lines)
+
+
+def _unshared(*held: tuple[Path, Collection[str]]) -> Iterator[tuple[Path, str]]:
+    """What one of two places has and the other has not."""
+    for (place, ours), (_, theirs) in (held, held[::-1]):
+        yield from ((place, name) for name in ours if name not in theirs)
 
 
 def _as_published(content: Content) -> Content:

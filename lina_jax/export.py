@@ -35,7 +35,8 @@ class Weights:
 def metadata_of(config: Config, step: int, kind: str) -> dict[str, str]:
     """For the header of a safetensors file; paths of this machine stay here."""
     fields = dataclasses.asdict(config)
-    fields["autoencoder"]["path"] = fields["text_encoder"]["path"] = fields["data"]["path"] = ""
+    for group in ("autoencoder", "text_encoder", "data", "init_from"):
+        fields[group]["path"] = ""
     return {"config": json.dumps(fields), "step": str(step), "weights": kind}
 
 

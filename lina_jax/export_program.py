@@ -16,6 +16,7 @@ from lina_jax.generate import make_sampler
 from lina_jax.state import Blueprint, Tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM, WEIGHTS, ARGUMENTS = "sample.stablehlo", "weights.safetensors", "arguments.json"
 
 
 def write_program(
@@ -41,9 +42,9 @@ def write_program(
     arguments = (shapes, condition, _int32(batch), _int32())
     with jax.set_mesh(plan.mesh):
         exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
-    (directory / "sample.stablehlo").write_bytes(exported.serialize())
-    save_file(arrays, directory / "weights.safetensors", metadata)
-    (directory / "weights.safetensors").chmod(0o644)  # it comes closed to others
+    (directory / PROGRAM).write_bytes(exported.serialize())
+    save_file(arrays, directory / WEIGHTS, metadata)
+    (directory / WEIGHTS).chmod(0o644)  # it comes closed to others
     told = {
         "condition": {name: [str(x.dtype), [str(n) for n in x.shape]] for name, x in condition.items()},
         "images": ["int32", ["b"]],
@@ -51,7 +52,7 @@ def write_program(
         "platforms": list(platforms),
         "sample": dataclasses.asdict(plan.config.sample),
     }
-    (directory / "arguments.json").write_text(json.dumps(told, indent=2) + "\n")
+    (directory / ARGUMENTS).write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _condition(plan: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:

@@ -17,9 +17,8 @@ from lina_jax.config import Config, ModelConfig
 from lina_jax.encoders import describe_autoencoder
 from lina_jax.errors import UserError
 from lina_jax.published_names import HEADS, variant_of
-from lina_jax.torch_files import Pickled, Tensors, open_bin, open_file, open_tensors, read_json
+from lina_jax.torch_files import Pickled, Tensors, open_bin, open_file, open_weights, read_json
 
-BIN = "diffusion_pytorch_model.bin"
 TEXT_SAMPLING = {"steps": 128, "guidance": 7.0, "guidance_schedule": "constant"}  # of the published evaluation
 
 
@@ -54,8 +53,7 @@ def open_pipeline(path: Path) -> Pipeline:
         source, folder, tensors = path, path.parent, opened(path)
     elif path.is_dir():
         source = folder = path / "transformer" if (path / "transformer").is_dir() else path
-        only_bin = (folder / BIN).is_file() and not any(folder.glob("*.safetensors*"))
-        tensors = open_bin(folder / BIN) if only_bin else open_tensors(folder)
+        tensors = open_weights(folder)
     else:
         raise UserError(f"{path}: no such file or directory")
     root = folder.parent if folder.name == "transformer" else folder

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lina_jax import mesh as mesh_lib
@@ -24,6 +25,7 @@ from lina_jax.models.layers import Frozen, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
 
 Tree = Any
+Path = tuple[str, ...]  # of an array in a tree
 Batch = dict[str, jax.Array]
 NOISE_LEVELS = 4  # equal bins of sigma in which validation reports its loss
 
@@ -81,6 +83,19 @@ class Blueprint:
         make = functools.partial(_initial_state, self.config, self.optimizer)
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+
+    def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
+        """Some of the arrays that a fresh state has, trained or frozen; the others are not made."""
+        shapes = flatten_dict(self.shapes.params) | flatten_dict(self.shapes.frozen)
+
+        def make(key):
+            params, frozen = _initial_weights(self.config, key)
+            drawn = flatten_dict(params) | flatten_dict(frozen)
+            return {path: drawn[path] for path in paths}
+
+        with jax.set_mesh(self.mesh):
+            shardings = {path: shapes[path].sharding for path in paths}
+            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed))
 
     def start(self, params: Tree, frozen: Tree) -> TrainState:
         """A fresh state of these weights, which are donated to it."""
@@ -155,10 +170,13 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
     return TrainState(count, count, count, count, params, frozen, opt_state, params)
 
 
-def _initial_state(config: Config, optimizer, key: jax.Array) -> TrainState:
+def _initial_weights(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
     _, params, frozen = nnx.split(LINA(config.model, rngs=nnx.Rngs(key)), nnx.Param, Frozen)
-    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    return fresh_state(params, frozen, optimizer)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+
+
+def _initial_state(config: Config, optimizer, key: jax.Array) -> TrainState:
+    return fresh_state(*_initial_weights(config, key), optimizer)
 
 
 def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -273,9 +291,14 @@ def _skip(state: TrainState, grads: Tree) -> TrainState:
 
 def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> Tree:
     """The EMA after `updates` updates, of which this one made `params`."""
-    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
-    decay = jnp.where(updates % config.every == 0, decay, 1.0)
+    decay = ema_decay(config, updates)
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+
+
+def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
+    """What an EMA keeps of itself at updates of these numbers, the first of which is 1."""
+    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
+    return jnp.where(updates % config.every == 0, decay, 1.0)
 
 
 def make_eval_step(plan: Blueprint) -> Program:

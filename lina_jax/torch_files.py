@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+BIN_FILES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -84,28 +85,58 @@ class Tensors(Mapping[str, np.ndarray]):
 
 def open_tensors(directory: Path) -> Tensors:
     """All tensors of a model directory. Raises UserError naming what is absent or cannot be read."""
-    indices = sorted(directory.glob("*.safetensors.index.json"))
     single = [path for name in WEIGHT_FILES if (path := directory / name).is_file()]
     if single:
         return open_file(single[0])
-    if not indices:
+    index = _index(directory, "*.safetensors.index.json")
+    if index is None:
         raise UserError(f"{directory}: no weights; expected {' or '.join(WEIGHT_FILES)}, or *.safetensors.index.json")
+    where = _weight_map(index)
+    files = {name: open_file(index.parent / name) for name in sorted(set(where.values()))}
+    _check_members(index, where, files)
+    first = next(iter(files.values()))
+    return Tensors({tensor: files[name].stored(tensor) for tensor, name in where.items()}, first.metadata)
+
+
+def open_weights(directory: Path) -> "Tensors | Pickled":
+    """All tensors of a model directory, of PyTorch's own files where there are no others. Raises UserError."""
+    if any(directory.glob("*.safetensors*")):
+        return open_tensors(directory)
+    if single := [path for name in BIN_FILES if (path := directory / name).is_file()]:
+        return open_bin(single[0])
+    index = _index(directory, "*.bin.index.json")
+    if index is None:
+        expected = ", ".join((*WEIGHT_FILES, *BIN_FILES))
+        raise UserError(
+            f"{directory}: no weights; expected {expected}, or *.safetensors.index.json or *.bin.index.json"
+        )
+    where = _weight_map(index)
+    files = {name: _load_bin(index.parent / name) for name in sorted(set(where.values()))}
+    _check_members(index, where, files)
+    return Pickled(index, {tensor: files[name][tensor] for tensor, name in where.items()})
+
+
+def _index(directory: Path, pattern: str) -> Path | None:
+    indices = sorted(directory.glob(pattern))
     if len(indices) > 1:
         raise UserError(f"{directory}: several indices of weights: {', '.join(path.name for path in indices)}")
-    return _sharded(indices[0])
+    return indices[0] if indices else None
 
 
-def _sharded(index: Path) -> Tensors:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Names of tensors to names of files, which are all there."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f'{index}: expected "weight_map", an object of tensor names and file names')
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent)}")
-    files = {name: open_file(index.parent / name) for name in names}
+    return where
+
+
+def _check_members(index: Path, where: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]) -> None:
     if lost := [tensor for tensor, name in where.items() if tensor not in files[name]]:
         raise UserError(f"{index}: {len(lost)} tensors are not in their files, first {lost[0]} in {where[lost[0]]}")
-    return Tensors({tensor: files[name].stored(tensor) for tensor, name in where.items()}, files[names[0]].metadata)
 
 
 def open_file(path: Path) -> Tensors:
@@ -126,7 +157,7 @@ def open_file(path: Path) -> Tensors:
 
 
 class Pickled(Mapping[str, np.ndarray]):
-    """The tensors of a PyTorch .bin file, like `Tensors`; mapped, not read, where the file is of today's format."""
+    """The tensors of PyTorch .bin files, like `Tensors`; mapped, not read, where the file is of today's format."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Any]):
         self._path, self._tensors, self.metadata = path, dict(tensors), {}
@@ -154,18 +185,24 @@ class Pickled(Mapping[str, np.ndarray]):
 
 def open_bin(path: Path) -> Pickled:
     """A PyTorch state dict, read without running any code that the file may hold. Raises UserError."""
+    return Pickled(path, _load_bin(path))
+
+
+def _load_bin(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of damaged files it raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a whole file of PyTorch weights alone ({reason})") from error
+    except Exception as error:  # of damaged files it raises many kinds, and advises to run their code
+        raise UserError(
+            f"{path}: not a whole file of PyTorch weights alone ({type(error).__name__}): damaged, or it holds other "
+            "objects than tensors, which are never loaded"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
-    return Pickled(path, state)
+    return state
 
 
 def write_file(

@@ -5,7 +5,8 @@ python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--conf
 Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way, SIGTERM
 after saving (exit code 75). In many processes (docs/many_hosts.md) only the first writes logs and pictures. WORKDIR
 holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
-events/, previews/, compiled/ programs and, at the end, loss.png.
+events/, previews/, compiled/ programs, init_from.json where the run started from other weights (config.init_from) and,
+at the end, loss.png.
 
 Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
@@ -25,8 +26,21 @@ from clu import parameter_overview
 from tqdm import tqdm
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, data, errors, evaluate, hosts, mesh, metrics, places, preemption, sample, state
-from lina_jax.checkpoint import Checkpoints, check_config, write_config
+from lina_jax import (
+    config_file,
+    data,
+    errors,
+    evaluate,
+    hosts,
+    mesh,
+    metrics,
+    places,
+    preemption,
+    sample,
+    state,
+    warm_start,
+)
+from lina_jax.checkpoint import Checkpoints, check_config, write_config, write_json
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
@@ -50,15 +64,19 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices, encoders)
+    begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
-    run = checkpoints.restore(plan) if resumed else plan.init()
+    run = checkpoints.restore(plan) if resumed else begun or plan.init()
     first = int(run.step)
     if first >= config.steps:
         checkpoints.close()
         _conclude(config, workdir, first)
         return run
     write_config(workdir, config)
+    if warm and jax.process_index() == 0:
+        write_json(workdir / "init_from.json", warm)
+        print(warm_start.table(warm), file=sys.stderr)
     if not resumed:
         checkpoints.save(run)
     _introduce(config, plan, devices, first)

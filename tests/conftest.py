@@ -29,9 +29,14 @@ QUICKLY_COMPILED = {
     "test_generate",
     "test_encoders",
     "test_many_hosts",
-    "test_convert",
     "test_benchmark",
     "test_flops",
+    "test_import",
+    "test_export",
+    "test_describe",
+    "test_golden",
+    "test_warm_start",
+    "test_averaging",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device

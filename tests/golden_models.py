@@ -1,39 +1,29 @@
 """Fixtures of the whole model: loss and gradients, sampling runs, the AdamW and EMA trajectory."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden_case import Case, loaded, parts, tokens_of
+from golden_case import Case, tokens_of
 
-from lina_jax import generate, mesh, optim, state, torch_layout
+from lina_jax import generate, mesh, optim, published_names, state, torch_layout
+from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, EmaConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
 from lina_jax.models import flow, layers
 from lina_jax.models.draws import Draws
 from lina_jax.models.lina import LINA, unconditional
 
-# Published module suffix -> what it is here.
-LINA_VARIANT = {"normalization": "division", "depthwise_conv": True}
-PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
-VARIANTS = {
-    "softmax": {"attention": "softmax", **PLAIN},
-    "linear6": {"normalization": "division", **PLAIN},
-    "linear9": {"normalization": "subtraction", **PLAIN},
-    "decouple1": {**LINA_VARIANT, "kv_gate": "none"},
-    "decouple10": {"normalization": "subtraction", "depthwise_conv": True, "kv_gate": "none"},
-    "kvscale1": {**LINA_VARIANT, "kv_gate": "head"},
-    "kvscale2": {**LINA_VARIANT, "kv_gate": "shared"},
-    "kvscale3": {**LINA_VARIANT, "kv_gate": "key"},
-    "kvscale4": {**LINA_VARIANT, "kv_gate": "value"},
-    "kvscale5": {**LINA_VARIANT, "kv_gate": "decoupled"},
-    "kvscale6": {**LINA_VARIANT, "kv_gate": "dynamic"},
-}
-
 
 def model_config(c: dict) -> ModelConfig:
     text = "text_token_dim" in c
+    module = published_names.MODULE + ("" if c["variant"] == "softmax" else f"_{c['variant']}")
+    variant = published_names.variant_of(module)
+    assert variant, f"unknown variant {c['variant']}"
     return ModelConfig(
         condition="text" if text else "class",
         num_classes=1000,
@@ -52,7 +42,7 @@ def model_config(c: dict) -> ModelConfig:
         head_depth=c["decoder_depth"],
         rotary=c["rotary_pos_embed"],
         dtype="float32",
-        **VARIANTS[c["variant"].removesuffix("_high_res")],
+        **variant,
     )
 
 
@@ -63,17 +53,22 @@ def config_of(case: Case) -> ModelConfig:
     return config
 
 
-def lina(case: Case):
-    """(config, table, graphdef, trained, frozen) of a whole-model case."""
-    config = config_of(case)
-    table = list(torch_layout.entries(config))
-    graphdef, tree = loaded(lambda rngs: LINA(config, rngs=rngs), table, case.weights)
-    flat = flatten_dict(jax.tree.map(jnp.asarray, tree))
-    _, trained, _ = parts(nnx.eval_shape(lambda: LINA(config, rngs=nnx.Rngs(0))))
-    names = flatten_dict(trained).keys()
-    trained = unflatten_dict({k: v for k, v in flat.items() if k in names})
-    frozen = unflatten_dict({k: v for k, v in flat.items() if k not in names})
-    return config, table, graphdef, trained, frozen
+class Imported(NamedTuple):
+    """A model as a user has it: through a published pipeline directory, the command and its checkpoint."""
+
+    config: ModelConfig
+    table: list[torch_layout.Entry]
+    graphdef: nnx.GraphDef
+    trained: dict
+    frozen: dict
+
+
+def load(workdir: Path) -> Imported:
+    config = load_config(workdir)
+    plan = state.blueprint(config, mesh.holding(config.model))
+    weights = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan)[:2]
+    trained, frozen = jax.device_put(weights, jax.devices()[0])
+    return Imported(config.model, list(torch_layout.entries(config.model)), plan.graphdef, trained, frozen)
 
 
 def condition_of(case: Case, config: ModelConfig, batch: int, prefix: str = "") -> dict[str, jax.Array]:
@@ -109,8 +104,8 @@ def loss_of(model: LINA, tokens, condition, draws: Draws):
     return jnp.sum(losses * draws.mask) / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
 
 
-def transformer(case: Case, load=lina) -> None:
-    config, table, graphdef, trained, frozen = load(case)
+def transformer(case: Case, given: Imported) -> None:
+    config, table, graphdef, trained, frozen = given
     repeat, batch = case.config["loss_repeat"], case.config["batch"]
     tokens, condition = tokens_of(case["x"], config.patch_size), condition_of(case, config, batch)
     draws, sigmas = draws_of(case, repeat), flow.training_sigmas()
@@ -148,8 +143,8 @@ def transformer(case: Case, load=lina) -> None:
     case.check("outputs.all_grad_norms", [np.linalg.norm(named[key]) for key in case.manifest["param_order"]])
 
 
-def sample(case: Case, load=lina) -> None:
-    config, _, graphdef, trained, frozen = load(case)
+def sample(case: Case, given: Imported) -> None:
+    config, _, graphdef, trained, frozen = given
     c, batch = case.config, case.config["batch"]
     low = c["guidance_scale"] if c["min_guidance_scale"] is None else c["min_guidance_scale"]
     plan = generate.schedule(
@@ -193,8 +188,8 @@ def sample(case: Case, load=lina) -> None:
         case.check(f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, int(count), encoded))
 
 
-def train_steps(case: Case, load=lina) -> None:
-    config, table, graphdef, trained, frozen = load(case)
+def train_steps(case: Case, given: Imported) -> None:
+    config, table, graphdef, trained, frozen = given
     c = case.config
     settings = OptimConfig(
         learning_rate=c["lr"], warmup_steps=c["warmup_steps"], warmup_factor=c["warmup_factor"], eps=c["adam_eps"],

@@ -169,6 +169,8 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("loss.mask_ratio_min", 1.0, "loss.mask_ratio_min=1.0: must be in [0, 1)"),
         ("ema.decay", 1.0, "ema.decay=1.0: must be in [0, 1)"),
         ("optim.b2", 1.5, "optim.b2=1.5: must be in [0, 1)"),
+        ("init_from.rules", "larger", "init_from.rules='larger': allowed are all, nova, resolution, interpolate"),
+        ("init_from.checkpoint", -2, "init_from.checkpoint=-2: must be a step, or -1 for the latest"),
         ("optim.accumulate", 3, "batch_size=2048 is not divisible by optim.accumulate=3"),
     ],
 )

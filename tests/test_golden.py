@@ -1,6 +1,7 @@
 """Every fixture in $LINA_GOLDEN_DIR (default: tests/golden): values, gradients, trajectories, whole sampling runs.
 
-What is computed is chosen by the case's name and its manifest; every recorded array is checked.
+What is computed is chosen by the case's name and its manifest; every recorded array is checked. Whole models go in as a
+user's do, as a published directory through `convert`, and come out again as the same bytes.
 """
 
 import golden_encoders
@@ -8,6 +9,10 @@ import golden_models
 import golden_parts
 import pytest
 from golden_case import GOLDEN, Case
+from pipelines import WEIGHTS, given_config, write_pipeline
+from safetensors.numpy import load_file
+
+from lina_jax import convert
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
@@ -26,12 +31,35 @@ RUNNERS = {
     "rope": golden_parts.rope,
     "num_preds": golden_parts.num_preds,
     "scheduler": golden_parts.scheduler,
-    "transformer_": golden_models.transformer,
-    "sample_": golden_models.sample,
-    "train_steps": golden_models.train_steps,
     "vae_": golden_encoders.autoencoder,
     "phi": golden_encoders.phi,
 }
+
+
+WHOLE_MODELS = {
+    "transformer_": golden_models.transformer,
+    "sample_": golden_models.sample,
+    "train_steps": golden_models.train_steps,
+}
+
+
+def runner_of(name, runners):
+    return next((run for prefix, run in runners.items() if name.startswith(prefix)), None)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The workdir that `convert` makes of a fixture."""
+    made = {}
+
+    def convert_once(case: Case):
+        if case.name not in made:
+            place = tmp_path_factory.mktemp(case.name)
+            convert.from_torch(write_pipeline(case, place / "in"), place / "run", given_config(case))
+            made[case.name] = place / "run"
+        return made[case.name]
+
+    return convert_once
 
 
 def test_there_are_fixtures():
@@ -39,9 +67,22 @@ def test_there_are_fixtures():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name):
-    runner = next((run for prefix, run in RUNNERS.items() if name.startswith(prefix)), None)
-    assert runner, f"unknown kind of fixture: {name}"
+def test_golden(name, imported):
     case = Case(name)
-    runner(case)
+    if whole := runner_of(name, WHOLE_MODELS):
+        whole(case, golden_models.load(imported(case)))
+    else:
+        part = runner_of(name, RUNNERS)
+        assert part, f"unknown kind of fixture: {name}"
+        part(case)
     assert not case.left, f"recorded but not checked: {sorted(case.left)}"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if runner_of(name, WHOLE_MODELS)])
+def test_exported_again_every_tensor_has_the_same_bytes(name, imported, tmp_path):
+    case = Case(name)
+    convert.to_torch(imported(case), tmp_path / "out")
+    out = load_file(tmp_path / "out" / WEIGHTS)
+    assert out.keys() == case.weights.keys()
+    for key, array in out.items():
+        assert (array.dtype, array.tobytes()) == (case.weights[key].dtype, case.weights[key].tobytes()), key

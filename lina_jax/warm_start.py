@@ -1,0 +1,220 @@
+"""A new run that starts from other weights: by the rules of config.init_from, some of its arrays are theirs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lina_jax import config as config_lib
+from lina_jax import init_rules
+from lina_jax.checkpoint import Checkpoints, Flat, Shape, is_imported, load_config, saved_checkpoints
+from lina_jax.config import Config, InitFromConfig, ModelConfig
+from lina_jax.errors import UserError
+from lina_jax.init_rules import Rules
+from lina_jax.models.attention import GATE_NAMES
+from lina_jax.state import Blueprint, TrainState
+
+Shapes = Mapping[tuple[str, ...], Shape]  # by path
+Grid = tuple[int, int]  # rows, columns
+GATES = {name for names in GATE_NAMES.values() for name in names}
+FUNCTION = ("model.", "autoencoder.")  # fields of which a report says how they differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of one array, and its shapes here and there; None where there is no such array."""
+
+    name: str
+    action: str  # loaded | recomputed | restarted | skipped
+    here: Shape | None
+    there: Shape | None
+    reason: str = ""
+
+
+def due(config: Config, workdir: Path) -> bool:
+    """Whether a run is to start from init_from.path: not if it has begun. Raises UserError if it has other weights."""
+    saved = saved_checkpoints(workdir)
+    if config.init_from.path and saved and all(is_imported(path) for path in saved):
+        raise UserError(
+            f"init_from.path={config.init_from.path}: {workdir} holds imported weights, from which it would start "
+            "(choose another --workdir, or start from those with --config.init_from.path=)"
+        )
+    return bool(config.init_from.path) and not saved
+
+
+def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
+    """A fresh state with the arrays that the rules take, in its EMA too, and a report of what became of each.
+
+    Arrays come straight to the shardings of `plan`, whatever mesh they were saved from; nothing else is read. Raises
+    UserError listing every array that does not fit and every pattern that fits no array.
+    """
+    asked, shapes = plan.config.init_from, flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
+    donor = Path(asked.path).expanduser()
+    theirs = _config_of(donor, asked)
+    here = {path: leaf.shape for path, leaf in shapes.items()}
+    decisions: dict[tuple[str, ...], Decision] = {}
+
+    def choose(there: Shapes) -> Flat:
+        decisions.update(decide(asked, (plan.config.model, here), (theirs.model, there)))
+        return {
+            path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=shapes[path].sharding)
+            for path, decision in decisions.items()
+            if decision.action in ("loaded", "recomputed")
+        }
+
+    checkpoints = Checkpoints(donor, theirs.checkpoint, create=False)
+    step = None if asked.checkpoint < 0 else asked.checkpoint
+    arrays, step = checkpoints.restore_some(choose, ema=asked.ema, step=step)
+    for path in [path for path in arrays if decisions[path].action == "recomputed"]:
+        fit = jax.jit(regrid, static_argnums=(1, 2), out_shardings=shapes[path].sharding)
+        arrays[path] = fit(arrays[path], _grids(theirs.model), _grids(plan.config.model))
+    if rest := sorted(shapes.keys() - arrays.keys()):
+        arrays |= plan.draw(rest)
+    parts = (flatten_dict(part) for part in (plan.shapes.params, plan.shapes.frozen))
+    run = plan.start(*(unflatten_dict({path: arrays[path] for path in part}) for part in parts))
+    differing = config_lib.differences(theirs, plan.config)
+    report = {
+        "path": str(donor),
+        "step": step,
+        "weights": "ema" if asked.ema and not checkpoints.imported(step) else "raw",
+        "rules": {"name": asked.rules, **dataclasses.asdict(rules_of(asked))},
+        "config": [line for line in differing if line.startswith(FUNCTION)],
+        "arrays": [dataclasses.asdict(decision) for decision in decisions.values()],
+    }
+    return run, report
+
+
+def rules_of(asked: InitFromConfig) -> Rules:
+    """The named set with the patterns of the config."""
+    own = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Rules)}
+    return init_rules.SETS[asked.rules].extended(Rules(**own))
+
+
+def decide(
+    asked: InitFromConfig, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
+) -> dict[tuple[str, ...], Decision]:
+    """What becomes of every array of two models, by path. Raises UserError listing all that stands in the way."""
+    rules, (_, here), (_, there) = rules_of(asked), ours, theirs
+    names = {path: "/".join(path) for path in sorted(here.keys() | there.keys())}
+    problems = [
+        f"{kind}: no array's name fits {pattern!r}"
+        for kind in init_rules.LISTS
+        for pattern in getattr(asked, kind)
+        if not any(fnmatchcase(name, pattern) for name in names.values())
+    ]
+    decisions = {}
+    for path, name in names.items():
+        action, reason = _asked_of(rules, name), ""
+        if action in ("loaded", "recomputed"):
+            reason = _misfit(path, action, ours, theirs)
+            wrong = action == "recomputed" and path[-1] not in GATES
+            if reason and (wrong or rules.unfit == "refuse"):
+                problems.append(f"{name}: {reason}")
+            action = "skipped" if reason else action
+        elif action == "skipped":
+            reason = "by the rules"
+        elif path not in here:
+            action, reason = "skipped", "only there"
+        if action == "recomputed" and _grids(ours[0]) == _grids(theirs[0]):
+            action = "loaded"
+        decisions[path] = Decision(name, action, here.get(path), there.get(path), reason)
+    if problems:
+        raise UserError(
+            f"init_from.path={asked.path}: {'; '.join(problems)} (exclude or restart arrays by their names, or set "
+            "init_from.unfit=skip)"
+        )
+    return decisions
+
+
+def _asked_of(rules: Rules, name: str) -> str:
+    def fits(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    if fits(rules.exclude) or (rules.include and not fits(rules.include)):
+        return "skipped"
+    if fits(rules.restart):
+        return "restarted"
+    return "recomputed" if fits(rules.recompute) else "loaded"
+
+
+def _misfit(
+    path: tuple[str, ...], action: str, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
+) -> str:
+    """Why their array cannot become ours; "" if it can."""
+    (model, here), (other, there) = ours, theirs
+    gate = path[-1] in GATES
+    if path not in there:
+        return "not there"
+    if path not in here:
+        return "only there"
+    if action == "recomputed" and not gate:
+        return "no gate, cannot be recomputed"
+    if action == "recomputed":
+        fits = (*here[path][:-2], *here[path][-1:]) == (*there[path][:-2], *there[path][-1:])
+    else:  # gates of another grid of as many tokens are gates of other places
+        fits = here[path] == there[path] and (not gate or _grids(model) == _grids(other))
+    grids = f" (grids {_grids(other)}, here {_grids(model)})" if gate else ""
+    return "" if fits else f"{there[path]} there, {here[path]} here{grids}"
+
+
+def _grids(model: ModelConfig) -> tuple[Grid, Grid]:
+    return model.condition_grid, model.image_grid
+
+
+def regrid(gate: jax.Array, there: tuple[Grid, Grid], here: tuple[Grid, Grid]) -> jax.Array:
+    """Gates (layers, tokens, heads) of condition and image tokens on their grids, interpolated to other grids.
+
+    Tokens of a grid that stays keep their gates.
+    """
+    parts, start = [], 0
+    for old, new in zip(there, here, strict=True):
+        part = gate[:, start : start + math.prod(old)]
+        start += math.prod(old)
+        if old != new:
+            image = rearrange(part, "l (r c) h -> l r c h", r=old[0])
+            image = jax.image.resize(image, (len(image), *new, image.shape[-1]), "linear")
+            part = rearrange(image, "l r c h -> l (r c) h")
+        parts.append(part)
+    return jnp.concatenate(parts, axis=1)
+
+
+def _config_of(donor: Path, asked: InitFromConfig) -> Config:
+    if not donor.exists():
+        raise UserError(
+            f"init_from.path={asked.path}: no such directory (an empty init_from.path starts from a random draw)"
+        )
+    if not (donor / "config.json").is_file() or not (donor / "checkpoints").is_dir():
+        raise UserError(
+            f"init_from.path={asked.path}: not a training directory with checkpoints (python -m lina_jax.convert "
+            "--from_torch=DIR --workdir=DIR makes one of released weights)"
+        )
+    return load_config(donor)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A report as lines: first what was done, then a line for each array."""
+    rows, counts = [], {}
+    for array in sorted(report["arrays"], key=lambda array: array["action"]):
+        here, there = array["here"], array["there"]
+        arrays, numbers = counts.get(array["action"], (0, 0))
+        counts[array["action"]] = arrays + 1, numbers + math.prod(here or there)
+        shapes = " x ".join(map(str, here)) if here else "-"
+        if here != there:
+            shapes += f" (there {' x '.join(map(str, there)) if there else '-'})"
+        rows.append((array["action"], array["name"], shapes, array["reason"]))
+    said = ", ".join(f"{action} {arrays} arrays ({numbers:,} numbers)" for action, (arrays, numbers) in counts.items())
+    kind = "EMA" if report["weights"] == "ema" else "parameters"
+    lines = [f"init_from {report['path']}, {kind} of step {report['step']}, rules {report['rules']['name']}: {said}"]
+    lines += [f"  differs: {line}" for line in report["config"]]
+    wide = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines += [
+        "  " + "  ".join(f"{cell:{size}}" for cell, size in zip(row, (*wide, 0), strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""What is at a path, and in what two of them differ, for every format (programs: test_export.py)."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from encoder_checkpoints import write_autoencoder, write_phi
+from golden_case import Case
+from pipelines import WEIGHTS, change_weights, write_pipeline
+
+from lina_jax import convert, describe
+from lina_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """One model in every format."""
+    place = tmp_path_factory.mktemp("formats")
+    convert.from_torch(write_pipeline(Case("transformer_c2i"), place / "in"), place / "run")
+    convert.to_torch(place / "run", place / "out")
+    convert.to_torch(place / "run", place / "shards", max_shard_gb=1e-4)
+    convert.to_safetensors(place / "run", place / "plain.safetensors")
+    shutil.copy(place / "in" / WEIGHTS, place / "bare.safetensors")
+    return place
+
+
+FORMATS = {
+    "in": "published PyTorch layout",
+    "in/transformer": "published PyTorch layout",
+    "bare.safetensors": "published PyTorch layout",
+    "run": "training directory, steps 0; the last has weights alone",
+    "run/checkpoints/0": "training directory, steps 0; this one has weights alone",
+    "out": "published PyTorch layout, exported from here",
+    "shards": "published PyTorch layout, exported from here",
+    "plain.safetensors": "safetensors file of arrays as they are here, weights: raw",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), FORMATS.items())
+def test_every_format_is_described(place, name, kind):
+    count = sum(array.size for array in Case("transformer_c2i").weights.values())
+    text = describe.describe(place / name).splitlines()
+    assert text[0] == f"{place / name}: {kind}"
+    assert "config.model.width = 32" in text
+    assert f"{count:,} of float32 ({count * 4 / 1e9:.3f} GB)" in text[-1]
+
+
+@pytest.mark.parametrize("other", [name for name in FORMATS if name != "in"])
+def test_every_format_is_compared(place, other):
+    for pair in (("in", other), (other, "in")):
+        said = describe.difference(*(place / name for name in pair)).splitlines()
+        assert said[-1] == "129 tensors in both, 129 with equal values", said
+
+
+def test_formats_with_our_names_are_compared_by_these(place):
+    said = describe.difference(place / "run", place / "plain.safetensors")
+    assert said == "81 tensors in both, 81 with equal values"
+
+
+def test_what_differs_is_told(place, tmp_path):
+    shutil.copytree(place / "out", tmp_path / "out")
+    change_weights(lambda tensors: tensors["image_encoder.norm.bias"].__setitem__(0, 9.0))(tmp_path / "out")
+    said = describe.difference(place / "run", tmp_path / "out").splitlines()
+    assert "step: 0 | None" in said  # rewritten, the file has no metadata
+    assert any(line.startswith("image_encoder.norm.bias: values differ by up to ") for line in said)
+    assert said[-1] == "129 tensors in both, 128 with equal values"
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"), [(write_autoencoder, "AutoencoderKL"), (write_phi, "PhiForCausalLM")], ids=["vae", "text"]
+)
+def test_encoders_are_described_and_compared(write, kind, place, tmp_path):
+    write(tmp_path / "encoder")
+    text = describe.describe(tmp_path / "encoder")
+    assert text.splitlines()[0] == f"{tmp_path / 'encoder'}: PyTorch weights of another model, {kind}"
+    count = len(describe.open_content(tmp_path / "encoder").tensors)
+    said = describe.difference(tmp_path / "encoder", tmp_path / "encoder")
+    assert said == f"{count} tensors in both, {count} with equal values"
+    assert describe.difference(place / "in", tmp_path / "encoder").endswith("0 tensors in both, 0 with equal values")
+
+
+def test_what_cannot_be_described_is_named(place, tmp_path):
+    with pytest.raises(UserError, match="no such file or directory"):
+        describe.describe(tmp_path / "none")
+    with pytest.raises(UserError, match="no weights; expected"):
+        describe.describe(tmp_path)
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "0" / "params" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 0 in .* is damaged \(params/_METADATA is missing\)"):
+        describe.describe(tmp_path / "run")
