@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+COUNTER = ".num_batches_tracked"  # of batch norms in training: an integer that no network computes with
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -114,6 +115,8 @@ def open_file(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(COUNTER):
+                    continue
                 view = file.get_slice(name)
                 stored[name] = Stored(path, name, tuple(view.get_shape()), view.get_dtype())
             metadata = file.metadata()
@@ -157,7 +160,7 @@ def open_bin(path: Path) -> Pickled:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
+        raise UserError(f"{path}: {path.suffix} files need PyTorch (pip install torch); safetensors do not") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of damaged files it raises many kinds
@@ -165,7 +168,7 @@ def open_bin(path: Path) -> Pickled:
         raise UserError(f"{path}: not a whole file of PyTorch weights alone ({reason})") from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
-    return Pickled(path, state)
+    return Pickled(path, {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)})
 
 
 def write_file(
