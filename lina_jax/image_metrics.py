@@ -83,7 +83,8 @@ class Frechet:
     def __init__(self, reference: Gaussian):
         self._mean, self._trace = reference.mean, float(np.trace(reference.covariance))
         values, vectors = np.linalg.eigh(reference.covariance)
-        self._factor = vectors * np.sqrt(_without_rounding(values))
+        values = _without_rounding(values)
+        self._factor = vectors[:, values > 0] * np.sqrt(values[values > 0])
 
     def __call__(self, samples: Gaussian) -> float:
         """Raises UserError where the reference is of other features."""
@@ -97,6 +98,8 @@ class Frechet:
 
 def _without_rounding(values: np.ndarray) -> np.ndarray:
     """Eigenvalues of a matrix that has none below zero."""
+    if not len(values):
+        return values
     return np.where(values > len(values) * np.finfo(np.float64).eps * values.max(), values, 0.0)
 
 

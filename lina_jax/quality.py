@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lina_jax import featurise, image_metrics
 from lina_jax.errors import UserError
 from lina_jax.featurise import SHOWN, Chunk, Done, Network
-from lina_jax.image_metrics import GROUPS, Frechet, InceptionScore, Moments, Value
+from lina_jax.image_metrics import GROUPS, InceptionScore, Moments, Value
 from lina_jax.image_sources import Source
 from lina_jax.reference import Reference, write_npz
 
@@ -85,16 +85,13 @@ class Collector:
     def values(self, reference: Reference | None) -> tuple[dict[str, Value], dict[str, str]]:
         """(the metrics that are wanted and can be told, why the others cannot)."""
         values, lacking = {}, {}
-        for name, groups, real in (
-            ("fid", self._pool, reference and reference.pool),
-            ("sfid", self._spatial, reference and reference.spatial),
-        ):
+        for name, groups in (("fid", self._pool), ("sfid", self._spatial)):
             if name not in self._wanted:
                 continue
-            if real is None:
+            if reference is None or name not in reference.distances:
                 lacking[name] = "the reference has no statistics of these features" if reference else "no reference"
             else:
-                values[name] = image_metrics.jackknife(groups, Frechet(real))
+                values[name] = image_metrics.jackknife(groups, reference.distances[name])
         if "inception_score" in self._wanted:
             values["inception_score"] = self._score.value()
         if names := [name for name in ("precision", "recall") if name in self._wanted]:

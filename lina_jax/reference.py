@@ -1,6 +1,7 @@
 """Statistics of real images, that samples are compared with: read from an npz file in ADM's form, or computed once."""
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ import numpy as np
 from lina_jax import featurise
 from lina_jax.errors import UserError
 from lina_jax.featurise import Done, Network
-from lina_jax.image_metrics import Gaussian, Moments
+from lina_jax.image_metrics import Frechet, Gaussian, Moments
 from lina_jax.image_sources import Read, npz_array, open_images
 
 IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as ADM's files have
@@ -26,6 +27,12 @@ class Reference:
     pool: Gaussian | None = None
     spatial: Gaussian | None = None
     features: np.ndarray | None = None
+
+    @functools.cached_property
+    def distances(self) -> dict[str, Frechet]:
+        """'fid' and 'sfid', as far as there are statistics."""
+        gaussians = {"fid": self.pool, "sfid": self.spatial}
+        return {name: Frechet(gaussian) for name, gaussian in gaussians.items() if gaussian}
 
 
 def load(

@@ -30,6 +30,7 @@ QUICKLY_COMPILED = {
     "test_encoders",
     "test_many_hosts",
     "test_convert",
+    "test_quality",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
