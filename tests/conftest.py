@@ -30,6 +30,7 @@ QUICKLY_COMPILED = {
     "test_encoders",
     "test_many_hosts",
     "test_convert",
+    "test_geneval",
     "test_quality",
 }
 
