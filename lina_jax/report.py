@@ -26,6 +26,7 @@ from lina_jax.quality import METRICS
 from lina_jax.state import Blueprint, Tree
 
 _STRIPS, _MOMENTS = 4, 8  # pictures that are shown while they are decoded, and how often
+_DEVIATIONS = 1.96  # standard deviations of a normal that enclose 95 % of it
 
 _MEANING = {
     "fid": "FID: Fréchet distance of pooled Inception features; lower is better",
@@ -140,14 +141,15 @@ def _scenes(result: Mapping[str, Any]) -> list[str]:
     rows, variance = [], 0.0
     for category, count in result["examples"].items():
         share = result[category]
-        error = math.sqrt(share * (1 - share) / count)
-        variance += error**2
-        rows.append((category.replace("_", " "), f"{_with_error(share, error)} of {count}"))
+        low, high = _interval(share, count)
+        variance += ((high - low) / (2 * _DEVIATIONS)) ** 2
+        rows.append((category.replace("_", " "), f"{share:.2f} of {count} ({low:.2f} to {high:.2f})"))
     error = math.sqrt(variance) / len(rows)
     rows.append(("overall, the mean of the categories", _with_error(result["overall"], error)))
     return [
         "<h2>Scene score</h2>",
-        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories.</p>",
+        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories; where the share "
+        "of all such pictures lies, with 95 % confidence (Wilson).</p>",
         _table(rows),
     ]
 
@@ -204,6 +206,14 @@ def _origin(workdir: Path | None, result: Mapping[str, Any]) -> list[str]:
         rows = [(name, str(value)) for name, value in flatten(load_config(workdir)).items()]
         parts += ["<details><summary>Config of the run</summary>", _table(rows), "</details>"]
     return parts
+
+
+def _interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's, which tells something of no or all hits too."""
+    square = _DEVIATIONS**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return middle - half, middle + half
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -140,7 +140,7 @@ def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp
     assert len(sizes) == 2 and min(min(size) for size in sizes) > 100  # the curve, the grid
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for told in (
-        "12.35 ± 0.42", "0.75 ± 0.12 of 12", "0.500 ± 0.088", "step 4", "the reference has no images", "&lt;b&gt;.npz",
-        "biased upwards", "Recall not asked for", "model.width",
+        "12.35 ± 0.42", "0.75 of 12 (0.47 to 0.91)", "0.500 ± 0.080", "step 4", "the reference has no images",
+        "&lt;b&gt;.npz", "biased upwards", "Recall not asked for", "model.width",
     ):  # fmt: skip
         assert told in text, told
