@@ -148,8 +148,8 @@ def _scenes(result: Mapping[str, Any]) -> list[str]:
     rows.append(("overall, the mean of the categories", _with_error(result["overall"], error)))
     return [
         "<h2>Scene score</h2>",
-        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories; where the share "
-        "of all such pictures lies, with 95 % confidence (Wilson).</p>",
+        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories. In brackets: "
+        "where the share of all such pictures lies, with 95 % confidence.</p>",
         _table(rows),
     ]
 
