@@ -8,6 +8,7 @@ python -m lina_jax.evaluate --workdir=DIR [--raw] [--checkpoint=STEP] [--data=DI
     [--scenes=N]                N captions of the `shapes` grammar, checked picture by picture by rule
     [--report=DIR]              one HTML page of all that
 python -m lina_jax.evaluate --samples_from=FOLDER_OR_NPZ --inception=FILE --reference=FILE_OR_DIR --out=DIR
+python -m lina_jax.evaluate --study=DIR         tables and plots of the runs of launch/study.sh
 
 Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation). Run the same command again after a
 kill, and it goes on. docs/evaluation.md tells the rest. The same code measures in the training loop.
@@ -42,7 +43,8 @@ from lina_jax import (
     scene_score,
     shapes,
     state,
-)  # fmt: skip
+    study,
+)
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, SampleConfig
@@ -150,6 +152,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _main(values: flags.FlagValues) -> None:
+    if values.study:
+        if jax.process_index() == 0:
+            print(study.gather(Path(values.study).expanduser()))
+        return
     metrics = _check(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
@@ -362,6 +368,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("geneval", None, "GenEval's metadata file (evaluation_metadata.jsonl)")
     flags.DEFINE_string("geneval_rewritten", None, "file with a prompt a line to draw in place of GenEval's")
     flags.DEFINE_integer("geneval_images", 4, "pictures of each of GenEval's prompts")
+    flags.DEFINE_string("study", None, "directory of runs to compare, made by launch/study.sh")
     flags.DEFINE_string("report", None, "directory for a page of all results")
     flags.DEFINE_float("guidance", None, "classifier-free guidance; default: the config's")
     flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
