@@ -231,11 +231,16 @@ class InitFromConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Validation in the loop and offline: fixed examples, fixed keys. `every` 0 means at the end only."""
+    """Measuring in the loop, always the same examples and draws; a cadence of 0 means at the end only."""
 
-    every: int = 5_000
+    every: int = 5_000  # validation losses
     examples: int = 2_048
     batch_size: int = 0  # 0: that of training
+    images: int = 0  # that the EMA weights draw for FID and its kin (docs/evaluation.md); 0: none
+    images_every: int = 0
+    inception: str = ""  # file with the FID weights of Inception v3
+    reference: str = ""  # ADM's npz file, or one that `lina_jax.evaluate` has made
+    per_device: int = 16  # images that each device works on at once
 
 
 @dataclasses.dataclass(frozen=True)

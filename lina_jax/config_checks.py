@@ -33,7 +33,7 @@ MAY_BE_ZERO = frozenset({
     "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
     "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
-    "checkpoint.keep_every", "eval.every", "eval.batch_size", "log.every",
+    "checkpoint.keep_every", "eval.every", "eval.batch_size", "eval.images", "eval.images_every", "log.every",
     "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
     "model.condition_depth", "data.short_caption", "data.workers", "step_timeout",
 })  # fmt: skip
@@ -118,6 +118,8 @@ def check_run(config: "Config") -> None:
         raise UserError(f"init_from.checkpoint={config.init_from.checkpoint}: must be a step, or -1 for the latest")
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed}: must be below 2**31")
+    if config.eval.images and not config.eval.inception:
+        raise UserError(f"eval.images={config.eval.images}: name the weights of Inception v3 in eval.inception")
     sample = config.sample
     if sample.annealing != "none" and sample.annealing_min > sample.euler_steps:
         raise UserError(

@@ -1,29 +1,57 @@
-"""Measure a model: validation loss by noise level, and how often scenes match their captions.
+"""Measure a model: validation loss by noise level, FID and its kin, GenEval's pictures, the scene score.
 
-python -m lina_jax.evaluate --workdir=DIR [--raw] [--data=DIR] [--scenes=N] [--guidance=G] [--seed=0] [--out=DIR]
-[--checkpoint=STEP]
+python -m lina_jax.evaluate --workdir=DIR [--raw] [--checkpoint=STEP] [--data=DIR] [--seed=0] [--guidance=G] [--out=DIR]
+    [--inception=FILE --reference=FILE_OR_DIR [--number=50000] [--metrics=fid,sfid]]   FID, sFID, Inception score,
+                                precision and recall of pictures drawn, decoded, featurised and reduced on all devices
+    [--npz=FILE]                the pictures in ADM's form, class-balanced, for its own suite
+    [--geneval=FILE]            pictures of GenEval's prompts, in the folders that its judge reads
+    [--scenes=N]                N captions of the `shapes` grammar, checked picture by picture by rule
+    [--report=DIR]              one HTML page of all that
+python -m lina_jax.evaluate --samples_from=FOLDER_OR_NPZ --inception=FILE --reference=FILE_OR_DIR --out=DIR
+python -m lina_jax.evaluate --study=DIR         tables and plots of the runs of launch/study.sh
 
-Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation/score.json). `--scenes` is for
-models of the `shapes` data: it draws N captions, balanced over the categories, and checks each picture by rule (see
-`scene_score`). The same code validates in the training loop.
+Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation). Run the same command again after a
+kill, and it goes on. docs/evaluation.md tells the rest. The same code measures in the training loop.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from lina_jax import config_file, data, errors, hosts, pictures, places, sample, scene_score, shapes, state
+from lina_jax import (
+    config_file,
+    data,
+    errors,
+    geneval,
+    hosts,
+    image_sources,
+    pictures,
+    places,
+    quality,
+    reference,
+    report,
+    sample,
+    scene_score,
+    shapes,
+    state,
+    study,
+)
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints, load_config
-from lina_jax.config import Config
+from lina_jax.config import Config, SampleConfig
+from lina_jax.data import Records
 from lina_jax.errors import UserError
+from lina_jax.featurise import Network
+from lina_jax.quality import Quality
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
 
 
@@ -74,6 +102,49 @@ def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> 
     return scene_score.score(images, captions), images, captions
 
 
+class DrawnQuality:
+    """FID and its kin of pictures that a run's weights draw; the same pictures' numbers and conditions every time."""
+
+    def __init__(self, plan: Blueprint, records: Records | None):
+        """As `config.eval` says. Raises UserError for what cannot be read, or drawn."""
+        config = plan.config.eval
+        if lacking := sample.cannot_draw(plan.config):
+            raise UserError(f"eval.images={config.images}: {lacking}")
+        self._plan, self._config = plan, config
+        self._network = Network(Path(config.inception).expanduser(), plan.mesh)
+        self._reference = None
+        if config.reference:
+            path = Path(config.reference).expanduser()
+            self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
+        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts={})
+
+    def measure(self, params: Tree, frozen: Tree) -> Quality | None:
+        """None in processes other than 0."""
+        self._source.weights = params, frozen
+        return quality.measure(
+            self._source,
+            self._network,
+            self._reference,
+            self._plan.mesh,
+            count=self._config.images,
+            per_device=self._config.per_device,
+        )
+
+
+def drawn(
+    plan: Blueprint, settings: SampleConfig, records: Records | None, count: int, *, seed: int, facts: dict[str, Any]
+) -> image_sources.Drawn:
+    """Pictures of a model: of all classes in turn, or of the captions of `records`."""
+    if plan.config.model.condition == "class":
+        conditions = image_sources.balanced_classes(plan.config)
+    elif records is None:
+        raise UserError("pictures of a text-to-image model need the captions of a dataset: --data=DIR")
+    else:
+        conditions = image_sources.captions_of(records, count)
+        facts = {**facts, "captions": records.manifest}
+    return image_sources.Drawn(plan, settings, conditions, count, seed, facts)
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     with hosts.together(config_file.given_flags()):
@@ -81,50 +152,233 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _main(values: flags.FlagValues) -> None:
-    if not values.workdir:
-        raise UserError("--workdir=DIR (a training directory) is needed")
-    if values.scenes < 0:
-        raise UserError(f"--scenes={values.scenes}: must not be negative")
-    sample.check_seed(values.seed)
-    workdir = Path(values.workdir).expanduser()
+    if values.study:
+        if jax.process_index() == 0:
+            print(study.gather(Path(values.study).expanduser()))
+        return
+    metrics = _check(values)
+    workdir = Path(values.workdir).expanduser() if values.workdir else None
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
-    settings = sample.sample_settings(load_config(workdir), {"guidance": values.guidance})
-    places.check("out", out)
-    plan, ema, frozen, step = sample.load(workdir, step=values.checkpoint, axes=mesh_lib.parse(values.mesh))
-    config = plan.config
-    raw, _, _ = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan, ema=False, step=step)
-    if values.scenes and (config.model.condition != "text" or len(set(config.model.image_grid)) > 1):
-        raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
-    if values.data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
-    result = {"step": step, "weights": "raw" if values.raw else "ema"}
-    records = data.open_records(config, config.data.validation_split, plan.encoders.text)
-    validation = Validation(config, records)
-    result["validation"] = validation.both(plan, raw, ema, frozen)
-    if values.scenes:
-        sampler = sample.Sampler(plan, settings, sample.batch_for(plan, values.scenes))
-        scores, images, captions = scene_scores(sampler, raw if values.raw else ema, frozen, values.scenes, values.seed)
-        result = {**scores, **result, "sample": dataclasses.asdict(settings), "seed": values.seed}
-        shown = min(len(images), 36)
+    for name, directory in (("out", out), ("report", Path(values.report).expanduser() if values.report else out)):
+        places.check(name, directory)
+    run = _Run(values, workdir, metrics, out) if workdir else None
+    result = run.facts() if run else {}
+    if run and values.validation:
+        result["validation"] = run.validation()
+    strips = run.strips() if run and values.report else None
+    shown = []  # (title, pictures, captions)
+    if run and values.scenes:
+        scores, images, captions = run.scenes()
+        result = {**scores, **result}
+        shown.append(("Scenes", images[:36], captions[:36]))
+        if jax.process_index() == 0:
+            pictures.save(out / "samples.png", pictures.grid(images[:36], captions[:36]))
+    if run and values.geneval:
+        result["geneval"], *found = run.geneval(out / "geneval")
+        shown.append(("GenEval", *found))
+    if values.samples_from or values.inception or values.npz:
+        found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
+        if found:
+            result["quality"] = {**found.told(), "reference": compared}
+            captions = run.captions(len(found.images)) if run else [""] * len(found.images)
+            shown.append(("Pictures measured", found.images, captions))
     if jax.process_index() != 0:
         return
-    if values.scenes:
-        pictures.save(out / "samples.png", pictures.grid(images[:shown], captions[:shown]))
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "score.json.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(partial, out / "score.json")
+    if values.report:
+        report.write(Path(values.report).expanduser(), workdir, result, shown, strips)
+    shutil.rmtree(out / "work", ignore_errors=True)  # what a kill would have needed
     print(json.dumps(result, indent=2))
+
+
+def _check(values: flags.FlagValues) -> list[str]:
+    """Flags that exclude or need each other; the metrics that are wanted. Raises UserError."""
+    metrics = [name.strip() for name in values.metrics.split(",")]
+    quality.check_metrics(metrics)
+    if not values.workdir and not values.samples_from:
+        raise UserError("--workdir=DIR (a training directory) is needed, or --samples_from=FOLDER_OR_NPZ")
+    if values.samples_from and values.workdir:
+        raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: one of them is measured")
+    if values.samples_from and not (values.inception and values.out):
+        raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
+    if values.samples_from and (wrong := [n for n in ("scenes", "geneval", "npz") if values[n].value]):
+        raise UserError(f"--{wrong[0]} needs a model that draws: --workdir instead of --samples_from")
+    if values.reference and not values.inception:
+        raise UserError(f"--reference={values.reference} needs --inception=FILE (weights of Inception v3)")
+    least_values = {"scenes": 0, "number": 2, "per_device": 1, "reference_number": 0, "geneval_images": 1}
+    for name, least in least_values.items():
+        if values[name].value < least:
+            raise UserError(f"--{name}={values[name].value}: must be at least {least}")
+    sample.check_seed(values.seed)
+    return metrics
+
+
+class _Run:
+    """A training directory under measurement."""
+
+    def __init__(self, values: flags.FlagValues, workdir: Path, metrics: list[str], out: Path):
+        self._values, self._workdir, self._metrics, self._out = values, workdir, metrics, out
+        names = ("steps", "euler_steps", "guidance", "temperature")
+        loaded = load_config(workdir)
+        self._settings = sample.sample_settings(loaded, {name: values[name].value for name in names})
+        draws = values.scenes or values.geneval or values.npz or values.inception or values.report
+        encoders = {"autoencoder": values.autoencoder, "text_encoder": values.text_encoder}
+        lacking = sample.cannot_draw(sample.with_encoders(loaded, **encoders))
+        if lacking and draws:
+            raise UserError(lacking)
+        if values.scenes and (loaded.model.condition != "text" or len(set(loaded.model.image_grid)) > 1):
+            raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
+        if values.geneval and loaded.model.condition != "text":
+            raise UserError(f"--geneval={values.geneval}: the model draws classes, not prompts")
+        self._prompts = (
+            geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten) if values.geneval else []
+        )
+        self._plan, self._ema, self._frozen, self.step = sample.load(
+            workdir, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
+        )
+        self._raw, _, _ = Checkpoints(workdir, loaded.checkpoint, create=False).restore_weights(
+            self._plan, ema=False, step=self.step
+        )
+        self._weights = "raw" if values.raw else "ema"
+        self._drawing = self._raw if values.raw else self._ema
+        config = self._plan.config
+        if values.data:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
+        self._config = config
+        captioned = config.model.condition == "text" and (values.npz or values.inception)
+        self._records = None
+        if values.validation or captioned:
+            self._records = data.open_records(config, config.data.validation_split, self._plan.encoders.text)
+
+    def facts(self) -> dict[str, Any]:
+        sample_settings = dataclasses.asdict(self._settings)
+        return {"step": self.step, "weights": self._weights, "sample": sample_settings, "seed": self._values.seed}
+
+    def validation(self) -> dict[str, float]:
+        return Validation(self._config, self._records).both(self._plan, self._raw, self._ema, self._frozen)
+
+    def scenes(self) -> tuple[dict, np.ndarray, list[str]]:
+        count = self._values.scenes
+        sampler = sample.Sampler(self._plan, self._settings, sample.batch_for(self._plan, count))
+        return scene_scores(sampler, self._drawing, self._frozen, count, self._values.seed)
+
+    def geneval(self, out: Path) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+        return geneval.draw(
+            self._plan,
+            self._settings,
+            (self._drawing, self._frozen),
+            self._prompts,
+            out,
+            seed=self._values.seed,
+            images=self._values.geneval_images,
+            per_device=self._values.per_device,
+            facts={"step": self.step, "weights": self._weights, "workdir": str(self._workdir)},
+        )
+
+    def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
+        values = self._values
+        network, compared = _network_and_reference(values, self._plan.mesh, self._metrics, self._out)
+        facts = {"step": self.step, "weights": self._weights, "workdir": str(self._workdir)}
+        source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=facts)
+        source.weights = self._drawing, self._frozen
+        classes = self._config.model.condition == "class"
+        found = quality.measure(
+            source,
+            network,
+            compared,
+            self._plan.mesh,
+            count=values.number,
+            per_device=values.per_device,
+            wanted=self._metrics,
+            work=self._out / "work" / "samples",
+            npz=Path(values.npz).expanduser() if values.npz else None,
+            labels=np.arange(values.number) % self._config.model.num_classes if classes else None,
+        )
+        return found, dict(compared.facts) if compared else None
+
+    def captions(self, count: int) -> list[str]:
+        """Of the first pictures that are measured."""
+        if self._config.model.condition == "class":
+            return [f"class {i % self._config.model.num_classes}" for i in range(count)]
+        if self._config.model.text_encoder != "bytes":
+            return [""] * count
+        rows = image_sources.captions_of(self._records, self._values.number)(np.arange(count))
+        pairs = zip(rows["text"], rows["text_length"], strict=True)
+        return [bytes(text[:length]).decode(errors="replace") for text, length in pairs]
+
+    def strips(self) -> tuple[np.ndarray, list[str]]:
+        """(pictures (N, S, H, W, 3) as they are decoded, what they are of)."""
+        return report.decode_strips(self._plan, self._settings, self._drawing, self._frozen, self._values.seed)
+
+
+def _network_and_reference(
+    values: flags.FlagValues, mesh, metrics: list[str], out: Path
+) -> tuple[Network | None, reference.Reference | None]:
+    if not values.inception:
+        return None, None
+    network = Network(Path(values.inception).expanduser(), mesh)
+    if not values.reference:
+        return network, None
+    return network, reference.load(
+        Path(values.reference).expanduser(),
+        network,
+        per_device=values.per_device,
+        work=out / "work" / "reference",
+        images=bool({"precision", "recall"} & set(metrics)),
+        split=values.reference_split,
+        count=values.reference_number,
+        out=out / "reference.npz",
+    )
+
+
+def _quality_of_files(
+    values: flags.FlagValues, metrics: list[str], out: Path
+) -> tuple[Quality | None, dict[str, Any] | None]:
+    """Of --samples_from."""
+    mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
+    source = image_sources.open_images(Path(values.samples_from).expanduser(), mesh)
+    network, compared = _network_and_reference(values, mesh, metrics, out)
+    count = min(values.number, source.count) if not values["number"].present else values.number
+    if count > source.count:
+        raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
+    found = quality.measure(
+        source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
+        work=out / "work" / "samples",
+    )  # fmt: skip
+    return found, dict(compared.facts) if compared else None
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "training directory")
-    flags.DEFINE_string("data", None, "dataset to validate on; default: the config's")
+    flags.DEFINE_string("data", None, "dataset whose validation split is used; default: the config's")
+    flags.DEFINE_bool("validation", True, "measure the validation loss; it needs the data")
     flags.DEFINE_integer("scenes", 0, "captions of the shapes grammar to draw and check")
+    flags.DEFINE_string("inception", None, "FID weights of Inception v3, .safetensors or .pth")
+    flags.DEFINE_string("reference", None, "npz file in ADM's form, a folder of pictures, or a prepared dataset")
+    flags.DEFINE_string("reference_split", "train", "split of a prepared dataset")
+    flags.DEFINE_integer("reference_number", 0, "images of a folder or dataset; 0: all")
+    flags.DEFINE_string("metrics", ",".join(quality.METRICS), "those to measure with --inception")
+    flags.DEFINE_integer("number", 50_000, "pictures to measure")
+    flags.DEFINE_integer("per_device", 16, "pictures that each device works on at once")
+    flags.DEFINE_string("samples_from", None, "folder of pictures or npz file to measure, in place of drawn ones")
+    flags.DEFINE_string("npz", None, "file for the pictures, in ADM's form")
+    flags.DEFINE_string("geneval", None, "GenEval's metadata file (evaluation_metadata.jsonl)")
+    flags.DEFINE_string("geneval_rewritten", None, "file with a prompt a line to draw in place of GenEval's")
+    flags.DEFINE_integer("geneval_images", 4, "pictures of each of GenEval's prompts")
+    flags.DEFINE_string("study", None, "directory of runs to compare, made by launch/study.sh")
+    flags.DEFINE_string("report", None, "directory for a page of all results")
     flags.DEFINE_float("guidance", None, "classifier-free guidance; default: the config's")
+    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
+    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
+    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
     flags.DEFINE_integer("seed", 0, "of captions, decoding order and noise")
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
+    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
     flags.DEFINE_string("mesh", "", sample.MESH_HELP)
     hosts.define_flags()

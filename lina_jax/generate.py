@@ -135,3 +135,25 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
         return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), plan, weights)
 
     return plan.jit(program, plan.encoders.weights)
+
+
+def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
+    """The jitted program as of `make_sampler`, -> uint8 images (S, B, H, W, 3) of the picture as it is being decoded.
+
+    S is at most `shown`: after the first step, some evenly spread ones, and the last. Tokens that are not made yet are
+    zero.
+    """
+    config = plan.config
+    steps = schedule(sample, config.model.image_tokens, config.loss.shift)
+    at = np.unique(np.linspace(0, len(steps.predicted) - 1, shown).round().astype(int))
+    made = jnp.asarray((steps.visible + steps.predicted)[at])
+
+    def program(params, frozen, condition, images, seed, weights):
+        order, noise = image_draws(seed, images, config.model)
+        order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
+        condition = plan.condition(weights, condition)
+        tokens = decode(plan.model(params, frozen), condition, order, noise, steps)
+        rank = jnp.argsort(order, axis=1)[..., None]
+        return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), plan, weights), made)
+
+    return plan.jit(program, plan.encoders.weights)

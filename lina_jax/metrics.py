@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ def read_jsonl(path: Path) -> list[dict[str, float | None]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
+def plot_losses(metrics: Path, picture: Path | BinaryIO) -> None:
     """The training loss (and validation losses, where there are any) against the step, as a PNG."""
     import matplotlib  # here, since every start of a program would wait half a second for it
 

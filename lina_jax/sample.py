@@ -176,7 +176,7 @@ def requested(
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
         for prompt in prompts:
-            _check_prompt(config, prompt)
+            check_prompt(config, prompt)
         return [prompt for prompt in prompts for _ in range(num)]
     if prompts or not labels:
         last = config.model.num_classes - 1
@@ -184,7 +184,8 @@ def requested(
     return [label for label in labels for _ in range(num)]
 
 
-def _check_prompt(config: Config, prompt: str) -> None:
+def check_prompt(config: Config, prompt: str) -> None:
+    """Raises UserError unless the model can read all of it."""
     if not prompt.strip():
         raise UserError(f"prompt {prompt!r} is blank: say what to draw")
     try:

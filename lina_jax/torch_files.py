@@ -15,6 +15,7 @@ from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 BIN_FILES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+COUNTER = ".num_batches_tracked"  # of batch norms in training: an integer that no network computes with
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -131,7 +132,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent)}")
-    return where
+    return {tensor: name for tensor, name in where.items() if not tensor.endswith(COUNTER)}
 
 
 def _check_members(index: Path, where: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -145,6 +146,8 @@ def open_file(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(COUNTER):
+                    continue
                 view = file.get_slice(name)
                 stored[name] = Stored(path, name, tuple(view.get_shape()), view.get_dtype())
             metadata = file.metadata()
@@ -192,7 +195,7 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: .bin files need PyTorch (pip install torch); safetensors do not") from error
+        raise UserError(f"{path}: {path.suffix} files need PyTorch (pip install torch); safetensors do not") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of damaged files it raises many kinds, and advises to run their code
@@ -202,7 +205,7 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
-    return state
+    return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
 
 
 def write_file(

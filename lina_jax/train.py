@@ -65,6 +65,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices, encoders)
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
+    drawn_quality = evaluate.DrawnQuality(plan, valid_records) if config.eval.images else None
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
@@ -108,6 +109,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     last
                     or preempted
                     or _due(step, config.eval.every)
+                    or _due(step, config.eval.images_every)
                     or _due(step, config.log.preview_every)
                     or _due(step, config.checkpoint.every)
                 ):
@@ -121,6 +123,10 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                         if last or _due(step, config.eval.every):
                             losses = validation.both(plan, run.params, run.ema, run.frozen)
                             writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
+                        if drawn_quality and (last or _due(step, config.eval.images_every)):
+                            found = drawn_quality.measure(run.ema, run.frozen)
+                            if found:
+                                writer.scalars(step, found.scalars())
                         if previews and (last or _due(step, config.log.preview_every)):
                             previews.draw(step, run)
             profile(config, workdir, first, config.steps + 1)

@@ -37,6 +37,8 @@ QUICKLY_COMPILED = {
     "test_golden",
     "test_warm_start",
     "test_averaging",
+    "test_geneval",
+    "test_quality",
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device

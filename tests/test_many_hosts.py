@@ -15,14 +15,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import inception_weights
 import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import hosts, metrics
+from lina_jax import data, evaluate, hosts, metrics, quality, sample
+from lina_jax import reference as reference_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import CheckpointConfig
 from lina_jax.errors import RUN_AGAIN, UserError
+from lina_jax.featurise import Network
 from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 
@@ -171,11 +174,34 @@ def test_two_processes_draw_what_one_draws(two, start, tmp_path):
     assert np.max(np.abs(np.subtract(*drawn))) <= 1  # a value at the border between two bytes
 
 
-def test_two_processes_evaluate_as_training_does(two, start, tmp_path):
-    succeed(start("evaluate", 2, f"--workdir={two}", "--scenes=2", f"--out={tmp_path}"))
-    score = json.loads((tmp_path / "score.json").read_text())
+def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
+    """Losses as in training; of pictures every digit: each device runs the program that one alone runs."""
+    weights = inception_weights.write(tmp_path / "inception.safetensors")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "a {c} circle"}}\n' for c in ("red", "blue", "cyan")))
+    flags = [
+        f"--inception={weights}", f"--reference={config.data.path}", "--number=20", "--per_device=2",
+        f"--geneval={tmp_path / 'prompts.jsonl'}", "--geneval_images=3", f"--report={tmp_path / 'report'}",
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    succeed(start("evaluate", 2, f"--workdir={two}", "--scenes=2", f"--out={out}", *flags))
+    score = json.loads((out / "score.json").read_text())
     row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
     assert score["validation"] == pytest.approx({n: row[f"validation/{n}"] for n in score["validation"]}, rel=TOLERANCE)
+
+    plan, params, frozen, _ = sample.load(two)
+    network = Network(weights, plan.mesh)
+    compared = reference_lib.load(Path(config.data.path), network, per_device=2, work=None, images=True)
+    source = evaluate.drawn(plan, config.sample, data.open_records(config, "validation"), 20, seed=0, facts={})
+    source.weights = params, frozen
+    alone = quality.measure(source, network, compared, plan.mesh, count=20, per_device=2)
+    assert {name: score["quality"][name] for name in quality.METRICS} == {
+        name: value for name, value in alone.told().items() if name in quality.METRICS
+    }
+    assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
+        "0000.png", "0001.png", "0002.png",
+    ]  # fmt: skip
+    assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 5
+    assert not (out / "work").exists()
 
 
 def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_before(

@@ -1,0 +1,191 @@
+"""Images to features on every device of every host, in the order of their numbers; what is done survives a kill.
+
+Each device works on the same number of images at once, however many devices there are: the program of one device and
+that of one among a thousand are the same, and so are the features, to the bit.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lina_jax import mesh as mesh_lib
+from lina_jax.errors import UserError
+from lina_jax.image_sources import Source
+from lina_jax.models import inception
+from lina_jax.models.inception import Features
+
+CHUNK = 500  # images whose features are added, and stored, at once
+SHOWN = 36  # first images that are kept to be looked at
+
+
+class Chunk(NamedTuple):
+    """Features of images start, start + 1, ...; `images` are all of them, or those among the first few, or none."""
+
+    start: int
+    features: Features  # NumPy arrays
+    images: np.ndarray  # (M, H, W, 3) uint8
+
+
+class Network:
+    """Inception v3 of a file on every device of a mesh."""
+
+    def __init__(self, path: Path, mesh: Mesh):
+        graphdef, weights = inception.load(path)
+        whole = mesh_lib.sharding(mesh)
+        self._weights = jax.tree.map(
+            lambda array: jax.make_array_from_callback(array.shape, whole, array.__getitem__), weights
+        )
+        self.mesh = mesh
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+        def program(weights, images):
+            features = nnx.merge(graphdef, weights)(mesh_lib.constrain(images, "batch", None, None, None))
+            return jax.tree.map(lambda part: mesh_lib.constrain(part, "batch", None), features)
+
+        self._program = jax.jit(program)
+
+    def __call__(self, images: jax.Array) -> Features:
+        with jax.set_mesh(self.mesh):
+            return self._program(self._weights, images)
+
+
+class Done:
+    """Chunks that are done, in a directory of process 0, for one set of facts."""
+
+    def __init__(self, directory: Path | None, facts: Mapping[str, Any]):
+        """`directory` None keeps nothing. What the directory holds of other facts is removed, which is said."""
+        self._directory, self.count = directory, 0
+        if directory and jax.process_index() == 0:
+            self._open(directory, json.dumps(facts, indent=2, sort_keys=True))
+        # Others need not see the directory.
+        self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
+
+    def _open(self, directory: Path, facts: str) -> None:
+        about = directory / "facts.json"
+        if directory.exists() and not (about.exists() and about.read_text() == facts):
+            print(f"{directory} is of another evaluation that was not finished: it is replaced", file=sys.stderr)
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = about.with_suffix(".partial")
+        partial.write_text(facts)
+        os.replace(partial, about)
+        while self._file(self.count).exists():
+            self.count += 1
+
+    def _file(self, number: int) -> Path:
+        return self._directory / f"{number:06d}.npz"
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """In process 0."""
+        for number in range(self.count):
+            try:
+                with np.load(self._file(number)) as arrays:
+                    features = Features(arrays["pool"], arrays["spatial"], arrays["logits"])
+                    yield Chunk(number * CHUNK, features, arrays["images"])
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"{self._file(number)} is damaged ({error}): remove it to have it made again"
+                ) from error
+
+    def add(self, chunk: Chunk) -> None:
+        if self._directory:
+            path = self._file(chunk.start // CHUNK)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez(file, **chunk.features._asdict(), images=chunk.images)
+            os.replace(partial, path)
+
+
+def chunks(
+    source: Source,
+    network: Network | None,
+    mesh: Mesh,
+    per_device: int,
+    done: Done,
+    *,
+    count: int,
+    all_images: bool = False,
+    name: str = "",
+) -> Iterator[Chunk]:
+    """Chunks of the first `count` images, those that are done first; in process 0. Others take part and see nothing.
+
+    `per_device` images are made at once by each device. Without a network there are images alone. `name` is shown with
+    the progress.
+    """
+    first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
+    if leader:
+        yield from done
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    bar = tqdm(total=count, initial=first, desc=name, unit="image", disable=not leader, mininterval=interval)
+    kept = count if all_images else min(SHOWN, count)
+    waiting = Chunk(first, Features(*[np.zeros((0, 0), np.float32)] * 3), np.zeros((0, 0, 0, 3), np.uint8))
+    with bar:
+        for rows, features, images in _batches(source, network, mesh, per_device, range(first, count), kept):
+            bar.update(rows)
+            if not leader:
+                continue
+            waiting = Chunk(
+                waiting.start,
+                Features(*(_joined(pair) for pair in zip(waiting.features, features, strict=True))),
+                _joined((waiting.images, images)),
+            )
+            while (size := min(CHUNK, count - waiting.start)) and len(waiting.features.pool) >= size:
+                pictures = max(0, min(size, kept - waiting.start))
+                chunk = Chunk(
+                    waiting.start, Features(*(part[:size] for part in waiting.features)), waiting.images[:pictures]
+                )
+                done.add(chunk)
+                waiting = Chunk(
+                    waiting.start + size,
+                    Features(*(part[size:] for part in waiting.features)),
+                    waiting.images[pictures:],
+                )
+                yield chunk
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of all parts; empty ones may have other shapes."""
+    return np.concatenate([part for part in parts if len(part)] or [parts[-1]])
+
+
+def _batches(
+    source: Source, network: Network | None, mesh: Mesh, per_device: int, numbers: range, kept: int
+) -> Iterator[tuple[int, Features, np.ndarray]]:
+    """How many images, their features, those numbered below `kept`; a batch is gathered while the next one is made."""
+    size = per_device * mesh_lib.batch_parts(mesh)
+
+    def start(at: int):
+        wanted = np.minimum(np.arange(at, at + size), numbers.stop - 1)  # the last one again where there is no other
+        images = source.batch(wanted)
+        return at, network(images) if network else None, images if at < kept else None
+
+    def finish(at: int, features: Features | None, images: jax.Array | None) -> tuple[int, Features, np.ndarray]:
+        rows = min(size, numbers.stop - at)
+        if features is None:
+            seen = Features(*[np.zeros((rows, 0), np.float32)] * 3)
+        else:
+            seen = Features(*(part[:rows] for part in multihost_utils.process_allgather(features, tiled=True)))
+        if images is None:
+            return rows, seen, np.zeros((0, 0, 0, 3), np.uint8)
+        return rows, seen, multihost_utils.process_allgather(images, tiled=True)[: min(rows, kept - at)]
+
+    before = None
+    for at in range(numbers.start, numbers.stop, size):
+        started = start(at)
+        if before:
+            yield finish(*before)
+        before = started
+    if before:
+        yield finish(*before)

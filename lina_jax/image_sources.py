@@ -1,0 +1,206 @@
+"""Images to measure, by number: drawn by a model, or read from a folder, an ADM npz file or a prepared dataset.
+
+A source puts any numbers on the mesh as one batch (B, H, W, 3) in uint8; each process makes or reads the rows of its
+own devices. Which image has a number does not depend on the batch or the mesh.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lina_jax import data, example, generate, images, reading, sample
+from lina_jax import mesh as mesh_lib
+from lina_jax.config import Config, DataConfig, SampleConfig
+from lina_jax.data import Records
+from lina_jax.decode import Pixels
+from lina_jax.errors import UserError
+from lina_jax.state import Blueprint, Tree
+
+Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
+
+
+class Source(Protocol):
+    @property
+    def count(self) -> int:
+        """Images that there are."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the images depend on, in JSON's types."""
+
+    def batch(self, numbers: np.ndarray) -> jax.Array:
+        """Images of numbers (B,) on the mesh, cut over its devices."""
+
+
+class Drawn:
+    """Pictures of a model: image i is a function of (weights, condition i, seed, i)."""
+
+    def __init__(
+        self, plan: Blueprint, settings: SampleConfig, conditions: Conditions, count: int, seed: int, facts: Mapping
+    ):
+        """`facts` says which weights and conditions; `weights` (parameters, frozen) are set before the first batch."""
+        self.count, self._seed, self._plan, self._conditions = count, seed, plan, conditions
+        self._program = generate.make_sampler(plan, settings)
+        self.facts = {"seed": seed, "sample": vars(settings), **facts}
+        self.weights: tuple[Tree, Tree] = ({}, {})
+
+    def batch(self, numbers: np.ndarray) -> jax.Array:
+        numbers = numbers.astype(np.int32)
+        rows = placed(self._plan.mesh, numbers, lambda part: {**self._conditions(part), "number": part})
+        number = rows.pop("number")
+        return self._program(*self.weights, rows, number, np.int32(self._seed))
+
+
+class Read:
+    """Images of one size that something reads by number."""
+
+    def __init__(self, mesh: Mesh, count: int, read: Callable[[np.ndarray], np.ndarray], facts: Mapping):
+        self.count, self.facts, self._mesh, self._read = count, dict(facts), mesh, read
+
+    def batch(self, numbers: np.ndarray) -> jax.Array:
+        return placed(self._mesh, numbers, lambda part: {"image": self._read(part)})["image"]
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """The images (B, H, W, 3) themselves, in this process."""
+        return self._read(numbers)
+
+
+def placed(
+    mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+) -> dict[str, jax.Array]:
+    """What `read` gives for all numbers (B,), cut by rows over the mesh; each process reads the rows of its devices."""
+    place = mesh_lib.sharding(mesh, "batch")
+    parts: dict[tuple[int, int], Mapping[str, np.ndarray]] = {}
+    slices = place.addressable_devices_indices_map((len(numbers),))
+    where = {device: rows.indices(len(numbers))[:2] for device, (rows,) in slices.items()}
+    for start, stop in where.values():
+        if (start, stop) not in parts:
+            parts[start, stop] = read(numbers[start:stop])
+    first = next(iter(parts.values()))
+
+    def whole(name: str) -> jax.Array:
+        pieces = [jax.device_put(parts[rows][name], device) for device, rows in where.items()]
+        return jax.make_array_from_single_device_arrays((len(numbers), *first[name].shape[1:]), place, pieces)
+
+    return {name: whole(name) for name in first}
+
+
+def balanced_classes(config: Config) -> Conditions:
+    """Image i is of class i modulo their number: 50 images of each of 1000 classes in 50,000."""
+    return lambda numbers: {"label": (numbers % config.model.num_classes).astype(np.int32)}
+
+
+def captions_of(records: Records, count: int) -> Conditions:
+    """Image i has the caption of record i of the first `count`, again from the first after the last."""
+    wanted = records.first(min(count, len(records)))
+
+    def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        arrays, notes = records.read([wanted[number % len(wanted)] for number in numbers])
+        records.note(notes)
+        return {name: np.array(arrays[name]) for name in ("text", "text_length")}
+
+    return rows
+
+
+def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
+    """Image i has text i."""
+    return lambda numbers: sample.encode_conditions(
+        plan.config, [texts[number] for number in numbers], plan.encoders.text
+    )
+
+
+def open_images(path: Path, mesh: Mesh, split: str = "train") -> Read:
+    """A folder of pictures (in order of their names), an npz file (its arr_0), or a prepared dataset's split of pixels.
+
+    Raises UserError for anything else, and where pictures are not of one size.
+    """
+    if path.is_dir() and (path / "features.json").is_file():
+        return _dataset(path, mesh, split)
+    if path.is_dir():
+        return _folder(path, mesh)
+    if path.is_file() and path.suffix == ".npz":
+        array = npz_array(path, "arr_0")
+        if array is None or array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            found = "no arr_0" if array is None else f"arr_0 is {array.shape} {array.dtype}"
+            raise UserError(f"{path}: {found}, expected uint8 images (N, H, W, 3) in arr_0")
+        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), _file_facts(path, len(array)))
+    raise UserError(f"{path}: not a folder of pictures, an .npz file or a prepared dataset")
+
+
+def _folder(path: Path, mesh: Mesh) -> Read:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"{path}: no .png, .jpg or .webp pictures in it")
+
+    def one(number: int) -> np.ndarray:
+        try:
+            return np.asarray(images.decode(files[number].read_bytes()))
+        except images.BadImage as error:
+            raise UserError(f"{files[number]}: {error}") from error
+
+    shape = one(0).shape
+
+    def read(numbers: np.ndarray) -> np.ndarray:
+        made = [one(number) for number in numbers]
+        for number, image in zip(numbers, made, strict=True):
+            if image.shape != shape:
+                sides = [f"{s[1]} x {s[0]}" for s in (image.shape, shape)]
+                raise UserError(f"{files[number]} is {sides[0]}, {files[0].name} is {sides[1]}: one size is needed")
+        return np.stack(made)
+
+    names = hashlib.sha256("\n".join(f"{f.relative_to(path)} {f.stat().st_size}" for f in files).encode())
+    return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]})
+
+
+def _dataset(path: Path, mesh: Mesh, split: str) -> Read:
+    defaults = DataConfig()
+    opened = reading.open_split(str(path), split, cache="", timeout=defaults.read_timeout, threads=defaults.threads)
+    if opened.form.moments:
+        raise UserError(f"{path} holds latents: statistics need its pixels (lina_jax.prepare without --autoencoder)")
+    try:
+        first = images.decode(bytes(example.parse(opened[0])["image"]))
+    except (ValueError, images.BadImage) as error:
+        raise UserError(f"{opened.location(0)}: {error}") from error
+    records = data.Records([opened], [Pixels(first.size[::-1])], threads=defaults.threads)
+
+    def read(numbers: np.ndarray) -> np.ndarray:
+        arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
+        records.note(notes)
+        return np.array(arrays["image"])
+
+    return Read(mesh, len(opened), read, {"dataset": str(path), "split": split, "manifest": opened.manifest})
+
+
+def _file_facts(path: Path, count: int) -> dict[str, Any]:
+    about = path.stat()
+    return {"file": str(path), "bytes": about.st_size, "modified": about.st_mtime_ns, "images": count}
+
+
+def npz_array(path: Path, name: str) -> np.ndarray | None:
+    """An array of an npz file, mapped where it is stored as it is; None if it has none such. Raises UserError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                return None
+            member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(path) as arrays:
+                return arrays[name]
+        with path.open("rb") as file:
+            file.seek(member.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")  # of the name and the extra field, which end the local header
+            file.seek(member.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, kind = header(file)
+            if kind.hasobject:
+                raise ValueError("it holds Python objects")
+            return np.memmap(path, kind, "r", file.tell(), shape, "F" if fortran else "C")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a whole npz file ({error})") from error

@@ -1,0 +1,302 @@
+"""Inception v3 as FID uses it: the network of TensorFlow's 2015 graph (`classify_image_graph_def.pb`).
+
+It differs from the published architecture in its resize (without half-pixel centers), in average pools that leave the
+padding out, and in the max pool of its last block. Layers have the names of the PyTorch ports (pytorch-fid,
+torch-fidelity), whose files of weights are read. Weights are never trained.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
+from flax import nnx
+
+from lina_jax import torch_files
+from lina_jax.errors import UserError
+from lina_jax.models.layers import Frozen
+
+SIDE = 299  # pixels of what the network sees
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, for sFID
+CLASSES = 1008
+_NORM_EPS = 1e-3
+# Whole float32 products: a TPU's default would round factors to bfloat16, and the distance of two covariances sees it.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Features(NamedTuple):
+    """What the metrics see of images, in float32."""
+
+    pool: jax.Array  # (B, 2048), TensorFlow's pool_3: FID, precision, recall
+    spatial: jax.Array  # (B, 17 * 17 * 7), the first channels of mixed_6/conv by row, column, channel: sFID
+    logits: jax.Array  # (B, 1008), without the bias, as ADM's evaluation takes them: Inception score
+
+
+class Layer(NamedTuple):
+    """A convolution and its norm."""
+
+    inputs: int
+    outputs: int
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+
+def layers(thin: int = 1) -> dict[str, Layer]:
+    """{'Mixed_5b.branch1x1': Layer(192, 64), ...}; widths, but for the image's three channels, divided by `thin`."""
+    table = {
+        "Conv2d_1a_3x3": Layer(3 * thin, 32, (3, 3), 2, "VALID"),
+        "Conv2d_2a_3x3": Layer(32, 32, (3, 3), 1, "VALID"),
+        "Conv2d_2b_3x3": Layer(32, 64, (3, 3)),
+        "Conv2d_3b_1x1": Layer(64, 80),
+        "Conv2d_4a_3x3": Layer(80, 192, (3, 3), 1, "VALID"),
+    }
+    blocks = {
+        "Mixed_5b": _block_a(192, 32),
+        "Mixed_5c": _block_a(256, 64),
+        "Mixed_5d": _block_a(288, 64),
+        "Mixed_6a": _block_b(),
+        "Mixed_6b": _block_c(128),
+        "Mixed_6c": _block_c(160),
+        "Mixed_6d": _block_c(160),
+        "Mixed_6e": _block_c(192),
+        "Mixed_7a": _block_d(),
+        "Mixed_7b": _block_e(1280),
+        "Mixed_7c": _block_e(2048),
+    }
+    table |= {f"{block}.{name}": layer for block, parts in blocks.items() for name, layer in parts.items()}
+    return {
+        name: layer._replace(inputs=layer.inputs // thin, outputs=layer.outputs // thin)
+        for name, layer in table.items()
+    }
+
+
+def _block_a(inputs: int, pooled: int) -> dict[str, Layer]:
+    return {
+        "branch1x1": Layer(inputs, 64),
+        "branch5x5_1": Layer(inputs, 48),
+        "branch5x5_2": Layer(48, 64, (5, 5)),
+        "branch3x3dbl_1": Layer(inputs, 64),
+        "branch3x3dbl_2": Layer(64, 96, (3, 3)),
+        "branch3x3dbl_3": Layer(96, 96, (3, 3)),
+        "branch_pool": Layer(inputs, pooled),
+    }
+
+
+def _block_b() -> dict[str, Layer]:
+    return {
+        "branch3x3": Layer(288, 384, (3, 3), 2, "VALID"),
+        "branch3x3dbl_1": Layer(288, 64),
+        "branch3x3dbl_2": Layer(64, 96, (3, 3)),
+        "branch3x3dbl_3": Layer(96, 96, (3, 3), 2, "VALID"),
+    }
+
+
+def _block_c(inner: int) -> dict[str, Layer]:
+    return {
+        "branch1x1": Layer(768, 192),
+        "branch7x7_1": Layer(768, inner),
+        "branch7x7_2": Layer(inner, inner, (1, 7)),
+        "branch7x7_3": Layer(inner, 192, (7, 1)),
+        "branch7x7dbl_1": Layer(768, inner),
+        "branch7x7dbl_2": Layer(inner, inner, (7, 1)),
+        "branch7x7dbl_3": Layer(inner, inner, (1, 7)),
+        "branch7x7dbl_4": Layer(inner, inner, (7, 1)),
+        "branch7x7dbl_5": Layer(inner, 192, (1, 7)),
+        "branch_pool": Layer(768, 192),
+    }
+
+
+def _block_d() -> dict[str, Layer]:
+    return {
+        "branch3x3_1": Layer(768, 192),
+        "branch3x3_2": Layer(192, 320, (3, 3), 2, "VALID"),
+        "branch7x7x3_1": Layer(768, 192),
+        "branch7x7x3_2": Layer(192, 192, (1, 7)),
+        "branch7x7x3_3": Layer(192, 192, (7, 1)),
+        "branch7x7x3_4": Layer(192, 192, (3, 3), 2, "VALID"),
+    }
+
+
+def _block_e(inputs: int) -> dict[str, Layer]:
+    return {
+        "branch1x1": Layer(inputs, 320),
+        "branch3x3_1": Layer(inputs, 384),
+        "branch3x3_2a": Layer(384, 384, (1, 3)),
+        "branch3x3_2b": Layer(384, 384, (3, 1)),
+        "branch3x3dbl_1": Layer(inputs, 448),
+        "branch3x3dbl_2": Layer(448, 384, (3, 3)),
+        "branch3x3dbl_3a": Layer(384, 384, (1, 3)),
+        "branch3x3dbl_3b": Layer(384, 384, (3, 1)),
+        "branch_pool": Layer(inputs, 192),
+    }
+
+
+class Conv(nnx.Module):
+    """relu(scale * (x convolved) + shift). x (B, H, W, inputs) -> (B, H', W', outputs)."""
+
+    def __init__(self, layer: Layer):
+        self.kernel = Frozen(jnp.zeros((*layer.size, layer.inputs, layer.outputs)))
+        self.scale, self.shift = Frozen(jnp.ones(layer.outputs)), Frozen(jnp.zeros(layer.outputs))
+        self.layer = layer
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...],
+            (self.layer.stride, self.layer.stride),
+            self.layer.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=_PRECISION,
+        )
+        return jax.nn.relu(y * self.scale[...] + self.shift[...])
+
+
+class Inception(nnx.Module):
+    """Images to features. `thin` divides the widths: a network of the same plan, for tests."""
+
+    def __init__(self, thin: int = 1):
+        self.convs = nnx.Dict({name: Conv(layer) for name, layer in layers(thin).items()})
+        self.classes = Frozen(jnp.zeros((2048 // thin, CLASSES)))
+
+    def __call__(self, images: jax.Array) -> Features:
+        """images (B, H, W, 3) in 0..255, of any size."""
+        x = (resize(images.astype(jnp.float32)) - 128.0) / 128.0
+        x = self._run(x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3")
+        x = self._run(_max_pool(x, 2), "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+        x = _max_pool(x, 2)
+        for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            x = _join(
+                self._branch(block, x, "1x1"),
+                self._branch(block, x, "5x5_1", "5x5_2"),
+                self._branch(block, x, "3x3dbl_1", "3x3dbl_2", "3x3dbl_3"),
+                self._branch(block, _average_pool(x), "_pool"),
+            )
+        x = _join(
+            self._branch("Mixed_6a", x, "3x3"),
+            self._branch("Mixed_6a", x, "3x3dbl_1", "3x3dbl_2", "3x3dbl_3"),
+            _max_pool(x, 2),
+        )
+        for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            first = self._branch(block, x, "1x1")
+            if block == "Mixed_6d":  # TensorFlow's mixed_6
+                spatial = rearrange(first[..., :SPATIAL_CHANNELS], "b h w c -> b (h w c)")
+            x = _join(
+                first,
+                self._branch(block, x, "7x7_1", "7x7_2", "7x7_3"),
+                self._branch(block, x, "7x7dbl_1", "7x7dbl_2", "7x7dbl_3", "7x7dbl_4", "7x7dbl_5"),
+                self._branch(block, _average_pool(x), "_pool"),
+            )
+        x = _join(
+            self._branch("Mixed_7a", x, "3x3_1", "3x3_2"),
+            self._branch("Mixed_7a", x, "7x7x3_1", "7x7x3_2", "7x7x3_3", "7x7x3_4"),
+            _max_pool(x, 2),
+        )
+        for block, pool in (("Mixed_7b", _average_pool), ("Mixed_7c", lambda x: _max_pool(x, 1))):
+            wide = self._branch(block, x, "3x3_1")
+            deep = self._branch(block, x, "3x3dbl_1", "3x3dbl_2")
+            x = _join(
+                self._branch(block, x, "1x1"),
+                self._branch(block, wide, "3x3_2a"),
+                self._branch(block, wide, "3x3_2b"),
+                self._branch(block, deep, "3x3dbl_3a"),
+                self._branch(block, deep, "3x3dbl_3b"),
+                self._branch(block, pool(x), "_pool"),
+            )
+        pooled = reduce(x, "b h w c -> b c", "mean")
+        return Features(pooled, spatial, jnp.dot(pooled, self.classes[...], precision=_PRECISION))
+
+    def _run(self, x: jax.Array, *names: str) -> jax.Array:
+        for name in names:
+            x = self.convs[name](x)
+        return x
+
+    def _branch(self, block: str, x: jax.Array, *names: str) -> jax.Array:
+        return self._run(x, *(f"{block}.branch{name}" for name in names))
+
+
+def resize(images: jax.Array) -> jax.Array:
+    """(B, H, W, 3) -> (B, 299, 299, 3), bilinear as in TensorFlow 1: output i lies at i * H / 299, no antialiasing."""
+
+    def along(x, axis):
+        size = x.shape[axis]
+        places = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+        low = np.minimum(places.astype(np.int32), size - 1)
+        high = np.minimum(low + 1, size - 1)
+        part = (places - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        start = jnp.take(x, low, axis=axis)
+        return start + (jnp.take(x, high, axis=axis) - start) * part
+
+    return along(along(images, 2), 1)
+
+
+def _join(*branches: jax.Array) -> jax.Array:
+    return jnp.concatenate(branches, axis=-1)
+
+
+def _max_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3 x 3; stride 1 keeps the size."""
+    padding = "SAME" if stride == 1 else "VALID"
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+
+def _average_pool(x: jax.Array) -> jax.Array:
+    """3 x 3, stride 1, over what lies within the image."""
+
+    def total(y):
+        return jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+
+    return total(x) / total(jnp.ones((1, *x.shape[1:3], 1)))
+
+
+def load(path: Path) -> tuple[nnx.GraphDef, dict]:
+    """The network of a safetensors or .pth file, and its weights as NumPy arrays.
+
+    Raises UserError naming every tensor that is absent or has another shape.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; expected the FID weights of Inception v3 as the PyTorch ports have them "
+            "(pt_inception-2015-12-05-6726825d.pth), or the same tensors as safetensors"
+        )
+    tensors = torch_files.open_file(path) if path.suffix == ".safetensors" else torch_files.open_bin(path)
+    first = tensors.shapes.get("Conv2d_1a_3x3.conv.weight", (0,))[0]
+    thin = 32 // first if first in (1, 2, 4, 8, 16, 32) else 1
+    table = layers(thin)
+    _check(path, table, thin, tensors)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Inception(thin)))
+    weights = {"convs": {name: _conv(name, tensors) for name in table}}
+    weights["classes"] = np.asarray(tensors["fc.weight"], np.float32).T
+    return graphdef, weights
+
+
+def _conv(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    weight, bias, mean, variance = (
+        np.asarray(tensors[f"{name}.bn.{part}"], np.float64)
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight / np.sqrt(variance + _NORM_EPS)
+    return {
+        "kernel": rearrange(np.asarray(tensors[f"{name}.conv.weight"], np.float32), "o i h w -> h w i o"),
+        "scale": scale.astype(np.float32),
+        "shift": (bias - mean * scale).astype(np.float32),
+    }
+
+
+def _check(path: Path, table: Mapping[str, Layer], thin: int, tensors) -> None:
+    """Raises UserError unless all tensors are there, in their shapes. Others, such as a bias of the classes, may be."""
+    wanted = {"fc.weight": (CLASSES, 2048 // thin)}
+    for name, layer in table.items():
+        wanted[f"{name}.conv.weight"] = (layer.outputs, layer.inputs, *layer.size)
+        norm = ("weight", "bias", "running_mean", "running_var")
+        wanted |= {f"{name}.bn.{part}": (layer.outputs,) for part in norm}
+    absent = [name for name in wanted if name not in tensors]
+    wrong = [n for n in wanted if n in tensors and tensors.shapes[n] != wanted[n]]
+    faults = [f"{name} is absent" for name in absent]
+    faults += [f"{name} is {tensors.shapes[name]}, expected {wanted[name]}" for name in wrong]
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{path}: not the FID weights of Inception v3: {'; '.join(faults[:3])}{more}")

@@ -1,0 +1,149 @@
+"""How good pictures are: FID and its kin of many images, drawn or read, in the training loop and offline alike."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lina_jax import featurise, image_metrics
+from lina_jax.errors import UserError
+from lina_jax.featurise import SHOWN, Chunk, Done, Network
+from lina_jax.image_metrics import GROUPS, InceptionScore, Moments, Value
+from lina_jax.image_sources import Source
+from lina_jax.reference import Reference, write_npz
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+_DIGITS = 4  # decimals that are told; standard errors are larger by far
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What was found, in process 0."""
+
+    values: Mapping[str, Value]
+    lacking: Mapping[str, str]  # metric: why it was not measured
+    count: int
+    images: np.ndarray  # the first few (N, H, W, 3) uint8
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+
+        def rounded(number: float | None) -> float | None:
+            return None if number is None else round(number, _DIGITS)
+
+        values = {
+            name: {"value": rounded(value.value), "standard_error": rounded(value.standard_error)}
+            for name, value in self.values.items()
+        }
+        return {**values, "images": self.count, **({"not_measured": dict(self.lacking)} if self.lacking else {})}
+
+    def scalars(self) -> dict[str, float]:
+        """For logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
+        scalars = {f"quality/{name}": value.value for name, value in self.values.items()}
+        errors = {name: value.standard_error for name, value in self.values.items()}
+        return scalars | {f"quality/{n}_standard_error": error for n, error in errors.items() if error is not None}
+
+
+class Collector:
+    """Reduces features as they come."""
+
+    def __init__(self, count: int, wanted: Collection[str]):
+        self._count, self._wanted = count, wanted
+        self._pool: list[Moments] = []
+        self._spatial: list[Moments] = []
+        self._score = InceptionScore()
+        self._features: list[np.ndarray] = []
+        self._images: list[np.ndarray] = []
+
+    def add(self, chunk: Chunk) -> None:
+        pool, spatial, logits = chunk.features
+        if "fid" in self._wanted:
+            self._to_groups(self._pool, chunk.start, pool)
+        if "sfid" in self._wanted:
+            self._to_groups(self._spatial, chunk.start, spatial)
+        if "inception_score" in self._wanted:
+            self._score.add(logits)
+        if {"precision", "recall"} & set(self._wanted):
+            self._features.append(pool)
+        self._images.append(chunk.images[: max(0, SHOWN - chunk.start)])
+
+    def _to_groups(self, groups: list[Moments], start: int, rows: np.ndarray) -> None:
+        """Of N images, number i is in group i * GROUPS // N."""
+        if not groups:
+            groups += [Moments(rows.shape[1]) for _ in range(GROUPS)]
+        group = (start + np.arange(len(rows))) * GROUPS // self._count
+        for number in np.unique(group):
+            groups[number].add(rows[group == number])
+
+    def images(self) -> np.ndarray:
+        return np.concatenate([part for part in self._images if len(part)] or self._images)
+
+    def values(self, reference: Reference | None) -> tuple[dict[str, Value], dict[str, str]]:
+        """(the metrics that are wanted and can be told, why the others cannot)."""
+        values, lacking = {}, {}
+        for name, groups in (("fid", self._pool), ("sfid", self._spatial)):
+            if name not in self._wanted:
+                continue
+            if reference is None or name not in reference.distances:
+                lacking[name] = "the reference has no statistics of these features" if reference else "no reference"
+            else:
+                values[name] = image_metrics.jackknife(groups, reference.distances[name])
+        if "inception_score" in self._wanted:
+            values["inception_score"] = self._score.value()
+        if names := [name for name in ("precision", "recall") if name in self._wanted]:
+            if reference is None or reference.features is None:
+                reason = "the reference has no images (arr_0)" if reference else "no reference"
+                lacking |= dict.fromkeys(names, reason)
+            else:
+                both = image_metrics.precision_recall(reference.features, np.concatenate(self._features))
+                values |= {
+                    name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in names
+                }
+        return values, lacking
+
+
+def measure(
+    source: Source,
+    network: Network | None,
+    reference: Reference | None,
+    mesh: Mesh,
+    *,
+    count: int,
+    per_device: int,
+    wanted: Collection[str] = METRICS,
+    work: Path | None = None,
+    npz: Path | None = None,
+    labels: np.ndarray | None = None,
+) -> Quality | None:
+    """The metrics of a source's first `count` images; None in processes other than 0.
+
+    `work` holds what is done, and a later call goes on from there. `npz` is written in ADM's form, with the `labels`
+    (N,) where there are any; it needs `work`. Without a network nothing else is done. Raises UserError.
+    """
+    facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
+    done = Done(work, facts)
+    collector = Collector(count, wanted if network else ())
+    for chunk in featurise.chunks(
+        source, network, mesh, per_device, done, count=count, all_images=bool(npz), name="images"
+    ):
+        collector.add(chunk)
+    if jax.process_index() != 0:
+        return None
+    values, lacking = collector.values(reference)
+    images = collector.images()
+    if npz:
+        done.count = -(-count // featurise.CHUNK)
+        arrays = {} if labels is None else {"arr_1": labels}
+        write_npz(npz, arrays, {"arr_0": ((count, *images.shape[1:]), (chunk.images for chunk in done))})
+    if network is None:
+        lacking = dict.fromkeys(METRICS, "no weights of Inception v3 (--inception)")
+    return Quality(values, lacking, count, images)
+
+
+def check_metrics(names: Collection[str]) -> None:
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"--metrics={','.join(names)}: {unknown[0]} is unknown, there are {', '.join(METRICS)}")

@@ -1,0 +1,131 @@
+"""Statistics of real images, that samples are compared with: read from an npz file in ADM's form, or computed once."""
+
+import dataclasses
+import functools
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lina_jax import featurise
+from lina_jax.errors import UserError
+from lina_jax.featurise import Done, Network
+from lina_jax.image_metrics import Frechet, Gaussian, Moments
+from lina_jax.image_sources import Read, npz_array, open_images
+
+IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as ADM's files have
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What is there of it; `features` (M, 2048) are those of single images. In processes other than 0 all are None."""
+
+    facts: Mapping[str, Any]
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+    features: np.ndarray | None = None
+
+    @functools.cached_property
+    def distances(self) -> dict[str, Frechet]:
+        """'fid' and 'sfid', as far as there are statistics."""
+        gaussians = {"fid": self.pool, "sfid": self.spatial}
+        return {name: Frechet(gaussian) for name, gaussian in gaussians.items() if gaussian}
+
+
+def load(
+    path: Path,
+    network: Network,
+    *,
+    per_device: int,
+    work: Path | None,
+    images: bool,
+    split: str = "train",
+    count: int = 0,
+    out: Path | None = None,
+) -> Reference:
+    """The reference in an npz file, or of a folder's or a prepared dataset's first `count` images (0: all).
+
+    `images` says that the features of single images are needed. What is computed of a folder or dataset is written to
+    `out`. `work` holds what is done until it is whole. Raises UserError.
+    """
+    stored = path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
+    if not stored:
+        return _computed(open_images(path, network.mesh, split), network, per_device, work, count, out)
+    made_with = npz_array(path, "inception")
+    if made_with is not None and str(made_with) != network.digest:
+        raise UserError(f"{path} was made with other weights of Inception v3 ({made_with}, here {network.digest})")
+    statistics = {name: npz_array(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    reference = Reference(
+        {"file": str(path)}, _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
+    )
+    if not images or npz_array(path, "arr_0") is None:
+        return reference
+    source = open_images(path, network.mesh)
+    done = Done(work, {"inception": network.digest, **source.facts})
+    found = [
+        chunk.features.pool
+        for chunk in featurise.chunks(
+            source, network, network.mesh, per_device, done, count=source.count, name="reference"
+        )
+    ]
+    return dataclasses.replace(reference, features=np.concatenate(found) if found else None)
+
+
+def _gaussian(path: Path, arrays: Mapping[str, np.ndarray | None], mean: str, covariance: str) -> Gaussian | None:
+    if arrays[mean] is None or arrays[covariance] is None:
+        return None
+    gaussian = Gaussian(np.asarray(arrays[mean], np.float64), np.asarray(arrays[covariance], np.float64))
+    shapes = gaussian.mean.shape, gaussian.covariance.shape
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+        raise UserError(f"{path}: {mean} is {shapes[0]} and {covariance} {shapes[1]}, expected (D,) and (D, D)")
+    if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
+        raise UserError(f"{path}: {mean} or {covariance} has values that are not finite")
+    return gaussian
+
+
+def _computed(
+    source: Read, network: Network, per_device: int, work: Path | None, count: int, out: Path | None
+) -> Reference:
+    if count > source.count:
+        raise UserError(f"--reference_number={count}: there are {source.count} images")
+    count = count or source.count
+    facts = {"images": count, "inception": network.digest, **source.facts}
+    done = Done(work, facts)
+    moments, features = None, []
+    for chunk in featurise.chunks(source, network, network.mesh, per_device, done, count=count, name="reference"):
+        moments = moments or [Moments(part.shape[1]) for part in chunk.features[:2]]
+        for sums, part in zip(moments, chunk.features, strict=False):
+            sums.add(part)
+        features.append(chunk.features.pool)
+    if moments is None:
+        return Reference(facts)
+    pool, spatial = (sums.gaussian() for sums in moments)
+    if out:
+        shown = min(count, IMAGES)
+        first = source.read(np.arange(1))
+        rows = (source.read(np.arange(at, min(at + featurise.CHUNK, shown))) for at in range(0, shown, featurise.CHUNK))
+        statistics = {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+        statistics["inception"] = np.array(network.digest)
+        write_npz(out, statistics, {"arr_0": ((shown, *first.shape[1:]), rows)})
+    return Reference(facts, pool, spatial, np.concatenate(features)[:IMAGES])
+
+
+def write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray], images: Mapping[str, tuple[tuple[int, ...], Iterable[np.ndarray]]]
+) -> None:
+    """An npz file of arrays, and of uint8 images (N, H, W, 3) that come in portions and never are in memory at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, (shape, portions) in images.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for portion in portions:
+                    file.write(np.ascontiguousarray(portion, np.uint8).tobytes())
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+    os.replace(partial, path)

@@ -1,0 +1,239 @@
+"""One HTML page that tells how good a model is: self-contained, to be sent to a colleague."""
+
+import base64
+import html
+import io
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
+
+import lina_jax
+from lina_jax import generate, metrics, pictures, sample
+from lina_jax.checkpoint import load_config
+from lina_jax.config import SampleConfig, flatten
+from lina_jax.image_sources import placed
+from lina_jax.quality import METRICS
+from lina_jax.state import Blueprint, Tree
+
+_STRIPS, _MOMENTS = 4, 8  # pictures that are shown while they are decoded, and how often
+_DEVIATIONS = 1.96  # standard deviations of a normal that enclose 95 % of it
+
+_MEANING = {
+    "fid": "FID: Fréchet distance of pooled Inception features; lower is better",
+    "sfid": "sFID: the same of spatial features; lower is better",
+    "inception_score": "Inception score; higher is better",
+    "precision": "Precision: share of pictures within the manifold of the reference",
+    "recall": "Recall: share of the reference within the manifold of the pictures",
+}
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; } .quiet { color: #666; }
+details { margin: .5rem 0; } pre { background: #f4f4f2; padding: .6rem; white-space: pre-wrap; word-break: break-word; }
+"""
+
+
+def write(
+    directory: Path,
+    workdir: Path | None,
+    result: Mapping[str, Any],
+    shown: Sequence[tuple[str, np.ndarray, Sequence[str]]],
+    strips: tuple[np.ndarray, Sequence[str]] | None,
+) -> None:
+    """DIRECTORY/index.html of what `lina_jax.evaluate` found.
+
+    shown: (title, pictures (N, H, W, 3) uint8, captions or class names) of each set; strips: pictures
+    (S, N, H, W, 3) while they are decoded, and what they are of.
+    """
+    name = workdir.resolve().name if workdir else "Pictures of a file"
+    step = f"step {result['step']}, {_WEIGHTS[result['weights']]}" if "step" in result else ""
+    parts = [f"<h1>{html.escape(name)}</h1>", f'<p class="quiet">{step}</p>']
+    parts += _quality(result.get("quality"))
+    parts += _scenes(result)
+    parts += _validation(result.get("validation"))
+    if workdir and (workdir / "metrics.jsonl").exists():
+        curve = io.BytesIO()
+        metrics.plot_losses(workdir / "metrics.jsonl", curve)
+        parts += ["<h2>Loss</h2>", _embedded(curve.getvalue(), "training and validation loss against the step")]
+    for title, images, captions in shown:
+        grid = pictures.grid(images, captions if any(captions) else None)
+        parts += [f"<h2>{html.escape(title)}</h2>", _picture(grid, title)]
+    if strips:
+        parts += _strips(*strips)
+    parts += _absent(result)
+    parts += _origin(workdir, result)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "index.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, directory / "index.html")
+
+
+_WEIGHTS = {"ema": "average of the parameters (EMA)", "raw": "the parameters themselves"}
+
+
+def decode_strips(
+    plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """(pictures (S, N, H, W, 3) of the first preview conditions while they are decoded, those conditions)."""
+    config = plan.config
+    count = sample.batch_for(plan, _STRIPS)
+    if config.model.condition == "class":
+        conditions: list = [i % config.model.num_classes for i in range(count)]
+        names = [f"class {label}" for label in conditions]
+    else:
+        given = config.log.preview_prompts or ("a picture",)
+        conditions = names = [given[i % len(given)] for i in range(count)]
+
+    def rows(numbers: np.ndarray) -> Mapping[str, np.ndarray]:
+        chosen = [conditions[number] for number in numbers]
+        return {**sample.encode_conditions(config, chosen, plan.encoders.text), "number": numbers}
+
+    placed_rows = placed(plan.mesh, np.arange(count, dtype=np.int32), rows)
+    numbers = placed_rows.pop("number")
+    made = generate.make_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
+    return multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS], names[:_STRIPS]
+
+
+def _quality(quality: Mapping[str, Any] | None) -> list[str]:
+    if not quality:
+        return []
+    rows = [
+        (meaning, _with_error(quality[name]["value"], quality[name]["standard_error"]))
+        for name, meaning in _MEANING.items()
+        if name in quality
+    ]
+    if not rows:
+        return []
+    compared = quality.get("reference") or {}
+    facts = ", ".join(f"{name} {value}" for name, value in compared.items()) or "none"
+    notes = [f"{quality['images']} pictures. Reference: {facts}. After ±: one standard error, of these pictures alone."]
+    if quality["images"] < 2048:
+        notes.append(
+            "Fewer pictures than features (2048): the distances are biased upwards, and compare with others of this "
+            "number alone."
+        )
+    return ["<h2>Against real pictures</h2>", _table(rows), *(f'<p class="quiet">{html.escape(n)}</p>' for n in notes)]
+
+
+def _scenes(result: Mapping[str, Any]) -> list[str]:
+    if "overall" not in result:
+        return []
+    rows, variance = [], 0.0
+    for category, count in result["examples"].items():
+        share = result[category]
+        low, high = _interval(share, count)
+        variance += ((high - low) / (2 * _DEVIATIONS)) ** 2
+        rows.append((category.replace("_", " "), f"{share:.2f} of {count} ({low:.2f} to {high:.2f})"))
+    error = math.sqrt(variance) / len(rows)
+    rows.append(("overall, the mean of the categories", _with_error(result["overall"], error)))
+    return [
+        "<h2>Scene score</h2>",
+        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories. In brackets: "
+        "where the share of all such pictures lies, with 95 % confidence.</p>",
+        _table(rows),
+    ]
+
+
+def _validation(losses: Mapping[str, float] | None) -> list[str]:
+    if not losses:
+        return []
+    rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in losses.items()]
+    return ["<h2>Validation loss</h2>", _table(rows)]
+
+
+def _strips(images: np.ndarray, names: Sequence[str]) -> list[str]:
+    moments, count = images.shape[:2]
+    rows = images.swapaxes(0, 1).reshape(count * moments, *images.shape[2:])
+    captions = [name if i == 0 else "" for name in names for i in range(moments)]
+    return [
+        "<h2>As they are decoded</h2>",
+        f"<p>Sets of tokens in random order, {moments} moments from the first set (left) to the last. What is not made "
+        "yet is shown as zero.</p>",
+        _picture(pictures.grid(rows, captions, columns=moments), "pictures while they are decoded"),
+    ]
+
+
+def _absent(result: Mapping[str, Any]) -> list[str]:
+    """What this page does not tell, and why."""
+    quality, missing = result.get("quality") or {}, []
+    reasons = quality.get("not_measured", {})
+    for name in METRICS:
+        if name not in quality:
+            missing.append((_MEANING[name].partition(":")[0].partition(";")[0], reasons.get(name, "not asked for")))
+    if "validation" not in result:
+        missing.append(("Validation loss", "not asked for"))
+    if "overall" not in result:
+        missing.append(("Scene score", "not asked for (it is for models of the shapes data)"))
+    if "geneval" in result:
+        missing.append(("GenEval", f"pictures are in {result['geneval']['folder']}; its judge is a program of its own"))
+    else:
+        missing.append(("GenEval", "no pictures were asked for"))
+    return ["<h2>Not measured</h2>", _table(missing)]
+
+
+def _origin(workdir: Path | None, result: Mapping[str, Any]) -> list[str]:
+    versions = f"lina_jax {lina_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    parts = [
+        "<h2>Where this comes from</h2>",
+        f"<p>{html.escape(versions)}, on {html.escape(devices)}.</p>",
+        f"<pre>{html.escape(shlex.join(['python', '-m', 'lina_jax.evaluate', *sys.argv[1:]]))}</pre>",
+    ]
+    if "sample" in result:
+        rows = [(name, str(value)) for name, value in result["sample"].items()]
+        parts += ["<details><summary>Settings of the pictures</summary>", _table(rows), "</details>"]
+    if workdir:
+        rows = [(name, str(value)) for name, value in flatten(load_config(workdir)).items()]
+        parts += ["<details><summary>Config of the run</summary>", _table(rows), "</details>"]
+    return parts
+
+
+def _interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's, which tells something of no or all hits too."""
+    square = _DEVIATIONS**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return middle - half, middle + half
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """To two digits of the error."""
+    if not error:
+        return f"{value:.3f}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = (f'<tr><td>{html.escape(a)}</td><td class="n">{html.escape(b)}</td></tr>' for a, b in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _picture(image: np.ndarray, text: str) -> str:
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    return _embedded(encoded.getvalue(), text)
+
+
+def _embedded(png: bytes, text: str) -> str:
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -1,0 +1,260 @@
+"""A study gathered: what many runs of one budget say about their variants.
+
+`launch/study.sh` makes the runs; `python -m lina_jax.evaluate --study=DIR` reads them and writes DIR/runs.csv (a row
+for each), DIR/effects.csv (what each choice changes, by pairs of runs that differ in it alone) and DIR/loss.png (loss
+against parameters and FLOPs, with power laws where there are three sizes or more).
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import numpy as np
+from flax import nnx
+
+from lina_jax.checkpoint import load_config
+from lina_jax.config import ModelConfig
+from lina_jax.errors import UserError
+from lina_jax.flops import training_flops
+from lina_jax.metrics import read_jsonl
+from lina_jax.models.lina import LINA
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
+MEASURES = ("loss", "scene_score", "fid")
+_BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One trained model. A measure that was not taken is NaN."""
+
+    name: str
+    attention: str
+    normalization: str
+    convolution: str
+    gate: str
+    width: int
+    seed: int
+    steps: int
+    images: int  # seen in training
+    parameters: int
+    training_flops: float
+    images_per_s: float  # median over the log
+    loss: float  # on validation examples, of the EMA
+    scene_score: float
+    fid: float
+
+
+class Effect(NamedTuple):
+    """What changes from one choice to another, all else equal: mean over pairs of runs, and its standard error."""
+
+    choice: str
+    before: str
+    after: str
+    measure: str
+    difference: float
+    standard_error: float | None  # None of a single pair
+    pairs: int
+
+
+class PowerLaw(NamedTuple):
+    """loss = scale * x ** -exponent."""
+
+    scale: float
+    exponent: float
+    standard_error: float  # of the exponent
+
+
+def read(directory: Path) -> list[Run]:
+    """All evaluated runs in a directory. Raises UserError where there are none, or where budgets differ."""
+    places = sorted(path.parent for path in directory.glob("*/config.json"))
+    if not places:
+        raise UserError(f"--study={directory}: no runs there (directories with a config.json)")
+    runs = [_run(place) for place in places if (place / "evaluation" / "score.json").exists()]
+    if not runs:
+        raise UserError(f"--study={directory}: none of {len(places)} runs was evaluated (evaluation/score.json)")
+    budgets = {run.images for run in runs}
+    if len(budgets) > 1:
+        named = "; ".join(f"{run.images} images: {run.name}" for run in runs[:4])
+        raise UserError(f"--study={directory}: runs of unequal budgets cannot be compared ({named})")
+    return runs
+
+
+def unfinished(directory: Path) -> list[str]:
+    """Runs that have begun and are not evaluated."""
+    places = sorted(path.parent for path in directory.glob("*/config.json"))
+    return [place.name for place in places if not (place / "evaluation" / "score.json").exists()]
+
+
+def _run(workdir: Path) -> Run:
+    config = load_config(workdir)
+    try:
+        score = json.loads((workdir / "evaluation" / "score.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{workdir}/evaluation/score.json is damaged: {error}") from error
+    rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
+    nan = math.nan
+    return Run(
+        name=workdir.name,
+        attention=config.model.attention,
+        normalization=config.model.normalization,
+        convolution="conv" if config.model.depthwise_conv else "none",
+        gate=config.model.kv_gate,
+        width=config.model.width,
+        seed=config.seed,
+        steps=score["step"],
+        images=score["step"] * config.batch_size,
+        parameters=_parameters(config.model),
+        training_flops=training_flops(config.model, config.loss) * score["step"] * config.batch_size,
+        images_per_s=float(np.median(rates)) if rates else nan,
+        loss=score.get("validation", {}).get("loss_ema", nan),
+        scene_score=score.get("overall", nan),
+        fid=score.get("quality", {}).get("fid", {}).get("value", nan),
+    )
+
+
+def _parameters(model: ModelConfig) -> int:
+    """Trained ones."""
+    params = nnx.state(nnx.eval_shape(lambda: LINA(model, rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def effects(runs: Sequence[Run]) -> list[Effect]:
+    """Of every choice but width and seed, for each measure that was taken."""
+    found = []
+    for choice in ("attention", "normalization", "convolution", "gate"):
+        first = _BASE[choice]
+        others = sorted({getattr(run, choice) for run in runs} - {first})
+        for other, measure in itertools.product(others, MEASURES):
+            pairs = list(_pairs(runs, choice, first, other, measure))
+            if pairs:
+                error = float(np.std(pairs, ddof=1) / math.sqrt(len(pairs))) if len(pairs) > 1 else None
+                found.append(Effect(choice, first, other, measure, float(np.mean(pairs)), error, len(pairs)))
+    return found
+
+
+def _pairs(runs: Sequence[Run], choice: str, before: str, after: str, measure: str) -> Iterable[float]:
+    """Differences of a measure between runs that differ in one choice alone."""
+
+    def others(run: Run) -> tuple:
+        return tuple(getattr(run, name) for name in CHOICES if name != choice)
+
+    by_others = {others(run): getattr(run, measure) for run in runs if getattr(run, choice) == before}
+    for run in runs:
+        difference = getattr(run, measure) - by_others.get(others(run), math.nan)
+        if getattr(run, choice) == after and math.isfinite(difference):
+            yield difference
+
+
+def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw | None:
+    """Least squares of the logarithms; None with fewer than three sizes, where the uncertainty is unknown."""
+    if len(set(x)) < 3:
+        return None
+    log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(loss, float))
+    centred = log_x - log_x.mean()
+    slope = float(centred @ log_y / (centred @ centred))
+    rest = log_y - log_y.mean() - slope * centred
+    error = math.sqrt(float(rest @ rest) / (len(log_x) - 2) / float(centred @ centred))
+    return PowerLaw(math.exp(log_y.mean() - slope * log_x.mean()), -slope, error)
+
+
+def _variant(run: Run) -> str:
+    linear = f"{run.normalization}, {run.convolution}, {run.gate}" if run.attention != "softmax" else ""
+    return {"linear": linear, "softmax": "softmax"}.get(run.attention, f"hybrid, {linear}")
+
+
+def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
+    """Loss against parameters and against FLOPs, a line for each variant; {'VARIANT against X': its power law}."""
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120, sharey=True)
+    laws = {}
+    for axes, (name, title) in zip(
+        both, (("parameters", "parameters"), ("training_flops", "training FLOPs")), strict=True
+    ):
+        for variant in sorted({_variant(run) for run in runs}):
+            ours = [run for run in runs if _variant(run) == variant and math.isfinite(run.loss)]
+            x, y = [getattr(run, name) for run in ours], [run.loss for run in ours]
+            if not ours:
+                continue
+            label, law = variant, power_law(x, y)
+            line = axes.plot(x, y, "o", markersize=4)[0]
+            if law:
+                laws[f"{variant} against {title}"] = law
+                label += f": exponent {law.exponent:.3f} ± {law.standard_error:.3f}"
+                ends = np.geomspace(min(x), max(x), 50)
+                axes.plot(ends, law.scale * ends**-law.exponent, "-", linewidth=1, color=line.get_color())
+            line.set_label(label)
+        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+    both[0].set_ylabel("validation loss (EMA)")
+    figure.tight_layout()
+    partial = picture.with_suffix(".partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, picture)
+    plt.close(figure)
+    return laws
+
+
+def gather(directory: Path) -> str:
+    """Write the files of a study; what to print. Raises UserError."""
+    runs = read(directory)
+    _write(directory / "runs.csv", [field.name for field in dataclasses.fields(Run)], map(dataclasses.astuple, runs))
+    changes = effects(runs)
+    _write(directory / "effects.csv", Effect._fields, changes)
+    laws = plot(runs, directory / "loss.png")
+    lines = [
+        f"{len(runs)} runs of {runs[0].images:,} images",
+        "",
+        "| variant | width | runs | validation loss | scene score | FID | parameters | training FLOPs | images/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, group in itertools.groupby(sorted(runs, key=_size), key=_size):
+        ours = list(group)
+        measures = " | ".join(_told([getattr(run, name) for run in ours]) for name in MEASURES)
+        rate = f"{np.median([run.images_per_s for run in ours]):.1f}"
+        lines.append(
+            f"| {key[0]} | {key[1]} | {len(ours)} | {measures} | {ours[0].parameters:,} | "
+            f"{ours[0].training_flops:.3g} | {rate} |"
+        )
+    lines += ["", "| change | measure | difference | pairs |", "|---|---|---|---|"]
+    for change in changes:
+        error = f" ± {change.standard_error:.4f}" if change.standard_error is not None else ""
+        named = f"{change.choice}: {change.before} to {change.after}"
+        lines.append(f"| {named} | {change.measure} | {change.difference:+.4f}{error} | {change.pairs} |")
+    lines += [""] + [f"{n}: exponent {law.exponent:.4f} ± {law.standard_error:.4f}" for n, law in laws.items()]
+    if waiting := unfinished(directory):
+        lines += [f"not finished: {', '.join(waiting)}"]
+    return "\n".join(lines)
+
+
+def _size(run: Run) -> tuple[str, int]:
+    return _variant(run), run.width
+
+
+def _told(values: Sequence[float]) -> str:
+    """Mean and, of several seeds, standard error."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "-"
+    error = f" ± {np.std(known, ddof=1) / math.sqrt(len(known)):.4f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.4f}{error}"
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(partial, path)

@@ -1,0 +1,146 @@
+"""GenEval's pictures stand where its judge looks for them, whatever was drawn before; reports tell what there is."""
+
+import base64
+import io
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import geneval, mesh, report, sample, state
+from lina_jax.checkpoint import write_config
+from lina_jax.config import MeshConfig
+from lina_jax.errors import UserError
+
+LINES = [
+    '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"}',
+    '{"tag": "colors", "prompt": "a red circle"}',
+    '{"tag": "counting", "prompt": "two crosses"}',
+]
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_text, one_device):
+    return state.blueprint(tiny_text(), one_device)
+
+
+@pytest.fixture(scope="module")
+def weights(plan, rough):
+    run = rough(plan)
+    return run.params, run.frozen
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    return geneval.read_prompts(path, None)
+
+
+@pytest.fixture
+def draw(plan, weights):
+    def drawn(prompts, out, *, plan=plan, per_device=4, seed=0, images=2):
+        placed = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
+        options = {"seed": seed, "images": images, "per_device": per_device, "facts": {"step": 7}}
+        return geneval.draw(plan, plan.config.sample, placed, prompts, out, **options)
+
+    return drawn
+
+
+def files(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_folders_are_those_of_the_benchmark(draw, prompts, tmp_path):
+    found, shown, names = draw(prompts, tmp_path / "out")
+    made = files(tmp_path / "out")
+    assert set(made) == {"settings.json"} | {
+        f"{i:05d}/{name}" for i in range(3) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
+    }
+    assert [made[f"{i:05d}/metadata.jsonl"].decode() for i in range(3)] == [line + "\n" for line in LINES]
+    assert found["prompts"] == 3 and found["images_per_prompt"] == 2
+    assert names == ["a circle", "a red circle", "two crosses"]
+    np.testing.assert_array_equal(shown[2], np.asarray(Image.open(tmp_path / "out" / "00002" / "samples" / "0000.png")))
+
+
+def test_pictures_are_those_of_the_sampler(draw, prompts, plan, weights, tmp_path):
+    """Picture k of prompt i is number 2 i + k of the seed."""
+    draw(prompts, tmp_path / "out", seed=5)
+    texts = [prompt.text for prompt in prompts for _ in range(2)]
+    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, texts, seed=5)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/00001/samples/0001.png")), images[3])
+
+
+def test_what_is_absent_is_drawn_again_on_other_devices(draw, prompts, tiny_text, tmp_path):
+    draw(prompts, tmp_path / "out")
+    before = files(tmp_path / "out")
+    for name in ("00000/samples/0001.png", "00002/samples/0000.png"):
+        (tmp_path / "out" / name).unlink()
+    kept = tmp_path / "out" / "00001" / "samples" / "0000.png"
+    written = kept.stat().st_mtime_ns
+    draw(prompts, tmp_path / "out", plan=state.blueprint(tiny_text(), mesh.build(MeshConfig())))
+    assert files(tmp_path / "out") == before
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
+    draw(prompts, tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds pictures of other seed: choose another --out, or remove it"):
+        draw(prompts, tmp_path / "out", seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("")
+    with pytest.raises(UserError, match="holds files that are not of this command"):
+        draw(prompts, tmp_path / "mine")
+
+
+def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("\n".join(LINES))
+    (tmp_path / "rewritten.txt").write_text("one\n\ntwo\nthree\n")
+    prompts = geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
+    assert [prompt.text for prompt in prompts] == ["one", "two", "three"]
+    assert [prompt.line for prompt in prompts] == LINES
+    (tmp_path / "rewritten.txt").write_text("one\n")
+    with pytest.raises(UserError, match=r"rewritten.txt: 1 prompts, .*metadata.jsonl has 3"):
+        geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
+    (tmp_path / "metadata.jsonl").write_text(LINES[0] + '\n{"tag": "x"}\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected a JSON object with"):
+        geneval.read_prompts(tmp_path / "metadata.jsonl", None)
+
+
+def test_strips_end_with_the_picture(plan, weights):
+    strips, names = report.decode_strips(plan, plan.config.sample, *weights, seed=0)
+    assert strips.shape[1:] == (4, 8, 8, 3) and names == ["a picture"] * 4
+    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, names, seed=0)
+    np.testing.assert_array_equal(strips[-1], images)
+    empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in strips]  # what is zero is gray
+    assert empty[0] > 0.5 and empty == sorted(empty, reverse=True) and empty[-1] < 0.1
+
+
+def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp_path):
+    write_config(tmp_path / "run", plan.config)
+    rows = [{"step": n, "loss": 1 / n} for n in range(1, 5)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = np.full((3, 8, 8, 3), 200, np.uint8)
+    result = {
+        "overall": 0.5, "single_object": 0.75, "counting": 0.25, "examples": {"single_object": 12, "counting": 12},
+        "step": 4, "weights": "ema", "sample": {"steps": 4},
+        "quality": {
+            "fid": {"value": 12.3456, "standard_error": 0.421}, "images": 100, "reference": {"file": "<b>.npz"},
+            "not_measured": {"precision": "the reference has no images (arr_0)"},
+        },
+    }  # fmt: skip
+    report.write(tmp_path / "report", tmp_path / "run", result, [("Scenes", images, ["a", "b", "c"])], None)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r"base64,([^\"]+)", page)]
+    assert len(sizes) == 2 and min(min(size) for size in sizes) > 100  # the curve, the grid
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    for told in (
+        "12.35 ± 0.42", "0.75 of 12 (0.47 to 0.91)", "0.500 ± 0.080", "step 4", "the reference has no images",
+        "&lt;b&gt;.npz", "biased upwards", "Recall not asked for", "model.width",
+    ):  # fmt: skip
+        assert told in text, told

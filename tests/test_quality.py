@@ -1,0 +1,253 @@
+"""What is measured depends on (weights, seed, number) and on nothing beside; what was done before a kill counts."""
+
+import json
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from inception_weights import write
+from PIL import Image
+
+from lina_jax import (
+    data,
+    evaluate,
+    featurise,
+    image_sources,
+    mesh,
+    metrics,
+    quality,
+    reference,
+    shapes,
+    state,
+    train,
+)  # fmt: skip
+from lina_jax.config import MeshConfig
+from lina_jax.errors import UserError
+from lina_jax.featurise import Network
+
+COUNT = 44
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks():
+    """Chunks of 12 images, so that a few images are several of them; 44 are no multiple."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(featurise, "CHUNK", 12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("inception") / "thin.safetensors")
+
+
+@pytest.fixture(scope="module")
+def devices():
+    return {count: mesh.build(MeshConfig(), jax.devices()[:count]) for count in (1, 8)}
+
+
+@pytest.fixture(scope="module")
+def networks(weights, devices):
+    return {count: Network(weights, mesh) for count, mesh in devices.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(networks, shapes_data):
+    return reference.load(shapes_data, networks[1], per_device=4, work=None, images=True)
+
+
+@pytest.fixture(scope="module")
+def source(tiny, rough, devices):
+    """Pictures of a class model with random weights, on so many devices."""
+    made = {}
+
+    def make(count):
+        if count not in made:
+            plan = state.blueprint(tiny(), devices[count])
+            run = rough(plan)
+            made[count] = evaluate.drawn(plan, plan.config.sample, None, COUNT, seed=3, facts={})
+            made[count].weights = run.params, run.frozen
+        return made[count]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def measure(source, networks, devices, compared):
+    def measured(count=1, per_device=4, of=None, **options):
+        common = {"count": COUNT, "per_device": per_device}
+        return quality.measure(of or source(count), networks[count], compared, devices[count], **common, **options)
+
+    return measured
+
+
+@pytest.fixture(scope="module")
+def whole(measure):
+    return measure()
+
+
+def test_all_metrics_are_measured(whole):
+    told = whole.told()
+    assert set(told) == {*quality.METRICS, "images"}
+    assert told["fid"]["value"] > 0 and told["fid"]["standard_error"] > 0
+    assert 0 <= told["precision"]["value"] <= 1
+    assert told["inception_score"]["value"] > 1
+    assert whole.images.shape == (featurise.SHOWN, 8, 8, 3)
+
+
+def test_eight_devices_measure_what_one_does(measure, whole):
+    eight = measure(8)
+    np.testing.assert_array_equal(eight.images, whole.images)
+    assert eight.told() == whole.told()
+    assert eight.values == whole.values  # to the bit: each device runs the same program
+
+
+def test_the_batch_size_does_not_matter(measure, whole):
+    """To the last digit that is told; pictures and features are equal to rounding."""
+    assert measure(per_device=5).told() == whole.told()
+
+
+def test_another_seed_matters(source, measure, whole, monkeypatch):
+    monkeypatch.setattr(source(1), "_seed", 4)
+    assert measure().told() != whole.told()
+
+
+class Killed:
+    """A source that is interrupted when it comes to a number."""
+
+    def __init__(self, source, at=10**9):
+        self._source, self._at, self.made, self.facts, self.count = source, at, [], source.facts, source.count
+
+    def batch(self, numbers):
+        if numbers[-1] >= self._at:
+            raise KeyboardInterrupt
+        self.made.extend(numbers.tolist())
+        return self._source.batch(numbers)
+
+
+def test_an_interrupted_measurement_goes_on(source, measure, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        measure(of=Killed(source(1), 30), work=tmp_path / "work")
+    again = Killed(source(1))
+    found = measure(of=again, work=tmp_path / "work")
+    assert min(again.made) == 24  # two chunks of 12 were done
+    assert found.values == whole.values
+    np.testing.assert_array_equal(found.images, whole.images)
+
+
+def test_what_was_done_for_another_seed_does_not_count(source, measure, whole, tmp_path, capsys):
+    other = Killed(source(1), 30)
+    other.facts = {**other.facts, "seed": 99}
+    with pytest.raises(KeyboardInterrupt):
+        measure(of=other, work=tmp_path / "work")
+    again = Killed(source(1))
+    assert measure(of=again, work=tmp_path / "work").values == whole.values
+    assert min(again.made) == 0
+    assert "is of another evaluation that was not finished: it is replaced" in capsys.readouterr().err
+
+
+def test_the_npz_file_is_adms_and_measures_the_same(measure, whole, networks, devices, compared, tmp_path):
+    labels = np.arange(COUNT) % 3
+    measure(work=tmp_path / "work", npz=tmp_path / "samples.npz", labels=labels)
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (COUNT, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_0"][: len(whole.images)], whole.images)
+        np.testing.assert_array_equal(arrays["arr_1"], labels)
+    source = image_sources.open_images(tmp_path / "samples.npz", devices[1])
+    assert measure(of=source).values == whole.values
+
+
+def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices, tmp_path):
+    for first in range(0, COUNT, 4):
+        for number, image in enumerate(np.asarray(source(1).batch(np.arange(first, first + 4))), first):
+            Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
+    folder = image_sources.open_images(tmp_path, devices[1])
+    assert measure(of=folder).values == whole.values
+    Image.new("RGB", (9, 8)).save(tmp_path / "zzz.png")
+    folder = image_sources.open_images(tmp_path, devices[1])
+    with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: one size is needed"):
+        folder.read(np.arange(COUNT + 1))
+
+
+def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_data):
+    """No distance, all of it within its own manifold."""
+    source = image_sources.open_images(shapes_data, devices[1])
+    own = quality.measure(source, networks[1], compared, devices[1], count=64, per_device=4)
+    told = own.told()
+    assert told["fid"]["value"] == 0 and told["sfid"]["value"] == 0
+    assert told["precision"]["value"] == told["recall"]["value"] == 1
+
+
+def test_a_computed_reference_is_stored_and_read(networks, shapes_data, devices, tmp_path):
+    path = tmp_path / "reference.npz"
+    made = reference.load(shapes_data, networks[8], per_device=4, work=None, images=True, out=path)
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["mu"], made.pool.mean)
+        assert arrays["sigma_s"].shape == arrays["mu_s"].shape * 2
+        np.testing.assert_array_equal(arrays["arr_0"][0], shapes.render(shapes.scene("train", 0), 8))
+    assert zipfile.ZipFile(path).testzip() is None
+    stored = reference.load(path, networks[1], per_device=4, work=None, images=True)
+    np.testing.assert_array_equal(stored.features, made.features)
+    assert stored.pool.covariance.tobytes() == made.pool.covariance.tobytes()
+    other = Network(write(tmp_path / "other.safetensors", seed=1), devices[1])
+    with pytest.raises(UserError, match="was made with other weights of Inception v3"):
+        reference.load(path, other, per_device=4, work=None, images=True)
+
+
+def test_statistics_without_images_give_distances_alone(source, networks, devices, compared, tmp_path):
+    """As files of other suites have them: what cannot be told says why."""
+    np.savez(tmp_path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
+    statistics = reference.load(tmp_path / "statistics.npz", networks[1], per_device=4, work=None, images=True)
+    found = quality.measure(source(1), networks[1], statistics, devices[1], count=COUNT, per_device=4)
+    assert set(found.values) == {"fid", "inception_score"}
+    assert found.lacking["precision"] == "the reference has no images (arr_0)"
+    assert "no statistics" in found.lacking["sfid"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((3, 4, 4))}, r"arr_0 is \(3, 4, 4\) float64, expected uint8 images"),
+        ({"other": np.zeros(3)}, "no arr_0, expected uint8 images"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"mu is \(4,\) and sigma \(4, 3\)"),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu or sigma has values that are not finite"),
+    ],
+)
+def test_files_that_are_no_reference_are_named(networks, tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        reference.load(tmp_path / "bad.npz", networks[1], per_device=4, work=None, images=True)
+
+
+def test_compressed_and_damaged_npz_files(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=array)
+    np.testing.assert_array_equal(image_sources.npz_array(tmp_path / "small.npz", "arr_0"), array)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut.npz: not a whole npz file"):
+        image_sources.npz_array(tmp_path / "cut.npz", "arr_0")
+
+
+def test_text_models_draw_the_captions_of_the_data(tiny_text, devices):
+    config = tiny_text()
+    records = data.open_records(config, "validation")
+    rows = image_sources.captions_of(records, 100)(np.array([0, 7, 8, 9]))
+    assert len(records) == 8
+    np.testing.assert_array_equal(rows["text"][2:], image_sources.captions_of(records, 100)(np.array([0, 1]))["text"])
+    caption = shapes.scene("validation", 0).caption.encode()[:24]
+    assert bytes(rows["text"][0][: rows["text_length"][0]]) == caption
+
+
+def test_the_training_loop_measures_its_average(tiny_text, weights, compared, tmp_path, train_on_one_device):
+    np.savez(tmp_path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
+    settings = {"images": 12, "images_every": 2, "inception": str(weights), "per_device": 4}
+    config = tiny_text(steps=3, eval={**settings, "reference": str(tmp_path / "statistics.npz")})
+    run = train.train(config, tmp_path / "run")
+    rows = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    told = [row["step"] for row in rows if "quality/fid" in row]
+    assert told == [2, 3]
+    plan = state.blueprint(config, mesh.build(config.mesh))
+    again = evaluate.DrawnQuality(plan, data.open_records(config, "validation")).measure(run.ema, run.frozen)
+    assert rows[-1]["quality/fid"] == again.values["fid"].value
+    assert json.loads(json.dumps(again.told()))["images"] == 12

@@ -1,0 +1,93 @@
+"""A study says what its runs say: effects by pairs, power laws with their uncertainty, nothing of unequal budgets."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import flops, study
+from lina_jax.checkpoint import write_config
+from lina_jax.errors import UserError
+
+
+@pytest.fixture
+def runs_of(tiny, tmp_path):
+    """Write evaluated runs; each a (loss, seed, changes of the model)."""
+
+    def write(*runs, step=6):
+        for number, (loss, seed, model) in enumerate(runs):
+            workdir = tmp_path / "study" / f"run{number}"
+            config = tiny(seed=seed, model={"kv_gate": "none", "depthwise_conv": False} | model)
+            write_config(workdir, config)
+            rows = [{"step": 3, "images_per_s": 40.0}, {"step": 6, "images_per_s": 60.0}]
+            (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (workdir / "evaluation").mkdir()
+            score = {"step": step + number * (step != 6), "validation": {"loss_ema": loss}}
+            (workdir / "evaluation" / "score.json").write_text(json.dumps(score))
+        return tmp_path / "study"
+
+    return write
+
+
+def test_effects_are_means_over_pairs_that_differ_in_one_choice(runs_of):
+    conv = {"depthwise_conv": True}
+    other = {"normalization": "subtraction"}
+    directory = runs_of(
+        (1.0, 0, {}), (0.8, 0, conv), (1.2, 1, {}), (0.9, 1, conv), (1.1, 0, other), (9.0, 7, other | conv)
+    )  # fmt: skip
+    found = {(e.choice, e.after): e for e in study.effects(study.read(directory)) if e.measure == "loss"}
+    assert set(found) == {("convolution", "conv"), ("normalization", "subtraction")}
+    change = found["convolution", "conv"]
+    assert change.difference == pytest.approx(-0.25) and change.pairs == 2  # seed 7 has no partner
+    assert change.standard_error == pytest.approx(0.05)
+    alone = found["normalization", "subtraction"]
+    assert alone.difference == pytest.approx(0.1) and alone.pairs == 1 and alone.standard_error is None
+
+
+def test_softmax_is_compared_with_plain_division(runs_of):
+    directory = runs_of((1.0, 0, {}), (0.7, 0, {"attention": "softmax"}))
+    (found,) = study.effects(study.read(directory))
+    assert (found.choice, found.after, found.pairs) == ("attention", "softmax", 1)
+
+
+def test_power_laws_are_recovered():
+    x = np.array([1e6, 3e6, 1e7, 3e7])
+    law = study.power_law(x, 5 * x**-0.07)
+    assert (law.scale, law.exponent, law.standard_error) == pytest.approx((5, 0.07, 0), abs=1e-9)
+    assert study.power_law([1e6, 1e6, 3e6], [1, 1, 0.9]) is None
+
+
+def test_the_uncertainty_of_an_exponent_is_its_spread():
+    rng, x = np.random.default_rng(0), np.geomspace(1e6, 1e8, 12)
+    laws = [study.power_law(x, x**-0.1 * np.exp(0.02 * rng.standard_normal(12))) for _ in range(300)]
+    spread = np.std([law.exponent for law in laws])
+    assert np.sqrt(np.mean([law.standard_error**2 for law in laws])) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_study_is_tables_and_a_plot(runs_of, tiny):
+    sizes = [(loss, 0, {"width": width, "head_width": width}) for loss, width in ((1.0, 16), (0.9, 32), (0.82, 64))]
+    directory = runs_of(*sizes, (0.95, 1, {"width": 32, "head_width": 32}))
+    write_config(directory / "begun", tiny())
+    told = study.gather(directory)
+    assert "4 runs of 48 images" in told and "not finished: begun" in told
+    assert "| division, none, none | 32 | 2 | 0.9250 ± 0.0250 | - | - |" in told
+    assert "against parameters: exponent 0." in told
+    with (directory / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    model = tiny(model={"kv_gate": "none", "depthwise_conv": False, "width": 16, "head_width": 16})
+    assert float(rows[0]["training_flops"]) == flops.training_flops(model.model, model.loss) * 48
+    assert float(rows[0]["images_per_s"]) == 50 and math.isnan(float(rows[0]["fid"]))
+    parameters = [int(row["parameters"]) for row in rows]
+    assert parameters[0] < parameters[1] == parameters[3] < parameters[2]
+    assert Image.open(directory / "loss.png").width > 800
+
+
+def test_unequal_budgets_are_refused(runs_of, tmp_path):
+    with pytest.raises(UserError, match=r"unequal budgets cannot be compared \(40 images: run0; 48 images: run1"):
+        study.gather(runs_of((1.0, 0, {}), (0.9, 1, {}), step=5))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no runs there"):
+        study.gather(tmp_path / "empty")
