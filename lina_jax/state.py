@@ -237,7 +237,9 @@ def make_train_step(plan: Blueprint) -> Program:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule(state.updates)
-        state = jax.lax.cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
+        # Chosen number by number, within the passes that compute the update; a branch would be passes of its own.
+        updated = apply_gradients(config.ema, optimizer, state, grads)
+        state = jax.tree.map(functools.partial(jnp.where, finite), updated, _skipped(state))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -284,8 +286,7 @@ def apply_gradients(ema_config: EmaConfig, optimizer, state: TrainState, grads: 
     )
 
 
-def _skip(state: TrainState, grads: Tree) -> TrainState:
-    del grads
+def _skipped(state: TrainState) -> TrainState:
     return dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
 
 
