@@ -62,10 +62,10 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     validation = evaluate.Validation(config, valid_records)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    mesh.cache_programs(workdir / "compiled")
     plan = state.blueprint(config, devices, encoders)
-    begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     drawn_quality = evaluate.DrawnQuality(plan, valid_records) if config.eval.images else None
+    begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
+    mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
