@@ -21,6 +21,7 @@ Where two sides are compared they take turns.
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,8 @@ def main(argv: Sequence[str]) -> None:
     values, name = flags.FLAGS, argv[1]
     _refuse_flags_of_others(name, values)
     earlier = measure.Earlier(values.compare) if values.compare else None
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries write there too (Gloo, of its connections)
     for row in COMMANDS[name].rows(values):
         if jax.process_index() != 0:
             continue
@@ -127,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
             row["of_earlier"] = earlier.ratios(row)
             shown = {name: round(ratio, 3) for name, ratio in (row["of_earlier"] or {}).items()}
             print(f"{row['benchmark']}: {shown or 'not'} in {earlier.path}", file=sys.stderr)
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row), file=stdout, flush=True)
 
 
 if __name__ == "__main__":
