@@ -212,6 +212,11 @@ def _check(values: flags.FlagValues) -> list[str]:
     for name, least in least_values.items():
         if values[name].value < least:
             raise UserError(f"--{name}={values[name].value}: must be at least {least}")
+    for name in ("inception", "reference", "samples_from"):
+        if values[name].value and not Path(values[name].value).expanduser().exists():
+            raise UserError(f"--{name}={values[name].value}: no such file or directory")
+    if values.npz:
+        places.check("npz", Path(values.npz).expanduser().parent)
     sample.check_seed(values.seed)
     return metrics
 
@@ -249,6 +254,7 @@ class _Run:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
         self._config = config
         captioned = config.model.condition == "text" and (values.npz or values.inception)
+        self._network = Network(Path(values.inception).expanduser(), self._plan.mesh) if values.inception else None
         self._records = None
         if values.validation or captioned:
             self._records = data.open_records(config, config.data.validation_split, self._plan.encoders.text)
@@ -280,14 +286,14 @@ class _Run:
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         values = self._values
-        network, compared = _network_and_reference(values, self._plan.mesh, self._metrics, self._out)
+        compared = _reference(values, self._network, self._metrics, self._out)
         facts = {"step": self.step, "weights": self._weights, "workdir": str(self._workdir)}
         source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=facts)
         source.weights = self._drawing, self._frozen
         classes = self._config.model.condition == "class"
         found = quality.measure(
             source,
-            network,
+            self._network,
             compared,
             self._plan.mesh,
             count=values.number,
@@ -314,15 +320,13 @@ class _Run:
         return report.decode_strips(self._plan, self._settings, self._drawing, self._frozen, self._values.seed)
 
 
-def _network_and_reference(
-    values: flags.FlagValues, mesh, metrics: list[str], out: Path
-) -> tuple[Network | None, reference.Reference | None]:
-    if not values.inception:
-        return None, None
-    network = Network(Path(values.inception).expanduser(), mesh)
+def _reference(
+    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path
+) -> reference.Reference | None:
+    """Of --reference."""
     if not values.reference:
-        return network, None
-    return network, reference.load(
+        return None
+    return reference.load(
         Path(values.reference).expanduser(),
         network,
         per_device=values.per_device,
@@ -340,10 +344,11 @@ def _quality_of_files(
     """Of --samples_from."""
     mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
     source = image_sources.open_images(Path(values.samples_from).expanduser(), mesh)
-    network, compared = _network_and_reference(values, mesh, metrics, out)
+    network = Network(Path(values.inception).expanduser(), mesh)
     count = min(values.number, source.count) if not values["number"].present else values.number
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
+    compared = _reference(values, network, metrics, out)
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
         work=out / "work" / "samples",

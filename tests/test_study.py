@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,13 @@ from PIL import Image
 from lina_jax import flops, study
 from lina_jax.checkpoint import write_config
 from lina_jax.errors import UserError
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "study.sh"
+
+
+def printed(*flags):
+    command = [SCRIPT, "--dry-run", "--name=s", "--dir=runs/s", *flags, "--", "--config.steps=20"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -91,3 +100,21 @@ def test_unequal_budgets_are_refused(runs_of, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no runs there"):
         study.gather(tmp_path / "empty")
+
+
+def test_the_launcher_makes_each_variant_of_each_seed_once():
+    lines = printed("--gates=none,head", "--others=softmax-128", "--seeds=0,1", "--evaluate=--scenes=3").splitlines()
+    trained = [line for line in lines if "lina_jax.train" in line]
+    assert len(trained) == len(set(trained)) == 2 * (2 * 2 * 2 + 1)
+    assert all(line.endswith("--config.steps=20") for line in trained)
+    assert sum("softmax-128 --workdir=runs/s/softmax-128-seed1 --config.seed=1" in line for line in trained) == 1
+    assert sum("lina_jax.evaluate --workdir" in line and "--scenes=3" in line for line in lines) == 18
+    assert lines[-1].endswith("lina_jax.evaluate --study=runs/s")
+
+
+def test_an_array_of_jobs_has_an_index_for_each_run():
+    job = printed("--slurm=yes", "--seeds=0,1,2")
+    assert "#SBATCH --array=0-11\n" in job and "export LINA_INDEX=$SLURM_ARRAY_TASK_ID\n" in job
+    assert "--dry-run" not in job
+    alone = printed("--seeds=0,1,2", "--index=11").splitlines()
+    assert len(alone) == 2 and "subtraction-conv-none-128-seed2" in alone[0]
