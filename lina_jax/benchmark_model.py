@@ -47,6 +47,8 @@ def _train(config: Config, runs: int) -> Row:
         return run, scalars
 
     (timing,) = measure.in_turns({"train": call}, runs).values()
+    if skipped := int(run.skipped):
+        raise RuntimeError(f"{skipped} of {int(run.step)} steps had no update: loss or gradient was not finite")
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
     row = _named("train", config.model) | _settings(config, devices)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
@@ -176,14 +178,14 @@ def _attention_program(layer: AttentionConfig, batch: int, device: Mesh, *, back
 
 
 def weights(shapes: Tree) -> Tree:
-    """Noise for abstract parameters, scales around one.
+    """Noise for abstract parameters, scales (of norms, of gates) around one.
 
     As a model is after training: at initialisation the head predicts zeros, and products of zeros take less power,
     hence on some devices less time, than those of numbers.
     """
 
     def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
-        return 0.02 * noise + (name == "scale")
+        return 0.02 * noise + ("scale" in name)
 
     return _made(shapes, one)
 
