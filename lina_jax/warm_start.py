@@ -103,20 +103,20 @@ def decide(
     """What becomes of every array of two models, by path. Raises UserError listing all that stands in the way."""
     rules, (_, here), (_, there) = rules_of(asked), ours, theirs
     names = {path: "/".join(path) for path in sorted(here.keys() | there.keys())}
-    problems = [
+    unmatched = [
         f"{kind}: no array's name fits {pattern!r}"
         for kind in init_rules.LISTS
         for pattern in getattr(asked, kind)
         if not any(fnmatchcase(name, pattern) for name in names.values())
     ]
-    decisions = {}
+    decisions, misfits = {}, []
     for path, name in names.items():
         action, reason = _asked_of(rules, name), ""
         if action in ("loaded", "recomputed"):
             reason = _misfit(path, action, ours, theirs)
             wrong = action == "recomputed" and path[-1] not in GATES
             if reason and (wrong or rules.unfit == "refuse"):
-                problems.append(f"{name}: {reason}")
+                misfits.append(f"{name}: {reason}")
             action = "skipped" if reason else action
         elif action == "skipped":
             reason = "by the rules"
@@ -125,11 +125,9 @@ def decide(
         if action == "recomputed" and _grids(ours[0]) == _grids(theirs[0]):
             action = "loaded"
         decisions[path] = Decision(name, action, here.get(path), there.get(path), reason)
-    if problems:
-        raise UserError(
-            f"init_from.path={asked.path}: {'; '.join(problems)} (exclude or restart arrays by their names, or set "
-            "init_from.unfit=skip)"
-        )
+    if unmatched or misfits:
+        hint = " (init_from.exclude, restart or recompute such arrays, or unfit=skip)" if misfits else ""
+        raise UserError(f"init_from.path={asked.path}: {'; '.join(unmatched + misfits)}{hint}")
     return decisions
 
 

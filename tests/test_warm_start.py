@@ -43,12 +43,11 @@ def donor(tiny, rough, one_device, tmp_path_factory):
 
 @pytest.fixture
 def begun(tiny, donor):
-    """(state, report, plan) of a run that starts from `donor`; its mesh, and changes of its config."""
+    """(state, report, plan) of a run that starts from `donor`; its mesh (cut over eight), changes of its config."""
 
-    def begin(sizes=None, changes=None, **init_from):
-        config = tiny(**(changes or {}), init_from={"path": str(donor[0]), **init_from})
-        sizes = sizes or {"data": 1, "fsdp": 8}
-        plan = state.blueprint(config, mesh.build(MeshConfig(**sizes)))
+    def begin(devices=None, changes=None, **init_from):
+        config = tiny(**(changes or {}), init_from={"path": str(donor[0])} | init_from)
+        plan = state.blueprint(config, devices or mesh.build(MeshConfig(data=1, fsdp=8)))
         return *warm_start.begin(plan), plan
 
     return begin
@@ -78,7 +77,7 @@ def test_the_loss_is_that_of_the_donor(begun, donor, batch_of):
         batch = jax.device_put(batch_of(plan.config), mesh.sharding(plan.mesh, "batch"))
         return np.asarray(state.make_eval_step(plan)(params, frozen, batch, examples)[0]).sum()
 
-    run, _, plan = begun({"data": 2, "fsdp": 2, "tensor": 2})
+    run, _, plan = begun(mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     np.testing.assert_allclose(
         loss(plan, run.params, run.frozen), loss(donor[1], donor[2].ema, donor[2].frozen), rtol=1e-6
     )
@@ -122,9 +121,9 @@ def test_condition_gates_stay_where_their_grid_stays(begun, donor):
             assert np.array_equal(flat(run.params)[name][:, :4], gate[:, :4])
 
 
-def test_arrays_that_are_not_taken_are_those_of_a_fresh_run(begun, donor, identical):
+def test_arrays_that_are_not_taken_are_those_of_a_fresh_run(begun, donor, one_device):
     run, report, plan = begun(
-        include=["head/*", "*norm*"], exclude=["head/blocks/*"], restart=["head/out/*"], checkpoint=5
+        one_device, include=["head/*", "*norm*"], exclude=["head/blocks/*"], restart=["head/out/*"], checkpoint=5
     )
     fresh = flat(plan.init().params, plan.init().frozen)
     taken = flat(donor[2].ema) | flat(donor[2].frozen)
@@ -136,16 +135,16 @@ def test_arrays_that_are_not_taken_are_those_of_a_fresh_run(begun, donor, identi
         assert np.array_equal(array, (taken if loaded else fresh)[name]), name
 
 
-def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, tmp_path):
+def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_device, tmp_path):
     """As NOVA does: no attention, no array of another shape."""
     nova = tiny(
         model={"attention": "softmax", "depthwise_conv": False, "kv_gate": "none", "head_width": 16, **LARGER["model"]}
     )
-    plan = state.blueprint(nova, mesh.holding(nova.model))
+    plan = state.blueprint(nova, one_device)
     run = rough(plan)
     save_run(tmp_path / "nova", plan, run)
     config = tiny(init_from={"path": str(tmp_path / "nova"), "rules": "nova"})
-    begun, report = warm_start.begin(state.blueprint(config, mesh.holding(config.model)))
+    begun, report = warm_start.begin(state.blueprint(config, one_device))
     done, ours, theirs = actions(report), flat(begun.params, begun.frozen), flat(run.params, run.frozen)
     for name in ours:
         fits = name in theirs and theirs[name].shape == ours[name].shape
@@ -184,30 +183,23 @@ def test_the_published_rule_of_nova_by_published_names(load_preset):
     assert loaded == {path for key, path in keys.items() if "attn" not in key}
 
 
-def test_a_chain_over_resolutions_and_meshes(tiny, rough, tmp_path):
+def test_a_chain_over_resolutions_and_meshes(begun, donor, tmp_path):
     """As the published recipe: each run begins from the one before, with more tokens, cut otherwise."""
-    before = None
-    for number, (side, sizes, rules) in enumerate((
-        (2, {"data": 2, "fsdp": 2, "tensor": 2}, "all"),
-        (4, {"data": 1, "fsdp": 8}, "resolution"),
-        (8, {"data": 1, "fsdp": 2, "sequence": 4}, "interpolate"),
-    )):  # fmt: skip
-        config = tiny(
-            model={"image_grid": (2 * side, 2 * side), "condition_grid": (side, side)},
-            init_from={"path": str(tmp_path / str(number - 1)), "rules": rules},
-        )
-        plan = state.blueprint(config, mesh.build(MeshConfig(**sizes)))
-        if before:
-            run, report = warm_start.begin(plan)
-            ours, theirs = flat(run.params, run.frozen), flat(before.ema, before.frozen)
-            loaded = [name for name, action in actions(report).items() if action == "loaded"]
-            assert len(loaded) == len(ours) - 2
-            assert all(np.array_equal(ours[name], theirs[name]) for name in loaded)
-            assert jax.tree.map(lambda x: x.sharding, run) == plan.shardings
-        else:
-            run = rough(plan)
-        save_run(tmp_path / str(number), plan, run)
-        before = jax.device_get(run)
+    before, path = donor[2], donor[0]
+    for side, sizes in ((4, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"data": 1, "fsdp": 2, "sequence": 4})):
+        run, report, plan = begun(
+            mesh.build(MeshConfig(**sizes)),
+            {"model": {"image_grid": (2 * side, 2 * side), "condition_grid": (side, side)}},
+            path=str(path), rules="resolution" if side == 4 else "interpolate",
+        )  # fmt: skip
+        assert jax.tree.map(lambda x: x.sharding, run) == plan.shardings
+        ours, theirs = flat(run.params, run.frozen), flat(before.ema, before.frozen)
+        loaded = [name for name, action in actions(report).items() if action == "loaded"]
+        assert len(loaded) == len(ours) - 2
+        assert all(np.array_equal(ours[name], theirs[name]) for name in loaded)
+        if side == 4:
+            path, before = tmp_path / "larger", jax.device_get(run)
+            save_run(path, plan, run)
 
 
 def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, train_on_one_device, tmp_path, capsys):
@@ -220,7 +212,7 @@ def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, t
     report = json.loads((tmp_path / "run" / "init_from.json").read_text())
     assert set(actions(report).values()) == {"loaded"}
     shutil.rmtree(tmp_path / "donor")
-    assert int(train(dataclasses.replace(config, steps=2), tmp_path / "run").step) == 2
+    assert int(train(config, tmp_path / "run").step) == 1
     assert json.loads((tmp_path / "run" / "init_from.json").read_text()) == report
 
 
