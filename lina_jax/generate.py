@@ -78,7 +78,7 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
             z = model.encode_image(both(tokens), both(rank >= count), most_visible, c)
             ids = jax.lax.dynamic_slice_in_dim(padded, count, width, axis=1)
             z = model.head.embed.condition(sequence.take(z, both(ids)))
-            times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1])
+            times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
 
             def euler_step(j, x):
                 velocity = model.head(both(x), times[j], z).astype(jnp.float32)
