@@ -237,9 +237,8 @@ def make_train_step(plan: Blueprint) -> Program:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule(state.updates)
-        # Chosen number by number, within the passes that compute the update; a branch would be passes of its own.
-        updated = apply_gradients(config.ema, optimizer, state, grads)
-        state = jax.tree.map(functools.partial(jnp.where, finite), updated, _skipped(state))
+        # A branch: choosing number by number moves a tenth more bytes on CPUs.
+        state = jax.lax.cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -286,7 +285,8 @@ def apply_gradients(ema_config: EmaConfig, optimizer, state: TrainState, grads: 
     )
 
 
-def _skipped(state: TrainState) -> TrainState:
+def _skip(state: TrainState, grads: Tree) -> TrainState:
+    del grads
     return dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
 
 
