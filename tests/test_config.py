@@ -19,6 +19,7 @@ PRESETS = {
     "cifar10_c2i": ("tiny", "w384"),
     "imagenet256_c2i": ("w768", "w1024", "w1536"),
     "t2i": ("256", "512", "1024"),
+    "bench": ("linear", "softmax"),
     "ablation": (
         "division-none-dynamic-128",
         "subtraction-conv-none-768",

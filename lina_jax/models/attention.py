@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), kernel) + bias
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel)) + bias
             return jnp.pad(rearrange(y, "b h w d -> b (h w) d"), ((0, 0), (first, 0), (0, 0)))
 
         arrays = (a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...]))

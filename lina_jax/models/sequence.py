@@ -94,6 +94,11 @@ def total(x):
     return jax.lax.psum(x, AXIS) if shards() > 1 else x
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """x, the same on all shards, as each shard's own, inside `by_shard`: gradients of the shards' copies are summed."""
+    return jax.lax.pcast(x, AXIS, to="varying") if shards() > 1 else x
+
+
 def with_edges(rows: jax.Array, edge: int) -> jax.Array:
     """rows (B, h, w, D) of a shard, inside `by_shard` -> (B, edge + h + edge, w, D), zeros beyond the image."""
     s = shards()
