@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run everything that proves the code base: lint, format, tests. Twenty minutes at most on two CPU cores.
+# Set up and run everything that proves the code base: lint, format, tests. Meant for twenty minutes on two CPU cores.
 # usage: [LINA_TEST_EXTRAS=test,tpu] launch/test.sh [pytest arguments]
 # With the extra tpu, programs are compiled for TPU pods as well; there need be none.
 set -euo pipefail
