@@ -16,26 +16,25 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128"
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
+# Copies that a copy engine makes while the core goes on, and where they are waited for.
+PREFETCH_STARTS = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
+PREFETCH_DONES = frozenset({"copy-done", "slice-done", "dynamic-slice-done"})
 # Instructions that move nothing: they name, or bind together, what is already there.
-_FREE = frozenset({
+_FREE = PREFETCH_DONES | frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "opt-barrier", "partition-id", "replica-id", "copy-done", "slice-done", "dynamic-slice-done", "async-done",
-    "domain", "add-dependency",
+    "opt-barrier", "partition-id", "replica-id", "async-done", "domain", "add-dependency",
 })  # fmt: skip
 _SLICING = frozenset({"dynamic-slice", "slice", "gather"})
-_MOVING = frozenset({
-    "broadcast", "reshape", "transpose", "pad", "concatenate", "reverse", "iota", "copy", "copy-start", "slice",
-    "slice-start", "dynamic-slice", "dynamic-slice-start", "dynamic-update-slice", "gather", "scatter", "fusion",
-    "custom-call", "sort", "dot", "convolution", "rng-bit-generator", "bitcast-convert", "async-start",
+_MOVING = PREFETCH_STARTS | frozenset({
+    "broadcast", "reshape", "transpose", "pad", "concatenate", "reverse", "iota", "copy", "slice", "dynamic-slice",
+    "dynamic-update-slice", "gather", "scatter", "fusion", "custom-call", "sort", "dot", "convolution",
+    "rng-bit-generator", "bitcast-convert", "async-start",
 })  # fmt: skip
 _SLOW = frozenset({
     "divide", "sqrt", "rsqrt", "cbrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh",
     "logistic", "erf", "sine", "cosine", "power", "remainder", "atan2",
 })  # fmt: skip
 _SLOW_OPS = 8  # vector operations of one of them, about
-PREFETCHES = frozenset(
-    {"copy", "slice", "dynamic-slice"}
-)  # whose -start and -done a copy engine fills the time between
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -201,7 +200,7 @@ class Module:
         opcode = instruction.opcode
         if "gemm_backend_config" in instruction.attributes:
             results = results[:1]  # the rest is room to work in, of which little is used
-        if opcode.removesuffix("-start") in PREFETCHES and opcode.endswith("-start"):  # (there, here, context)
+        if opcode in PREFETCH_STARTS:  # (there, here, context)
             moved = min(shape.bytes for shape in instruction.shapes[:2])
             return sum(moved for shape in instruction.shapes[:2] if shape.traffic)
         if opcode in _SLICING:  # reads what it gives

@@ -177,10 +177,10 @@ class _Walk:
                 clock += self._longest(instruction.called, times)
             elif opcode == "call":
                 clock += self.run(instruction.called[0], times)
-            elif opcode.removesuffix("-start") in hlo.PREFETCHES and opcode.endswith("-start"):
+            elif opcode in hlo.PREFETCH_STARTS:
                 copier = max(clock, copier) + self._copy(instruction, computation, times)
                 copied[instruction.name] = copier
-            elif opcode.removesuffix("-done") in hlo.PREFETCHES and opcode.endswith("-done"):
+            elif opcode in hlo.PREFETCH_DONES:
                 wait = max(0.0, copied.pop(instruction.operands[0], 0.0) - clock)
                 clock += wait
                 self._bound("memory", times * wait)

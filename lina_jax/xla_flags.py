@@ -21,7 +21,7 @@ TPU = (
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
     # The same for the sums of gradients. With the small default of memory on chip the fusions do not compile; with
-    # twice this, v5p has too little left to fetch ahead. If losses are not finite on a TPU but are on a CPU, leave out
+    # twice this, they exceed what v5p has. If losses are not finite on a TPU but are on a CPU, leave out
     # the two of all-reduces first: beside all-to-alls and a Pallas kernel on v6e they made NaN (MaxDiffusion #429).
     "--xla_enable_async_reduce_scatter_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",

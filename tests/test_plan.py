@@ -199,6 +199,25 @@ def test_a_collective_is_waited_for_as_far_as_computation_does_not_hide_it():
     assert beside.seconds == pytest.approx(alone.seconds)
 
 
+PREFETCH = """
+ENTRY %main (p: bf16[1024,1024]) -> bf16[512,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  %start = ((bf16[1024,1024]{1,0}), bf16[512,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:512], [0:1024]}
+MIDDLE  ROOT %done = bf16[512,1024]{1,0:S(1)} slice-done(%start)
+}
+"""
+
+
+def test_a_slice_fetched_ahead_is_waited_for_as_far_as_computation_does_not_hide_it():
+    alone = roofline.estimate(hlo.Module(PREFETCH.replace("MIDDLE", "")), CHIP, grid())
+    beside = roofline.estimate(hlo.Module(PREFETCH.replace("MIDDLE", PRODUCT)), CHIP, grid())
+    rate = roofline.ATTAINED["cuda"]["memory"] * CHIP.memory_bandwidth
+    assert alone.work.traffic == 512 * 1024 * 2  # read; what is written stays on the chip
+    assert alone.seconds == pytest.approx(512 * 1024 * 2 / rate)
+    hidden = beside.bound["matmul"]
+    assert beside.seconds == pytest.approx(max(alone.seconds, hidden))
+
+
 def test_an_instruction_takes_the_longest_of_its_three_times():
     share = roofline.ATTAINED["cuda"]
     work = hlo.Work(matmul_flops=1e12, vector_ops=1.0, traffic=1e9)
