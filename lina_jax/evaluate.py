@@ -16,7 +16,6 @@ kill, and it goes on. docs/evaluation.md tells the rest. The same code measures 
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ from lina_jax import (
     study,
 )
 from lina_jax import mesh as mesh_lib
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints, load_config, write_json
 from lina_jax.config import Config, SampleConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
@@ -185,9 +184,7 @@ def _main(values: flags.FlagValues) -> None:
     if jax.process_index() != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "score.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, out / "score.json")
+    write_json(out / "score.json", result)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, strips)
     shutil.rmtree(out / "work", ignore_errors=True)  # what a kill would have needed

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lina_jax import image_sources, pictures, sample
 from lina_jax import mesh as mesh_lib
+from lina_jax.checkpoint import write_json
 from lina_jax.config import SampleConfig
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, Tree
@@ -146,9 +147,7 @@ def _prepare(out: Path, prompts: Sequence[Prompt], facts: dict[str, Any]) -> Non
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds files that are not of this command: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    partial = about.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(partial, about)
+    write_json(about, facts)
     for number, prompt in enumerate(prompts):
         folder = out / f"{number:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
