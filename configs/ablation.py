@@ -2,8 +2,8 @@
 
 Argument: NORMALISATION-CONVOLUTION-GATE-WIDTH, for example division-conv-head-768, or softmax-WIDTH, or
 hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer softmax). NORMALISATION: division, subtraction.
-CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 128 trains
-`cifar10_c2i.py:tiny`; 768, 1024, 1536 train `imagenet256_c2i.py`.
+CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 32, 64, 96, 128 train
+`cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train `imagenet256_c2i.py`.
 
 Expected (published, ImageNet 256, w768, 200k steps, no guidance, FID): division 13.1, subtraction 15.8, division + conv
 9.1, subtraction + conv 9.0.
@@ -14,7 +14,10 @@ conv
 import importlib.util
 from pathlib import Path
 
-WIDTHS = {"128": ("cifar10_c2i", "tiny"), **{w: ("imagenet256_c2i", f"w{w}") for w in ("768", "1024", "1536")}}
+SMALL = ("32", "64", "96", "128")
+WIDTHS = dict.fromkeys(SMALL, ("cifar10_c2i", "tiny")) | {
+    w: ("imagenet256_c2i", f"w{w}") for w in ("768", "1024", "1536")
+}
 CONVOLUTION = {"conv": True, "none": False}
 
 
@@ -23,9 +26,11 @@ def get_config(argument="division-conv-head-128"):
     if width not in WIDTHS:
         raise ValueError(f"unknown width {width!r} in {argument!r}: {', '.join(WIDTHS)}")
     config = _sibling(*WIDTHS[width])
+    if width in SMALL:
+        config.model.update(width=int(width), heads=int(width) // 32, head_width=int(width))
     attention = variant.pop(0) if variant and variant[0] in ("softmax", "hybrid") else "linear"
     config.model.attention = attention
-    if attention == "hybrid" and width == "128":
+    if attention == "hybrid" and width in SMALL:
         config.model.softmax_period = 2  # its stacks have two and four layers
     if attention == "softmax":
         variant = ["division", "none", "none", *variant]

@@ -21,7 +21,7 @@ PRESETS = {
     "t2i": ("256", "512", "1024"),
     "bench": ("linear", "softmax"),
     "ablation": (
-        "division-none-dynamic-128",
+        "division-none-dynamic-64",
         "subtraction-conv-none-768",
         "softmax-1024",
         "hybrid-division-conv-head-1536",
