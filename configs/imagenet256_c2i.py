@@ -27,6 +27,7 @@ def get_config(preset="w768"):
     config = default()
     config.batch_size = BATCH[preset]
     config.model.update(width=width, heads=HEADS[preset], head_width=width, remat="dots")
+    config.mesh.fsdp = 1 if preset == "w768" else 0
     config.data.path = "data/imagenet256"
     config.data.threads = 16
     config.sample.update(steps=64, euler_steps=25, guidance=2.5, guidance_min=1.0, guidance_schedule="linear")

@@ -30,15 +30,24 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate
 }
 
+# Into as many parts widths of 1024 and 1536 can be cut so that the rows of each are a multiple of 16: of other shards,
+# XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
+WHOLE_TILES = 32
+
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
+
+    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
     fit the slices of a TPU (or, between GPUs, the processes).
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
+    if sizes["fsdp"] == 0:
+        left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
+        sizes["fsdp"] = math.gcd(left, WHOLE_TILES) if sizes["data"] == -1 else left
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}

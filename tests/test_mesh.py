@@ -144,9 +144,24 @@ class Chip:
     device_kind: str = "GPU"
 
 
-def chips(slices: int, processes: int) -> list[Chip]:
-    """Eight chips of that many slices and processes."""
-    return [Chip(i, i * processes // 8, i * slices // 8) for i in range(8)]
+def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
+    """Chips of that many slices and processes."""
+    return [Chip(i, i * processes // count, i * slices // count) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "made"),
+    [
+        ({}, {"data": 3, "fsdp": 32}),
+        ({"data": 1}, {"data": 1, "fsdp": 96}),
+        ({"data": 8, "sequence": 4}, {"data": 8, "fsdp": 3, "sequence": 4}),
+        ({"replica": 2}, {"replica": 2, "data": 3, "fsdp": 16}),
+    ],
+    ids=str,
+)
+def test_fsdp_of_zero_is_chosen_from_the_devices_that_are_left(sizes, made):
+    shape = mesh.build(MeshConfig(fsdp=0, **sizes), chips(1, 1, 96)).shape
+    assert shape == {"replica": 1, "sequence": 1, "tensor": 1} | made
 
 
 @pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])
