@@ -8,7 +8,7 @@ moves it to WORKDIR/damaged.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from lina_jax import config as config_lib
-from lina_jax import integrity
+from lina_jax import integrity, places
 from lina_jax.config import CheckpointConfig, Config
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
@@ -338,14 +338,7 @@ def write_config(workdir: Path, config: Config) -> None:
     """Bind a workdir to a config."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", dataclasses.asdict(config))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A file that is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+        places.write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
 def load_config(workdir: Path) -> Config:

@@ -19,9 +19,6 @@ python -m lina_jax.convert --describe=PATH [--diff=OTHER]
 docs/checkpoints.md says what becomes of what. Nothing is ever replaced, and nothing is left half-written.
 """
 
-import contextlib
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +94,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
         raise UserError(f"{pipeline.source}: {error}") from error
     if tensors.bad:
         raise UserError(f"{pipeline.source}: values that are not finite in {', '.join(tensors.bad)}")
-    with new_directory(workdir) as partial:
+    with places.new_directory(workdir) as partial:
         _write_workdir(
             partial, config, *(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen))
         )
@@ -119,7 +116,7 @@ def to_torch(
     check_new("to_torch", directory)
     export.check_publishable(workdir)
     weights = export.load(workdir, ema=ema, step=step)
-    with new_directory(directory) as partial:
+    with places.new_directory(directory) as partial:
         export.to_torch(weights, partial, dtype, max_shard_gb * 1e9)
     return weights
 
@@ -130,7 +127,7 @@ def to_safetensors(
     """A workdir's weights, which are returned, as one file. Raises UserError."""
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
-    with new_file(file) as partial:
+    with places.new_file(file) as partial:
         export.to_safetensors(weights, partial, dtype)
     return weights
 
@@ -180,7 +177,7 @@ def to_stablehlo(
     plan = state.blueprint(config, one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
-    with new_directory(directory) as partial:
+    with places.new_directory(directory) as partial:
         metadata = export.metadata_of(config, step, "ema" if ema and not checkpoints.imported(step) else "raw")
         export_program.write_program(partial, plan, params, frozen, metadata, platforms)
     return step
@@ -203,7 +200,7 @@ def ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tupl
 
 
 def _write_average(out: Path, made: averaging.Average) -> None:
-    with new_directory(out) as partial:
+    with places.new_directory(out) as partial:
         _write_workdir(partial, made.config, made.params, made.frozen)
 
 
@@ -212,30 +209,6 @@ def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: st
     checkpoints = Checkpoints(workdir, config.checkpoint)
     checkpoints.save_weights(params, frozen)
     checkpoints.close()
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `path` once all of it is there."""
-    partial = path.absolute().parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write that becomes `path` once all of it is there."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _report(weights: export.Weights, target: Path) -> None:

@@ -45,7 +45,7 @@ from lina_jax import (
     study,
 )
 from lina_jax import mesh as mesh_lib
-from lina_jax.checkpoint import Checkpoints, load_config, write_json
+from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, SampleConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
@@ -184,7 +184,7 @@ def _main(values: flags.FlagValues) -> None:
     if jax.process_index() != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "score.json", result)
+    places.write_json(out / "score.json", result)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, strips)
     shutil.rmtree(out / "work", ignore_errors=True)  # what a kill would have needed

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lina_jax import mesh, published_names, state, torch_layout
+from lina_jax import mesh, places, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
@@ -72,7 +72,7 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
     """The published layout, into an empty directory: transformer/, scheduler/ and model_index.json."""
     transformer, config = directory / "transformer", weights.config
     transformer.mkdir()
-    _write_json(transformer / "config.json", published_names.transformer_config(config))
+    places.write_json(transformer / "config.json", published_names.transformer_config(config))
     table = {entry.key: entry for entry in torch_layout.entries(config.model)}
     leaves = {path: np.broadcast_to(np.float32(0), array.shape) for path, array in weights.arrays.items()}
     shapes = {key: entry.to_torch(leaves[entry.path]).shape for key, entry in table.items()}
@@ -90,7 +90,7 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
     if len(shards) > 1:
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * FLOATS[DTYPES[dtype]].itemsize
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        _write_json(
+        places.write_json(
             transformer / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
         )
     scheduler = {
@@ -99,13 +99,13 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
         "shift": config.loss.shift,
     }
     (directory / "scheduler").mkdir()
-    _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    places.write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "NOVAC2IPipeline" if config.model.condition == "class" else "NOVAPipeline",
         "transformer": [published_names.module_of(config.model), "NOVATransformer3DModel"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
-    _write_json(directory / "model_index.json", index)
+    places.write_json(directory / "model_index.json", index)
 
 
 def to_safetensors(weights: Weights, path: Path, dtype: str) -> None:
@@ -127,7 +127,3 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, most: float) -
         shards[-1].append(key)
         size += bytes_of_tensor
     return shards
-
-
-def _write_json(path: Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

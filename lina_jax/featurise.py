@@ -6,7 +6,6 @@ that of one among a thousand are the same, and so are the features, to the bit.
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lina_jax import mesh as mesh_lib
+from lina_jax import places
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
 from lina_jax.models import inception
@@ -78,9 +78,8 @@ class Done:
             print(f"{directory} is of another evaluation that was not finished: it is replaced", file=sys.stderr)
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        partial = about.with_suffix(".partial")
-        partial.write_text(facts)
-        os.replace(partial, about)
+        with places.new_file(about) as partial:
+            partial.write_text(facts)
         while self._file(self.count).exists():
             self.count += 1
 
@@ -101,11 +100,8 @@ class Done:
 
     def add(self, chunk: Chunk) -> None:
         if self._directory:
-            path = self._file(chunk.start // CHUNK)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with places.new_file(self._file(chunk.start // CHUNK)) as partial, partial.open("wb") as file:
                 np.savez(file, **chunk.features._asdict(), images=chunk.images)
-            os.replace(partial, path)
 
 
 def chunks(

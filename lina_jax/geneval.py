@@ -20,9 +20,8 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from tqdm import tqdm
 
-from lina_jax import image_sources, pictures, sample
+from lina_jax import image_sources, pictures, places, sample
 from lina_jax import mesh as mesh_lib
-from lina_jax.checkpoint import write_json
 from lina_jax.config import SampleConfig
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, Tree
@@ -147,7 +146,7 @@ def _prepare(out: Path, prompts: Sequence[Prompt], facts: dict[str, Any]) -> Non
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds files that are not of this command: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(about, facts)
+    places.write_json(about, facts)
     for number, prompt in enumerate(prompts):
         folder = out / f"{number:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)

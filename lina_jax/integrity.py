@@ -1,7 +1,6 @@
 """Whether the files of a checkpoint are those that were saved: their sizes and CRC-32, in a file beside them."""
 
 import json
-import os
 import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from lina_jax import places
 
 DIGESTS = "digests.json"
 _PIECE = 2**24
@@ -23,9 +24,7 @@ def record(folder: Path) -> None:
     paths = [path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file()]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
-    partial = folder / f"{DIGESTS}.partial"
-    partial.write_text(json.dumps(dict(sorted(digests.items())), indent=0) + "\n")
-    os.replace(partial, folder / DIGESTS)
+    places.write_json(folder / DIGESTS, dict(sorted(digests.items())))
 
 
 def damage(folder: Path, items: Collection[str]) -> str:

@@ -1,12 +1,13 @@
 """Images on paper: captioned grids as PNG."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lina_jax import places
 
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
 
@@ -33,8 +34,6 @@ def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int
 
 
 def save(path: Path, image: np.ndarray) -> None:
-    """Write a PNG so that no half-written one is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(image).save(partial, "PNG")
-    os.replace(partial, path)
+    """Write a PNG."""
+    with places.new_file(path) as partial:
+        Image.fromarray(image).save(partial, "PNG")

@@ -1,7 +1,13 @@
-"""Directories that are to be written, looked at before work is done for nothing."""
+"""Where results go: looked at before work is done for nothing, and never seen half-written."""
 
+import contextlib
+import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lina_jax.errors import UserError
 
@@ -18,6 +24,40 @@ def check(flag: str, directory: Path) -> None:
 def writable(directory: Path) -> bool:
     """Whether files can be made in a directory that is there or can be made."""
     return os.access(_nearest(directory), os.W_OK | os.X_OK)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `path`, which is empty or not there, once all of it is written."""
+    partial = _beside(path.absolute())
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path`, whatever was there, once all of it is written."""
+    partial = _beside(path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process has, in the same file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def _nearest(directory: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lina_jax import featurise
+from lina_jax import featurise, places
 from lina_jax.errors import UserError
 from lina_jax.featurise import Done, Network
 from lina_jax.image_metrics import Frechet, Gaussian, Moments
@@ -117,9 +116,10 @@ def write_npz(
     path: Path, arrays: Mapping[str, np.ndarray], images: Mapping[str, tuple[tuple[int, ...], Iterable[np.ndarray]]]
 ) -> None:
     """An npz file of arrays, and of uint8 images (N, H, W, 3) that come in portions and never are in memory at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        places.new_file(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for name, (shape, portions) in images.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -128,4 +128,3 @@ def write_npz(
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-    os.replace(partial, path)

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import math
-import os
 import platform
 import shlex
 import sys
@@ -18,7 +17,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 import lina_jax
-from lina_jax import generate, metrics, pictures, sample
+from lina_jax import generate, metrics, pictures, places, sample
 from lina_jax.checkpoint import load_config
 from lina_jax.config import SampleConfig, flatten
 from lina_jax.image_sources import placed
@@ -82,10 +81,8 @@ def write(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "index.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, directory / "index.html")
+    with places.new_file(directory / "index.html") as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 _WEIGHTS = {"ema": "average of the parameters (EMA)", "raw": "the parameters themselves"}

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
+from lina_jax import places
 from lina_jax.checkpoint import load_config
 from lina_jax.config import ModelConfig
 from lina_jax.errors import UserError
@@ -199,9 +199,8 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
         axes.legend(fontsize=7)
     both[0].set_ylabel("validation loss (EMA)")
     figure.tight_layout()
-    partial = picture.with_suffix(".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, picture)
+    with places.new_file(picture) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
     return laws
 
@@ -252,9 +251,7 @@ def _told(values: Sequence[float]) -> str:
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with places.new_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-    os.replace(partial, path)

@@ -40,7 +40,7 @@ from lina_jax import (
     state,
     warm_start,
 )
-from lina_jax.checkpoint import Checkpoints, check_config, write_config, write_json
+from lina_jax.checkpoint import Checkpoints, check_config, write_config
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
@@ -76,7 +76,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         return run
     write_config(workdir, config)
     if warm and jax.process_index() == 0:
-        write_json(workdir / "init_from.json", warm)
+        places.write_json(workdir / "init_from.json", warm)
         print(warm_start.table(warm), file=sys.stderr)
     if not resumed:
         checkpoints.save(run)

@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from lina_jax import records
+from lina_jax import places, records
 from lina_jax.errors import UserError
 from lina_jax.records import Shard, Shards
 from lina_jax.sources.base import Reject, Source
@@ -56,7 +56,7 @@ class WorkDirectory:
                 raise UserError(f"{source.name} has changed since {self.path} was begun: remove that directory")
         else:
             self._units.mkdir(parents=True, exist_ok=True)
-            _write(begun, dict(settings) | {"collection": collection})
+            places.write_json(begun, dict(settings) | {"collection": collection})
 
     def receipt(self, number: int) -> Receipt | None:
         """What came of a unit; None while it is not finished."""
@@ -102,7 +102,7 @@ class WorkDirectory:
                     splits[split] = Shards(partial / split, shard_bytes)
                 splits[split].append(serialize(record))
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
-        _write(
+        places.write_json(
             partial / "receipt.json", {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
         )
         with contextlib.suppress(OSError):  # another process was told to make the same unit, and was faster
@@ -132,7 +132,7 @@ class WorkDirectory:
                 for number in range(len(receipts)):
                     joined.write((self._place(number) / "rejects.jsonl").read_bytes())
             os.replace(mine / "rejects.jsonl", self.path / "rejects.jsonl")
-            _write(self.path / "prepare.json", dict(summary))
+            places.write_json(self.path / "prepare.json", dict(summary))
         self.path.rename(self.out)  # replaces an empty directory and refuses any other
         clean(self.out)
 
@@ -180,10 +180,3 @@ def _mine(directory: Path) -> Iterator[Path]:
         yield mine
     finally:
         shutil.rmtree(mine, ignore_errors=True)
-
-
-def _write(path: Path, content: Any) -> None:
-    """JSON that is never seen half-written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
