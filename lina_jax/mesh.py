@@ -38,7 +38,8 @@ WHOLE_TILES = 32
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
 
-    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES.
+    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES, and
+    between GPUs those of a process, else all of them.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
     fit the slices of a TPU (or, between GPUs, the processes).
@@ -47,7 +48,12 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if sizes["fsdp"] == 0:
         left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
-        sizes["fsdp"] = math.gcd(left, WHOLE_TILES) if sizes["data"] == -1 else left
+        near = (
+            len(devices)
+            if devices[0].platform == "tpu"
+            else sum(d.process_index == devices[0].process_index for d in devices)
+        )
+        sizes["fsdp"] = math.gcd(left, WHOLE_TILES, near) if sizes["data"] == -1 else left
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}

@@ -150,17 +150,18 @@ def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "made"),
+    ("sizes", "processes", "made"),
     [
-        ({}, {"data": 3, "fsdp": 32}),
-        ({"data": 1}, {"data": 1, "fsdp": 96}),
-        ({"data": 8, "sequence": 4}, {"data": 8, "fsdp": 3, "sequence": 4}),
-        ({"replica": 2}, {"replica": 2, "data": 3, "fsdp": 16}),
+        ({}, 1, {"data": 3, "fsdp": 32}),
+        ({}, 12, {"data": 12, "fsdp": 8}),
+        ({"data": 1}, 12, {"data": 1, "fsdp": 96}),
+        ({"data": 8, "sequence": 4}, 1, {"data": 8, "fsdp": 3, "sequence": 4}),
+        ({"replica": 2}, 1, {"replica": 2, "data": 3, "fsdp": 16}),
     ],
     ids=str,
 )
-def test_fsdp_of_zero_is_chosen_from_the_devices_that_are_left(sizes, made):
-    shape = mesh.build(MeshConfig(fsdp=0, **sizes), chips(1, 1, 96)).shape
+def test_fsdp_of_zero_is_chosen_from_the_devices_that_are_left(sizes, processes, made):
+    shape = mesh.build(MeshConfig(fsdp=0, **sizes), chips(1, processes, 96)).shape
     assert shape == {"replica": 1, "sequence": 1, "tensor": 1} | made
 
 
