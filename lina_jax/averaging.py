@@ -65,7 +65,7 @@ def mean(workdir: Path, last: int) -> Average:
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     steps = checkpoints.steps()[-last:] if last > 0 else []
     if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: {workdir} has {len(checkpoints.steps())} checkpoints")
+        raise UserError(f"--average={last}: expected 1 to {len(checkpoints.steps())}, the checkpoints of {workdir}")
     snapshots = [Snapshot(step, 0, ema=False) for step in steps]
     return Average(config, *_combined(config, checkpoints, snapshots, [1 / last] * last), steps)
 

@@ -125,6 +125,8 @@ def to_safetensors(
     workdir: Path, file: Path, *, ema: bool = True, step: int | None = None, dtype: str = "float32"
 ) -> export.Weights:
     """A workdir's weights, which are returned, as one file. Raises UserError."""
+    if file.is_dir():
+        raise UserError(f"--to_safetensors={file}: is a directory, expected the name of a file")
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
     with places.new_file(file) as partial:
@@ -219,6 +221,7 @@ def _report(weights: export.Weights, target: Path) -> None:
 OPERATIONS = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "ema_decay", "describe")
 EXPORTS = ("to_torch", "to_safetensors", "to_stablehlo")
 OPTIONS = {
+    "workdir": OPERATIONS[:-1],
     "config": ("from_torch",),
     "raw": EXPORTS,
     "checkpoint": (*EXPORTS, "ema_decay"),
@@ -241,10 +244,12 @@ def _operation(values: flags.FlagValues) -> str:
     for option, takers in OPTIONS.items():
         if values[option].present and operation not in takers:
             raise UserError(f"--{option} goes with --{', --'.join(takers)}, not with --{operation}")
-    needed = {"workdir": OPERATIONS[:-1], "out": OPTIONS["out"]}
-    for option, takers in needed.items():
-        if operation in takers and not values[option].value:
+    for option in ("workdir", "out"):
+        if operation in OPTIONS[option] and not values[option].value:
             raise UserError(f"--{operation} needs --{option}=DIR")
+    for name in (operation, "diff"):
+        if values[name].value == "":  # as an unset variable of a shell gives; it would be the directory we are in
+            raise UserError(f"--{name}= is empty, expected a path")
     return operation
 
 

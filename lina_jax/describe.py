@@ -3,6 +3,7 @@
 Workdirs and single checkpoints of them, published pipelines and their parts, files of weights, exported programs.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ from lina_jax import export, export_program, published, torch_layout
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
-from lina_jax.torch_files import FLOATS, Tensors, open_file, read_json
+from lina_jax.torch_files import FLOATS, OWN_NAMES, Tensors, open_file, read_json
 
 SHOWN = 20  # differing tensors, the largest differences first
 
@@ -43,11 +44,12 @@ def open_content(path: Path) -> Content:
         return _workdir(path, None)
     if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
         return _workdir(path.parent.parent, int(path.name))
-    if (path / export_program.PROGRAM).is_file():
-        return _program(path)
+    exported = path.parent if path.name in (export_program.PROGRAM, export_program.WEIGHTS) else path
+    if (exported / export_program.PROGRAM).is_file():
+        return _program(exported)
     if path.is_file() and path.suffix == ".safetensors":
         tensors = open_file(path)
-        if tensors.metadata.get("format") == "lina_jax":
+        if tensors.metadata.get("format") == OWN_NAMES:
             return _plain_file(path, tensors)
     return _published(path)
 
@@ -174,18 +176,20 @@ def difference(path: Path, other: Path) -> str:
         a, b = (c if c.published else _as_published(c) for c in (a, b))
     lines += [f"only in {place}: {name}" for place, name in _unshared((path, a.tensors), (other, b.tensors))]
     common, equal, differing = [name for name in a.tensors if name in b.tensors], 0, []
+    recast = collections.defaultdict(list)
     for name in common:
         (shape, dtype), (other_shape, other_dtype) = a.tensors[name], b.tensors[name]
         if shape != other_shape:
             lines.append(f"{name}: {shape} | {other_shape}")
             continue
         if dtype != other_dtype:
-            lines.append(f"{name}: {dtype} | {other_dtype}")
+            recast[f"{dtype} | {other_dtype}"].append(name)
         x, y = (np.asarray(content.read(name), np.float32) for content in (a, b))
         if np.array_equal(x, y):
             equal += 1
         else:
             differing.append((float(np.max(np.abs(x - y))), name))
+    lines += [f"{len(names)} tensors, first {names[0]}: {said}" for said, names in recast.items()]
     differing.sort(reverse=True)
     lines += [f"{name}: values differ by up to {most:.3g}" for most, name in differing[:SHOWN]]
     if len(differing) > SHOWN:

@@ -12,7 +12,7 @@ from lina_jax import mesh, places, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config
 from lina_jax.errors import UserError
-from lina_jax.torch_files import FLOATS, write_file
+from lina_jax.torch_files import FLOATS, OWN_NAMES, write_file
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 STEM = "diffusion_pytorch_model"
@@ -37,6 +37,9 @@ def metadata_of(config: Config, step: int, kind: str) -> dict[str, str]:
     fields = dataclasses.asdict(config)
     for group in ("autoencoder", "text_encoder", "data", "init_from"):
         fields[group]["path"] = ""
+    fields["data"]["cache"] = ""
+    for name in ("inception", "reference"):  # files that eval.images needs: their names are no secret
+        fields["eval"][name] = Path(fields["eval"][name]).name
     return {"config": json.dumps(fields), "step": str(step), "weights": kind}
 
 
@@ -112,7 +115,7 @@ def to_safetensors(weights: Weights, path: Path, dtype: str) -> None:
     """All arrays, trained and frozen, in one file under their names here."""
     arrays = {"/".join(name): array for name, array in sorted(weights.arrays.items())}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    metadata = {"format": "lina_jax", **weights.metadata}
+    metadata = {"format": OWN_NAMES, **weights.metadata}
     write_file(path, shapes, DTYPES[dtype], lambda name: np.asarray(arrays[name]), metadata)
 
 

@@ -5,6 +5,7 @@ what it knows, and every contradiction is named.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -17,8 +18,13 @@ from lina_jax.config import Config, ModelConfig
 from lina_jax.encoders import describe_autoencoder
 from lina_jax.errors import UserError
 from lina_jax.published_names import HEADS, variant_of
-from lina_jax.torch_files import Pickled, Tensors, open_bin, open_file, open_weights, read_json
+from lina_jax.torch_files import OWN_NAMES, Pickled, Tensors, open_bin, open_file, open_weights, read_json
 
+# Axes of the tensors of attention that tell what kind it is.
+ATTENTION_RANKS = {
+    **dict.fromkeys(("key_scale", "value_scale", "key_scale_gamma", "key_scale_tau", "dw_conv.weight"), 4),
+    "key_gate.weight": 2,
+}
 TEXT_SAMPLING = {"steps": 128, "guidance": 7.0, "guidance_schedule": "constant"}  # of the published evaluation
 
 
@@ -41,7 +47,8 @@ class Pipeline:
             config = json.loads(self.tensors.metadata.get("config", "{}"))
         except ValueError as error:
             raise UserError(f"{self.source}: the config in its metadata is not valid JSON ({error})") from error
-        return config if isinstance(config, dict) and isinstance(config.get("model"), dict) else {}
+        groups = ("model", "autoencoder")
+        return config if isinstance(config, dict) and all(isinstance(config.get(g), dict) for g in groups) else {}
 
 
 def open_pipeline(path: Path) -> Pipeline:
@@ -56,6 +63,8 @@ def open_pipeline(path: Path) -> Pipeline:
         tensors = open_weights(folder)
     else:
         raise UserError(f"{path}: no such file or directory")
+    if tensors.metadata.get("format") == OWN_NAMES:
+        raise UserError(f"{source}: arrays under our own names, as --to_safetensors writes; --to_torch's come in again")
     root = folder.parent if folder.name == "transformer" else folder
 
     def content(path: Path) -> Mapping[str, Any]:
@@ -128,18 +137,20 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
         raise UserError(f"{pipeline.source}: not one model; " + "; ".join(problems))
     if not given:
         _require(pipeline, facts)
-    return _config(pipeline, facts, given, autoencoder), assumed
+    try:
+        return _config(pipeline, facts, given, autoencoder), assumed
+    except UserError as error:
+        raise UserError(f"{pipeline.source}: {error}") from error
 
 
 def _from_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Fields of ModelConfig that names and shapes of published tensors tell."""
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if key not in shapes:
-            raise UserError(f"{source}: not a LINA or NOVA transformer: it has no {key}")
-        if len(shapes[key]) != rank:
-            raise UserError(f"{source}: {key} is {shapes[key]}, expected {rank} axes")
-        return shapes[key]
+    for key in shapes:
+        name = key.rpartition(".attn.")[2]
+        if name in ATTENTION_RANKS:
+            _shape(source, shapes, key, ATTENTION_RANKS[name])
+    shape = functools.partial(_shape, source, shapes)
 
     width, channels, patch, _ = shape("image_encoder.patch_embed.proj.weight", 4)
     block = "image_encoder.blocks.0"
@@ -160,6 +171,15 @@ def _from_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     else:
         fields |= {"condition": "class", "num_classes": shape("label_embed.weight", 2)[0] - 1}
     return fields | _variant(shapes, depth)
+
+
+def _shape(source: Path, shapes: Mapping[str, tuple[int, ...]], key: str, rank: int) -> tuple[int, ...]:
+    """Of a tensor that every model has. Raises UserError unless it is there, with `rank` axes and with values."""
+    if key not in shapes:
+        raise UserError(f"{source}: not a LINA or NOVA transformer: it has no {key}")
+    if len(shapes[key]) != rank or 0 in shapes[key]:
+        raise UserError(f"{source}: {key} is {shapes[key]}, expected {rank} axes, none of them empty")
+    return shapes[key]
 
 
 def _count(shapes: Mapping[str, Any], stack: str) -> int:
@@ -203,10 +223,8 @@ def _variant(shapes: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, Any
 
 def _gate_length(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Tokens of condition and image, of which each has a gate."""
-    names = ("key_scale", "value_scale", "key_scale_gamma")
-    return next(
-        (s[2] for k, s in shapes.items() if k.endswith(tuple(f".attn.{n}" for n in names)) and len(s) == 4), None
-    )
+    names = tuple(f".attn.{name}" for name in ("key_scale", "value_scale", "key_scale_gamma"))
+    return next((shape[2] for key, shape in shapes.items() if key.endswith(names)), None)
 
 
 def _from_transformer(raw: Mapping[str, Any], text: bool) -> dict[str, Any]:
@@ -239,6 +257,7 @@ def _from_transformer(raw: Mapping[str, Any], text: bool) -> dict[str, Any]:
 
 def _from_arch(arch: Any) -> dict[str, int]:
     """['vit_d16w768', 'vit_d32w768', 'mlp_d6w768']: depth and width of condition blocks, image blocks, head."""
+    arch = arch if isinstance(arch, list) else [arch]
     parts = [
         re.fullmatch(rf"{kind}_d(\d+)w(\d+)", str(name))
         for kind, name in zip(("vit", "vit", "mlp"), arch, strict=False)
@@ -351,7 +370,7 @@ def _config(pipeline: Pipeline, facts: Facts, given: Config | None, autoencoder:
         fields["model"] |= {name.removeprefix("model."): value for name, value in facts.values.items()}
         if fields["model"]["condition"] == "text":
             fields["sample"] |= TEXT_SAMPLING
-        fields["loss"]["shift"] = float(pipeline.scheduler.get("shift", 1.0))
+        fields["loss"]["shift"] = pipeline.scheduler.get("shift", 1.0)
     path = fields["autoencoder"]["path"]
     fields["autoencoder"] |= autoencoder
     if path:

@@ -15,6 +15,7 @@ from lina_jax.errors import UserError
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 BIN_FILES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+OWN_NAMES = "lina_jax"  # "format" in the metadata of files whose arrays have our names, not published ones
 COUNTER = ".num_batches_tracked"  # of batch norms in training: an integer that no network computes with
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -167,8 +168,8 @@ class Pickled(Mapping[str, np.ndarray]):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         kinds = {name: str(tensor.dtype) for name, tensor in self._tensors.items()}
-        if others := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in names]:
-            raise UserError(f"{path}: not of type {', '.join(FLOATS)}: {', '.join(others)}")
+        if others := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in names]:
+            raise UserError(f"{path}: tensor {others[0]}, not one of {', '.join(FLOATS)}")
         self.dtypes = {name: names[kind] for name, kind in kinds.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -203,8 +204,12 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
             f"{path}: not a whole file of PyTorch weights alone ({type(error).__name__}): damaged, or it holds other "
             "objects than tensors, which are never loaded"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
+    if odd := [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise UserError(f"{path}: {len(odd)} tensors are sparse or without values, first {odd[0]}")
     return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
 
 

@@ -66,6 +66,13 @@ def test_what_differs_is_told(place, tmp_path):
     assert said[-1] == "129 tensors in both, 128 with equal values"
 
 
+def test_types_that_differ_are_told_in_one_line(place, tmp_path):
+    convert.to_torch(place / "run", tmp_path / "half", dtype="bfloat16")
+    said = describe.difference(place / "out", tmp_path / "half").splitlines()
+    (line,) = [line for line in said if "float32 | bfloat16" in line]
+    assert line.startswith("129 tensors, first ")
+
+
 @pytest.mark.parametrize(
     ("write", "kind"), [(write_autoencoder, "AutoencoderKL"), (write_phi, "PhiForCausalLM")], ids=["vae", "text"]
 )

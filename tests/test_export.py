@@ -70,9 +70,26 @@ def test_a_plain_file_holds_arrays_config_and_step(c2i_run, tmp_path):
         metadata = opened.metadata()
     assert freeze(json.loads(metadata["config"])).model == load_config(c2i_run).model
     assert metadata["step"] == "0"
+    with pytest.raises(UserError, match="arrays under our own names"):
+        convert.from_torch(file, tmp_path / "again")
     arrays = load_file(file)
     assert arrays.keys() == {"/".join(path) for path in weights.arrays}
     assert all(np.array_equal(arrays["/".join(path)], array) for path, array in weights.arrays.items())
+
+
+def test_places_of_this_machine_stay_here(tiny):
+    """In the metadata; the rest of the config is whole and valid."""
+    secret = {"path": "/secret/a", "cache": "/secret/b"}
+    evaluation = {"images": 8, "inception": "/secret/inception.pth", "reference": "/secret/reference.npz"}
+    config = tiny(data=secret, eval=evaluation, autoencoder={"path": "/secret/c"}, init_from={"path": "/secret/d"})
+    metadata = export.metadata_of(config, 3, "ema")
+    assert "secret" not in metadata["config"]
+    assert freeze(json.loads(metadata["config"])).eval.inception == "inception.pth"
+
+
+def test_a_directory_is_no_file_to_write(c2i_run, tmp_path):
+    with pytest.raises(UserError, match="is a directory, expected the name of a file"):
+        convert.to_safetensors(c2i_run, tmp_path)
 
 
 def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tmp_path):
@@ -154,6 +171,8 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
 def test_a_sampling_program_is_described_and_compared(tiny_run, program, tmp_path):
     text = describe.describe(program).splitlines()
     assert text[0] == f"{program}: sampling program and its weights: raw"
+    for part in ("sample.stablehlo", "weights.safetensors"):  # stands for all of it
+        assert describe.describe(program / part).splitlines()[1:] == text[1:]
     assert {"step: 3", 'platforms: ["cpu", "cuda", "tpu"]', "config.model.width = 32"} <= set(text)
     convert.to_safetensors(tiny_run, tmp_path / "raw.safetensors", ema=False)
     convert.to_torch(tiny_run, tmp_path / "torch", ema=False)
@@ -170,8 +189,16 @@ def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
             convert.to_stablehlo(tiny_run, tmp_path / "out", platforms=platforms)
 
 
-def test_an_option_that_would_be_ignored_is_refused(c2i_run, run_module, tmp_path):
-    result = run_module("convert", f"--workdir={c2i_run}", "--average=1", f"--out={tmp_path / 'out'}", "--raw")
-    assert result.returncode == 2
-    assert result.stderr == "error: --raw goes with --to_torch, --to_safetensors, --to_stablehlo, not with --average\n"
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--average=1", "--out=out", "--raw"],
+         "--raw goes with --to_torch, --to_safetensors, --to_stablehlo, not with --average"),
+        (["--describe=."], "--workdir goes with --from_torch, --to_torch, --to_safetensors, --to_stablehlo, "
+                           "--average, --ema_decay, not with --describe"),
+        (["--to_torch="], "--to_torch= is empty, expected a path"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(flags, message, c2i_run, run_module):
+    result = run_module("convert", f"--workdir={c2i_run}", *flags)
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")

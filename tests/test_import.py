@@ -128,9 +128,26 @@ def lose_reshape_and_add(tensors) -> None:
     tensors["motion_embed.weight"] = np.zeros(3, np.float32)
 
 
-def wrong_grid(source: Path) -> None:
-    path = source / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_base_size": [12, 12]}))
+def change_config(**fields):
+    def damage(source: Path) -> None:
+        path = source / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return damage
+
+
+def shift_in_words(source: Path) -> None:
+    (source / "scheduler").mkdir()
+    (source / "scheduler" / "scheduler_config.json").write_text('{"shift": "three"}')
+
+
+def reshape(end: str, shape: tuple[int, ...]):
+    """All tensors whose names end so, to zeros of another shape."""
+
+    def change(tensors) -> None:
+        tensors |= {name: np.zeros(shape, np.float32) for name in tensors if name.endswith(end)}
+
+    return change_weights(change)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +160,14 @@ def wrong_grid(source: Path) -> None:
         (change_weights(spoil_two), ["not finite in ", "image_encoder.norm.bias", "image_decoder.head.bias"]),
         (change_weights(lose_reshape_and_add), ["unexpected: motion_embed.weight", "image_encoder.norm.bias is (7,)",
                                                 "missing: image_encoder.blocks.1.norm1.weight"]),
-        (wrong_grid, ["model.image_grid: (12, 12) by config.json, (16, 16) by config.json (image_size)",
-                      "(12, 12) and (8, 8), gates of 320 tokens"]),
+        (change_config(image_base_size=[12, 12]),
+         ["model.image_grid: (12, 12) by config.json, (16, 16) by config.json (image_size)",
+          "(12, 12) and (8, 8), gates of 320 tokens"]),
+        (change_config(arch=5), ["config.json: arch=[5]: expected three names"]),
+        (shift_in_words, ["transformer: loss.shift='three': expected float"]),
+        (reshape(".key_scale", ()), ["attn.key_scale is (), expected 4 axes"]),
+        (reshape(".dw_conv.weight", (800,)), ["attn.dw_conv.weight is (800,), expected 4 axes"]),
+        (reshape("encoder.patch_embed.proj.weight", (0, 4, 2, 2)), ["is (0, 4, 2, 2), expected 4 axes, none"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_leaves_nothing(damage, parts, tmp_path):
@@ -229,6 +252,22 @@ def test_bin_files_hold_what_safetensors_hold(shards, tmp_path):
         (folder / names[2]).unlink()
         with pytest.raises(UserError, match=f"1 of 3 files are absent: {names[2]}"):
             convert.from_torch(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda torch, table: {1: table}, "expected a state dict"),
+        (lambda torch, table: {"table": table.to_sparse()}, "1 tensors are sparse or without values, first table"),
+        (lambda torch, table: {"table": table.to("meta")}, "1 tensors are sparse or without values, first table"),
+        (lambda torch, table: {"table": table.double()}, "tensor table is torch.float64, not one of F32, F16, BF16"),
+    ],
+)
+def test_bin_files_of_other_things_are_refused(change, message, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(change(torch, torch.ones(3, 3)), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        convert.from_torch(tmp_path, tmp_path / "run")
 
 
 def test_bin_files_run_no_code(tmp_path):
