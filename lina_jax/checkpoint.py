@@ -255,6 +255,8 @@ class _NamedFailure:
         gone = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1  # another process, not a disk
         if isinstance(error, Exception) and not isinstance(error, UserError) and not gone:
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
+            if " [os_error_code=" in first:  # before it stands where and what was written, at length
+                first = first.partition(" [os_error_code=")[0].rpartition(": ")[2]
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
 
 

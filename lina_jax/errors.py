@@ -71,6 +71,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
 
     # When one read of a checkpoint fails, orbax abandons the others; they would tell of it at length, each in its way.
     sys.unraisablehook = _without_abandoned_reads
+    absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         app.run(guarded, flags_parser=_parse_flags)
@@ -114,6 +115,11 @@ def leave(line: str, code: int) -> NoReturn:
             stream.flush()
     # Not sys.exit: tearing the interpreter down while XLA still compiles is a segmentation fault.
     os._exit(code)
+
+
+def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
+    """A filter of what orbax logs, once for each of its threads, of an error that it raises again where we wait."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _without_abandoned_reads(unraisable) -> None:

@@ -32,7 +32,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     partial = _beside(path.absolute())
     try:
         partial.mkdir(parents=True)
-        yield partial
+        with _naming(path):
+            yield partial
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -44,7 +45,8 @@ def new_file(path: Path) -> Iterator[Path]:
     partial = _beside(path)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
+        with _naming(path):
+            yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -53,6 +55,16 @@ def new_file(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     with new_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says of a write that fails (a full disk) what was written, which such an OSError does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _beside(path: Path) -> Path:

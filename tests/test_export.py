@@ -189,6 +189,18 @@ def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
             convert.to_stablehlo(tiny_run, tmp_path / "out", platforms=platforms)
 
 
+@pytest.mark.parametrize("operation", ["--to_torch", "--to_safetensors", "--average=1 --out"])
+def test_a_disk_that_fills_up_is_one_line(operation, c2i_run, run_module, tmp_path):
+    """No file may grow beyond 100 KiB; the place is named, and nothing is left there."""
+    result = run_module(
+        "convert", f"--workdir={c2i_run}", *f"{operation}={tmp_path / 'out'}".split(),
+        prefix=("bash", "-c", 'ulimit -f 100 && exec "$@"', "bash"),
+    )  # fmt: skip
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and "File too large" in line
+    assert str(tmp_path) in line and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
