@@ -89,6 +89,10 @@ class Checkpoints:
         """Whether the checkpoint is one of `save_weights`."""
         return is_imported(self.directory / str(step))
 
+    def kind(self, step: int, *, ema: bool) -> str:
+        """ema | raw: what `restore_weights` and `restore_some` give of a checkpoint."""
+        return "ema" if ema and not self.imported(step) else "raw"
+
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
         """The state at `step`, laid out as `plan` says, whatever mesh it was saved from.
 
@@ -110,7 +114,7 @@ class Checkpoints:
     def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
         """(parameters or their EMA, frozen arrays, step), nothing else read from disk.
 
-        Where there are weights alone, they are their EMA.
+        Where there are weights alone, they are given, whichever is asked for.
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}

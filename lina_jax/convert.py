@@ -164,8 +164,8 @@ def to_stablehlo(
     platforms: Sequence[str] = export_program.PLATFORMS,
     autoencoder: str = "",
     text_encoder: str = "",
-) -> int:
-    """The program that draws with a workdir's weights, encoders included; their step. Raises UserError.
+) -> tuple[int, str]:
+    """The program that draws with a workdir's weights, encoders included; their step and kind. Raises UserError.
 
     `autoencoder` and `text_encoder` are directories to use in place of those in the config.
     """
@@ -179,10 +179,11 @@ def to_stablehlo(
     plan = state.blueprint(config, one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    kind = checkpoints.kind(step, ema=ema)
     with places.new_directory(directory) as partial:
-        metadata = export.metadata_of(config, step, "ema" if ema and not checkpoints.imported(step) else "raw")
+        metadata = export.metadata_of(config, step, kind)
         export_program.write_program(partial, plan, params, frozen, metadata, platforms)
-    return step
+    return step, kind
 
 
 def average(workdir: Path, out: Path, last: int) -> list[int]:
@@ -213,9 +214,8 @@ def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: st
     checkpoints.close()
 
 
-def _report(weights: export.Weights, target: Path) -> None:
-    kind = "EMA" if weights.kind == "ema" else "parameters themselves"
-    print(f"{target} holds step {weights.step}, the {kind}")
+def _report(target: Path, step: int, kind: str) -> None:
+    print(f"{target} holds step {step}, the {'EMA' if kind == 'ema' else 'parameters themselves'}")
 
 
 OPERATIONS = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "ema_decay", "describe")
@@ -267,11 +267,13 @@ def main(argv: Sequence[str]) -> None:
             lacking = sample.cannot_draw(config)
             print(f"{workdir} holds the weights of {target}" + (f"; to draw, {lacking}" if lacking else ""))
         case "to_torch":
-            _report(to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb), target)
+            weights = to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb)
+            _report(target, weights.step, weights.kind)
         case "to_safetensors":
-            _report(to_safetensors(workdir, target, **which, dtype=values.dtype), target)
+            weights = to_safetensors(workdir, target, **which, dtype=values.dtype)
+            _report(target, weights.step, weights.kind)
         case "to_stablehlo":
-            step = to_stablehlo(
+            step, kind = to_stablehlo(
                 workdir,
                 target,
                 **which,
@@ -279,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
                 autoencoder=values.autoencoder,
                 text_encoder=values.text_encoder,
             )
-            print(f"{target} holds the sampling program and the weights of step {step}")
+            _report(target, step, kind)
         case "average":
             print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
         case "ema_decay":

@@ -59,9 +59,9 @@ def _published(path: Path) -> Content:
     pipeline = published.open_pipeline(path)
     unknown, step = "", pipeline.tensors.metadata.get("step")
     try:
-        config = published.config_of(pipeline, None)[0]
+        config, assumed = published.config_of(pipeline, None)
     except UserError as error:
-        config, unknown = None, str(error)
+        config, unknown, assumed = None, str(error), []
     kind = "published PyTorch layout" + (", exported from here" if pipeline.metadata else "")
     if not any(name.startswith("image_encoder.") for name in pipeline.tensors):
         raw = pipeline.transformer
@@ -70,6 +70,7 @@ def _published(path: Path) -> Content:
     parts = {"vae/": pipeline.vae, "text_encoder/": pipeline.text_encoder}
     notes = [f"beside it: {name}" for name, there in parts.items() if there]
     notes += [f"scheduler: {json.dumps(pipeline.scheduler)}"] if pipeline.scheduler else []
+    notes += [f"assumed, as nothing says otherwise: {assumption}" for assumption in assumed]
     tensors = pipeline.tensors
     return Content(kind, config, unknown, step and int(step), True, _listed(tensors), tensors.__getitem__, tuple(notes))
 

@@ -49,8 +49,7 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     plan = state.blueprint(config, mesh.holding(config.model))
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
-    kind = "ema" if ema and not checkpoints.imported(step) else "raw"
-    return Weights(config, flatten_dict(params) | flatten_dict(frozen), step, kind)
+    return Weights(config, flatten_dict(params) | flatten_dict(frozen), step, checkpoints.kind(step, ema=ema))
 
 
 def check_publishable(workdir: Path) -> None:

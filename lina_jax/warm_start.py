@@ -83,7 +83,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     report = {
         "path": str(donor),
         "step": step,
-        "weights": "ema" if asked.ema and not checkpoints.imported(step) else "raw",
+        "weights": checkpoints.kind(step, ema=asked.ema),
         "rules": {"name": asked.rules, **dataclasses.asdict(rules_of(asked))},
         "config": [line for line in differing if line.startswith(FUNCTION)],
         "arrays": [dataclasses.asdict(decision) for decision in decisions.values()],

@@ -52,6 +52,12 @@ def test_every_format_is_compared(place, other):
         assert said[-1] == "129 tensors in both, 129 with equal values", said
 
 
+def test_what_is_assumed_of_a_bare_file_is_told(place):
+    line = "assumed, as nothing says otherwise: a square image: 16 x 16 tokens, 8 x 8 condition tokens"
+    assert line in describe.describe(place / "bare.safetensors").splitlines()
+    assert line not in describe.describe(place / "in").splitlines()
+
+
 def test_formats_with_our_names_are_compared_by_these(place):
     said = describe.difference(place / "run", place / "plain.safetensors")
     assert said == "81 tensors in both, 81 with equal values"
