@@ -348,11 +348,13 @@ def write_config(workdir: Path, config: Config) -> None:
 
 
 def load_config(workdir: Path) -> Config:
-    """The config that a workdir was trained with. Raises UserError when there is none."""
+    """The config that a workdir was trained with. Raises UserError when there is none, or none that is valid."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training directory: it has no config.json")
     try:
-        return config_lib.freeze(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        return config_lib.freeze(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # no JSON, no text
         raise UserError(f"{path} is corrupt: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

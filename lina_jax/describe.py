@@ -131,6 +131,8 @@ def _told(path: Path, tensors: Tensors) -> tuple[Config, int]:
         return config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: its metadata lack config or step ({error})") from error
+    except UserError as error:
+        raise UserError(f"{path}: the config in its metadata: {error}") from error
 
 
 def describe(path: Path) -> str:

@@ -92,6 +92,23 @@ def test_encoders_are_described_and_compared(write, kind, place, tmp_path):
     assert describe.difference(place / "in", tmp_path / "encoder").endswith("0 tensors in both, 0 with equal values")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is corrupt: 'utf-8' codec"),
+        (b'{"seed": 1,', "is corrupt: Expecting"),
+        (b"[1]", ": config: [1] is not a group of fields"),
+        (b'{"sed": 1}', ": unknown config field sed (did you mean seed?)"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(content, message, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        describe.describe(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}") and message in str(caught.value)
+
+
 def test_what_cannot_be_described_is_named(place, tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         describe.describe(tmp_path / "none")
