@@ -139,6 +139,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _check_members(index: Path, where: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]) -> None:
     if lost := [tensor for tensor, name in where.items() if tensor not in files[name]]:
         raise UserError(f"{index}: {len(lost)} tensors are not in their files, first {lost[0]} in {where[lost[0]]}")
+    held = [(tensor, name) for name, tensors in files.items() for tensor in tensors if not tensor.endswith(COUNTER)]
+    if unlisted := [f"{tensor} of {name}" for tensor, name in held if where.get(tensor) != name]:
+        raise UserError(f"{index}: does not list {len(unlisted)} tensors of its files, first {unlisted[0]}")
 
 
 def open_file(path: Path) -> Tensors:

@@ -308,6 +308,12 @@ def replace(directory, name, text):
     (directory / name).write_text(text)
 
 
+def leave_out(directory, tensor):
+    index = json.loads((directory / VAE_INDEX).read_text())
+    del index["weight_map"][tensor]
+    replace(directory, VAE_INDEX, json.dumps(index))
+
+
 VAE_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 VAE_MISTAKES = {
     "no config": (1, lambda d: (d / "config.json").unlink(), "/config.json: no such file"),
@@ -339,6 +345,10 @@ VAE_MISTAKES = {
     "index of another": (
         2, lambda d: replace(d, VAE_INDEX, (d / VAE_INDEX).read_text().replace("conv_in.bias", "conv_in.bia")),
         f"/{VAE_INDEX}: 2 tensors are not in their files, first decoder.conv_in.bia in diffusion",
+    ),
+    "index that leaves one out": (
+        2, lambda d: leave_out(d, "decoder.conv_in.bias"),
+        f"/{VAE_INDEX}: does not list 1 tensors of its files, first decoder.conv_in.bias of diffusion_pytorch_model-000",
     ),
     "integers": (
         1, lambda d: rewrite(d, lambda t: t.update({"quant_conv.bias": np.zeros(8, np.int8)})),
