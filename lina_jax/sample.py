@@ -8,9 +8,10 @@ Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (wei
 earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed.
 """
 
+import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -24,35 +25,42 @@ from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
-from lina_jax.generate import make_sampler
+from lina_jax.generate import Moment, Stepper
 from lina_jax.state import Blueprint, Tree
 
 
-@dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A compiled program that is called with any number of conditions, in batches of one size."""
+    """Draws any number of conditions, step by step, in batches of one size."""
 
-    plan: Blueprint
-    settings: SampleConfig
-    batch_size: int
-
-    def __post_init__(self):
-        object.__setattr__(self, "_program", make_sampler(self.plan, self.settings))
+    def __init__(self, plan: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
+        """`stepper` is one of this plan, whose programs may be compiled already."""
+        self.plan, self.batch_size = plan, batch_size
+        self.stepper = stepper or Stepper(plan)
+        self.schedule = self.stepper.schedule(settings)
 
     def __call__(
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
     ) -> np.ndarray:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
-        config, images = self.plan.config, []
-        starts = range(0, len(conditions), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=True if jax.process_index() else None, leave=False):
+        batches = self.batches(params, frozen, conditions, seed, first)
+        images = []
+        for moments in tqdm(batches, unit="batch", disable=True if jax.process_index() else None, leave=False):
+            (last,) = collections.deque(moments, maxlen=1)
+            images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+        return np.concatenate(images)[: len(conditions)]
+
+    def batches(
+        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
+    ) -> list[Iterator[Moment]]:
+        """Of each batch its moments, made as they are asked for; the last batch is filled up with its last image."""
+        config, made = self.plan.config, []
+        for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])
-            numbers = first + start + np.arange(self.batch_size)
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
             condition = encode_conditions(config, padded, self.plan.encoders.text)
-            made = self._program(params, frozen, condition, numbers.astype(np.int32), np.int32(seed))
-            images.append(multihost_utils.process_allgather(made, tiled=True)[: len(chunk)])
-        return np.concatenate(images)
+            numbers = first + start + np.arange(self.batch_size)
+            made.append(self.stepper(params, frozen, condition, numbers, seed, self.schedule))
+        return made
 
 
 def encode_conditions(
