@@ -101,7 +101,23 @@ class Previews:
             self._writer.image(step, "preview", picture)
 
 
-MESH_HELP = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+def define_weights_flags() -> None:
+    """Define the flags that say which model draws, and where."""
+    flags.DEFINE_string("workdir", None, "training directory")
+    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
+    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
+    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
+    mesh_help = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+    flags.DEFINE_string("mesh", "", mesh_help)
+
+
+def define_settings_flags() -> None:
+    """Define the flags of `sample_settings`."""
+    flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = none; default: the config's")
+    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
+    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
+    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
 
 
 def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
@@ -276,22 +292,14 @@ def _main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "training directory")
+    define_weights_flags()
+    define_settings_flags()
     flags.DEFINE_multi_string("prompt", [], "text to draw; may be given several times")
     flags.DEFINE_string("prompts_file", None, "file with one prompt a line")
     flags.DEFINE_multi_integer("label", [], "class to draw; may be given several times")
     flags.DEFINE_integer("num", 4, "images of each prompt or label")
     flags.DEFINE_integer("seed", 0, "of decoding order and noise")
-    flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = none; default: the config's")
-    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
-    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
-    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
-    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
-    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_integer("batch_size", 64, "images drawn at once")
-    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
-    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the pictures")
-    flags.DEFINE_string("mesh", "", MESH_HELP)
     hosts.define_flags()
     errors.run(main)
