@@ -20,12 +20,12 @@ from lina_jax.errors import UserError
 from lina_jax.studio import MOST_IMAGES, Progress, Request, Studio
 
 _STYLE = """
-.drawings { display: flex; flex-wrap: wrap; gap: 18px; }
+.drawings { display: flex; flex-wrap: wrap; gap: 14px; }
 .drawings figure { margin: 0; display: flex; gap: 6px; align-items: flex-end; }
-.drawings img { image-rendering: pixelated; border-radius: 3px; }
-.drawings img.picture { width: 200px; }
+.drawings img { image-rendering: pixelated; border: 1px solid #ccc; }
+.drawings img.picture { width: 172px; }
 .drawings img.large { width: auto; max-width: 100%; image-rendering: auto; }
-.drawings img.order { width: 48px; }
+.drawings img.order { width: 40px; }
 .mistake { color: #b3261e; font-weight: 600; }
 """
 # Fonts by their names alone: Gradio's own would be asked of a server.
@@ -35,10 +35,9 @@ _LOCAL = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 def build(studio: Studio) -> gr.Blocks:
     config = studio.config
-    name = studio.workdir.resolve().name
-    with gr.Blocks(title=f"LINA: {name}", analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"LINA: {studio.workdir}", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"## {html.escape(name)}, step {studio.checkpoint}\n"
+            f"## {html.escape(str(studio.workdir))}, step {studio.checkpoint}\n"
             "Tokens are made in random order, set by set. Framed: the latest set. Beside a picture: the order, from "
             "dark to light."
         )
@@ -53,7 +52,7 @@ def build(studio: Studio) -> gr.Blocks:
             steps = gr.Number(config.sample.steps, label=f"Steps, 1 to {config.model.image_tokens}", elem_id="steps")
             guidance = gr.Number(config.sample.guidance, label="Guidance, 1 = none", elem_id="guidance")
             num = gr.Number(4, label=f"Pictures, 1 to {MOST_IMAGES}", elem_id="num")
-            pause = gr.Number(0.1, label="Seconds to look at each set", minimum=0, maximum=5, elem_id="pause")
+            pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause, seconds", elem_id="pause")
         status = gr.HTML(elem_id="status", min_height=24)
         drawings = gr.HTML(elem_id="drawings")
         command = gr.Textbox(
@@ -71,7 +70,14 @@ def build(studio: Studio) -> gr.Blocks:
                 yield told, shown or gr.skip(), studio.command(request)
 
         fields = [condition, seed, steps, guidance, num, pause]
-        drawn = button.click(draw, fields, [status, drawings, command], show_progress="hidden", api_name="draw")
+        drawn = button.click(
+            draw,
+            fields,
+            [status, drawings, command],
+            show_progress="minimal",
+            show_progress_on=[status],
+            api_name="draw",
+        )
         stop.click(lambda: "stopped", None, status, cancels=[drawn], queue=False)
     # One drawing at a time: the others wait.
     return blocks.queue(default_concurrency_limit=1)
@@ -107,7 +113,7 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
         shown_at = time.monotonic()
         took = shown_at - begun
         told = f"set {progress.step} of {progress.steps}"
-        yield (f"{told}, {shown_at - started:.1f} s" if finished else told), shown
+        yield (f"{told}: done in {shown_at - started:.1f} s" if finished else told), shown
         if not finished:
             time.sleep(pause)
 

@@ -162,7 +162,7 @@ def _sets(steps: Schedule, rank: np.ndarray) -> np.ndarray:
 
 
 def _whole(name: str, value: object) -> int:
-    if not isinstance(value, int | float) or value != int(value):
+    if not isinstance(value, int | float) or not float(value).is_integer():
         raise UserError(f"--{name}={'' if value is None else value}: expected a whole number")
     return int(value)
 
