@@ -43,8 +43,9 @@ def build(studio: Studio) -> gr.Blocks:
         )
         with gr.Row(equal_height=True):
             condition = _condition(studio)
-            button = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
-            stop = gr.Button("Stop", elem_id="stop", scale=1)
+            with gr.Column(scale=1, min_width=120):
+                button = gr.Button("Draw", variant="primary", elem_id="draw")
+                stop = gr.Button("Stop", elem_id="stop")
         if studio.examples:
             gr.Examples([[text] for text in studio.examples], [condition], label="For example")
         with gr.Row():
@@ -70,15 +71,9 @@ def build(studio: Studio) -> gr.Blocks:
                 yield told, shown or gr.skip(), studio.command(request)
 
         fields = [condition, seed, steps, guidance, num, pause]
-        drawn = button.click(
-            draw,
-            fields,
-            [status, drawings, command],
-            show_progress="minimal",
-            show_progress_on=[status],
-            api_name="draw",
-        )
-        stop.click(lambda: "stopped", None, status, cancels=[drawn], queue=False)
+        asked = button.click(lambda: "waiting for its turn", None, status, queue=False, show_progress="hidden")
+        drawn = asked.then(draw, fields, [status, drawings, command], show_progress="hidden", api_name="draw")
+        stop.click(lambda: "stopped", None, status, cancels=[drawn], queue=False, show_progress="hidden")
     # One drawing at a time: the others wait.
     return blocks.queue(default_concurrency_limit=1)
 

@@ -1,6 +1,7 @@
 """A trained model that draws what is asked of it while someone watches: what stands behind the page of `demo`."""
 
 import collections
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class Studio:
         text_encoder: str = "",
         axes: str = "",
     ):
-        """Raises UserError where there is no model, or it cannot draw."""
+        """`data` names classes and lends captions. Raises UserError where there is no model, or it cannot draw."""
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
         config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
@@ -69,7 +70,12 @@ class Studio:
             axes=mesh.parse(axes),
         )
         self.config, self._batch_size, self._stepper = self._plan.config, batch_size, Stepper(self._plan)
-        self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
+        try:
+            self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
+        except (UserError, OSError, RuntimeError) as error:
+            if data:
+                raise UserError(f"--data={data}: {error}") from error
+            self.class_names, captions = [], []  # the run's own is elsewhere
         texts = (*captions, *config.log.preview_prompts) if config.model.condition == "text" else ()
         self.examples = [text for text in dict.fromkeys(texts) if self._readable(text)][:_EXAMPLES]
         self._ready: set[tuple] = set()
@@ -168,11 +174,9 @@ def _whole(name: str, value: object) -> int:
 
 
 def _of_data(directory: str, split: str) -> tuple[list[str], list[str]]:
-    """(names of the classes, captions) of a dataset; none where it is not at hand."""
-    try:
-        opened = reading.open_split(directory, split)
-        records = [example.parse(opened[i]) for i in range(min(len(opened), _EXAMPLES))]
-    except (UserError, ValueError, OSError, RuntimeError):
-        return [], []
-    captions = [str(record["caption"] or b"", "utf-8") for record in records]
+    """(names of the classes, some captions) of a dataset. Raises UserError, OSError or RuntimeError without one."""
+    opened, captions = reading.open_split(directory, split), []
+    for number in range(min(len(opened), _EXAMPLES)):
+        with contextlib.suppress(ValueError):  # a bad record
+            captions.append(str(example.parse(opened[number])["caption"] or b"", "utf-8"))
     return list(reading.label_names(directory)), [caption for caption in captions if caption]

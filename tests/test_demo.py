@@ -141,6 +141,8 @@ def test_classes_have_the_names_of_the_dataset(tiny, one_device, rough, save_run
     plan = state.blueprint(tiny(model={"num_classes": 2}, data={"path": str(tmp_path / "gone")}), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     assert open_studio(workdir).class_names == []
+    with pytest.raises(UserError, match=f"--data={tmp_path}/gone: .* does not exist"):
+        open_studio(workdir, data=str(tmp_path / "gone"))
     studio = open_studio(workdir, data=str(data))
     assert (studio.class_names, studio.examples) == (["cat", "dog"], [])
     request = studio.request(1, 0, 2, 1.0, 1)

@@ -11,8 +11,10 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+import tiny_dataset
 
-from lina_jax import state
+from lina_jax import mesh, state
+from lina_jax.studio import Studio
 
 pytest.importorskip("gradio", reason="needs the extra test-demo")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra test-demo")
@@ -136,7 +138,11 @@ def test_another_seed_draws_other_pictures(page):
     ("name", "text", "message"),
     [
         ("prompt", " ", "blank: say what to draw"),
-        ("prompt", "a very large red circle <b>on</b> white", "bytes, more than model.text_length=24"),
+        (
+            "prompt",
+            "a ${1 + 1} {{value}} <b>large</b> dot",
+            "prompt 'a ${1 + 1} {{value}} <b>large</b> dot' has 37 bytes",
+        ),
         ("seed", "-1", "--seed=-1: must be in [0, 2**31)"),
         ("steps", "1.5", "--steps=1.5: expected a whole number"),
         ("num", "", "--num=: expected a whole number"),
@@ -159,3 +165,21 @@ def test_nothing_is_asked_of_anyone_else(page, server):
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert asked
     assert [url for url in asked if not url.startswith((server[1], "data:"))] == []
+
+
+def test_classes_are_chosen_by_name(tiny, one_device, rough, save_run, tmp_path, monkeypatch):
+    from lina_jax import page  # here, where there is Gradio
+
+    monkeypatch.setattr(mesh, "build", lambda config: one_device)
+    plan = state.blueprint(tiny(model={"num_classes": 2}), one_device)
+    workdir = save_run(tmp_path / "run", plan, rough(plan))
+
+    def component(data: str) -> dict:
+        made = page.build(Studio(workdir, data=data)).get_config_file()["components"]
+        return next(c for c in made if c["props"].get("elem_id") == "class")
+
+    named = component(str(tiny_dataset.write(tmp_path / "data")))
+    assert named["type"] == "dropdown"
+    assert [tuple(choice) for choice in named["props"]["choices"]] == [("0: cat", 0), ("1: dog", 1)]
+    unnamed = component("")
+    assert (unnamed["type"], unnamed["props"]["label"]) == ("number", "Class, 0 to 1")
