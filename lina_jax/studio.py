@@ -132,10 +132,11 @@ class Studio:
         self._ready.add(_shapes(sampler))
 
     def draw(self, request: Request) -> Iterator[Progress]:
-        """After each step; all batches are made side by side."""
+        """After each step, when it is done; all batches are made side by side."""
         sampler = self.sampler(request)
         rows, columns = self.config.model.image_grid
         for moments in zip(*self._batches(sampler, request), strict=True):
+            jax.block_until_ready([moment.tokens for moment in moments])
             rank = np.concatenate([np.asarray(moment.rank) for moment in moments])[: request.num]
             sets = _sets(sampler.schedule, rank).reshape(request.num, rows, columns)
             yield Progress(moments[0].step, len(sampler.schedule.predicted), sets, moments)

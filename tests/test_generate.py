@@ -1,5 +1,6 @@
 """Pictures are functions of (weights, condition, seed, number), however they are computed; entry points draw them."""
 
+import collections
 import dataclasses
 import json
 from fractions import Fraction
@@ -94,6 +95,16 @@ def test_an_image_does_not_depend_on_the_mesh(plan, weights, images, tiny):
     batch = jax.device_put(({"label": labels}, numbers), mesh.sharding(plan.mesh, "batch"))
     made = generate.make_sampler(plan, plan.config.sample)(params, frozen, *batch, jnp.int32(0))
     assert_equal_to_rounding(np.asarray(made)[:4], images)
+
+
+def test_a_sampler_uses_all_devices(weights, images, tiny):
+    plan = state.blueprint(tiny(), mesh.build(MeshConfig(data=4, fsdp=2)))
+    params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
+    sampler = sample.Sampler(plan, plan.config.sample, sample.batch_for(plan, len(LABELS)))
+    assert_equal_to_rounding(sampler(params, frozen, LABELS.tolist(), seed=0), images)
+    ((last,),) = (collections.deque(b, maxlen=1) for b in sampler.batches(params, frozen, LABELS.tolist(), seed=0))
+    assert len(last.tokens.sharding.device_set) == 8
+    assert last.tokens.addressable_shards[0].data.shape[0] == 1
 
 
 def test_padded_sizes_of_the_visible_set_do_not_change_the_picture(draw, images, plan):
