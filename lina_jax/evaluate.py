@@ -354,7 +354,8 @@ def _quality_of_files(
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "training directory")
+    sample.define_weights_flags()
+    sample.define_settings_flags()
     flags.DEFINE_string("data", None, "dataset whose validation split is used; default: the config's")
     flags.DEFINE_bool("validation", True, "measure the validation loss; it needs the data")
     flags.DEFINE_integer("scenes", 0, "captions of the shapes grammar to draw and check")
@@ -372,16 +373,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("geneval_images", 4, "pictures of each of GenEval's prompts")
     flags.DEFINE_string("study", None, "directory of runs to compare, made by launch/study.sh")
     flags.DEFINE_string("report", None, "directory for a page of all results")
-    flags.DEFINE_float("guidance", None, "classifier-free guidance; default: the config's")
-    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
-    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
-    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
     flags.DEFINE_integer("seed", 0, "of captions, decoding order and noise")
-    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
-    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
-    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
-    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
-    flags.DEFINE_string("mesh", "", sample.MESH_HELP)
     hosts.define_flags()
     errors.run(main)

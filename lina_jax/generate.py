@@ -1,6 +1,9 @@
-"""Set-by-set decoding: one compiled program from conditions to images (spec section 8; paper section 3.1)."""
+"""Set-by-set decoding: one compiled program from conditions to images, or one a step (spec section 8; paper 3.1)."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,24 @@ from lina_jax.models import flow, sequence, vae
 from lina_jax.models.layers import unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Program, Tree
+
+
+class StepInputs(NamedTuple):
+    """The numbers of a decoding step, or of several along a first axis."""
+
+    visible: np.ndarray | jax.Array  # tokens that exist before it
+    predicted: np.ndarray | jax.Array  # tokens that it makes
+    guidance: np.ndarray | jax.Array
+    euler_steps: np.ndarray | jax.Array
+    sigmas: np.ndarray | jax.Array  # (E + 1,) noise levels of its Euler steps
+
+
+class StepShape(NamedTuple):
+    """What a step's program is compiled for: at most so many tokens exist before it, and are made."""
+
+    visible: int
+    predicted: int
+    guided: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +50,13 @@ class Schedule:
     @property
     def guided(self) -> bool:
         return bool(np.any(self.guidance != 1))
+
+    def inputs(self, steps: slice | int) -> StepInputs:
+        return StepInputs(self.visible[steps], self.predicted[steps], self.guidance[steps], self.euler_steps[steps],
+                          self.sigmas[steps])  # fmt: skip
+
+    def shape(self, stage: slice) -> StepShape:
+        return StepShape(int(self.visible[stage].max()), int(self.predicted[stage].max()), self.guided)
 
 
 def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
@@ -51,54 +79,68 @@ def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
     )
 
 
-def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, plan: Schedule) -> jax.Array:
-    """Image tokens (B, N, p*p*C).
+class Draws(NamedTuple):
+    """What stays the same through all decoding steps of B images."""
 
-    order (B, N): a permutation of the tokens per image; noise (B, N, p*p*C): what each token is denoised from, drawn
-    once, since each token is made once. The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
-    """
-    batch, total = order.shape
+    c: jax.Array  # encoded condition (B, ...); guided: (2B, ...), each image's before its unconditional one
+    order: jax.Array  # (B, N), a permutation of the tokens per image
+    rank: jax.Array  # (B, N), its inverse
+    noise: jax.Array  # (B, N, p*p*C), what each token is denoised from: drawn once, since each token is made once
+
+
+def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> Draws:
     c = model.encode_condition(condition)
-    copies = 2 if plan.guided else 1
-    if plan.guided:
+    if guided:
+        batch = order.shape[0]
         other = model.encode_condition(unconditional(model.config, condition))
+        # Neighbours, not halves: so each image and its copy stay on the device that has the image.
         c = jnp.stack([c, jnp.broadcast_to(other, c.shape)], axis=1).reshape(2 * batch, *c.shape[1:])
-    rank = jnp.argsort(order, axis=1)
+    return Draws(c, order, jnp.argsort(order, axis=1), noise)
+
+
+def advance(model: LINA, tokens: jax.Array, draws: Draws, inputs: StepInputs, shape: StepShape) -> jax.Array:
+    """Tokens (B, N, p*p*C) after one more step; those that are not made yet are zero."""
+    c, order, rank, noise = draws
+    batch, total = order.shape
+    count, predicted, guidance, euler, sigmas = inputs
+    copies = 2 if shape.guided else 1
 
     def both(x):
-        # Neighbours, not halves: so each image and its copy stay on the device that has the image.
         return jnp.repeat(x, copies, axis=0)
 
-    def make_step(most_visible: int, width: int):
-        # Slices of the order may run past its end; what lies there is never used.
-        padded = jnp.pad(order, ((0, 0), (0, width)))
+    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, c)
+    # Slices of the order may run past its end; what lies there is never used.
+    padded = jnp.pad(order, ((0, 0), (0, shape.predicted)))
+    ids = jax.lax.dynamic_slice_in_dim(padded, count, shape.predicted, axis=1)
+    z = model.head.embed.condition(sequence.take(z, both(ids)))
+    times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
 
-        def step(tokens, inputs):
-            count, predicted, guidance, euler, sigmas = inputs
-            z = model.encode_image(both(tokens), both(rank >= count), most_visible, c)
-            ids = jax.lax.dynamic_slice_in_dim(padded, count, width, axis=1)
-            z = model.head.embed.condition(sequence.take(z, both(ids)))
-            times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
+    def euler_step(j, x):
+        velocity = model.head(both(x), times[j], z).astype(jnp.float32)
+        if shape.guided:
+            with_condition, without = velocity[::2], velocity[1::2]
+            velocity = without + guidance * (with_condition - without)
+        return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 
-            def euler_step(j, x):
-                velocity = model.head(both(x), times[j], z).astype(jnp.float32)
-                if plan.guided:
-                    with_condition, without = velocity[::2], velocity[1::2]
-                    velocity = without + guidance * (with_condition - without)
-                return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
+    made = jax.lax.fori_loop(0, euler, euler_step, jnp.take_along_axis(noise, ids[..., None], axis=1))
+    rows = jnp.where(jnp.arange(shape.predicted) < predicted, ids, total)
+    return tokens.at[jnp.arange(batch)[:, None], rows].set(made, mode="drop")
 
-            start = plan.temperature * jnp.take_along_axis(noise, ids[..., None], axis=1)
-            made = jax.lax.fori_loop(0, euler, euler_step, start)
-            rows = jnp.where(jnp.arange(width) < predicted, ids, total)
-            return tokens.at[jnp.arange(batch)[:, None], rows].set(made, mode="drop"), None
 
-        return step
+def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, plan: Schedule) -> jax.Array:
+    """Image tokens (B, N, p*p*C); order and noise as in `Draws`, but for the temperature.
 
+    The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
+    """
+    draws = prepare(model, condition, order, plan.temperature * noise, guided=plan.guided)
     tokens = jnp.zeros_like(noise)
-    for steps in plan.stages:
-        inputs = (plan.visible, plan.predicted, plan.guidance, plan.euler_steps, plan.sigmas)
-        step = make_step(int(plan.visible[steps].max()), int(plan.predicted[steps].max()))
-        tokens, _ = jax.lax.scan(step, tokens, tuple(jnp.asarray(x[steps]) for x in inputs))
+
+    def step(shape, tokens, inputs):
+        return advance(model, tokens, draws, inputs, shape), None
+
+    for stage in plan.stages:
+        inputs = jax.tree.map(jnp.asarray, plan.inputs(stage))
+        tokens, _ = jax.lax.scan(functools.partial(step, plan.shape(stage)), tokens, inputs)
     return tokens
 
 
@@ -135,6 +177,61 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
         return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), plan, weights)
 
     return plan.jit(program, plan.encoders.weights)
+
+
+class Moment(NamedTuple):
+    """B images after one of their decoding steps."""
+
+    step: int  # the first is 1
+    tokens: jax.Array  # (B, N, p*p*C); those that are not made yet are zero
+    rank: jax.Array  # (B, N), when each token is made
+
+
+class Stepper:
+    """What `make_sampler` makes, a step at a time, so that images can be seen while they are made.
+
+    Programs are compiled for shapes alone: prompts, seeds, temperatures and guidances (but none) share them; numbers of
+    images and of steps do not. With the quickstart's model on two CPU cores the bits were those of the one program, and
+    the time was within a tenth of its own (1, 4 and 36 images).
+    """
+
+    def __init__(self, plan: Blueprint):
+        config, weights = plan.config, plan.encoders.weights
+
+        def begin(guided, params, frozen, condition, images, seed, temperature, weights):
+            order, noise = image_draws(seed, images, config.model)
+            order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
+            condition = plan.condition(weights, condition)
+            draws = prepare(plan.model(params, frozen), condition, order, temperature * noise, guided=guided)
+            return constrain(jnp.zeros_like(noise), "batch", None, None), draws
+
+        def step(shape, params, frozen, tokens, draws, inputs):
+            tokens = advance(plan.model(params, frozen), tokens, draws, inputs, shape)
+            return constrain(tokens, "batch", None, None)
+
+        self._config = config
+        self._begin = plan.jit(begin, weights, static_argnums=0)
+        self._step = plan.jit(step, static_argnums=0)
+        self._pixels = plan.jit(lambda tokens, weights: to_pixels(tokens, plan, weights), weights)
+
+    def schedule(self, sample: SampleConfig) -> Schedule:
+        return schedule(sample, self._config.model.image_tokens, self._config.loss.shift)
+
+    def __call__(
+        self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, steps: Schedule
+    ) -> Iterator[Moment]:
+        """The moments of images of these numbers (B,), one for each step; the last is of the finished images."""
+        which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
+        tokens, draws = self._begin(steps.guided, params, frozen, condition, *which)
+        for stage in steps.stages:
+            shape = steps.shape(stage)
+            for i in range(stage.start, stage.stop):
+                tokens = self._step(shape, params, frozen, tokens, draws, steps.inputs(i))
+                yield Moment(i + 1, tokens, draws.rank)
+
+    def pixels(self, moment: Moment) -> jax.Array:
+        """uint8 images (B, H, W, 3)."""
+        return self._pixels(moment.tokens)
 
 
 def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:

@@ -1,5 +1,6 @@
-"""Images on paper: captioned grids as PNG."""
+"""Images on paper: captioned grids, pictures that are not finished, PNG."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lina_jax import places
 
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
+SMALLEST_SHOWN = 256  # the same, of an unfinished picture
+BLANK, FRAME = (206, 206, 200), (255, 122, 26)
+FIRST, LAST = (44, 40, 110), (250, 222, 96)  # between them lie the colours of the order
 
 
 def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int = 0) -> np.ndarray:
@@ -36,4 +40,37 @@ def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int
 def save(path: Path, image: np.ndarray) -> None:
     """Write a PNG."""
     with places.new_file(path) as partial:
-        Image.fromarray(image).save(partial, "PNG")
+        partial.write_bytes(png(image))
+
+
+def png(image: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def unfinished(image: np.ndarray, sets: np.ndarray, step: int) -> np.ndarray:
+    """A picture (H, W, 3) uint8 after `step` decoding steps, enlarged where it is small -> (H', W', 3).
+
+    sets (rows, columns): in which step each token is made, from 1. The latest are framed, later ones are blank.
+    """
+    scale = max(1, -(-SMALLEST_SHOWN // min(image.shape[:2])))
+    side = image.shape[0] * scale // sets.shape[0]  # of a token
+    shown, sets = _enlarged(image, scale), _enlarged(sets, side)
+    rows, columns = (np.arange(length) % side for length in sets.shape)
+    edge = [np.minimum(place, side - 1 - place) < max(1, side // 16) for place in (rows, columns)]
+    shown[(sets == step) & (edge[0][:, None] | edge[1])] = FRAME
+    shown[sets > step] = BLANK
+    return shown
+
+
+def order(sets: np.ndarray, step: int) -> np.ndarray:
+    """(rows, columns, 3) uint8: when each token is made, from dark to light, as far as the step has come."""
+    share = (sets - 1) / max(1, sets.max() - 1)
+    shown = (np.array(FIRST) + share[..., None] * np.subtract(LAST, FIRST)).astype(np.uint8)
+    shown[sets > step] = BLANK
+    return shown
+
+
+def _enlarged(array: np.ndarray, times: int) -> np.ndarray:
+    return array.repeat(times, axis=0).repeat(times, axis=1)

@@ -152,6 +152,12 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     return Split(shards, _form(info.features), hashlib.sha256(said + split.encode()).hexdigest()[:16])
 
 
+def label_names(directory: str | Path) -> Sequence[str]:
+    """Names of the classes of a dataset, if it has any. Raises UserError as above."""
+    label = _info(cache_lib.mounted(directory)).features["label"]
+    return label.names if isinstance(label, tfds.features.ClassLabel) else ()
+
+
 def _info(directory: Path) -> tfds.core.DatasetInfo:
     try:
         info = tfds.builder_from_directory(directory).info

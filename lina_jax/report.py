@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from PIL import Image
 
 import lina_jax
 from lina_jax import generate, metrics, pictures, places, sample
@@ -227,9 +226,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _picture(image: np.ndarray, text: str) -> str:
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG")
-    return _embedded(encoded.getvalue(), text)
+    return _embedded(pictures.png(image), text)
 
 
 def _embedded(png: bytes, text: str) -> str:

@@ -8,9 +8,10 @@ Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (wei
 earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed.
 """
 
+import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -24,35 +25,42 @@ from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
-from lina_jax.generate import make_sampler
+from lina_jax.generate import Moment, Stepper
 from lina_jax.state import Blueprint, Tree
 
 
-@dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A compiled program that is called with any number of conditions, in batches of one size."""
+    """Draws any number of conditions, step by step, in batches of one size."""
 
-    plan: Blueprint
-    settings: SampleConfig
-    batch_size: int
-
-    def __post_init__(self):
-        object.__setattr__(self, "_program", make_sampler(self.plan, self.settings))
+    def __init__(self, plan: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
+        """`stepper` is one of this plan, whose programs may be compiled already."""
+        self.plan, self.batch_size = plan, batch_size
+        self.stepper = stepper or Stepper(plan)
+        self.schedule = self.stepper.schedule(settings)
 
     def __call__(
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
     ) -> np.ndarray:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
-        config, images = self.plan.config, []
-        starts = range(0, len(conditions), self.batch_size)
-        for start in tqdm(starts, unit="batch", disable=True if jax.process_index() else None, leave=False):
+        batches = self.batches(params, frozen, conditions, seed, first)
+        images = []
+        for moments in tqdm(batches, unit="batch", disable=True if jax.process_index() else None, leave=False):
+            (last,) = collections.deque(moments, maxlen=1)
+            images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+        return np.concatenate(images)[: len(conditions)]
+
+    def batches(
+        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
+    ) -> list[Iterator[Moment]]:
+        """Of each batch its moments, made as they are asked for; the last batch is filled up with its last image."""
+        config, made = self.plan.config, []
+        for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])
-            numbers = first + start + np.arange(self.batch_size)
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
             condition = encode_conditions(config, padded, self.plan.encoders.text)
-            made = self._program(params, frozen, condition, numbers.astype(np.int32), np.int32(seed))
-            images.append(multihost_utils.process_allgather(made, tiled=True)[: len(chunk)])
-        return np.concatenate(images)
+            numbers = first + start + np.arange(self.batch_size)
+            made.append(self.stepper(params, frozen, condition, numbers, seed, self.schedule))
+        return made
 
 
 def encode_conditions(
@@ -93,7 +101,23 @@ class Previews:
             self._writer.image(step, "preview", picture)
 
 
-MESH_HELP = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+def define_weights_flags() -> None:
+    """Define the flags that say which model draws, and where."""
+    flags.DEFINE_string("workdir", None, "training directory")
+    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
+    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
+    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
+    mesh_help = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+    flags.DEFINE_string("mesh", "", mesh_help)
+
+
+def define_settings_flags() -> None:
+    """Define the flags of `sample_settings`."""
+    flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = none; default: the config's")
+    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
+    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
+    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
 
 
 def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
@@ -268,22 +292,14 @@ def _main(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "training directory")
+    define_weights_flags()
+    define_settings_flags()
     flags.DEFINE_multi_string("prompt", [], "text to draw; may be given several times")
     flags.DEFINE_string("prompts_file", None, "file with one prompt a line")
     flags.DEFINE_multi_integer("label", [], "class to draw; may be given several times")
     flags.DEFINE_integer("num", 4, "images of each prompt or label")
     flags.DEFINE_integer("seed", 0, "of decoding order and noise")
-    flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = none; default: the config's")
-    flags.DEFINE_integer("steps", None, "decoding steps; default: the config's")
-    flags.DEFINE_integer("euler_steps", None, "Euler steps of each decoding step; default: the config's")
-    flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
-    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
-    flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_integer("batch_size", 64, "images drawn at once")
-    flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
-    flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
     flags.DEFINE_string("out", None, "directory for the pictures")
-    flags.DEFINE_string("mesh", "", MESH_HELP)
     hosts.define_flags()
     errors.run(main)

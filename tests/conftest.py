@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lina_jax import mesh, state
+from lina_jax.checkpoint import Checkpoints, write_config
 from lina_jax.config import Config, MeshConfig, default, freeze
 from lina_jax.prepare import Settings, prepare
 
@@ -38,6 +39,7 @@ QUICKLY_COMPILED = {
     "test_warm_start",
     "test_averaging",
     "test_geneval",
+    "test_demo",
     "test_quality",
 }
 
@@ -148,6 +150,21 @@ def rough():
     return rough_state
 
 
+def write_run(directory: Path, plan: state.Blueprint, run: state.TrainState) -> Path:
+    """A training directory with one checkpoint."""
+    write_config(directory, plan.config)
+    checkpoints = Checkpoints(directory, plan.config.checkpoint)
+    checkpoints.save(run)
+    checkpoints.wait()
+    checkpoints.close()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def save_run():
+    return write_run
+
+
 def random_batch(config: Config, seed: int = 0) -> state.Batch:
     """A batch of noise, random labels and random text of random lengths."""
     rng, model, size = np.random.default_rng(seed), config.model, config.batch_size
@@ -188,23 +205,28 @@ def identical():
 
 
 @pytest.fixture(scope="session")
-def run_module(compiled_programs):
+def one_device_env(compiled_programs) -> dict[str, str]:
+    """The environment of a process that sees one device, and compiles quickly."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_module(one_device_env):
     """Run `python -m lina_jax.NAME ...` on one device; start=True returns the process instead of its result."""
 
     def run(name: str, *args: str, start: bool = False, prefix: tuple[str, ...] = ()):
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
         command = [*prefix, sys.executable, "-m", f"lina_jax.{name}", *args]
         if start:
             return subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+                command, cwd=ROOT, env=one_device_env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
             )
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=ROOT, env=one_device_env, capture_output=True, text=True, timeout=300)
 
     return run
 

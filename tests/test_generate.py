@@ -1,5 +1,6 @@
 """Pictures are functions of (weights, condition, seed, number), however they are computed; entry points draw them."""
 
+import collections
 import dataclasses
 import json
 from fractions import Fraction
@@ -11,7 +12,6 @@ import pytest
 from PIL import Image
 
 from lina_jax import data, evaluate, generate, mesh, sample, state
-from lina_jax.checkpoint import Checkpoints, write_config
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import flow
@@ -97,6 +97,16 @@ def test_an_image_does_not_depend_on_the_mesh(plan, weights, images, tiny):
     assert_equal_to_rounding(np.asarray(made)[:4], images)
 
 
+def test_a_sampler_uses_all_devices(weights, images, tiny):
+    plan = state.blueprint(tiny(), mesh.build(MeshConfig(data=4, fsdp=2)))
+    params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
+    sampler = sample.Sampler(plan, plan.config.sample, sample.batch_for(plan, len(LABELS)))
+    assert_equal_to_rounding(sampler(params, frozen, LABELS.tolist(), seed=0), images)
+    ((last,),) = (collections.deque(b, maxlen=1) for b in sampler.batches(params, frozen, LABELS.tolist(), seed=0))
+    assert len(last.tokens.sharding.device_set) == 8
+    assert last.tokens.addressable_shards[0].data.shape[0] == 1
+
+
 def test_padded_sizes_of_the_visible_set_do_not_change_the_picture(draw, images, plan):
     assert plan.config.sample.stages == 4
     assert_equal_to_rounding(draw(stages=1), images)
@@ -180,15 +190,10 @@ def text_plan(tiny_text, one_device):
 
 
 @pytest.fixture(scope="module")
-def workdir(text_plan, rough, tmp_path_factory):
+def workdir(text_plan, rough, save_run, tmp_path_factory):
     """A text-conditional training directory with one checkpoint."""
-    directory = tmp_path_factory.mktemp("run")
-    write_config(directory, text_plan.config)
-    checkpoints = Checkpoints(directory, text_plan.config.checkpoint)
-    checkpoints.save(dataclasses.replace(rough(text_plan), step=jnp.int32(7)))
-    checkpoints.wait()
-    checkpoints.close()
-    return directory
+    run = dataclasses.replace(rough(text_plan), step=jnp.int32(7))
+    return save_run(tmp_path_factory.mktemp("run"), text_plan, run)
 
 
 def test_sample_writes_pictures_and_how_they_were_made(run_module, workdir, tmp_path):
@@ -281,14 +286,18 @@ def test_many_images_are_drawn_in_batches_of_one_size(plan, weights, draw):
     np.testing.assert_array_equal(made[4:], draw(labels=[0, 2, 0, 0], numbers=[4, 5, 6, 7])[:2])
 
 
-def test_load_takes_the_average_or_the_parameters(workdir, text_plan, tmp_path, rough, identical):
+def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
+    """Rounding can differ with the compiler; here, on CPUs, no bit did."""
+    stepper = generate.Stepper(plan)
+    steps = stepper.schedule(plan.config.sample)
+    *_, last = stepper(*weights, {"label": LABELS}, NUMBERS, 0, steps)
+    assert_equal_to_rounding(np.asarray(stepper.pixels(last)), images)
+
+
+def test_load_takes_the_average_or_the_parameters(text_plan, tmp_path, rough, save_run, identical):
     run = rough(text_plan)
     run = dataclasses.replace(run, ema=jax.tree.map(lambda x: x + 1, run.params))
-    write_config(tmp_path, text_plan.config)
-    checkpoints = Checkpoints(tmp_path, text_plan.config.checkpoint)
-    checkpoints.save(run)
-    checkpoints.wait()
-    checkpoints.close()
+    save_run(tmp_path, text_plan, run)
     assert identical(sample.load(tmp_path)[1], run.ema)
     assert identical(sample.load(tmp_path, ema=False)[1], run.params)
 

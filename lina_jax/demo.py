@@ -1,0 +1,54 @@
+"""A page on which a trained model draws, set by set.
+
+python -m lina_jax.demo --workdir=DIR [--host=localhost] [--port=7860] [--data=DIR] [--batch_size=1]
+    [--raw] [--checkpoint=STEP] [--autoencoder=DIR] [--text_encoder=DIR] [--mesh=AXES]
+
+Needs Gradio (`pip install 'lina_jax[demo]'`). Who can reach the port can draw; Ctrl-C ends it. Nothing is fetched from
+elsewhere, and nothing is told to anyone. Each picture comes with the command that draws it again, to the byte.
+"""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from lina_jax import errors, sample
+from lina_jax.errors import UserError
+from lina_jax.studio import Studio
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    if not values.workdir:
+        raise UserError("--workdir=DIR (a training directory) is needed")
+    try:
+        from lina_jax import page
+    except ModuleNotFoundError as error:
+        raise UserError(f"the page needs Gradio ({error}): pip install 'lina_jax[demo]'") from error
+    try:
+        door = socket.create_server((values.host, values.port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host={values.host} --port={values.port}: {error}") from error
+    with door:
+        studio = Studio(
+            Path(values.workdir).expanduser(),
+            data=values.data,
+            batch_size=values.batch_size,
+            ema=not values.raw,
+            checkpoint=values.checkpoint,
+            autoencoder=values.autoencoder,
+            text_encoder=values.text_encoder,
+            axes=values.mesh,
+        )
+        page.serve(page.build(studio), door)
+
+
+if __name__ == "__main__":
+    sample.define_weights_flags()
+    flags.DEFINE_string("data", "", "dataset that names classes and lends captions; default: the config's, if at hand")
+    flags.DEFINE_string("host", "localhost", "address to be reached at; 0.0.0.0: from everywhere")
+    flags.DEFINE_integer("port", 7860, "port; 0: any")
+    flags.DEFINE_integer("batch_size", 1, "images drawn at once; for more than 1, each number of images compiles anew")
+    errors.run(main)

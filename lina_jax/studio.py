@@ -1,0 +1,183 @@
+"""A trained model that draws what is asked of it while someone watches: what stands behind the page of `demo`."""
+
+import collections
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lina_jax import example, mesh, reading, sample
+from lina_jax.checkpoint import load_config
+from lina_jax.errors import UserError
+from lina_jax.generate import Moment, Schedule, Stepper
+
+MOST_IMAGES = 64  # of one request
+_EXAMPLES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of the model; `condition` is a prompt or a class."""
+
+    condition: str | int
+    seed: int
+    steps: int
+    guidance: float
+    num: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """N pictures after a decoding step; `sets` (N, rows, columns) says in which step each token is made, from 1."""
+
+    step: int
+    steps: int
+    sets: np.ndarray
+    moments: Sequence[Moment]
+
+
+class Studio:
+    """A model that draws requests, one after the other; programs that are compiled serve again."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        data: str = "",
+        batch_size: int = 1,
+        ema: bool = True,
+        checkpoint: int | None = None,
+        autoencoder: str = "",
+        text_encoder: str = "",
+        axes: str = "",
+    ):
+        """`data` names classes and lends captions. Raises UserError where there is no model, or it cannot draw."""
+        if batch_size < 1:
+            raise UserError(f"--batch_size={batch_size}: must be at least 1")
+        config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
+        if lacking := sample.cannot_draw(config):
+            raise UserError(lacking)
+        self._plan, self._params, self._frozen, self.checkpoint = sample.load(
+            workdir,
+            ema=ema,
+            step=checkpoint,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            axes=mesh.parse(axes),
+        )
+        self.config, self._batch_size, self._stepper = self._plan.config, batch_size, Stepper(self._plan)
+        try:
+            self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
+        except (UserError, OSError, RuntimeError) as error:
+            if data:
+                raise UserError(f"--data={data}: {error}") from error
+            self.class_names, captions = [], []  # the run's own is elsewhere
+        texts = (*captions, *config.log.preview_prompts) if config.model.condition == "text" else ()
+        self.examples = [text for text in dict.fromkeys(texts) if self._readable(text)][:_EXAMPLES]
+        self._ready: set[tuple] = set()
+        given = {"autoencoder": autoencoder, "text_encoder": text_encoder, "mesh": axes}
+        self._flags = {name: value for name, value in given.items() if value}
+        self.workdir, self._weights = workdir, [] if ema else ["--raw"]
+
+    def request(self, condition: object, seed: object, steps: object, guidance: object, num: object) -> Request:
+        """Of what was filled in. Raises UserError for what the model cannot draw."""
+        seed, steps, num = (_whole(*pair) for pair in (("seed", seed), ("steps", steps), ("num", num)))
+        if guidance is None:
+            raise UserError("--guidance: expected a number")
+        sample.check_seed(seed)
+        if num > MOST_IMAGES:
+            raise UserError(f"--num={num}: at most {MOST_IMAGES} pictures at once on this page")
+        tokens = self.config.model.image_tokens
+        if steps > tokens:
+            raise UserError(f"--steps={steps}: at most {tokens}, one for each token of a picture")
+        sample.sample_settings(self.config, {"steps": steps, "guidance": float(guidance)})
+        if self.config.model.condition == "class":
+            condition = _whole("label", condition)
+            sample.requested(self.config, [], None, [condition], num)
+            sample.encode_conditions(self.config, [condition])
+        else:
+            condition = condition or ""
+            sample.requested(self.config, [condition], None, [], num)
+        return Request(condition, seed, steps, float(guidance), num)
+
+    def command(self, request: Request) -> str:
+        """The command line that draws the same pictures, to the byte, on this kind of device."""
+        what = "label" if self.config.model.condition == "class" else "prompt"
+        given = {
+            "workdir": self.workdir, what: request.condition, "num": request.num, "seed": request.seed,
+            "steps": request.steps, "guidance": request.guidance, "checkpoint": self.checkpoint,
+            "batch_size": self._batch_size, **self._flags, "out": "drawn",
+        }  # fmt: skip
+        words = [f"--{name}={value}" for name, value in given.items()]
+        return shlex.join(["python", "-m", "lina_jax.sample", *words[:-1], *self._weights, words[-1]])
+
+    def sampler(self, request: Request) -> sample.Sampler:
+        settings = sample.sample_settings(self.config, {"steps": request.steps, "guidance": request.guidance})
+        batch_size = sample.batch_for(self._plan, request.num, self._batch_size)
+        return sample.Sampler(self._plan, settings, batch_size, self._stepper)
+
+    def ready(self, request: Request) -> bool:
+        """Whether all programs for it are compiled."""
+        return _shapes(self.sampler(request)) in self._ready
+
+    def compile(self, request: Request) -> None:
+        """Have all programs for it compiled: one batch is drawn, and seen by nobody."""
+        sampler = self.sampler(request)
+        (last,) = collections.deque(self._batches(sampler, request)[0], maxlen=1)
+        jax.block_until_ready(self._stepper.pixels(last))
+        self._ready.add(_shapes(sampler))
+
+    def draw(self, request: Request) -> Iterator[Progress]:
+        """After each step, when it is done; all batches are made side by side."""
+        sampler = self.sampler(request)
+        rows, columns = self.config.model.image_grid
+        for moments in zip(*self._batches(sampler, request), strict=True):
+            jax.block_until_ready([moment.tokens for moment in moments])
+            rank = np.concatenate([np.asarray(moment.rank) for moment in moments])[: request.num]
+            sets = _sets(sampler.schedule, rank).reshape(request.num, rows, columns)
+            yield Progress(moments[0].step, len(sampler.schedule.predicted), sets, moments)
+
+    def pixels(self, progress: Progress) -> np.ndarray:
+        """uint8 images (N, H, W, 3); tokens that are not made yet are zero."""
+        made = [np.asarray(self._stepper.pixels(moment)) for moment in progress.moments]
+        return np.concatenate(made)[: len(progress.sets)]
+
+    def _batches(self, sampler: sample.Sampler, request: Request) -> list[Iterator[Moment]]:
+        return sampler.batches(self._params, self._frozen, [request.condition] * request.num, request.seed)
+
+    def _readable(self, prompt: str) -> bool:
+        try:
+            sample.check_prompt(self.config, prompt)
+        except UserError:
+            return False
+        return True
+
+
+def _shapes(sampler: sample.Sampler) -> tuple:
+    """What programs are compiled for."""
+    steps = sampler.schedule
+    return sampler.batch_size, steps.sigmas.shape[1], *map(steps.shape, steps.stages)
+
+
+def _sets(steps: Schedule, rank: np.ndarray) -> np.ndarray:
+    """In which step, from 1, tokens of these ranks are made."""
+    return 1 + np.searchsorted(np.cumsum(steps.predicted), rank, side="right")
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int | float) or not float(value).is_integer():
+        raise UserError(f"--{name}={'' if value is None else value}: expected a whole number")
+    return int(value)
+
+
+def _of_data(directory: str, split: str) -> tuple[list[str], list[str]]:
+    """(names of the classes, some captions) of a dataset. Raises UserError, OSError or RuntimeError without one."""
+    opened, captions = reading.open_split(directory, split), []
+    for number in range(min(len(opened), _EXAMPLES)):
+        with contextlib.suppress(ValueError):  # a bad record
+            captions.append(str(example.parse(opened[number])["caption"] or b"", "utf-8"))
+    return list(reading.label_names(directory)), [caption for caption in captions if caption]
