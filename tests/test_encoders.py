@@ -348,7 +348,7 @@ VAE_MISTAKES = {
     ),
     "index that leaves one out": (
         2, lambda d: leave_out(d, "decoder.conv_in.bias"),
-        f"/{VAE_INDEX}: does not list 1 tensors of its files, first decoder.conv_in.bias of diffusion_pytorch_model-000",
+        f"/{VAE_INDEX}: does not list 1 tensors of its files, first decoder.conv_in.bias of diffusion_",
     ),
     "integers": (
         1, lambda d: rewrite(d, lambda t: t.update({"quant_conv.bias": np.zeros(8, np.int8)})),
