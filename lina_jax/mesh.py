@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -33,6 +34,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # Into as many parts widths of 1024 and 1536 can be cut so that the rows of each are a multiple of 16: of other shards,
 # XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
 WHOLE_TILES = 32
+
+WEIGHTS = "gathered weights"
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -158,3 +161,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def gathered(x: jax.Array, *names: str | None) -> jax.Array:
+    """A parameter as its layer reads it, whole along `fsdp` and named WEIGHTS for rematerialisation.
+
+    Its gradient is scattered again. Where `fsdp` is 1 nothing happens.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return x
+
+    @jax.custom_vjp
+    def gather(x):
+        return jax.lax.with_sharding_constraint(x, spec(*(None if name == "embed" else name for name in names)))
+
+    gather.defvjp(lambda x: (gather(x), None), lambda _, g: (jax.lax.with_sharding_constraint(g, spec(*names)),))
+    return checkpoint_name(gather(x), WEIGHTS)

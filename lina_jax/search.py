@@ -8,17 +8,17 @@ from typing import Any
 import jax
 
 from lina_jax import flops, mesh, programs, state
-from lina_jax.config import Config
+from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
 
 GIB = 2**30
 TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
+RECOMPUTED = {"none": 0.0, "weights": 0.05, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
 # Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products give (query, key,
 # value, projection, four of the hidden layer, one more) and the block's input; none also what lies between them.
-KEPT = {"none": 26, "dots": 10, "full": 1}
+KEPT = {"none": 26, "weights": 10, "dots": 10, "full": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,8 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
         for tensor in (1, 2, 4):
             for per_chip in sizes:
                 for remat in RECOMPUTED:
+                    if remat == "weights" and fsdp == 1:
+                        continue  # nothing is gathered
                     candidate = Candidate(per_chip, remat, fsdp, tensor)
                     trial = apply(config, dataclasses.asdict(candidate), where.chips)
                     try:
@@ -115,16 +117,23 @@ def _activations(config: Config, candidate: Candidate) -> float:
     head = config.loss.repeat * image * model.head_width * 2
     kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
     working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    return candidate.per_chip * (kept + working) / config.optim.accumulate
+    weights = _weights(model) if candidate.remat == "weights" else 0.0
+    return weights + candidate.per_chip * (kept + working) / config.optim.accumulate
+
+
+def _weights(model: ModelConfig) -> float:
+    """Bytes of all blocks' matrices as they are gathered."""
+    return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 
 def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> float:
     """Roughly: arithmetic and, half of it hidden, what fsdp and tensor move."""
     chip, model = where.chip, config.model
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
-    weights = 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
+    weights = _weights(model)
     links = chip.link * (2 if chip.torus else 1)
-    gathered = 3 * weights / links if candidate.fsdp > 1 else 2 * weights / links
+    # Gathered forward and (but for "weights") backward, and the gradient scattered; or the gradient summed.
+    gathered = weights / links * (2 if candidate.fsdp == 1 or candidate.remat == "weights" else 3)
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
     tokens = model.condition_tokens + model.image_tokens

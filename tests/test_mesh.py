@@ -1,13 +1,14 @@
 """Eight devices compute what one computes, whatever the mesh, and hold only their parts."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lina_jax import mesh, state
+from lina_jax import mesh, programs, state
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 
@@ -25,8 +26,8 @@ def first_step(plan, rough, batch) -> tuple[float, object]:
 
 @pytest.fixture(scope="module")
 def config_of(tiny):
-    def make(condition):
-        return tiny(model={"condition": condition, "mask_text_padding": True}, optim={"b1": 0.0})
+    def make(condition, **model):
+        return tiny(model={"condition": condition, "mask_text_padding": True} | model, optim={"b1": 0.0})
 
     return make
 
@@ -61,6 +62,21 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
     want_loss, want_gradient = alone[condition]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
+
+
+def test_weights_that_are_kept_are_gathered_once(config_of, alone, rough, batch_of, error_between):
+    """`dots` gathers those of a block for its forward and again for its backward pass."""
+    devices = mesh.build(MeshConfig(data=1, fsdp=8))
+
+    def gathers(config):
+        text = programs.compile_program(*programs.train_step(config, devices), {}).text
+        return len(re.findall(r" all-gather\(", text))
+
+    config = config_of("class", remat="weights", scan_layers=True)
+    loss, gradient = first_step(state.blueprint(config, devices), rough, batch_of(config))
+    assert abs(loss / alone["class"][0] - 1) < TOLERANCE["class"]
+    assert error_between(gradient, alone["class"][1]) < TOLERANCE["class"]
+    assert gathers(config) < gathers(config_of("class", remat="dots", scan_layers=True))
 
 
 def local_share(tree) -> float:

@@ -6,7 +6,7 @@ from itertools import groupby
 import jax
 from flax import nnx
 
-from lina_jax.mesh import constrain
+from lina_jax.mesh import WEIGHTS, constrain
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.models.layers import MLP, LayerNorm, gelu
 
@@ -25,8 +25,12 @@ class Block(nnx.Module):
         return constrain(x + self.norm2(self.mlp(x)), "batch", "tokens", None)
 
 
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "weights": jax.checkpoint_policies.save_from_both_policies(
+        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+    ),
+    "dots": _PRODUCTS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
