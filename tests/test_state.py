@@ -9,7 +9,7 @@ import pytest
 
 from lina_jax import state
 from lina_jax.config import EmaConfig, LossConfig
-from lina_jax.models import flow, sequence
+from lina_jax.models import flow
 from lina_jax.models.draws import draw, most_visible, visible_count
 from lina_jax.models.transformer import layer_runs
 
@@ -162,29 +162,6 @@ def test_no_image_has_more_visible_tokens_than_the_bound(many_draws, tiny):
     most = most_visible(LossConfig(), tiny().model.image_tokens)
     assert many_draws[0].most_visible == most
     assert int(jnp.max(jnp.sum(~many_draws[0].mask, axis=1))) == most
-
-
-def test_the_tightest_room_that_suffices_is_taken():
-    """With at most 10 tokens visible, in four sizes: 3, 5, 8 and 10."""
-    places = jax.jit(lambda mask: sequence.on_visible(lambda ids, _: jnp.int32(ids.shape[1]), mask, 10, sizes=4))
-    for visible, room in ((0, 3), (3, 3), (4, 5), (8, 8), (10, 10)):
-        hidden = jnp.stack([jnp.arange(16) >= visible, jnp.ones(16, bool)])
-        assert int(places(hidden)) == room
-
-
-def test_the_room_for_visible_tokens_does_not_change_what_is_predicted(plan_of, rough, error_between):
-    plan = plan_of(model={"image_grid": (4, 4), "kv_gate": "decoupled"})
-    run, tokens = rough(plan), jax.random.normal(jax.random.key(0), (2, 16, plan.config.model.token_dim))
-    condition = jax.random.normal(jax.random.key(1), (2, plan.config.model.condition_tokens, plan.config.model.width))
-
-    def encode(params, mask, sizes):
-        z = plan.model(params, run.frozen).encode_image(tokens, mask, 12, condition, sizes)
-        return jnp.mean(jnp.square(z)), z
-
-    gradients = jax.jit(jax.grad(encode, has_aux=True), static_argnums=2)
-    for visible in (0, 3, 8, 12):
-        mask = jnp.stack([jnp.arange(16) >= visible, jnp.arange(16)[::-1] >= visible])
-        assert error_between(gradients(run.params, mask, 3), gradients(run.params, mask, 1)) < 1e-5
 
 
 def loss_and_gradient(plan, batch):

@@ -13,9 +13,6 @@ from lina_jax.config import LossConfig, ModelConfig
 from lina_jax.mesh import constrain
 from lina_jax.models import flow
 
-# Of a step in which all images have as many visible tokens, which vary from step to step: docs/performance.md.
-VISIBLE_SIZES = 4
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -27,8 +24,6 @@ class Draws:
     timestep: jax.Array  # (R, B, N) int32, index into the table of noise levels
     noise: jax.Array  # (R, B, N, p*p*C) float32
     most_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
-    # How many rooms for visible tokens to compile for (`sequence.on_visible`).
-    visible_sizes: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 def most_visible(config: LossConfig, tokens: int) -> int:
@@ -38,10 +33,7 @@ def most_visible(config: LossConfig, tokens: int) -> int:
 
 def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossConfig) -> Draws:
     """Draws for `examples` (B,), their positions in the global batch; `key` is that of (seed, step)."""
-    static = {
-        "most_visible": most_visible(config, model.image_tokens),
-        "visible_sizes": VISIBLE_SIZES if config.mask_ratio_per == "step" else 1,
-    }
+    most = most_visible(config, model.image_tokens)
     shared = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example has this number
 
     def one(example: jax.Array):
@@ -56,11 +48,11 @@ def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossCo
             mask=place >= count,
             timestep=flow.timestep_index(gaussian),
             noise=jax.random.normal(noise, (config.repeat, model.image_tokens, model.token_dim)),
-            **static,
+            most_visible=most,
         )
 
     # The repeats lead, so that the head's tokens are (R, B, N, ...) and z is broadcast, never tiled.
-    axes = Draws(drop=0, mask=0, timestep=1, noise=1, **static)
+    axes = Draws(drop=0, mask=0, timestep=1, noise=1, most_visible=most)
     draws = jax.vmap(one, out_axes=axes)(examples)
     # Whole along the tokens: sorting numbers that are cut over devices would exchange them.
     return dataclasses.replace(draws, mask=constrain(draws.mask, "batch", None))

@@ -134,11 +134,11 @@ class LINA(nnx.Module):
         """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
         return jnp.where(mask[..., None], self.mask_token[...].astype(self.dtype), self.patch_embed(tokens))
 
-    def encode_image(self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, sizes: int = 1) -> jax.Array:
+    def encode_image(self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array) -> jax.Array:
         """z (B, N, D), the head's condition for every token.
 
         tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
-        image; c (B, Nc, D). `sizes` as in `sequence.on_visible`.
+        image; c (B, Nc, D).
         """
         conditions = c.shape[1]
         x = constrain(self.mask_image(tokens, mask), "batch", "tokens", None)
@@ -159,7 +159,7 @@ class LINA(nnx.Module):
             c_encoded, h = sequence.separate(h, conditions)
             return c_encoded, sequence.put_back(x, h, mask)
 
-        encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1), sizes))
+        encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
             angles = sequence.arrange(origin, angles)
         _, z = sequence.separate(self.decoder(encoded, angles=angles), conditions)
@@ -171,7 +171,7 @@ class LINA(nnx.Module):
         tokens (B, N, p*p*C) float32; sigmas (1000,) the table that draws.timestep (R, B, N) indexes.
         """
         c = self.encode_condition(condition)
-        z = self.encode_image(tokens, draws.mask, draws.most_visible, c, draws.visible_sizes)
+        z = self.encode_image(tokens, draws.mask, draws.most_visible, c)
         noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
         # One embedding per entry of the table and one projection of z per token, shared by the repeats.
         times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas)).astype(self.dtype)[draws.timestep]

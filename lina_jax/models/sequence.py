@@ -140,12 +140,11 @@ def most_in_shard(tokens: int, visible: int) -> int:
     return min(visible, tokens // shards())
 
 
-def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int, sizes: int = 1) -> T:
+def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
     """function(ids, exists), with room for the visible tokens of each shard; at full length when that does not suffice.
 
     mask (B, N), True where a token is hidden; at most `visible` > 0 are not. ids (B, S * room) are places within each
-    shard, those of visible tokens first, in raster order; `exists` says which of them are visible. The function is
-    compiled for `sizes` rooms, evenly spaced, of which the tightest that suffices for all images runs.
+    shard, those of visible tokens first, in raster order; `exists` says which of them are visible.
     """
     tokens, s = mask.shape[1], shards()
 
@@ -156,13 +155,11 @@ def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, v
 
         return function(*by_shard(choose)(mask))
 
-    bounds = [math.ceil(visible * (i + 1) / sizes) for i in range(sizes)]
-    rooms = sorted({room(tokens, bound) for bound in bounds} | {most_in_shard(tokens, visible)})
-    if len(rooms) == 1:
-        return with_room(rooms[0])
-    needed = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2))
-    tightest = jnp.searchsorted(jnp.asarray(rooms[:-1]), needed)
-    return jax.lax.switch(tightest, [functools.partial(with_room, places) for places in rooms])
+    few, many = room(tokens, visible), most_in_shard(tokens, visible)
+    if few == many:
+        return with_room(many)
+    fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few
+    return jax.lax.cond(fits, functools.partial(with_room, few), functools.partial(with_room, many))
 
 
 def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
