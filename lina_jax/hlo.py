@@ -132,6 +132,13 @@ class Module:
         """In the order of the schedule."""
         yield from self.computations[computation].values()
 
+    def within(self, computation: str, scope: str) -> bool:
+        """Whether any of its instructions comes from a `jax.named_scope` of this name."""
+        return any(
+            f"/{scope}/" in instruction.attributes or any(self.within(name, scope) for name in instruction.called)
+            for instruction in self.instructions(computation)
+        )
+
     def source(self, instruction: Instruction) -> str:
         """FILE:LINE where the program's author wrote it, as far as the compiler kept track; "" otherwise."""
         if match := re.search(r'source_file="([^"]+)" source_line=(\d+)', instruction.attributes):

@@ -4,7 +4,8 @@ The compiler's text is a schedule: what stands in it one after the other runs on
 the longest of its matrix products, its vector operations and its traffic to HBM, each at the share of the chip's rate
 that ATTAINED gives. A collective takes the time of its bytes over the links that its devices span; between its `-start`
 and its `-done` the program goes on, so that only what is left of it at the `-done` counts; so it is with copies that a
-TPU makes ahead of their use. Loops are multiplied by their trips, and of a conditional the longest branch counts.
+TPU makes ahead of their use. Loops are multiplied by their trips, and of a conditional the longest branch counts,
+leaving out what as good as never runs (`sequence.RARELY`).
 docs/planning.md says how far this is from measurements.
 """
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from lina_jax import hlo
 from lina_jax.chips import Chip
+from lina_jax.models import sequence
 
 # Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has the
 # one comparison with a measurement. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
@@ -77,7 +79,8 @@ def count(module: hlo.Module, *, unknown_trips: float = 1.0) -> hlo.Work:
                 trips = module.trips(instruction, computation, unknown_trips)
                 work += total(instruction.called[0]).times(trips)
             elif instruction.opcode == "conditional":
-                work += max(map(total, instruction.called), key=lambda branch: branch.matmul_flops + branch.vector_ops)
+                branches = map(total, _branches(module, instruction))
+                work += max(branches, key=lambda branch: branch.matmul_flops + branch.vector_ops)
             elif instruction.opcode == "call":
                 work += total(instruction.called[0])
             else:
@@ -93,6 +96,12 @@ def estimate(module: hlo.Module, chip: Chip, mesh: Mesh, *, unknown_trips: float
     walk.result.seconds = walk.run(module.entry, 1.0)
     walk.result.slowest.sort(key=lambda row: -row[0])
     return walk.result
+
+
+def _branches(module: hlo.Module, conditional: hlo.Instruction) -> Sequence[str]:
+    """Those that are expected to run."""
+    usual = [branch for branch in conditional.called if not module.within(branch, sequence.RARELY)]
+    return usual or conditional.called
 
 
 def instruction_seconds(work: hlo.Work, chip: Chip) -> tuple[float, str]:
@@ -174,7 +183,7 @@ class _Walk:
                 trips = self._module.trips(instruction, computation, self._unknown)
                 clock += trips * self.run(instruction.called[0], times * trips)
             elif opcode == "conditional":
-                clock += self._longest(instruction.called, times)
+                clock += self._longest(_branches(self._module, instruction), times)
             elif opcode == "call":
                 clock += self.run(instruction.called[0], times)
             elif opcode in hlo.PREFETCH_STARTS:

@@ -18,6 +18,7 @@ from lina_jax import chips, hlo, mesh, programs, roofline, search, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.models import sequence
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +125,16 @@ def test_of_branches_the_longest_counts():
 
     module = compiled(either, True, jnp.ones((16, 32)), jnp.ones((32, 32)))
     assert roofline.estimate(module, CHIP, grid()).work.matmul_flops == 2 * 2 * 16 * 32 * 32
+
+
+def test_a_branch_that_rarely_runs_does_not_count():
+    def either(p, x, w):
+        rarely = jax.named_scope(sequence.RARELY)(lambda x: jnp.tanh(x @ w) @ w)
+        return jax.lax.cond(p, lambda x: jnp.tanh(x @ w), rarely, x)
+
+    module = compiled(either, True, jnp.ones((16, 32)), jnp.ones((32, 32)))
+    assert roofline.estimate(module, CHIP, grid()).work.matmul_flops == 2 * 16 * 32 * 32
+    assert roofline.count(module).matmul_flops == 2 * 16 * 32 * 32
 
 
 @pytest.mark.parametrize(("axis", "along"), [("data", "data"), (("data", "fsdp"), "data,fsdp")])

@@ -23,6 +23,7 @@ AXIS = "sequence"
 # Standard deviations above the mean up to which a shard has room for visible tokens. A normal variable is larger once
 # in 1e9 draws.
 SPREAD = 6.0
+RARELY = "rarely"  # scope of what runs when that happens; estimates leave it out
 
 
 def shards() -> int:
@@ -148,7 +149,7 @@ def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, v
     """
     tokens, s = mask.shape[1], shards()
 
-    def with_room(places: int) -> T:
+    def with_room(places: int, mask: jax.Array) -> T:
         def choose(mask):
             ids = jnp.argsort(mask, axis=1, stable=True)[:, :places]
             return ids, jnp.arange(places) < jnp.sum(~mask, axis=1, keepdims=True)
@@ -157,9 +158,16 @@ def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, v
 
     few, many = room(tokens, visible), most_in_shard(tokens, visible)
     if few == many:
-        return with_room(many)
+        return with_room(many, mask)
     fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few
-    return jax.lax.cond(fits, functools.partial(with_room, few), functools.partial(with_room, many))
+
+    # What a branch keeps for its gradient has room, and is cleared, whichever runs: this one keeps nothing.
+    @jax.checkpoint
+    @jax.named_scope(RARELY)
+    def at_full_length(mask):
+        return with_room(many, mask)
+
+    return jax.lax.cond(fits, functools.partial(with_room, few), at_full_length, mask)
 
 
 def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
