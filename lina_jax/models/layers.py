@@ -16,8 +16,6 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from lina_jax.mesh import gathered
-
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
 NORM_EPS = 1e-5
@@ -80,15 +78,12 @@ class Linear(nnx.Module):
             matrix=(reads, writes) if inner else None,
         )
         self.bias = kind((bias_init or default)(rngs.params(), outputs, jnp.float32), axes=tuple(axes)[len(inputs) :])
-        self.axes = tuple(axes)
         self.contracted = len(inputs)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.tensordot(x.astype(self.dtype), self._weights(), self.contracted) + self.bias[...].astype(self.dtype)
-
-    def _weights(self) -> jax.Array:
-        return gathered(self.kernel[...].astype(self.dtype), *self.axes)
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) + self.bias[...].astype(self.dtype)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of the output along its first axis, (..., *outputs[1:]) each.
@@ -105,7 +100,7 @@ class Linear(nnx.Module):
             kernels = jnp.moveaxis(kernel, self.contracted, 0)
             return [jnp.tensordot(x, k, self.contracted) + b for k, b in zip(kernels, bias, strict=True)]
 
-        arrays = x.astype(self.dtype), self._weights(), self.bias[...].astype(self.dtype)
+        arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
         return jax.lax.platform_dependent(*arrays, cpu=apart, default=together)
 
 

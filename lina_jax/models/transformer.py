@@ -4,9 +4,10 @@ import dataclasses
 from itertools import groupby
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import WEIGHTS, constrain
+from lina_jax.mesh import WEIGHTS, constrain, gathered
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.models.layers import MLP, LayerNorm, gelu
 
@@ -42,7 +43,7 @@ def apply_layers(body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: s
     """
 
     def step(x, layer):
-        return body(x, layer), None
+        return body(x, _gathered(layer, x.dtype) if remat == "weights" else layer), None
 
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
@@ -51,6 +52,17 @@ def apply_layers(body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: s
     for i in range(jax.tree.leaves(layers)[0].shape[0]):
         x, _ = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
     return x
+
+
+def _gathered(layer: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
+    """The layer with its matrices as it reads them: of `dtype`, whole along `fsdp`, named for the policy."""
+    graph, state = nnx.split(layer)
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata("axes")
+        return variable.replace(gathered(variable[...].astype(dtype), *axes)) if "embed" in axes else variable
+
+    return nnx.merge(graph, jax.tree.map(gather, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
