@@ -35,7 +35,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
 WHOLE_TILES = 32
 
-WEIGHTS = "gathered weights"
+WEIGHTS = "gathered weights"  # to remat policies: what `gathered` gives
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -53,6 +53,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """A JSON file, indented, that is there whole or not at all. Raises OSError naming it where it cannot be written."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
