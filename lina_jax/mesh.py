@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lina_jax import places
 from lina_jax.config import Config, MeshConfig, ModelConfig
@@ -108,9 +108,9 @@ def cache_programs(directory: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is cut; 1 without a mesh."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
 
 
 def check(config: Config, mesh: Mesh) -> None:

@@ -23,6 +23,7 @@ from lina_jax.models import flow, vae
 from lina_jax.models.draws import draw, latent_noise
 from lina_jax.models.layers import Frozen, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
+from lina_jax.models.transformer import by_image
 
 Tree = Any
 Path = tuple[str, ...]  # of an array in a tree
@@ -217,7 +218,7 @@ def make_train_step(plan: Blueprint) -> Program:
     schedule = optim.learning_rate(config.optim, config.steps)
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = plan.model(params, frozen)
+        model = by_image(plan.model(params, frozen), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
         losses = model.token_losses(tokens, condition, draws, sigmas)
         return jnp.sum(losses * draws.mask) / weight

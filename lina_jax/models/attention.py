@@ -107,8 +107,9 @@ class Attention(nnx.Module):
         return key, key, value
 
     def _by_token(self, gate: nnx.Param) -> jax.Array:
-        """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1, Nc + N, H or 1)."""
-        return sequence.rows(gate[...], self.config.condition_tokens)
+        """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1 or B, Nc + N, H or 1)."""
+        table = gate[...]
+        return sequence.rows(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
@@ -117,8 +118,8 @@ class Attention(nnx.Module):
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel)) + bias
-            return jnp.pad(rearrange(y, "b h w d -> b (h w) d"), ((0, 0), (first, 0), (0, 0)))
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel))
+            return jnp.pad(rearrange(y, "b h w d -> b (h w) d") + bias, ((0, 0), (first, 0), (0, 0)))
 
         arrays = (a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...]))
         return sequence.by_shard(own, whole=(1, 2))(*arrays)
@@ -206,16 +207,18 @@ def softmax_attention(q, k, v, valid=None) -> jax.Array:
 
 @jax.custom_vjp
 def depthwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D), kernel (k, k, D) -> (B, h, w, D).
+    """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D) -> (B, h, w, D).
 
-    A sum of shifted products: compilers fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs.
+    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products: compilers fuse it into
+    one pass, where XLA's grouped convolution takes minutes on CPUs.
     """
     taps = _taps(kernel)
-    return sum(part * kernel[i, j] for (i, j), part in zip(taps, _shifted(rows, kernel.shape[0], taps), strict=True))
+    shifted = _shifted(rows, kernel.shape[-2], taps)
+    return sum(part * kernel[..., None, i, j, :] for (i, j), part in zip(taps, shifted, strict=True))
 
 
 def _taps(kernel: jax.Array) -> list[tuple[int, int]]:
-    return list(np.ndindex(*kernel.shape[:2]))
+    return list(np.ndindex(*kernel.shape[-3:-1]))
 
 
 def _shifted(rows: jax.Array, size: int, taps: list[tuple[int, int]]) -> list[jax.Array]:
@@ -228,13 +231,15 @@ def _shifted(rows: jax.Array, size: int, taps: list[tuple[int, int]]) -> list[ja
 def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
     rows, kernel = kept
-    size, taps = kernel.shape[0], _taps(kernel)
+    size, taps = kernel.shape[-2], _taps(kernel)
+    summed = (0, 1, 2) if kernel.ndim == 3 else (1, 2)
     padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
     of_kernel = [
-        jnp.sum(part * gradient, axis=(0, 1, 2), dtype=jnp.float32).astype(kernel.dtype)
+        jnp.sum(part * gradient, axis=summed, dtype=jnp.float32).astype(kernel.dtype)
         for part in _shifted(rows, size, taps)
     ]
-    return depthwise_convolution(padded, kernel[::-1, ::-1]), jnp.stack(of_kernel).reshape(kernel.shape)
+    of_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
+    return of_rows, jnp.stack(of_kernel, axis=-2).reshape(kernel.shape)
 
 
 depthwise_convolution.defvjp(lambda *kept: (depthwise_convolution(*kept), kept), _depthwise_gradient)

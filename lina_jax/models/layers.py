@@ -91,14 +91,16 @@ class Linear(nnx.Module):
         One product that is cut, or (on CPUs, where cutting and, in the gradient, joining again cost more than they
         save) one product for each part.
         """
+        parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
 
         def together(x, kernel, bias):
             y = jnp.tensordot(x, kernel, self.contracted) + bias
-            return list(jnp.moveaxis(y, -bias.ndim, 0))
+            return list(jnp.moveaxis(y, parts, 0))
 
         def apart(x, kernel, bias):
             kernels = jnp.moveaxis(kernel, self.contracted, 0)
-            return [jnp.tensordot(x, k, self.contracted) + b for k, b in zip(kernels, bias, strict=True)]
+            biases = jnp.moveaxis(bias, parts, 0)
+            return [jnp.tensordot(x, k, self.contracted) + b for k, b in zip(kernels, biases, strict=True)]
 
         arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
         return jax.lax.platform_dependent(*arrays, cpu=apart, default=together)

@@ -47,20 +47,20 @@ def separate(x: jax.Array, conditions: int) -> tuple[jax.Array, jax.Array]:
 
 
 def rows(table: jax.Array, conditions: int) -> jax.Array:
-    """A table (Nc + N, ...) with a row for each token, as `arrange` stores them: (1, Nc + N, ...).
+    """Tables (B or 1, Nc + N, ...) with a row for each token, as `arrange` stores them.
 
-    The table is whole on every device and so is its gradient, a sum over shards.
+    A table is whole on every shard and so is its gradient, a sum over shards.
     """
     s = shards()
     if s == 1:
-        return table[None]
+        return table
 
     def own(table):
         def part(rows):
-            count = len(rows) // s
-            return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * count, count)
+            count = rows.shape[1] // s
+            return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * count, count, axis=1)
 
-        return jnp.concatenate([part(table[:conditions]), part(table[conditions:])])[None]
+        return jnp.concatenate([part(table[:, :conditions]), part(table[:, conditions:])], axis=1)
 
     return by_shard(own, whole=(0,))(table)
 

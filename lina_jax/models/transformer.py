@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import WEIGHTS, constrain, gathered
+from lina_jax.mesh import WEIGHTS, batch_parts, constrain, gathered
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.models.layers import MLP, LayerNorm, gelu
 
@@ -59,10 +59,34 @@ def _gathered(layer: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
     graph, state = nnx.split(layer)
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
-        axes = variable.get_metadata("axes")
-        return variable.replace(gathered(variable[...].astype(dtype), *axes)) if "embed" in axes else variable
+        metadata = variable.get_metadata()
+        if "matrix" not in metadata or "embed" not in metadata["axes"]:
+            return variable
+        return variable.replace(gathered(variable[...].astype(dtype), *metadata["axes"]))
 
     return nnx.merge(graph, jax.tree.map(gather, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+
+def by_image(model: nnx.Module, images: int) -> nnx.Module:
+    """The model with a copy for each image of what is no matrix in its stacks: (L, ...) -> (L, B, 1, ...).
+
+    Of a bias, norm, gate or convolution a device then sums the gradient over the tokens of its own images; the sum over
+    devices, the transpose of copying, comes once for all layers, and in float32. Without copies each layer waits for a
+    small all-reduce. Where one device has the batch nothing happens.
+    """
+    if batch_parts(jax.sharding.get_abstract_mesh()) == 1:
+        return model
+    graph, state = nnx.split(model)
+
+    def copy(variable: nnx.Variable) -> nnx.Variable:
+        value, metadata = variable.get_value(), variable.get_metadata()
+        axes = tuple(None if name == "embed" else name for name in metadata["axes"])
+        if value.ndim == len(axes) or "matrix" in metadata:
+            return variable
+        value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
+        return variable.replace(constrain(value, None, "batch", None, *axes))
+
+    return nnx.merge(graph, jax.tree.map(copy, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
