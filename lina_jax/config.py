@@ -50,8 +50,7 @@ class ModelConfig:
     kv_gate: str = "head"  # none | head | shared | key | value | decoupled | dynamic
     rotary: bool = False
     dtype: str = "bfloat16"  # of activations; parameters are always float32
-    # none | weights (keep matrix products, gathered weights) | dots (keep matrix products) | full (keep layer inputs)
-    remat: str = "none"
+    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs)
     scan_layers: bool = True  # False unrolls them: slower to compile, faster on CPUs for a few layers
 
     @property

@@ -16,7 +16,7 @@ CHOICES = {
     "model.normalization": ("division", "subtraction"),
     "model.kv_gate": ("none", "head", "shared", "key", "value", "decoupled", "dynamic"),
     "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "weights", "dots", "full"),
+    "model.remat": ("none", "dots", "full"),
     "autoencoder.kind": ("identity", "mar", "sdxl"),
     "loss.mask_ratio_per": ("example", "step"),
     "optim.name": ("adamw", "muon"),

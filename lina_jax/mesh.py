@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -34,8 +33,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # Into as many parts widths of 1024 and 1536 can be cut so that the rows of each are a multiple of 16: of other shards,
 # XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
 WHOLE_TILES = 32
-
-WEIGHTS = "gathered weights"  # to remat policies: what `gathered` gives
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -164,16 +161,20 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def gathered(x: jax.Array, *names: str | None) -> jax.Array:
-    """A parameter as its layer reads it, whole along `fsdp` and named WEIGHTS for rematerialisation.
-
-    Its gradient is scattered again. Where `fsdp` is 1 nothing happens.
-    """
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
-        return x
+    """A parameter as its layer reads it, whole along `fsdp`; its gradient is scattered again."""
 
     @jax.custom_vjp
     def gather(x):
         return jax.lax.with_sharding_constraint(x, spec(*(None if name == "embed" else name for name in names)))
 
     gather.defvjp(lambda x: (gather(x), None), lambda _, g: (jax.lax.with_sharding_constraint(g, spec(*names)),))
-    return checkpoint_name(gather(x), WEIGHTS)
+    return gather(x)
+
+
+def loops_gather_late() -> bool:
+    """Whether an iteration has to wait for weights that it needs at once.
+
+    Compilers for TPUs move no gather into the iteration before; those for GPUs do (`xla_flags`).
+    """
+    grid = jax.sharding.get_abstract_mesh()
+    return grid.shape.get("fsdp", 1) > 1 and grid.abstract_device.platform == "tpu"

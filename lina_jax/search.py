@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lina_jax import flops, mesh, programs, state
+from lina_jax.chips import Chip
 from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
@@ -15,10 +16,10 @@ from lina_jax.topology import Topology
 GIB = 2**30
 TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
-RECOMPUTED = {"none": 0.0, "weights": 0.05, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
 # Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products give (query, key,
 # value, projection, four of the hidden layer, one more) and the block's input; none also what lies between them.
-KEPT = {"none": 26, "weights": 10, "dots": 10, "full": 1}
+KEPT = {"none": 26, "dots": 10, "full": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,6 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
         for tensor in (1, 2, 4):
             for per_chip in sizes:
                 for remat in RECOMPUTED:
-                    if remat == "weights" and fsdp == 1:
-                        continue  # nothing is gathered
                     candidate = Candidate(per_chip, remat, fsdp, tensor)
                     trial = apply(config, dataclasses.asdict(candidate), where.chips)
                     try:
@@ -100,12 +99,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
                         continue
                     if (fsdp, tensor) not in memory:
                         memory[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
-                    if memory[fsdp, tensor] + _activations(trial, candidate) < FULL * where.chip.memory:
+                    if memory[fsdp, tensor] + _activations(trial, candidate, where.chip) < FULL * where.chip.memory:
                         found.append((_seconds_an_image(trial, candidate, where), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def _activations(config: Config, candidate: Candidate) -> float:
+def _activations(config: Config, candidate: Candidate, chip: Chip) -> float:
     """Bytes of one chip's activations: what blocks keep, and the widest block's own.
 
     Nothing is saved by `tensor`: it cuts hidden units and heads, but each device of a group has the whole group's rows.
@@ -117,8 +116,9 @@ def _activations(config: Config, candidate: Candidate) -> float:
     head = config.loss.repeat * image * model.head_width * 2
     kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
     working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    weights = _weights(model) if candidate.remat == "weights" else 0.0
-    return weights + candidate.per_chip * (kept + working) / config.optim.accumulate
+    # Weights that a TPU's loops gather ahead are kept.
+    ahead = 7 / 12 * _weights(model) if candidate.fsdp > 1 and chip.torus and candidate.remat != "full" else 0.0
+    return ahead + candidate.per_chip * (kept + working) / config.optim.accumulate
 
 
 def _weights(model: ModelConfig) -> float:
@@ -132,8 +132,8 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> 
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
     weights = _weights(model)
     links = chip.link * (2 if chip.torus else 1)
-    # Gathered forward and (but for "weights") backward, and the gradient scattered; or the gradient summed.
-    gathered = weights / links * (2 if candidate.fsdp == 1 or candidate.remat == "weights" else 3)
+    # Gathered forward and backward, and the gradient scattered; or the gradient summed.
+    gathered = weights / links * (2 if candidate.fsdp == 1 else 3)
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
     tokens = model.condition_tokens + model.image_tokens

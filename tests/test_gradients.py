@@ -21,11 +21,16 @@ def plain_convolution(rows, kernel):
     )
 
 
+def plain_convolutions(rows, kernels):
+    return jnp.concatenate([plain_convolution(*pair) for pair in zip(rows[:, None], kernels[:, 0], strict=True)])
+
+
 CASES = {
     "standardize": (lambda x: standardize(x, 1e-5), plain_standardize, [(3, 7, 40)]),
     "gelu": (gelu, lambda x: jax.nn.gelu(x, approximate=False), [(5, 33)]),
     "convolution 3": (depthwise_convolution, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
     "convolution 5": (depthwise_convolution, plain_convolution, [(2, 8, 4, 3), (5, 5, 3)]),
+    "convolution, one for each image": (depthwise_convolution, plain_convolutions, [(2, 6, 5, 4), (2, 1, 3, 3, 4)]),
 }
 
 

@@ -301,7 +301,7 @@ def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tin
     where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
     candidates = search.ranked(tiny(batch_size=16), where, jax.devices(), fixed_batch=True)
     assert {candidate.per_chip for candidate in candidates} == {2}
-    assert {candidate.remat for candidate in candidates} == {"none", "weights", "dots", "full"}
+    assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
     small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
     assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
 

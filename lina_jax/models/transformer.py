@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import WEIGHTS, batch_parts, constrain, gathered
+from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.models.layers import MLP, LayerNorm, gelu
 
@@ -26,45 +26,66 @@ class Block(nnx.Module):
         return constrain(x + self.norm2(self.mlp(x)), "batch", "tokens", None)
 
 
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
-    "weights": jax.checkpoint_policies.save_from_both_policies(
-        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(WEIGHTS)
-    ),
-    "dots": _PRODUCTS,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def apply_layers(body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str) -> jax.Array:
+def apply_layers(
+    body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str, ahead: bool | None = None
+) -> jax.Array:
     """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
 
     Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
+    With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
+    between TPUs, unless remat is "full" (which asks for memory, not speed).
     """
-
-    def step(x, layer):
-        return body(x, _gathered(layer, x.dtype) if remat == "weights" else layer), None
-
+    step = body
     if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
-    if scan:
-        return jax.lax.scan(step, x, layers)[0]
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        x, _ = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-    return x
+        step = jax.checkpoint(body, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
+    if not scan:
+        for i in range(jax.tree.leaves(layers)[0].shape[0]):
+            x = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+        return x
+    if ahead is None:
+        ahead = loops_gather_late() and remat != "full"
+    if ahead:
+        return _gathering_ahead(step, x, layers)
+    return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
 
 
-def _gathered(layer: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
-    """The layer with its matrices as it reads them: of `dtype`, whole along `fsdp`, named for the policy."""
-    graph, state = nnx.split(layer)
+def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
+    """The scan of `step`, of which each iteration gathers the next one's matrices that read the residual stream.
 
-    def gather(variable: nnx.Variable) -> nnx.Variable:
-        metadata = variable.get_metadata()
-        if "matrix" not in metadata or "embed" not in metadata["axes"]:
-            return variable
-        return variable.replace(gathered(variable[...].astype(dtype), *metadata["axes"]))
+    A layer would have to wait for these; the others are gathered behind their products (all of them ahead is slower and
+    keeps twice as much: docs/planning.md). The last iteration gathers in vain, the first layer's again.
+    """
+    graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
-    return nnx.merge(graph, jax.tree.map(gather, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    def change(function, state):
+        return jax.tree.map(
+            lambda variable: variable.replace(function(variable[...], variable.get_metadata("axes"))),
+            state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+
+    def gather(state):
+        return change(lambda value, axes: gathered(value.astype(x.dtype), *axes), state)
+
+    def iteration(carried, layer):
+        x, weights = carried
+        following, rest = layer
+        return (step(x, nnx.merge(graph, weights, rest)), gather(following)), None
+
+    start = gather(change(lambda value, _: value[0], first_used))
+    following = change(lambda value, _: jnp.roll(value, -1, axis=0), first_used)
+    return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
+
+
+def _reads_the_stream(_, variable: nnx.Variable) -> bool:
+    metadata = variable.get_metadata()
+    return "matrix" in metadata and metadata["axes"][0] == "embed"
 
 
 def by_image(model: nnx.Module, images: int) -> nnx.Module:
