@@ -169,6 +169,8 @@ class Module:
         """The work of one instruction outside fusions; loops, branches and collectives are `roofline`'s to add up."""
         if instruction.opcode in _FREE or collective_kind(instruction):
             return Work()
+        if '"AllocateBuffer"' in instruction.attributes:  # room for what a loop will write
+            return Work()
         flops, ops = self._arithmetic(instruction, self.computations[computation])
         return Work(flops, ops, self._traffic(instruction, self.computations[computation]))
 
