@@ -171,10 +171,15 @@ def gathered(x: jax.Array, *names: str | None) -> jax.Array:
     return gather(x)
 
 
+def on_tpu() -> bool:
+    """Whether the mesh in use is of TPUs, whose compiler some choices are made for."""
+    grid = jax.sharding.get_abstract_mesh()
+    return not grid.empty and grid.abstract_device.platform == "tpu"
+
+
 def loops_gather_late() -> bool:
     """Whether an iteration has to wait for weights that it needs at once.
 
     Compilers for TPUs move no gather into the iteration before; those for GPUs do (`xla_flags`).
     """
-    grid = jax.sharding.get_abstract_mesh()
-    return grid.shape.get("fsdp", 1) > 1 and grid.abstract_device.platform == "tpu"
+    return on_tpu() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1

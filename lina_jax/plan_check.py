@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from lina_jax import errors, hlo, mesh, programs, roofline, topology
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.models.transformer import REMAT_POLICIES
 from lina_jax.state import Program
 
 
@@ -33,21 +34,24 @@ class Published:
     hidden: int
     sequences: int  # a chip
     tflops: float  # a second and chip
+    tensor: int = 1  # devices that share heads and hidden units
+    remat: str = "full"
 
 
 TOKENS, VOCABULARY = 2048, 32_000
 
-# MaxText, github.com/AI-Hypercomputer/maxtext, MaxText/configs/v5e: the table in README.md, settings in the scripts
-# beside it; sizes by its global_parameter_scale (base: 16 layers, width 2048, 16 heads of 128, hidden 7168).
+# MaxText, github.com/AI-Hypercomputer/maxtext, MaxText/configs/v5e and v5p: the tables in README.md, settings in the
+# scripts beside them; sizes by its global_parameter_scale (base: 16 layers, width 2048, 16 heads of 128, hidden 7168).
 PUBLISHED = {
     "v5e-16B": Published("v5e:16x16", 32, 4096, 8192, 28_672, 6, 120),
     "v5e-32B": Published("v5e:16x16", 32, 8192, 8192, 28_672, 4, 132),
+    "v5p-32B": Published("v5p:4x4x4", 32, 8192, 8192, 28_672, 7, 328, tensor=4, remat="dots"),
 }
 
 
 def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, tuple, jax.sharding.Mesh]:
     """A train step without the attention core, which their kernel (not XLA) computes; see `compare`."""
-    grid = mesh.build(MeshConfig(data=1, fsdp=-1), list(devices))
+    grid = mesh.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
 
     def spec(shape, dtype, *names):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(grid, P(*names)))
@@ -55,13 +59,13 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
     n, d, a, f = case.layers, case.width, case.attention, case.hidden
     params = {
         "layers": {
-            **{name: spec((n, d, a), jnp.float32, None, "fsdp") for name in ("query", "key", "value")},
-            "out": spec((n, a, d), jnp.float32, None, None, "fsdp"),
-            **{name: spec((n, d, f), jnp.float32, None, "fsdp") for name in ("gate", "up")},
-            "down": spec((n, f, d), jnp.float32, None, None, "fsdp"),
+            **{name: spec((n, d, a), jnp.float32, None, "fsdp", "tensor") for name in ("query", "key", "value")},
+            "out": spec((n, a, d), jnp.float32, None, "tensor", "fsdp"),
+            **{name: spec((n, d, f), jnp.float32, None, "fsdp", "tensor") for name in ("gate", "up")},
+            "down": spec((n, f, d), jnp.float32, None, "tensor", "fsdp"),
             "scale": spec((n, 2, d), jnp.float32),
         },
-        "embed": spec((VOCABULARY, d), jnp.float32, None, "fsdp"),
+        "embed": spec((VOCABULARY, d), jnp.float32, "tensor", "fsdp"),
     }
     tx = optax.adamw(1e-4)
     at = dict(jax.tree.leaves_with_path(params))
@@ -84,10 +88,12 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
         x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
         return jax.lax.with_sharding_constraint(x, P("fsdp", None, None)), None
 
+    layer = jax.checkpoint(body, policy=REMAT_POLICIES[case.remat])
+
     def loss(params, tokens):
         table = params["embed"].astype(jnp.bfloat16)
         x = jax.lax.with_sharding_constraint(jax.nn.one_hot(tokens, VOCABULARY, dtype=table.dtype) @ table, P("fsdp"))
-        x, _ = jax.lax.scan(jax.checkpoint(body), x, params["layers"])
+        x, _ = jax.lax.scan(layer, x, params["layers"])
         logits = (x @ table.T).astype(jnp.float32)
         return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.sum(logits * jax.nn.one_hot(tokens, VOCABULARY), -1))
 

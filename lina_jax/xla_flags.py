@@ -28,6 +28,9 @@ TPU = (
     "--xla_enable_async_all_reduce=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
     "--xla_tpu_scoped_vmem_limit_kib=24576",
+    # Sums of several matrices' gradients are not joined: the first would wait for the last, with which a loop ends. A
+    # stack at 128 tokens takes 3 % less on v5p, 1 % on v5e.
+    "--xla_tpu_ars_combiner_threshold_in_bytes=1",
     # On 16 chips the partitioner would make loops of small products and permutes of every gathered weight ("windowed
     # einsum"): planned at three times the step. No weight here has a gigabyte.
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1024",

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import constrain
+from lina_jax.mesh import constrain, on_tpu
 from lina_jax.models import sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
 NORMALIZER_EPS = 1e-6
+CONVOLUTION = "convolution"  # to remat policies
 GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
 
 
@@ -79,7 +81,9 @@ class Attention(nnx.Module):
             out = self._linear(x, q, k, v, valid)
         out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
-            out = out + self._convolution(x)
+            convolved = self._convolution(x)
+            # Slow to do again on TPUs. Where it is kept, XLA:GPU sums the gradients of its taps one by one.
+            out = out + (checkpoint_name(convolved, CONVOLUTION) if on_tpu() else convolved)
         return self.proj(out)
 
     def _linear(self, x, q, k, v, valid):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
-from lina_jax.models.attention import Attention, AttentionConfig
+from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig
 from lina_jax.models.layers import MLP, LayerNorm, gelu
 
 
@@ -27,7 +27,10 @@ class Block(nnx.Module):
 
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(CONVOLUTION),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
