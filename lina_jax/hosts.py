@@ -120,6 +120,12 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     client.wait_at_barrier(key, _PATIENCE_MS)
 
 
+def meet(occasion: str) -> None:
+    """Returns when all processes have come here, which may take a day. An occasion has a name of its own."""
+    if distributed.global_state.client is not None:
+        distributed.global_state.client.wait_at_barrier(f"lina_jax/meet/{occasion}", _PATIENCE_MS)
+
+
 def the_cluster(
     address: str | None, processes: int | None, process_id: int | None, timeout: float = 300.0
 ) -> Cluster | None:

@@ -171,10 +171,10 @@ def gathered(x: jax.Array, *names: str | None) -> jax.Array:
     return gather(x)
 
 
-def on_tpu() -> bool:
-    """Whether the mesh in use is of TPUs, whose compiler some choices are made for."""
+def platform() -> str:
+    """cpu, gpu or tpu: what is traced is meant for devices of the mesh in use, or else for those of this process."""
     grid = jax.sharding.get_abstract_mesh()
-    return not grid.empty and grid.abstract_device.platform == "tpu"
+    return jax.default_backend() if grid.empty else grid.abstract_device.platform
 
 
 def loops_gather_late() -> bool:
@@ -182,4 +182,4 @@ def loops_gather_late() -> bool:
 
     Compilers for TPUs move no gather into the iteration before; those for GPUs do (`xla_flags`).
     """
-    return on_tpu() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
+    return platform() == "tpu" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1

@@ -121,6 +121,10 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self.jitted(*args, *self.last)
 
+    def compile(self, *args) -> None:
+        """Compile for these arguments, so that the call with them runs at once."""
+        self.lower(*args).compile()
+
     def lower(self, *args) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):
             return self.jitted.lower(*args, *self.last)

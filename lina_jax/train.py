@@ -98,7 +98,12 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         try:
             for step in range(first + 1, config.steps + 1):
                 profile(config, workdir, first, step)
-                run, scalars = train_step(run, next(batches))
+                batch = next(batches)
+                if step == first + 1:
+                    # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
+                    train_step.compile(run, batch)
+                    hosts.meet("train step")
+                run, scalars = train_step(run, batch)
                 if pending:
                     _report(config, writer, throughput, progress, train_records, *pending)
                     watchdog.step_ended()

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import constrain, on_tpu
+from lina_jax.mesh import constrain, platform
 from lina_jax.models import sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         if self.config.conv_kernel:
             convolved = self._convolution(x)
             # Slow to do again on TPUs. Where it is kept, XLA:GPU sums the gradients of its taps one by one.
-            out = out + (checkpoint_name(convolved, CONVOLUTION) if on_tpu() else convolved)
+            out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
     def _linear(self, x, q, k, v, valid):
@@ -145,17 +145,10 @@ def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
     """The einsum, accumulated in float32."""
-
-    def product(*arrays):
-        return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
-
-    def widened(*arrays):
-        return product(*(a.astype(jnp.float32) for a in arrays))
-
-    if all(a.dtype == jnp.float32 for a in arrays):
-        return product(*arrays)
-    # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
-    return jax.lax.platform_dependent(*arrays, cpu=widened, default=product)
+    if platform() == "cpu":
+        # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
+        arrays = tuple(a.astype(jnp.float32) for a in arrays)
+    return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:

@@ -16,6 +16,8 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from lina_jax.mesh import platform
+
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
 NORM_EPS = 1e-5
@@ -91,19 +93,13 @@ class Linear(nnx.Module):
         One product that is cut, or (on CPUs, where cutting and, in the gradient, joining again cost more than they
         save) one product for each part.
         """
-        parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
-
-        def together(x, kernel, bias):
-            y = jnp.tensordot(x, kernel, self.contracted) + bias
-            return list(jnp.moveaxis(y, parts, 0))
-
-        def apart(x, kernel, bias):
-            kernels = jnp.moveaxis(kernel, self.contracted, 0)
-            biases = jnp.moveaxis(bias, parts, 0)
-            return [jnp.tensordot(x, k, self.contracted) + b for k, b in zip(kernels, biases, strict=True)]
-
-        arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
-        return jax.lax.platform_dependent(*arrays, cpu=apart, default=together)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        parts = self.contracted - kernel.ndim  # counted from the last axis: biases may be those of each image
+        # Not jax.lax.platform_dependent: remat would keep what the other platform's product gives, too, as zeros.
+        if platform() != "cpu":
+            return list(jnp.moveaxis(jnp.tensordot(x, kernel, self.contracted) + bias, parts, 0))
+        each = zip(jnp.moveaxis(kernel, self.contracted, 0), jnp.moveaxis(bias, parts, 0), strict=True)
+        return [jnp.tensordot(x, kernel, self.contracted) + bias for kernel, bias in each]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
