@@ -66,9 +66,12 @@ def test_an_unknown_device_has_no_peak():
     assert chips.of_kind("cpu") is None
 
 
+def program(text: str) -> hlo.Module:
+    return hlo.Module(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT {text}\n}}\n")
+
+
 def collective(text: str) -> hlo.Instruction:
-    program = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT {text}\n}}\n"
-    return hlo.Module(program).computations["main"]["all-reduce.1"]
+    return program(text).computations["main"]["all-reduce.1"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,14 @@ def collective(text: str) -> hlo.Instruction:
 def test_groups_are_read_in_each_of_the_compilers_spellings(written, groups):
     text = f"%all-reduce.1 = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={written}, to_apply=%add"
     assert hlo.groups(collective(text), devices=4) == groups
+
+
+def test_room_for_what_a_loop_will_write_is_not_traffic():
+    def traffic(target):
+        called = program(f'%room.1 = f32[1024]{{0}} custom-call(), custom_call_target="{target}"')
+        return roofline.count(called).traffic
+
+    assert (traffic("AllocateBuffer"), traffic("Fill")) == (0, 4096)
 
 
 def compiled(function, *arguments) -> hlo.Module:
