@@ -17,9 +17,11 @@ GIB = 2**30
 TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
-# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products give (query, key,
-# value, projection, four of the hidden layer, one more) and the block's input; none also what lies between them.
-KEPT = {"none": 26, "dots": 10, "full": 1}
+# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products (query, key, value,
+# projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what lies
+# between them.
+KEPT = {"none": 26, "dots": 11, "full": 1}
+AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +118,11 @@ def _activations(config: Config, candidate: Candidate, chip: Chip) -> float:
     head = config.loss.repeat * image * model.head_width * 2
     kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
     working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    # Weights that a TPU's loops gather ahead are kept.
-    ahead = 7 / 12 * _weights(model) if candidate.fsdp > 1 and chip.torus and candidate.remat != "full" else 0.0
-    return ahead + candidate.per_chip * (kept + working) / config.optim.accumulate
+    return _ahead(candidate, chip) * _weights(model) + candidate.per_chip * (kept + working) / config.optim.accumulate
+
+
+def _ahead(candidate: Candidate, chip: Chip) -> float:
+    return AHEAD if chip.torus and candidate.fsdp > 1 and candidate.remat != "full" else 0.0
 
 
 def _weights(model: ModelConfig) -> float:
@@ -133,7 +137,7 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> 
     weights = _weights(model)
     links = chip.link * (2 if chip.torus else 1)
     # Gathered forward and backward, and the gradient scattered; or the gradient summed.
-    gathered = weights / links * (2 if candidate.fsdp == 1 else 3)
+    gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - _ahead(candidate, chip))
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
     tokens = model.condition_tokens + model.image_tokens

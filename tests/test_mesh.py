@@ -259,3 +259,15 @@ def test_a_mesh_that_cannot_be_read_is_named(text):
 def test_constrain_does_nothing_without_a_mesh():
     x = np.ones((2, 2), np.float32)
     assert mesh.constrain(x, "batch", None) is x
+
+
+def test_a_platform_is_chosen_when_tracing_or_where_an_export_runs():
+    def either(x):
+        return mesh.by_platform(x, cpu=lambda x: x + 1, default=lambda x: x - 1)
+
+    x = np.float32(1)
+    assert "platform_index" not in str(jax.make_jaxpr(either)(x))
+    with mesh.portable():
+        exported = jax.export.export(jax.jit(either), platforms=("cpu", "tpu"))(x)
+    assert exported.call(x) == 2
+    assert "add" in exported.mlir_module() and "subtract" in exported.mlir_module()

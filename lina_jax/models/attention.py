@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import constrain, platform
+from lina_jax.mesh import by_platform, constrain, platform
 from lina_jax.models import sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
@@ -145,10 +145,15 @@ def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
     """The einsum, accumulated in float32."""
-    if platform() == "cpu":
-        # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
-        arrays = tuple(a.astype(jnp.float32) for a in arrays)
-    return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+
+    def product(*arrays):
+        return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+
+    def widened(*arrays):
+        return product(*(a.astype(jnp.float32) for a in arrays))
+
+    # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
+    return by_platform(*arrays, cpu=widened, default=product)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from lina_jax.mesh import platform
+from lina_jax.mesh import by_platform
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
@@ -90,16 +90,20 @@ class Linear(nnx.Module):
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of the output along its first axis, (..., *outputs[1:]) each.
 
-        One product that is cut, or (on CPUs, where cutting and, in the gradient, joining again cost more than they
-        save) one product for each part.
+        One product for each part or, on GPUs, one that is cut: elsewhere cutting and, in the gradient, joining again
+        cost more than they save.
         """
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
-        parts = self.contracted - kernel.ndim  # counted from the last axis: biases may be those of each image
-        # Not jax.lax.platform_dependent: remat would keep what the other platform's product gives, too, as zeros.
-        if platform() != "cpu":
+        parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
+
+        def apart(x, kernel, bias):
+            each = zip(jnp.moveaxis(kernel, self.contracted, 0), jnp.moveaxis(bias, parts, 0), strict=True)
+            return [jnp.tensordot(x, kernel, self.contracted) + bias for kernel, bias in each]
+
+        def together(x, kernel, bias):
             return list(jnp.moveaxis(jnp.tensordot(x, kernel, self.contracted) + bias, parts, 0))
-        each = zip(jnp.moveaxis(kernel, self.contracted, 0), jnp.moveaxis(bias, parts, 0), strict=True)
-        return [jnp.tensordot(x, kernel, self.contracted) + bias for kernel, bias in each]
+
+        arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        return by_platform(*arrays, cuda=together, default=apart)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -92,5 +92,7 @@ class Phi(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         angles = self.config.angles(ids.shape[1])
-        x = apply_layers(lambda x, block: block(x, angles), self.embed(ids), self.blocks, scan=True, remat="none")
+        x = apply_layers(
+            lambda x, block: block(x, angles), self.embed(ids), self.blocks, scan=True, remat="none", ahead=False
+        )
         return self.norm(x)

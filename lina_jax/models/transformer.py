@@ -62,7 +62,7 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
     """The scan of `step`, of which each iteration gathers the next one's matrices that read the residual stream.
 
     A layer would have to wait for these; the others are gathered behind their products (all of them ahead is slower and
-    keeps twice as much: docs/planning.md). The last iteration gathers in vain, the first layer's again.
+    keeps more: docs/planning.md). The last iteration gathers in vain, the first layer's again.
     """
     graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
@@ -95,8 +95,8 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
     """The model with a copy for each image of what is no matrix in its stacks: (L, ...) -> (L, B, 1, ...).
 
     Of a bias, norm, gate or convolution a device then sums the gradient over the tokens of its own images; the sum over
-    devices, the transpose of copying, comes once for all layers, and in float32. Without copies each layer waits for a
-    small all-reduce. Where one device has the batch nothing happens.
+    images, the transpose of copying, comes once for all layers, and in float32. Without copies each layer waits for a
+    small all-reduce (as it still does over the shards of a sequence). Where batches are not cut nothing happens.
     """
     if batch_parts(jax.sharding.get_abstract_mesh()) == 1:
         return model
