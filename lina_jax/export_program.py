@@ -41,7 +41,7 @@ def write_program(
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     condition = _condition(plan, batch)
     arguments = (shapes, condition, _int32(batch), _int32())
-    with jax.set_mesh(plan.mesh), mesh.portable():
+    with jax.set_mesh(plan.mesh), mesh.portable(True):
         exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
     (directory / PROGRAM).write_bytes(exported.serialize())
     save_file(arrays, directory / WEIGHTS, metadata)

@@ -1,9 +1,7 @@
 """Devices to mesh, and the one table that says which array axis lives on which mesh axis."""
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -179,26 +177,17 @@ def platform() -> str:
     return jax.default_backend() if grid.empty else grid.abstract_device.platform
 
 
-_portable = contextvars.ContextVar("portable", default=False)
-
-
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """What is traced inside is meant for every platform (exports)."""
-    token = _portable.set(True)
-    try:
-        yield
-    finally:
-        _portable.reset(token)
+# portable(True): what is traced inside is meant for every platform (exports).
+portable = jax.make_user_context(default_value=False)
 
 
 def by_platform(*args, default: Callable, **functions: Callable):
     """The one of `functions` (cpu, cuda, tpu) that `platform` asks for, or else `default`, of the arguments.
 
-    Where the platform is known it is chosen now: of jax.lax.platform_dependent remat would keep what the functions that
-    do not run give, too, as zeros.
+    Chosen now, but in `portable`: of jax.lax.platform_dependent remat would keep what the functions that do not run
+    give, too, as zeros.
     """
-    if _portable.get():
+    if portable.value:
         return jax.lax.platform_dependent(*args, default=default, **functions)
     known = platform()
     return functions.get("cuda" if known == "gpu" else known, default)(*args)

@@ -17,9 +17,9 @@ GIB = 2**30
 TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
-# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products (query, key, value,
-# projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what lies
-# between them.
+# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products (query, key,
+# value, projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what
+# lies between them.
 KEPT = {"none": 26, "dots": 11, "full": 1}
 AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
 

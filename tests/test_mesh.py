@@ -267,7 +267,7 @@ def test_a_platform_is_chosen_when_tracing_or_where_an_export_runs():
 
     x = np.float32(1)
     assert "platform_index" not in str(jax.make_jaxpr(either)(x))
-    with mesh.portable():
+    with mesh.portable(True):
         exported = jax.export.export(jax.jit(either), platforms=("cpu", "tpu"))(x)
     assert exported.call(x) == 2
     assert "add" in exported.mlir_module() and "subtract" in exported.mlir_module()
