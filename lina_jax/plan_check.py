@@ -45,7 +45,8 @@ TOKENS, VOCABULARY = 2048, 32_000
 PUBLISHED = {
     "v5e-16B": Published("v5e:16x16", 32, 4096, 8192, 28_672, 6, 120),
     "v5e-32B": Published("v5e:16x16", 32, 8192, 8192, 28_672, 4, 132),
-    "v5p-32B": Published("v5p:4x4x4", 32, 8192, 8192, 28_672, 7, 328, tensor=4, remat="dots"),
+    # 6 sequences a chip, not their 7, for which this stand-in misses the memory by 1.4 %.
+    "v5p-32B": Published("v5p:4x4x4", 32, 8192, 8192, 28_672, 6, 328, tensor=4, remat="dots"),
 }
 
 
@@ -86,7 +87,7 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
         x = x + ((h @ p["query"]) * (h @ p["key"]) + h @ p["value"]) @ p["out"]
         h = norm(x, p["scale"][1])
         x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
-        return jax.lax.with_sharding_constraint(x, P("fsdp", None, None)), None
+        return jax.lax.with_sharding_constraint(x, P("fsdp", None, "tensor")), None
 
     layer = jax.checkpoint(body, policy=REMAT_POLICIES[case.remat])
 
