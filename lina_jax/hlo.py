@@ -167,9 +167,8 @@ class Module:
 
     def work(self, instruction: Instruction, computation: str) -> Work:
         """The work of one instruction outside fusions; loops, branches and collectives are `roofline`'s to add up."""
-        if instruction.opcode in _FREE or collective_kind(instruction):
-            return Work()
-        if '"AllocateBuffer"' in instruction.attributes:  # room for what a loop will write
+        only_room = '"AllocateBuffer"' in instruction.attributes  # for what a loop will write
+        if instruction.opcode in _FREE or collective_kind(instruction) or only_room:
             return Work()
         flops, ops = self._arithmetic(instruction, self.computations[computation])
         return Work(flops, ops, self._traffic(instruction, self.computations[computation]))

@@ -21,7 +21,7 @@ from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain
 from lina_jax.models import flow, vae
 from lina_jax.models.draws import draw, latent_noise
-from lina_jax.models.layers import Frozen, patchify
+from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
 from lina_jax.models.transformer import by_image
 
@@ -141,14 +141,14 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
         axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers add a leading axis, never cut
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=mesh_lib.sharding(mesh, *axes))
 
-    def over_variables(function, state):
-        return nnx.to_pure_dict(jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    def tree_of(function, state):
+        return nnx.to_pure_dict(over_variables(function, state))
 
-    decayed = over_variables(lambda v: v.get_metadata().get("decay", True), params)
-    axes = over_variables(_matrix_axes, params)
+    decayed = tree_of(lambda v: v.get_metadata().get("decay", True), params)
+    axes = tree_of(_matrix_axes, params)
     matrices = dict(jax.tree.leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)))
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
-    params, frozen = over_variables(with_sharding, params), over_variables(with_sharding, frozen)
+    params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
     return Blueprint(config, mesh, graphdef, optimizer, shapes, decayed, encoders or Encoders())
 

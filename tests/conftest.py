@@ -27,6 +27,7 @@ QUICKLY_COMPILED = {
     "test_sequence",
     "test_state",
     "test_train",
+    "test_interruption",
     "test_generate",
     "test_encoders",
     "test_many_hosts",

@@ -13,6 +13,7 @@ from lina_jax import hlo, mesh, state
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models.attention import AttentionConfig
+from lina_jax.models.layers import over_variables
 from lina_jax.models.transformer import Block, apply_layers, by_image, stacked
 
 # Relative differences, of the gradient in the Euclidean norm over all of it. Nothing but the order of sums may differ:
@@ -85,7 +86,7 @@ def run_stack(stack, grid, ahead):
         y = apply_layers(lambda x, block: block(x), x, layers, scan=True, remat="dots", ahead=ahead)
         return jnp.mean(jnp.square(y))
 
-    at = jax.tree.map(cut, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    at = over_variables(cut, weights)
     with jax.set_mesh(grid):
         weights, x = jax.device_put((weights, x), (at, mesh.sharding(grid, "batch", None, None)))
         program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, at)).lower(weights, x).compile()

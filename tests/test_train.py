@@ -1,6 +1,5 @@
 """A run that was interrupted ends like one that was not, workdirs stay with their config, failures leave them whole."""
 
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -8,11 +7,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -329,16 +324,6 @@ def test_a_run_that_diverges_stops_and_leaves_a_finite_checkpoint(exploding, tmp
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
 
 
-def wait_for(condition, process):
-    """Until `condition` holds; a process that ends before, or a deadline that passes, is a failure."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < deadline, "the run did not get there in time"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.02)
-
-
 def test_chosen_steps_are_profiled(config, tmp_path):
     """Also where the run ends before the last of them."""
     log = dataclasses.replace(config.log, preview_images=0, profile_start=2, profile_steps=20)
@@ -351,85 +336,6 @@ def test_a_run_resumed_within_profiled_steps_goes_on(config, tmp_path):
     train(dataclasses.replace(config, steps=3, log=log), tmp_path / "run")
     log = dataclasses.replace(log, profile_start=2, profile_steps=3)
     assert int(train(dataclasses.replace(config, log=log), tmp_path / "run").step) == 6
-
-
-@pytest.fixture(scope="module")
-def endless(tiny_text):
-    return tiny_text(steps=1_000_000, checkpoint={"every": 2, "keep_last": 2}, log={"every": 1000})
-
-
-def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_path, one_device, identical):
-    """SIGKILL at any time after the first checkpoint: the same command goes on and ends like a run in one go."""
-    options = [f"--config={config_file(endless)}", f"--workdir={tmp_path / 'killed'}"]
-    process = run_module("train", *options, start=True)
-    try:
-        wait_for((tmp_path / "killed" / "checkpoints" / "4").exists, process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    steps = Checkpoints(tmp_path / "killed", endless.checkpoint, create=False).latest_step() + 3
-    finals = {}
-    for name in ("killed", "in_one_go"):
-        workdir = tmp_path / name
-        result = run_module("train", options[0], f"--workdir={workdir}", f"--config.steps={steps}")
-        assert result.returncode == 0, result.stderr
-        checkpoints = Checkpoints(workdir, endless.checkpoint, create=False)
-        finals[name] = whole(checkpoints.restore(state.blueprint(endless, one_device), steps))
-    assert identical(finals["killed"], finals["in_one_go"])
-
-
-def test_sigterm_saves_and_asks_to_be_run_again(endless, run_module, config_file, tmp_path, one_device, identical):
-    """However often it comes; what goes on ends like a run in one go."""
-    options = [f"--config={config_file(endless)}", "--config.checkpoint.every=100000", "--config.log.every=1"]
-    process = run_module("train", *options, f"--workdir={tmp_path / 'stopped'}", start=True)
-    try:
-        wait_for(lambda: len(metrics.read_jsonl(tmp_path / "stopped" / "metrics.jsonl")) > 2, process)
-        while process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.1)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == RUN_AGAIN
-    saved = Checkpoints(tmp_path / "stopped", endless.checkpoint, create=False).latest_step()
-    assert saved == metrics.read_jsonl(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"]
-    finals = []
-    for name in ("stopped", "in_one_go"):
-        result = run_module("train", *options, f"--workdir={tmp_path / name}", f"--config.steps={saved + 2}")
-        assert result.returncode == 0, result.stderr
-        checkpoints = Checkpoints(tmp_path / name, endless.checkpoint, create=False)
-        finals.append(whole(checkpoints.restore(state.blueprint(endless, one_device), saved + 2)))
-    assert identical(*finals)
-
-
-STALLED = """
-import sys, threading
-from lina_jax import errors, preemption
-
-def main(argv):
-    with preemption.Watchdog(0.2) as watchdog:
-        threading.Event().wait(0.5)  # the first step compiles
-        watchdog.step_ended()
-        with watchdog.paused():
-            threading.Event().wait(0.5)  # what takes its own time
-        print("alive", file=sys.stderr)
-        stalled_for_ever()
-
-def stalled_for_ever():
-    threading.Event().wait()
-
-errors.run(main)
-"""
-
-
-def test_a_step_that_stalls_ends_the_process_with_its_stacks():
-    result = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=DEADLINE_S)
-    assert result.returncode == RUN_AGAIN
-    first, *stacks, last = result.stderr.splitlines()
-    assert first == "alive"
-    assert any("stalled_for_ever" in line for line in stacks)
-    assert last.startswith("error: no step has ended for 0.2 s (step_timeout)")
 
 
 def test_training_that_waits_for_batches_in_vain_is_ended(config, tmp_path, monkeypatch):

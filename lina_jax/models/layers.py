@@ -7,7 +7,7 @@ Parameters are float32; a module computes in its `dtype` and accumulates statist
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,11 @@ NORM_EPS = 1e-5
 
 class Frozen(nnx.Variable):
     """An array that training never changes: published frozen parameters and the text padding table."""
+
+
+def over_variables(function: Callable[[nnx.Variable], object], state: nnx.State) -> nnx.State:
+    """The state with what `function` makes of each variable, whose metadata it sees, in its place."""
+    return jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def uniform(fan_in: int) -> Initializer:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig
-from lina_jax.models.layers import MLP, LayerNorm, gelu
+from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
 
 class Block(nnx.Module):
@@ -66,23 +66,16 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
     """
     graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
-    def change(function, state):
-        return jax.tree.map(
-            lambda variable: variable.replace(function(variable[...], variable.get_metadata("axes"))),
-            state,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-
     def gather(state):
-        return change(lambda value, axes: gathered(value.astype(x.dtype), *axes), state)
+        return over_variables(lambda v: v.replace(gathered(v[...].astype(x.dtype), *v.get_metadata("axes"))), state)
 
     def iteration(carried, layer):
         x, weights = carried
         following, rest = layer
         return (step(x, nnx.merge(graph, weights, rest)), gather(following)), None
 
-    start = gather(change(lambda value, _: value[0], first_used))
-    following = change(lambda value, _: jnp.roll(value, -1, axis=0), first_used)
+    start = gather(jax.tree.map(lambda leaf: leaf[0], first_used))
+    following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first_used)
     return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
 
 
@@ -110,7 +103,7 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
         value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
         return variable.replace(constrain(value, None, "batch", None, *axes))
 
-    return nnx.merge(graph, jax.tree.map(copy, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    return nnx.merge(graph, over_variables(copy, state))
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
