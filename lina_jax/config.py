@@ -43,6 +43,7 @@ class ModelConfig:
     head_width: int = 768
     head_depth: int = 6
     attention: str = "linear"  # linear | softmax | hybrid
+    attention_kernel: str = "xla"  # xla | pallas: what computes the core of linear attention
     softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
     normalization: str = "division"  # division | subtraction
     depthwise_conv: bool = True

@@ -14,6 +14,7 @@ CHOICES = {
     "model.text_encoder": ("features", "bytes"),
     "model.attention": ("linear", "softmax", "hybrid"),
     "model.normalization": ("division", "subtraction"),
+    "model.attention_kernel": ("xla", "pallas"),
     "model.kv_gate": ("none", "head", "shared", "key", "value", "decoupled", "dynamic"),
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),

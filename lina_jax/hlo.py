@@ -15,6 +15,7 @@ import numpy as np
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}  # of others the name says it
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # of a kernel for TPUs, by its author
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
 # Copies that a copy engine makes while the core goes on, and where they are waited for.
 PREFETCH_STARTS = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
@@ -186,6 +187,8 @@ class Module:
             dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)[1]
             contracted = math.prod(lhs[int(i)] for i in re.findall(r"\d+", dims))
             return 2.0 * instruction.shapes[0].size * contracted, 0.0
+        if opcode == "custom-call" and (stated := _STATED_FLOPS.search(instruction.attributes)):
+            return float(stated[1]), 0.0
         if opcode in ("fusion", "call", "async-start"):
             return tuple(map(sum, zip(*map(self._inside, instruction.called), strict=True))) or (0.0, 0.0)
         if opcode in ("reduce", "reduce-window"):

@@ -50,8 +50,9 @@ def attention_case(config: dict, weights: dict, softmax: bool) -> tuple[Attentio
     return ours, {"split_q": split_q, "conv": bool(kernel), "gate": gate}
 
 
-def attention(case: Case) -> None:
+def attention(case: Case, kernel: str = "xla") -> None:
     ours, options = attention_case(case.config, case.weights, case.config["variant"] == "softmax")
+    ours = dataclasses.replace(ours, kernel=kernel)
     table = list(torch_layout.attention("", (), None, **options))
     table = [dataclasses.replace(e, key=e.key.removeprefix(".")) for e in table]
     graphdef, tree = loaded(lambda rngs: Attention(ours, rngs=rngs), table, case.weights)

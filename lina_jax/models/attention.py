@@ -12,8 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import by_platform, constrain, platform
-from lina_jax.models import sequence
+from lina_jax.mesh import by_platform, constrain, platform, portable
+from lina_jax.models import attention_kernel, sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
@@ -29,6 +29,7 @@ class AttentionConfig:
     width: int
     heads: int
     kind: str = "linear"  # linear | softmax
+    kernel: str = "xla"  # xla | pallas: of linear attention, what computes its core
     normalization: str = "division"  # division | subtraction
     conv_kernel: int = 0  # 0: no depthwise convolution
     gate: str = "none"  # none | head | shared | key | value | decoupled | dynamic
@@ -87,12 +88,17 @@ class Attention(nnx.Module):
         return self.proj(out)
 
     def _linear(self, x, q, k, v, valid):
-        eps = RELU_EPS if self.config.normalization == "division" else 0.0
+        division = self.config.normalization == "division"
+        eps = RELU_EPS if division else 0.0
+        key_gate, normalizer_gate, value_gate = gates = self._gates(x)
+        if self.config.kernel == "pallas" and not portable.value:
+            return attention_kernel.linear_attention(
+                q, k, v, gates, valid, division=division, relu_eps=eps, normalizer_eps=NORMALIZER_EPS
+            )
         q, k = jax.nn.relu(q) + eps, jax.nn.relu(k) + eps
-        key_gate, normalizer_gate, value_gate = self._gates(x)
         k_normalizer = None if normalizer_gate is key_gate else _gated(k, normalizer_gate)
         k, v = _gated(k, key_gate), _gated(v, value_gate)
-        core = division_attention if self.config.normalization == "division" else subtraction_attention
+        core = division_attention if division else subtraction_attention
         return sequence.by_shard(core)(q, k, k_normalizer, v, valid)
 
     def _gates(self, x: jax.Array):

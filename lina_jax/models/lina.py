@@ -45,6 +45,7 @@ class LINA(nnx.Module):
             width=c.width,
             heads=c.heads,
             kind="softmax" if c.attention == "softmax" else "linear",
+            kernel=c.attention_kernel,
             normalization=c.normalization,
             condition_tokens=c.condition_tokens,
             grid=c.image_grid,

@@ -1,0 +1,245 @@
+"""Kernels that pass over the tokens of images tile by tile, in Pallas: for TPUs (by Mosaic) and for GPUs (by Triton).
+
+A tile is some rows of tokens and, in their lanes, one head (GPUs) or several (TPUs, as many as fill whole registers;
+what one head has to do with another is masked). Of B images of N tokens and H heads of width d, a pass reads and writes
+
+    tokens      (B, N, H d)
+    gates       (B, N, g H)   numbers of each token and head, of g kinds one after the other
+    summaries   (B, r, H d)   float32; r rows for each image, the last axis is that of the tokens
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
+
+LANES = 128  # of a TPU's registers
+ROWS = 512  # tokens of a tile of a TPU (half of that where an image has several), of a program of a GPU, at most
+GPU_ROWS = 64  # tokens of a tile of a GPU
+VMEM = 24 * 2**20  # bytes of a TPU's own memory for a kernel; of more, too little is left for collectives meanwhile
+
+
+class Parts(NamedTuple):
+    """Arrays, their shapes or references to them; of a pass, or of one tile of it.
+
+    A tile has its gates one by one, in each lane of their head or (GPUs) one for a row.
+    """
+
+    tokens: tuple[Any, ...] = ()
+    gates: tuple[Any, ...] = ()  # none or one; of a tile g
+    summaries: tuple[Any, ...] = ()
+
+    def sort(self, flat) -> "Parts":
+        """Others, given one after the other, in place of these."""
+        flat = iter(flat)
+        return Parts(*(tuple(next(flat) for _ in part) for part in self))
+
+    @property
+    def flat(self) -> list[Any]:
+        return [*self.tokens, *self.gates, *self.summaries]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The heads of a tile; the lanes after the last one are empty (zeros)."""
+
+    heads: int
+    width: int
+    lanes: int
+
+    def square(self, state: jax.Array) -> jax.Array:
+        """A d x d matrix of each head, (d, lanes), as one matrix (lanes, lanes) that is zero between heads."""
+        return state if self.heads == 1 else jnp.concatenate([state] * self.heads) * self._same_head()
+
+    def state(self, square: jax.Array) -> jax.Array:
+        """The inverse of `square`, of a matrix that may have anything between heads."""
+        if self.heads == 1:
+            return square
+        square = square * self._same_head()
+        return sum(square[i * self.width : (i + 1) * self.width] for i in range(self.heads))
+
+    def along(self, x: jax.Array, row: jax.Array) -> jax.Array:
+        """x . row of each head: x (n, lanes), row (1, lanes) -> (n, lanes), in each lane of a head, or (n, 1)."""
+        if self.heads == 1:
+            return jnp.sum(x.astype(jnp.float32) * row.astype(x.dtype).astype(jnp.float32), axis=1, keepdims=True)
+        return product(x, (row * self._same_head()).astype(x.dtype), (1, 1))
+
+    def _same_head(self) -> jax.Array:
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (self.lanes, self.lanes), i) // self.width for i in (0, 1))
+        return (row == column).astype(jnp.float32)
+
+
+def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """Of two matrices, contracting one axis of each; accumulated in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = tuple((axis,) for axis in contracted), ((), ())
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def over_tokens(
+    function: Callable[[Tile, Parts], Parts],
+    arrays: Parts,
+    results: Parts,
+    *,
+    heads: int,
+    products: int,
+    gpu: bool,
+    interpret: bool = False,
+) -> Parts:
+    """`function` of every tile: what it gives for tokens is put together, its summaries are added up.
+
+    For a gate it gives, in each lane, what is to be summed over the head. `results` are the shapes; `products` the
+    matrix products of (lanes x lanes) matrices that it makes of a row, for estimates.
+    """
+    if gpu:
+        return _on_gpu(function, arrays, results, heads, interpret)
+    return _on_tpu(function, arrays, results, heads, products, interpret)
+
+
+def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, interpret: bool) -> Parts:
+    batch, length, features = arrays.tokens[0].shape
+    dtype, width = arrays.tokens[0].dtype, features // heads
+    together = LANES // math.gcd(LANES, width)
+    together = together if heads % together == 0 else heads
+    tile = Tile(together, width, together * width)
+    rows = length if length <= ROWS else ROWS // 2
+    steps = pl.cdiv(length, rows)
+    kinds = (arrays.gates or results.gates or [jax.ShapeDtypeStruct((0,), dtype)])[0].shape[-1] // heads
+
+    def kernel(*refs):
+        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(arrays.flat) :])
+        step = pl.program_id(1)
+
+        def existing(x):
+            """Of the last tile, which may reach beyond the image."""
+            if length % rows == 0:
+                return x
+            row = step * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            return jnp.where(row < length, x, jnp.zeros_like(x))
+
+        @pl.when(step == 0)
+        def _():
+            for ref in outs.summaries:
+                ref[...] = jnp.zeros_like(ref)
+
+        gate_sums = 0.0
+        for first in range(0, features, tile.lanes):
+            lanes = slice(first, first + tile.lanes)
+            owners = [_owner(heads, kinds, kind, tile, first).astype(dtype) for kind in range(kinds)]
+            given = Parts(
+                tuple(existing(ref[0, :, lanes]) for ref in ins.tokens),
+                tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
+                tuple(ref[0, :, lanes] for ref in ins.summaries),
+            )
+            made = function(tile, given)
+            for ref, x in zip(outs.tokens, made.tokens, strict=True):
+                ref[0, :, lanes] = x.astype(ref.dtype)
+            for ref, x in zip(outs.summaries, made.summaries, strict=True):
+                ref[0, :, lanes] += x
+            if outs.gates:
+                pairs = zip(made.gates, owners, strict=True)
+                gate_sums += sum(product(x.astype(dtype), owner, (1, 1)) for x, owner in pairs)
+        for ref in outs.gates:
+            ref[0] = gate_sums.astype(ref.dtype)
+
+    def blocks(parts: Parts):
+        def of_tokens(array):
+            return pl.BlockSpec((1, rows, array.shape[2]), lambda image, step: (image, step, 0))
+
+        def of_image(array):
+            return pl.BlockSpec((1, *array.shape[1:]), lambda image, step: (image, 0, 0))
+
+        return [*map(of_tokens, (*parts.tokens, *parts.gates)), *map(of_image, parts.summaries)]
+
+    made = pl.pallas_call(
+        kernel,
+        grid=(batch, steps),
+        in_specs=blocks(arrays),
+        out_specs=blocks(results),
+        out_shape=results.flat,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * batch * steps * rows * features * tile.lanes,
+            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (*arrays.flat, *results.flat)),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(*arrays.flat)
+    return results.sort(made)
+
+
+def _owner(heads: int, kinds: int, kind: int, tile: Tile, first: int) -> jax.Array:
+    """Which of the g H gates is that of each lane of the tile that starts at lane `first`."""
+    gate, lane = (jax.lax.broadcasted_iota(jnp.int32, (kinds * heads, tile.lanes), i) for i in (0, 1))
+    return gate == kind * heads + (first + lane) // tile.width
+
+
+def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool) -> Parts:
+    batch, length, features = arrays.tokens[0].shape
+    width = features // heads
+    tile = Tile(1, width, pl.next_power_of_2(width))
+    programs = pl.cdiv(length, ROWS)  # that share an image; each has summaries of its own
+    tiles = pl.cdiv(length, programs * GPU_ROWS)
+    summaries = tuple(jax.ShapeDtypeStruct((batch, programs, *s.shape[1:]), s.dtype) for s in results.summaries)
+    results = results._replace(summaries=summaries)
+
+    def kernel(*refs):
+        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(arrays.flat) :])
+        image, head, program = (pl.program_id(i) for i in range(3))
+        lanes = jnp.arange(tile.lanes)[None]
+        features = head * width + lanes
+
+        def of_image(ref):
+            """Rows of a summary, and which of the numbers there exist."""
+            rows = jnp.arange(pl.next_power_of_2(ref.shape[-2]))[:, None]
+            return rows, (rows < ref.shape[-2]) & (lanes < width)
+
+        given = []
+        for ref in ins.summaries:
+            rows, exist = of_image(ref)
+            given.append(triton.load(ref.at[image, rows, features], mask=exist, other=0.0))
+
+        def of_tile(i, totals):
+            rows = (program * tiles + i) * GPU_ROWS + jnp.arange(GPU_ROWS)[:, None]
+            exist = (rows < length) & (lanes < width)
+
+            def gates(refs):
+                return [
+                    ref.at[image, rows, kind * heads + head] for ref in refs for kind in range(ref.shape[2] // heads)
+                ]
+
+            made = function(
+                tile,
+                Parts(
+                    tuple(triton.load(ref.at[image, rows, features], mask=exist, other=0.0) for ref in ins.tokens),
+                    tuple(triton.load(gate, mask=rows < length, other=0.0) for gate in gates(ins.gates)),
+                    tuple(given),
+                ),
+            )
+            for ref, x in zip(outs.tokens, made.tokens, strict=True):
+                triton.store(ref.at[image, rows, features], x.astype(ref.dtype), mask=exist)
+            for ref in outs.gates:
+                for gate, x in zip(gates([ref]), made.gates, strict=True):
+                    triton.store(gate, jnp.sum(x, axis=1, keepdims=True).astype(ref.dtype), mask=rows < length)
+            return tuple(total + x for total, x in zip(totals, made.summaries, strict=True))
+
+        start = tuple(jnp.zeros((pl.next_power_of_2(ref.shape[2]), tile.lanes), jnp.float32) for ref in outs.summaries)
+        for ref, total in zip(outs.summaries, jax.lax.fori_loop(0, tiles, of_tile, start), strict=True):
+            rows, exist = of_image(ref)
+            triton.store(ref.at[image, program, rows, features], total, mask=exist)
+
+    made = pl.pallas_call(
+        kernel,
+        grid=(batch, heads, programs),
+        out_shape=results.flat,
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+    )(*arrays.flat)
+    made = results.sort(made)
+    return made._replace(summaries=tuple(jnp.sum(s, axis=1) for s in made.summaries))
