@@ -43,7 +43,7 @@ def get_config(preset="256"):
     config.autoencoder.update(kind="sdxl", stride=8, scaling_factor=0.13025)
     config.optim.learning_rate = LEARNING_RATE[preset]
     config.init_from.update(path=BEFORE[preset], rules="nova" if preset == "256" else "resolution")
-    config.mesh.fsdp = 0
+    config.mesh.update(fsdp=0, sequence=0)
     config.data.path = f"data/t2i{preset}"
     config.data.threads = 16
     config.sample.update(steps=128, euler_steps=25, guidance=7.0, guidance_schedule="constant")

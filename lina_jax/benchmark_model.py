@@ -34,8 +34,7 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 
 
 def _train(config: Config, runs: int) -> Row:
-    devices = _devices(config, config.batch_size)
-    mesh.check(config, devices)
+    devices = mesh.of(config)
     plan = state.blueprint(config, devices)
     program, (shapes, batch) = programs.train_step(config, devices)
     compiled = programs.compile_program(program, (shapes, batch), {})

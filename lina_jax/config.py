@@ -200,7 +200,7 @@ class MeshConfig:
     replica: int = 1  # whole groups of devices joined by slow links: TPU slices, GPU nodes
     data: int = -1
     fsdp: int = 1  # parameters, moments and EMA are cut over it, batches too; 0: chosen (mesh.build)
-    sequence: int = 1  # rows of the token grid
+    sequence: int = 1  # rows of the token grid; 0: chosen (mesh.of)
     tensor: int = 1  # attention heads and hidden units
 
 

@@ -1,5 +1,6 @@
 """Devices to mesh, and the one table that says which array axis lives on which mesh axis."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,17 +36,38 @@ RULES: Mapping[str, tuple[str, ...]] = {
 WHOLE_TILES = 32
 
 
+def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a config trains on.
+
+    `sequence` of 0 is chosen: the fewest parts of an image with which the batch can be cut over the devices.
+
+    Raises UserError as `build` and `check` do.
+    """
+    devices = jax.devices() if devices is None else devices
+    refusals = []
+    for parts in [config.mesh.sequence] if config.mesh.sequence else range(1, len(devices) + 1):
+        try:
+            mesh = build(dataclasses.replace(config.mesh, sequence=parts), devices)
+            check(config, mesh)
+        except UserError as refusal:
+            refusals.append(refusal)
+        else:
+            return mesh
+    raise refusals[0]
+
+
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
 
     `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES, and
-    between GPUs those of a process, else all of them.
+    between GPUs those of a process, else all of them. `sequence` of 0 is 1, as no batch is known here.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
     fit the slices of a TPU (or, between GPUs, the processes).
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes["sequence"] = sizes["sequence"] or 1
     if sizes["fsdp"] == 0:
         left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
         near = (

@@ -36,8 +36,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
 
     Raises UserError where the mesh does not fit the devices or the config.
     """
-    grid = mesh.build(config.mesh, list(devices))
-    mesh.check(config, grid)
+    grid = mesh.of(config, devices)
     blueprint = state.blueprint(config, grid)
     report = {
         "topology": where.name
@@ -217,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
         )
         if values.sampling and report["fits"]:
             best = search.apply(config, report["recommended"])
-            report["sampling"] = _sampling(best, where, mesh.build(best.mesh, list(devices)))
+            report["sampling"] = _sampling(best, where, mesh.of(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)
     text = table(report, values.detail)

@@ -95,8 +95,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
                     candidate = Candidate(per_chip, remat, fsdp, tensor)
                     trial = apply(config, dataclasses.asdict(candidate), where.chips)
                     try:
-                        grid = mesh.build(trial.mesh, list(devices))
-                        mesh.check(trial, grid)
+                        grid = mesh.of(trial, devices)
                     except UserError:
                         continue
                     if (fsdp, tensor) not in memory:

@@ -52,8 +52,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     Raises UserError for what the user can mend, before anything is written, TrainingDiverged after `optim.max_skipped`
     steps in a row with a non-finite loss or gradient, and Preempted when it was asked to stop and has saved.
     """
-    devices = mesh.build(config.mesh)
-    mesh.check(config, devices)
+    devices = mesh.of(config)
     places.check("workdir", workdir)
     check_config(workdir, config, allow_changes=allow_config_change)
     encoders = load_encoders(config, devices)

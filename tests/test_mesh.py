@@ -215,6 +215,20 @@ def test_fsdp_of_zero_is_chosen_from_the_devices_that_are_left(sizes, processes,
     assert shape == {"replica": 1, "sequence": 1, "tensor": 1} | made
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "fsdp", "made"),
+    [(16, 0, {"fsdp": 8}), (12, 0, {"fsdp": 4, "sequence": 2}), (12, 2, {"data": 2, "fsdp": 2, "sequence": 2})],
+)
+def test_sequence_of_zero_is_chosen_so_that_the_batch_can_be_cut(batch_size, fsdp, made, tiny):
+    config = tiny(batch_size=batch_size, mesh={"fsdp": fsdp, "sequence": 0})
+    assert mesh.of(config).shape == dict.fromkeys(mesh.AXES, 1) | made
+
+
+def test_a_batch_that_no_choice_can_cut_is_refused_by_its_size(tiny):
+    with pytest.raises(UserError, match=r"batch_size / optim.accumulate=7 is not divisible by 8"):
+        mesh.of(tiny(batch_size=7, mesh={"fsdp": 0, "sequence": 0}))
+
+
 @pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])
 def test_a_replica_is_a_slice_or_a_node(slices, processes):
     devices = mesh.build(MeshConfig(replica=2, data=1, fsdp=2, tensor=2), chips(slices, processes)[::-1]).devices

@@ -101,6 +101,13 @@ def test_room_for_what_a_loop_will_write_is_not_traffic():
     assert (traffic("AllocateBuffer"), traffic("Fill")) == (0, 4096)
 
 
+def test_a_kernel_counts_what_its_author_states():
+    stated = '{"custom_call_config":{"body":"TUw","cost_estimate":{"flops":"640","transcendentals":"0"}}}'
+    target = f'custom_call_target="tpu_custom_call", backend_config={stated}'
+    called = program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}")
+    assert roofline.count(called).matmul_flops == 640
+
+
 def compiled(function, *arguments) -> hlo.Module:
     return hlo.Module(jax.jit(function).lower(*arguments).compile().as_text())
 
