@@ -127,7 +127,7 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
     one = AttentionConfig(
         sizes.width, sizes.heads, condition_tokens=model.condition_tokens, grid=model.image_grid, dtype=sizes.dtype
     )
-    linear = dataclasses.replace(one, conv_kernel=model.conv_kernel, gate=model.kv_gate)
+    linear = dataclasses.replace(one, conv_kernel=model.conv_kernel, gate=model.kv_gate, kernel=model.attention_kernel)
     compiled, calls = {}, {}
     for kind, layer in (("linear", linear), ("softmax", dataclasses.replace(one, kind="softmax"))):
         program, (params, *arrays) = _attention_program(layer, batch, device, backward=backward)

@@ -43,7 +43,7 @@ class ModelConfig:
     head_width: int = 768
     head_depth: int = 6
     attention: str = "linear"  # linear | softmax | hybrid
-    attention_kernel: str = "xla"  # xla | pallas: what computes the core of linear attention
+    attention_kernel: str = "xla"  # xla | pallas (on TPUs and GPUs; elsewhere xla): the core of linear attention
     softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
     normalization: str = "division"  # division | subtraction
     depthwise_conv: bool = True
@@ -288,6 +288,7 @@ FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
     "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
     "autoencoder.path", "autoencoder.tile", "text_encoder.path", "model.remat", "model.scan_layers",
+    "model.attention_kernel",
     "optim.max_skipped", "step_timeout",
 )  # fmt: skip
 

@@ -44,16 +44,24 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     Raises UserError as `build` and `check` do.
     """
     devices = jax.devices() if devices is None else devices
-    refusals = []
-    for parts in [config.mesh.sequence] if config.mesh.sequence else range(1, len(devices) + 1):
+    if config.mesh.sequence:
+        mesh = build(config.mesh, devices)
+        check(config, mesh)
+        return mesh
+    refusals = {}
+    for parts in range(1, len(devices) + 1):
         try:
             mesh = build(dataclasses.replace(config.mesh, sequence=parts), devices)
+        except UserError as refusal:
+            refusals.setdefault("mesh", refusal)
+            continue
+        try:
             check(config, mesh)
         except UserError as refusal:
-            refusals.append(refusal)
+            refusals.setdefault("config", refusal)
         else:
             return mesh
-    raise refusals[0]
+    raise UserError(f"{refusals.get('config') or refusals['mesh']}; no mesh.sequence helps")
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -70,11 +78,10 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     sizes["sequence"] = sizes["sequence"] or 1
     if sizes["fsdp"] == 0:
         left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
-        near = (
-            len(devices)
-            if devices[0].platform == "tpu"
-            else sum(d.process_index == devices[0].process_index for d in devices)
-        )
+        near = left
+        if devices[0].platform != "tpu":
+            near = sum(d.process_index == devices[0].process_index for d in devices)
+            near = max(1, near // max(1, sizes["sequence"] * sizes["tensor"]))
         sizes["fsdp"] = math.gcd(left, WHOLE_TILES, near) if sizes["data"] == -1 else left
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:

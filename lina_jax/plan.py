@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
             fixed_batch=values.batch_per_chip is not None,
         )
         if values.sampling and report["fits"]:
-            best = search.apply(config, report["recommended"])
+            best = search.apply(config, report["recommended"], where.chips)
             report["sampling"] = _sampling(best, where, mesh.of(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)

@@ -22,6 +22,7 @@ from lina_jax.prepare import Settings, prepare
 ROOT = Path(__file__).parent.parent
 DEVICES = 8
 QUICKLY_COMPILED = {
+    "test_attention_kernel",
     "test_end_to_end",
     "test_mesh",
     "test_sequence",
@@ -127,7 +128,7 @@ def one_device():
 @pytest.fixture
 def train_on_one_device(monkeypatch, one_device):
     """`train` and its kin see a machine with one device."""
-    monkeypatch.setattr(mesh, "build", lambda config: one_device)
+    monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
 
 
 def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:

@@ -5,6 +5,7 @@ They are also compiled for TPUs and GPUs that are not there, where the compilers
 
 import importlib.util
 import itertools
+import re
 
 import golden_parts
 import jax
@@ -14,7 +15,9 @@ import pytest
 from flax import nnx
 from golden_case import GOLDEN, Case
 
-from lina_jax import mesh, topology
+from lina_jax import generate, mesh, state, topology
+from lina_jax.config import MeshConfig
+from lina_jax.errors import UserError
 from lina_jax.models import attention, attention_kernel
 from lina_jax.models.attention_kernel import Core
 
@@ -23,9 +26,9 @@ TOLERANCE = 4e-6
 HEADS = 4
 
 
-def core_of(division=True, decoupled=False, gpu=False):
+def core_of(device, division=True):
     relu_eps = attention.RELU_EPS if division else 0.0
-    return Core(HEADS, division, relu_eps, attention.NORMALIZER_EPS, decoupled, gpu, interpret=True)
+    return Core(HEADS, division, relu_eps, attention.NORMALIZER_EPS, device, interpret=True)
 
 
 def kernels(core, q, k, v, gates):
@@ -38,16 +41,16 @@ def kernels(core, q, k, v, gates):
 
 def plain(core, q, k, v, gates):
     q, k = jax.nn.relu(q) + core.relu_eps, jax.nn.relu(k) + core.relu_eps
-    k_normalizer = k * gates[:, :, 2, :, None] if core.decoupled else None
+    k_normalizer = k * gates[:, :, 2, :, None] if gates.shape[2] == 3 else None
     function = attention.division_attention if core.division else attention.subtraction_attention
     result = function(q, k * gates[:, :, 0, :, None], k_normalizer, v * gates[:, :, 1, :, None])
     return result.reshape(*q.shape[:2], -1)
 
 
-def inputs(core, length, width, dtype=jnp.float32):
+def inputs(length, width, dtype=jnp.float32, gates=2):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, length, HEADS, width)), dtype) for _ in range(3))
-    gates = jnp.asarray(rng.uniform(0.5, 1.5, (2, length, 2 + core.decoupled, HEADS)), dtype)
+    gates = jnp.asarray(rng.uniform(0.5, 1.5, (2, length, gates, HEADS)), dtype)
     return (q, k, v, gates), jnp.asarray(rng.standard_normal((2, length, HEADS * width)), dtype)
 
 
@@ -57,31 +60,34 @@ def outcome(function, core, arguments, direction):
     return result, *pull(direction)
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["tpu", "gpu"])
-@pytest.mark.parametrize(("division", "decoupled"), itertools.product([True, False], repeat=2))
-def test_a_kernel_is_the_plain_path_in_value_and_gradient(division, decoupled, gpu):
-    core = core_of(division, decoupled, gpu)
-    arguments, direction = inputs(core, 40, 16)
+on_each_device = pytest.mark.parametrize("device", ["tpu", "gpu"])
+
+
+@on_each_device
+@pytest.mark.parametrize(("division", "gates"), itertools.product([True, False], [2, 3]))
+def test_a_kernel_is_the_plain_path_in_value_and_gradient(division, gates, device):
+    core = core_of(device, division)
+    arguments, direction = inputs(40, 8, gates=gates)
     found = outcome(kernels, core, arguments, direction)
     for a, b in zip(found, outcome(plain, core, arguments, direction), strict=True):
         assert np.abs(a - b).max() < TOLERANCE * np.abs(b).max()
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["tpu", "gpu"])
+@on_each_device
 @pytest.mark.parametrize("length", [600, 1024], ids=["ragged", "whole tiles"])
-def test_tokens_of_many_tiles_add_up(length, gpu):
+def test_tokens_of_many_tiles_add_up(length, device):
     """Widths of the large presets, more tokens than a tile has, so that on GPUs several programs share an image."""
-    core = core_of(gpu=gpu)
-    arguments, direction = inputs(core, length, 96)
+    core = core_of(device)
+    arguments, direction = inputs(length, 96)
     found = outcome(kernels, core, arguments, direction)
     for a, b in zip(found, outcome(plain, core, arguments, direction), strict=True):
         assert np.abs(a - b).max() < TOLERANCE * np.abs(b).max()
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["tpu", "gpu"])
-def test_bfloat16_is_as_near_to_float32_as_the_plain_path(gpu):
-    core = core_of(gpu=gpu)
-    arguments, direction = inputs(core, 96, 32, jnp.bfloat16)
+@on_each_device
+def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
+    core = core_of(device)
+    arguments, direction = inputs(96, 32, jnp.bfloat16)
     wide = outcome(plain, core, [x.astype(jnp.float32) for x in arguments], direction.astype(jnp.float32))
 
     def distance(results):
@@ -98,39 +104,94 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(gpu):
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)
 
 
+@on_each_device
 @pytest.mark.parametrize("name", LINEAR)
-def test_fixtures_hold_with_the_kernel(name):
+def test_fixtures_hold_with_the_kernel(name, device):
     case = Case(name)
-    golden_parts.attention(case, kernel="pallas")
+    with attention_kernel.interpreted(device):
+        golden_parts.attention(case, kernel="pallas")
     assert not case.left
 
 
-PLACES = {
-    "v5e": ("v5e:2x2", "libtpu"),
-    "v5p": ("v5p:2x2x1", "libtpu"),
-    "v6e": ("v6e:2x2", "libtpu"),
-    "h200": ("h200:4", "jax_cuda12_plugin"),
+@on_each_device
+def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(device, tiny, one_device, rough, batch_of, error_between):
+    def first_step(config, devices):
+        plan = state.blueprint(config, devices)
+        run, metrics = state.make_train_step(plan)(rough(plan), batch_of(config))
+        return float(metrics["loss"]), jax.device_get(run.opt_state[1][0].mu)
+
+    def config(kernel):
+        model = {"remat": "dots", "scan_layers": True, "mask_text_padding": True, "condition": "text"}
+        # Without b1 Adam's first moment is the gradient.
+        return tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0})
+
+    want_loss, want = first_step(config("xla"), one_device)
+    with attention_kernel.interpreted(device):
+        loss, got = first_step(config("pallas"), mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
+    assert abs(loss / want_loss - 1) < TOLERANCE
+    assert error_between(got, want) < TOLERANCE
+
+
+def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough):
+    """What guidance contrasts with is one image, which no axis cuts."""
+
+    def draw(kernel, devices):
+        config = tiny(model={"attention_kernel": kernel}, sample={"steps": 4, "guidance": 2.0})
+        plan = state.blueprint(config, devices)
+        run = rough(plan)
+        sampler = generate.make_sampler(plan, config.sample)
+        pixels = sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0))
+        return np.asarray(pixels).astype(int)
+
+    one = draw("xla", one_device)
+    with attention_kernel.interpreted("tpu"):
+        other = draw("pallas", mesh.build(MeshConfig()))
+    assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
+
+
+COMPILERS = {"v5e:2x2": "libtpu", "v5p:2x2x1": "libtpu", "v6e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
+LARGE = {"width": 1536, "heads": 16, "gate": "head", "dtype": jnp.bfloat16}
+LAYERS = {
+    "large": LARGE,
+    "float32, subtraction": LARGE | {"dtype": jnp.float32, "normalization": "subtraction", "gate": "decoupled"},
+    "narrow heads": LARGE | {"width": 384, "heads": 48},
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_compilers_take_the_kernels(place):
-    """A gated layer of the large presets, forward and backward, in bfloat16: four kernels, and no product of heads."""
-    name, compiler = PLACES[place]
-    if not importlib.util.find_spec(compiler):
-        pytest.skip(f"needs {compiler}")
-    where = topology.parse(name)
-    grid = mesh.build(mesh.MeshConfig(data=2, sequence=2), topology.devices(where))
-    config = attention.AttentionConfig(1536, 16, "linear", "pallas", "division", 5, "head", 64, (16, 16), jnp.bfloat16)
-    graph, state = nnx.split(nnx.eval_shape(lambda: attention.Attention(config, rngs=nnx.Rngs(0))))
-    x = jax.ShapeDtypeStruct((4, 320, 1536), jnp.bfloat16, sharding=mesh.sharding(grid, "batch", "tokens", None))
+def compiled_layer(place, condition_tokens=64, **fields):
+    """Forward and backward, of a layer whose tokens are cut in two."""
+    where = topology.parse(place)
+    grid = mesh.build(MeshConfig(data=2, sequence=2), topology.devices(where))
+    config = attention.AttentionConfig(
+        kernel="pallas", conv_kernel=5, condition_tokens=condition_tokens, grid=(16, 16), **fields
+    )
+    graph, weights = nnx.split(nnx.eval_shape(lambda: attention.Attention(config, rngs=nnx.Rngs(0))))
+    shape = (4, config.tokens, config.width)
+    x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=mesh.sharding(grid, "batch", "tokens", None))
 
-    def loss(state, x):
-        return jnp.sum(nnx.merge(graph, state)(x).astype(jnp.float32))
+    def loss(weights, x):
+        return jnp.sum(nnx.merge(graph, weights)(x).astype(jnp.float32))
 
     with jax.set_mesh(grid):
-        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, x)
-        program = lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
-    target = "tpu_custom_call" if where.chip.torus else "__gpu$xla.gpu.triton"
-    assert program.count(f'custom_call_target="{target}"') == 4
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, x)
+        return lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
+
+
+@pytest.mark.parametrize("place", COMPILERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compilers_take_the_kernels(place, layer):
+    """Two kernels, two for the gradients, and no products of heads; for tiles that the tokens do not fill, too."""
+    if not importlib.util.find_spec(COMPILERS[place]):
+        pytest.skip(f"needs {COMPILERS[place]}")
+    program = compiled_layer(place, condition_tokens=64 if layer == "large" else 600, **LAYERS[layer])
+    assert len(re.findall(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', program)) == 4
     assert "bhde" not in program
+
+
+def test_heads_that_are_too_wide_for_gpus_are_refused():
+    with (
+        attention_kernel.interpreted("gpu"),
+        pytest.raises(UserError, match="heads of 192 channels; on GPUs at most 128"),
+    ):
+        q = jnp.ones((1, 4, 2, 192))
+        attention_kernel.linear_attention(q, q, q, (None,) * 3, division=True, relu_eps=0.0, normalizer_eps=0.0)

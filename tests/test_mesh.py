@@ -207,6 +207,7 @@ def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
         ({"data": 1}, 12, {"data": 1, "fsdp": 96}),
         ({"data": 8, "sequence": 4}, 1, {"data": 8, "fsdp": 3, "sequence": 4}),
         ({"replica": 2}, 1, {"replica": 2, "data": 3, "fsdp": 16}),
+        ({"sequence": 2}, 12, {"data": 12, "fsdp": 4, "sequence": 2}),
     ],
     ids=str,
 )
@@ -224,9 +225,12 @@ def test_sequence_of_zero_is_chosen_so_that_the_batch_can_be_cut(batch_size, fsd
     assert mesh.of(config).shape == dict.fromkeys(mesh.AXES, 1) | made
 
 
-def test_a_batch_that_no_choice_can_cut_is_refused_by_its_size(tiny):
-    with pytest.raises(UserError, match=r"batch_size / optim.accumulate=7 is not divisible by 8"):
-        mesh.of(tiny(batch_size=7, mesh={"fsdp": 0, "sequence": 0}))
+@pytest.mark.parametrize(("sizes", "parts"), [({"fsdp": 0}, 8), ({"data": 2, "fsdp": 2}, 4)])
+def test_a_batch_that_no_choice_can_cut_is_refused_by_its_size(sizes, parts, tiny):
+    with pytest.raises(
+        UserError, match=rf"accumulate=7 is not divisible by {parts} devices .*; no mesh.sequence helps"
+    ):
+        mesh.of(tiny(batch_size=7, mesh={"sequence": 0} | sizes))
 
 
 @pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])

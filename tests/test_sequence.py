@@ -21,7 +21,6 @@ VARIANTS = {
     "dynamic gate, rematerialised, scanned": {"kv_gate": "dynamic", "remat": "full", "scan_layers": True},
     "hybrid, shared gate": {"attention": "hybrid", "softmax_period": 2, "kv_gate": "shared"},
     "rotary": {"rotary": True, "heads": 1},
-    "kernel": {"attention_kernel": "pallas"},
 }
 
 

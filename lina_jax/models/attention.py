@@ -4,6 +4,7 @@ Sequences are stored shard by shard (see `sequence`); the plain order where the 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import by_platform, constrain, platform, portable
+from lina_jax.mesh import by_platform, constrain, platform
 from lina_jax.models import attention_kernel, sequence
 from lina_jax.models.layers import Linear, rotate, uniform
 
@@ -29,7 +30,7 @@ class AttentionConfig:
     width: int
     heads: int
     kind: str = "linear"  # linear | softmax
-    kernel: str = "xla"  # xla | pallas: of linear attention, what computes its core
+    kernel: str = "xla"  # xla | pallas (on TPUs and GPUs; elsewhere xla): the core of linear attention
     normalization: str = "division"  # division | subtraction
     conv_kernel: int = 0  # 0: no depthwise convolution
     gate: str = "none"  # none | head | shared | key | value | decoupled | dynamic
@@ -91,7 +92,7 @@ class Attention(nnx.Module):
         division = self.config.normalization == "division"
         eps = RELU_EPS if division else 0.0
         key_gate, normalizer_gate, value_gate = gates = self._gates(x)
-        if self.config.kernel == "pallas" and not portable.value:
+        if self.config.kernel == "pallas" and attention_kernel.available():
             return attention_kernel.linear_attention(
                 q, k, v, gates, valid, division=division, relu_eps=eps, normalizer_eps=NORMALIZER_EPS
             )
@@ -239,15 +240,36 @@ def _shifted(rows: jax.Array, size: int, taps: list[tuple[int, int]]) -> list[ja
 def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
     rows, kernel = kept
-    size, taps = kernel.shape[-2], _taps(kernel)
-    summed = (0, 1, 2) if kernel.ndim == 3 else (1, 2)
+    size = kernel.shape[-2]
     padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
-    of_kernel = [
-        jnp.sum(part * gradient, axis=summed, dtype=jnp.float32).astype(kernel.dtype)
-        for part in _shifted(rows, size, taps)
-    ]
     of_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
-    return of_rows, jnp.stack(of_kernel, axis=-2).reshape(kernel.shape)
+    of_kernel = by_platform(
+        rows, gradient, cpu=functools.partial(_of_kernel_by_row, size), default=functools.partial(_of_kernel, size)
+    )
+    of_kernel = jnp.sum(of_kernel, axis=0) if kernel.ndim == 3 else of_kernel[:, None]
+    return of_rows, of_kernel.astype(kernel.dtype)
+
+
+def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
+    """(B, k, k, D) float32: for each tap the sum of what it sees times the gradient."""
+    taps = list(np.ndindex(size, size))
+    sums = [jnp.sum(part * gradient, axis=(1, 2), dtype=jnp.float32) for part in _shifted(rows, size, taps)]
+    return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
+
+
+def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The same, row after row of the image: XLA:CPU reduces tap by tap, and takes four to eight times as long."""
+    height, width = gradient.shape[1:3]
+    padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
+
+    def add_row(i, total):
+        seen = jax.lax.dynamic_slice_in_dim(padded, i, size, axis=1)
+        row = jax.lax.dynamic_slice_in_dim(gradient, i, 1, axis=1)
+        of_row = sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
+        return total + of_row.astype(jnp.float32)
+
+    start = jnp.zeros((len(rows), size, size, rows.shape[3]), jnp.float32)
+    return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
 
 
 depthwise_convolution.defvjp(lambda *kept: (depthwise_convolution(*kept), kept), _depthwise_gradient)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from lina_jax.mesh import platform, spec
+from lina_jax.mesh import batch_parts, platform, portable, spec
 from lina_jax.models import sequence
 from lina_jax.models.tiles import Parts, Tile, over_tokens, product
 
@@ -31,18 +31,27 @@ class Core:
     division: bool  # else subtraction
     relu_eps: float
     normalizer_eps: float
-    decoupled: bool  # keys have a gate of their own, a third one, in the normaliser
-    gpu: bool  # else TPUs
-    interpret: bool = False
+    device: str  # tpu | gpu
+    interpret: bool
 
     def features(self, x: jax.Array) -> jax.Array:
         return jnp.maximum(x.astype(jnp.float32), 0.0) + self.relu_eps
 
     def passing(self, function, arrays: Parts, results: Parts, products: int) -> Parts:
         bound = functools.partial(function, self)
+        gpu = self.device == "gpu"
         return over_tokens(
-            bound, arrays, results, heads=self.heads, products=products, gpu=self.gpu, interpret=self.interpret
+            bound, arrays, results, heads=self.heads, products=products, gpu=gpu, interpret=self.interpret
         )
+
+
+# interpreted("tpu") or ("gpu"): what is traced inside has the kernels of that device, interpreted on CPUs (tests).
+interpreted = jax.make_user_context(default_value="")
+
+
+def available() -> bool:
+    """Whether what is traced is meant for devices that have kernels."""
+    return bool(interpreted.value) or (platform() != "cpu" and not portable.value)
 
 
 def linear_attention(
@@ -52,6 +61,8 @@ def linear_attention(
 
     q, k, v (B, N, H, d); `gates` of keys in the state, of keys in the normaliser (the same object where they are the
     same) and of values, (1 or B, N, H or 1) or None; `valid` (B, N) or None. -> (B, N, H, d).
+
+    Raises UserError for heads that are too wide for GPUs.
     """
     shape = q.shape[:3]
     key, normalizer, value = gates
@@ -60,13 +71,11 @@ def linear_attention(
         for gate in ((key, value) if normalizer is key else (key, value, normalizer))
     ]
     valid = jnp.ones(shape[:2], q.dtype) if valid is None else valid.astype(q.dtype)
-    device = platform()
+    device, interpret = interpreted.value or platform(), bool(interpreted.value)
 
     def of_shard(q, k, v, valid, *gates):
-        shape, decoupled = q.shape, len(gates) == 3
-        core = Core(
-            shape[2], division, relu_eps, normalizer_eps, decoupled, gpu=device == "gpu", interpret=device == "cpu"
-        )
+        shape = q.shape
+        core = Core(shape[2], division, relu_eps, normalizer_eps, device, interpret)
         q, k, v = (rearrange(x, "b n h d -> b n (h d)") for x in (q, k, v))
         gates = jnp.concatenate([gate * valid[..., None] for gate in gates], axis=2)
         count = jnp.maximum(sequence.total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
@@ -74,11 +83,14 @@ def linear_attention(
         return read(core, q, sequence.total(summarize(core, k, v, gates, share))).reshape(shape)
 
     arrays = (q, k, v, valid, *gates)
-    if jax.sharding.get_abstract_mesh().empty:
+    grid = jax.sharding.get_abstract_mesh()
+    if grid.empty:
         return of_shard(*arrays)
-    tokens = spec("batch", "tokens", "heads", None)
-    specs = (tokens, tokens, tokens, spec("batch", "tokens"), *[spec("batch", "tokens", "heads")] * len(gates))
-    # Kernels do not say along which axes of the mesh their results vary. They do along all: nothing is whole anywhere.
+    # The one image of the condition that guidance contrasts with is whole on every device.
+    images = "batch" if shape[0] % batch_parts(grid) == 0 else None
+    tokens = spec(images, "tokens", "heads", None)
+    specs = (tokens, tokens, tokens, spec(images, "tokens"), *[spec(images, "tokens", "heads")] * len(gates))
+    # Kernels do not say along which axes of the mesh their results vary, so that this cannot be checked.
     return jax.shard_map(of_shard, in_specs=specs, out_specs=tokens, check_vma=False)(*arrays)
 
 
@@ -86,8 +98,8 @@ def linear_attention(
 def summarize(core: Core, k: jax.Array, v: jax.Array, gates: jax.Array, share: jax.Array) -> tuple[jax.Array, ...]:
     """State (B, d, H d) and mean k (B, 1, H d); of subtraction also mean v (B, 1, H d).
 
-    k, v (B, N, H d); gates (B, N, g H), of keys in the state, of values and, decoupled, of keys in the normaliser.
-    `share` (B, 1, H d) is the weight of a token in a mean; it has no gradient.
+    k, v (B, N, H d); gates (B, N, g H), of keys in the state, of values and, where it is another, of keys in the
+    normaliser. `share` (B, 1, H d) is the weight of a token in a mean; it has no gradient.
     """
     rows = (k.shape[2] // core.heads, 1) if core.division else (k.shape[2] // core.heads, 1, 1)
     results = Parts(summaries=tuple(jax.ShapeDtypeStruct((len(k), r, k.shape[2]), jnp.float32) for r in rows))
@@ -112,32 +124,32 @@ def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
 
 
 def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    (k, v), gates, (share, *gradients) = given
+    (k, v), (key, value, *normalizer), (share, *gradients) = given
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
     keys, _, values = _gated(core, given)
     square = tile.square(state).astype(k.dtype)
     of_values = product(keys, square, (1, 0)) + mean_v
     of_keys = product(values, square, (1, 1))
     features = core.features(k)
-    if core.decoupled:
-        of_features = of_keys * gates[0] + mean_k * gates[2]
+    if normalizer:
+        of_features = of_keys * key + mean_k * normalizer[0]
         of_normalizer = (mean_k * features,)
     else:
         of_keys += mean_k
-        of_features, of_normalizer = of_keys * gates[0], ()
+        of_features, of_normalizer = of_keys * key, ()
     return Parts(
-        (jnp.where(k > 0, of_features, 0.0), of_values * gates[1]),
+        (jnp.where(k > 0, of_features, 0.0), of_values * value),
         (of_keys * features, of_values * v.astype(jnp.float32), *of_normalizer),
     )
 
 
 def _gated(core: Core, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys in the state, keys in the normaliser, values."""
-    (k, v), gates = given.tokens, given.gates
+    (k, v), (key, value, *normalizer), _ = given
     features = core.features(k)
-    keys = (features * gates[0]).astype(k.dtype)
-    normalizer_keys = (features * gates[2]).astype(k.dtype) if core.decoupled else keys
-    return keys, normalizer_keys, (v.astype(jnp.float32) * gates[1]).astype(v.dtype)
+    keys = (features * key).astype(k.dtype)
+    normalizer_keys = (features * normalizer[0]).astype(k.dtype) if normalizer else keys
+    return keys, normalizer_keys, (v.astype(jnp.float32) * value).astype(v.dtype)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -19,10 +19,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-LANES = 128  # of a TPU's registers
-ROWS = 512  # tokens of a tile of a TPU (half of that where an image has several), of a program of a GPU, at most
-GPU_ROWS = 64  # tokens of a tile of a GPU
-VMEM = 24 * 2**20  # bytes of a TPU's own memory for a kernel; of more, too little is left for collectives meanwhile
+from lina_jax.errors import UserError
+
+LANES, ROW_MULTIPLE = 128, 16  # of a TPU's registers, in bfloat16
+ROWS = 256  # tokens of a tile of a TPU, at most; twice as many take four times as long to compile
+VMEM = 24 * 2**20  # bytes of a TPU's own memory for a kernel; with 64 MiB, too little is left for collectives meanwhile
+
+GPU_BYTES = 2**14  # of a tile of a GPU: its shared memory holds several
+GPU_WARPS = 8  # that keep a state of 128 x 128 numbers in their registers, 64 a thread
+GPU_TOKENS = 512  # of an image for one program, at most: few images still occupy the device
+GPU_LANES = (16, 128)  # fewer are not multiplied rightly (jax 0.10.2), more do not fit
 
 
 class Parts(NamedTuple):
@@ -47,7 +53,7 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The heads of a tile; the lanes after the last one are empty (zeros)."""
+    """The heads of a tile. In lanes after the last one tokens are read as zeros, and nothing is written."""
 
     heads: int
     width: int
@@ -108,8 +114,9 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
     together = LANES // math.gcd(LANES, width)
     together = together if heads % together == 0 else heads
     tile = Tile(together, width, together * width)
-    rows = length if length <= ROWS else ROWS // 2
-    steps = pl.cdiv(length, rows)
+    steps = pl.cdiv(length, ROWS)
+    # As even as tiles of registers allow; one tile may have any number of rows.
+    rows = length if steps == 1 else pl.cdiv(length, steps * ROW_MULTIPLE) * ROW_MULTIPLE
     kinds = (arrays.gates or results.gates or [jax.ShapeDtypeStruct((0,), dtype)])[0].shape[-1] // heads
 
     def kernel(*refs):
@@ -183,9 +190,13 @@ def _owner(heads: int, kinds: int, kind: int, tile: Tile, first: int) -> jax.Arr
 def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool) -> Parts:
     batch, length, features = arrays.tokens[0].shape
     width = features // heads
-    tile = Tile(1, width, pl.next_power_of_2(width))
-    programs = pl.cdiv(length, ROWS)  # that share an image; each has summaries of its own
-    tiles = pl.cdiv(length, programs * GPU_ROWS)
+    fewest, most = GPU_LANES
+    if width > most:
+        raise UserError(f"model.attention_kernel=pallas: heads of {width} channels; on GPUs at most {most}")
+    tile = Tile(1, width, max(fewest, pl.next_power_of_2(width)))
+    tile_rows = max(16, min(64, GPU_BYTES // (tile.lanes * arrays.tokens[0].dtype.itemsize)))
+    programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has summaries of its own
+    tiles = pl.cdiv(length, programs * tile_rows)
     summaries = tuple(jax.ShapeDtypeStruct((batch, programs, *s.shape[1:]), s.dtype) for s in results.summaries)
     results = results._replace(summaries=summaries)
 
@@ -196,8 +207,8 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
         features = head * width + lanes
 
         def of_image(ref):
-            """Rows of a summary, and which of the numbers there exist."""
-            rows = jnp.arange(pl.next_power_of_2(ref.shape[-2]))[:, None]
+            """Rows of a summary, one or as many as lanes, and which of the numbers there exist."""
+            rows = jnp.arange(1 if ref.shape[-2] == 1 else tile.lanes)[:, None]
             return rows, (rows < ref.shape[-2]) & (lanes < width)
 
         given = []
@@ -206,7 +217,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
             given.append(triton.load(ref.at[image, rows, features], mask=exist, other=0.0))
 
         def of_tile(i, totals):
-            rows = (program * tiles + i) * GPU_ROWS + jnp.arange(GPU_ROWS)[:, None]
+            rows = (program * tiles + i) * tile_rows + jnp.arange(tile_rows)[:, None]
             exist = (rows < length) & (lanes < width)
 
             def gates(refs):
@@ -229,7 +240,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
                     triton.store(gate, jnp.sum(x, axis=1, keepdims=True).astype(ref.dtype), mask=rows < length)
             return tuple(total + x for total, x in zip(totals, made.summaries, strict=True))
 
-        start = tuple(jnp.zeros((pl.next_power_of_2(ref.shape[2]), tile.lanes), jnp.float32) for ref in outs.summaries)
+        start = tuple(jnp.zeros((len(of_image(ref)[0]), tile.lanes), jnp.float32) for ref in outs.summaries)
         for ref, total in zip(outs.summaries, jax.lax.fori_loop(0, tiles, of_tile, start), strict=True):
             rows, exist = of_image(ref)
             triton.store(ref.at[image, program, rows, features], total, mask=exist)
@@ -238,7 +249,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
         kernel,
         grid=(batch, heads, programs),
         out_shape=results.flat,
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=2),
         interpret=interpret,
     )(*arrays.flat)
     made = results.sort(made)
