@@ -113,8 +113,7 @@ def test_fixtures_hold_with_the_kernel(name, device):
     assert not case.left
 
 
-@on_each_device
-def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(device, tiny, one_device, rough, batch_of, error_between):
+def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(tiny, one_device, rough, batch_of, error_between):
     def first_step(config, devices):
         plan = state.blueprint(config, devices)
         run, metrics = state.make_train_step(plan)(rough(plan), batch_of(config))
@@ -126,7 +125,7 @@ def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(device, tiny, one_de
         return tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0})
 
     want_loss, want = first_step(config("xla"), one_device)
-    with attention_kernel.interpreted(device):
+    with attention_kernel.interpreted("tpu"):
         loss, got = first_step(config("pallas"), mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
     assert abs(loss / want_loss - 1) < TOLERANCE
     assert error_between(got, want) < TOLERANCE
@@ -150,7 +149,7 @@ def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough):
 
 
 COMPILERS = {"v5e:2x2": "libtpu", "v5p:2x2x1": "libtpu", "v6e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
-LARGE = {"width": 1536, "heads": 16, "gate": "head", "dtype": jnp.bfloat16}
+LARGE = {"width": 768, "heads": 8, "gate": "head", "dtype": jnp.bfloat16}  # heads of 96 channels
 LAYERS = {
     "large": LARGE,
     "float32, subtraction": LARGE | {"dtype": jnp.float32, "normalization": "subtraction", "gate": "decoupled"},

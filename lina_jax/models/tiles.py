@@ -114,14 +114,20 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
     together = LANES // math.gcd(LANES, width)
     together = together if heads % together == 0 else heads
     tile = Tile(together, width, together * width)
-    steps = pl.cdiv(length, ROWS)
+    steps, groups = pl.cdiv(length, ROWS), heads // together
+    kinds = sum(gates.shape[2] // heads for gates in arrays.gates)
     # As even as tiles of registers allow; one tile may have any number of rows.
     rows = length if steps == 1 else pl.cdiv(length, steps * ROW_MULTIPLE) * ROW_MULTIPLE
-    kinds = (arrays.gates or results.gates or [jax.ShapeDtypeStruct((0,), dtype)])[0].shape[-1] // heads
+    # What is added up stays in the core while the last index runs: gates over groups of heads, summaries over tokens.
+    over_groups = bool(results.gates)
+
+    def indices(place):
+        """The block that is at `place` (image, step, group), as the grid counts."""
+        return lambda image, i, j: place(image, *((i, j) if over_groups else (j, i)))
 
     def kernel(*refs):
         ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(arrays.flat) :])
-        step = pl.program_id(1)
+        step, group = (pl.program_id(i) for i in ((1, 2) if over_groups else (2, 1)))
 
         def existing(x):
             """Of the last tile, which may reach beyond the image."""
@@ -130,47 +136,48 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
             row = step * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
             return jnp.where(row < length, x, jnp.zeros_like(x))
 
-        @pl.when(step == 0)
+        @pl.when(pl.program_id(2) == 0)
         def _():
-            for ref in outs.summaries:
+            for ref in (*outs.gates, *outs.summaries):
                 ref[...] = jnp.zeros_like(ref)
 
-        gate_sums = 0.0
-        for first in range(0, features, tile.lanes):
-            lanes = slice(first, first + tile.lanes)
-            owners = [_owner(heads, kinds, kind, tile, first).astype(dtype) for kind in range(kinds)]
-            given = Parts(
-                tuple(existing(ref[0, :, lanes]) for ref in ins.tokens),
-                tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
-                tuple(ref[0, :, lanes] for ref in ins.summaries),
-            )
-            made = function(tile, given)
-            for ref, x in zip(outs.tokens, made.tokens, strict=True):
-                ref[0, :, lanes] = x.astype(ref.dtype)
-            for ref, x in zip(outs.summaries, made.summaries, strict=True):
-                ref[0, :, lanes] += x
-            if outs.gates:
-                pairs = zip(made.gates, owners, strict=True)
-                gate_sums += sum(product(x.astype(dtype), owner, (1, 1)) for x, owner in pairs)
+        owners = [_owner(heads, kinds, kind, tile, group).astype(dtype) for kind in range(kinds)]
+        given = Parts(
+            tuple(existing(ref[0]) for ref in ins.tokens),
+            tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
+            tuple(ref[0] for ref in ins.summaries),
+        )
+        made = function(tile, given)
+        for ref, x in zip(outs.tokens, made.tokens, strict=True):
+            ref[0] = x.astype(ref.dtype)
+        for ref, x in zip(outs.summaries, made.summaries, strict=True):
+            ref[0] += x
         for ref in outs.gates:
-            ref[0] = gate_sums.astype(ref.dtype)
+            pairs = zip(made.gates, owners, strict=True)
+            ref[0] += sum(product(x.astype(dtype), owner, (1, 1)) for x, owner in pairs).astype(ref.dtype)
 
     def blocks(parts: Parts):
-        def of_tokens(array):
-            return pl.BlockSpec((1, rows, array.shape[2]), lambda image, step: (image, step, 0))
-
-        def of_image(array):
-            return pl.BlockSpec((1, *array.shape[1:]), lambda image, step: (image, 0, 0))
-
-        return [*map(of_tokens, (*parts.tokens, *parts.gates)), *map(of_image, parts.summaries)]
+        shape = (1, rows, tile.lanes)
+        tokens = [pl.BlockSpec(shape, indices(lambda image, step, group: (image, step, group)))] * len(parts.tokens)
+        gates = [
+            pl.BlockSpec((1, rows, array.shape[2]), indices(lambda image, step, group: (image, step, 0)))
+            for array in parts.gates
+        ]
+        summaries = [
+            pl.BlockSpec((1, array.shape[1], tile.lanes), indices(lambda image, step, group: (image, 0, group)))
+            for array in parts.summaries
+        ]
+        return [*tokens, *gates, *summaries]
 
     made = pl.pallas_call(
         kernel,
-        grid=(batch, steps),
+        grid=(batch, steps, groups) if over_groups else (batch, groups, steps),
         in_specs=blocks(arrays),
         out_specs=blocks(results),
         out_shape=results.flat,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * steps * rows * features * tile.lanes,
             bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (*arrays.flat, *results.flat)),
@@ -181,10 +188,10 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
     return results.sort(made)
 
 
-def _owner(heads: int, kinds: int, kind: int, tile: Tile, first: int) -> jax.Array:
-    """Which of the g H gates is that of each lane of the tile that starts at lane `first`."""
+def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> jax.Array:
+    """Which of the g H gates is that of each lane of a group's tile."""
     gate, lane = (jax.lax.broadcasted_iota(jnp.int32, (kinds * heads, tile.lanes), i) for i in (0, 1))
-    return gate == kind * heads + (first + lane) // tile.width
+    return gate == kind * heads + group * tile.heads + lane // tile.width
 
 
 def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool) -> Parts:
