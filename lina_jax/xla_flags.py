@@ -21,12 +21,10 @@ TPU = (
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
     # The same for the sums of gradients. With the small default of memory on chip the fusions do not compile; with
-    # twice this, they exceed what v5p has. If losses are not finite on a TPU but are on a CPU, leave out
-    # the two of all-reduces first: beside all-to-alls and a Pallas kernel on v6e they made NaN (MaxDiffusion #429).
+    # twice this, they exceed what v5p has. Those of all-reduces do nothing here, and beside all-to-alls and a Pallas
+    # kernel on v6e they made NaN (MaxDiffusion #429).
     "--xla_enable_async_reduce_scatter_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
-    "--xla_enable_async_all_reduce=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
     "--xla_tpu_scoped_vmem_limit_kib=24576",
     # Sums of several matrices' gradients are not joined: the first would wait for the last, with which a loop ends. A
     # stack at 128 tokens takes 3 % less on v5p, 1 % on v5e.

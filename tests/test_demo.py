@@ -23,7 +23,7 @@ PROMPT = "a red 'circle' $x"
 def open_studio(one_device):
     """Studios on a machine with one device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "build", lambda config: one_device)
+        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
         yield Studio
 
 

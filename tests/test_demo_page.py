@@ -170,7 +170,7 @@ def test_nothing_is_asked_of_anyone_else(page, server):
 def test_classes_are_chosen_by_name(tiny, one_device, rough, save_run, tmp_path, monkeypatch):
     from lina_jax import page  # here, where there is Gradio
 
-    monkeypatch.setattr(mesh, "build", lambda config: one_device)
+    monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
     plan = state.blueprint(tiny(model={"num_classes": 2}), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
 

@@ -41,7 +41,7 @@ def finished(config, tmp_path_factory, one_device):
     """(workdir, state) of six steps in one go."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "build", lambda config: one_device)
+        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
         return workdir, whole(train(config, workdir))
 
 
