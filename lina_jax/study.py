@@ -29,6 +29,7 @@ from lina_jax.models.lina import LINA
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
@@ -196,7 +197,9 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
             line.set_label(label)
         axes.set(xscale="log", yscale="log", xlabel=title)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper right")  # losses fall to the right
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(ticker.StrMethodFormatter("{x:.3g}"))
     both[0].set_ylabel("validation loss (EMA)")
     figure.tight_layout()
     with places.new_file(picture) as partial:
