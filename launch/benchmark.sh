@@ -7,7 +7,7 @@
 #   --python       a Python that has all requirements and pytest; without it an environment is made in .venv-benchmark
 #   --dry-run      print the commands that would run, and end
 #
-# Checks: the recorded fixtures in float32, bfloat16 against float32. What fails, and batches that do not fit, are named
+# Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that do not fit, are named
 # at the end (exit code 1); the rest is measured all the same. Each size has a process of its own, so that the peak of
 # its memory is its own.
 set -euo pipefail
@@ -79,6 +79,7 @@ sweep() {
 
 attempt env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest tests/test_golden.py || true
 attempt "$python" -m pytest tests/test_state.py tests/test_encoders.py -k bfloat16_ || true
+attempt "$python" -m pytest tests/test_attention_kernel.py -k 'plain_path or many_tiles' || true
 
 if [ "$accelerator" = cpu ]; then
   for config in configs/bench.py configs/bench.py:softmax; do
@@ -89,11 +90,13 @@ if [ "$accelerator" = cpu ]; then
 else
   devices=1
   if [ -z "$dry_run" ]; then devices=$("$python" -c 'import jax; print(jax.device_count())'); fi
-  measured attention --tokens=320,1280,5120 --batches=8 || true
-  sweep train configs/imagenet256_c2i.py:w1536 16 32 64 128
-  sweep train configs/t2i.py:256 8 16 32 64
-  sweep train configs/t2i.py:512 4 8 16 32
-  sweep train configs/t2i.py:1024 1 2 4 8
+  for kernel in xla pallas; do
+    measured attention --tokens=320,1280,5120 --batches=8 --attention_kernel=$kernel || true
+    sweep train configs/imagenet256_c2i.py:w1536 16 32 64 128 -- --config.model.attention_kernel=$kernel
+    sweep train configs/t2i.py:256 8 16 32 64 -- --config.model.attention_kernel=$kernel
+    sweep train configs/t2i.py:512 4 8 16 32 -- --config.model.attention_kernel=$kernel
+    sweep train configs/t2i.py:1024 1 2 4 8 -- --config.model.attention_kernel=$kernel
+  done
   sweep sample configs/t2i.py:1024 1 8 -- --autoencoder --repeats=3
 fi
 

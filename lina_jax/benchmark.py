@@ -42,7 +42,9 @@ from lina_jax.measure import Row
 def attention(values: flags.FlagValues) -> Iterator[Row]:
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     for tokens in _numbers("tokens", values.tokens):
-        sizes = benchmark_model.AttentionSizes(tokens, values.width, values.heads, values.dtype or default)
+        sizes = benchmark_model.AttentionSizes(
+            tokens, values.width, values.heads, values.dtype or default, values.attention_kernel
+        )
         for row in benchmark_model.attention(sizes, _numbers("batches", values.batches), values.repeats):
             yield {"config": "default"} | row
 
@@ -83,7 +85,7 @@ class Command(NamedTuple):
 
 MODEL = ("config", "batches", "coordinator", "processes", "process_id", "connect_timeout", "heartbeat_timeout")
 COMMANDS = {
-    "attention": Command(attention, ("tokens", "width", "heads", "dtype", "batches")),
+    "attention": Command(attention, ("tokens", "width", "heads", "dtype", "attention_kernel", "batches")),
     "train": Command(train, MODEL),
     "sample": Command(sample, (*MODEL, "autoencoder")),
     "data": Command(data, ("parts", "out", "seconds", "batch_size", "threads", "prefetch", "memory_batches")),
@@ -143,6 +145,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("width", 1536, "of the attention layer", lower_bound=1)
     flags.DEFINE_integer("heads", 16, "of the attention layer", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the layer; default: float32 on CPUs, else bfloat16")
+    flags.DEFINE_enum("attention_kernel", "xla", ["xla", "pallas"], "of the linear layer; pallas on TPUs and GPUs")
     flags.DEFINE_list("parts", list(benchmark_data.PARTS), "what to measure")
     flags.DEFINE_string("out", None, "directory of the datasets of noise; default: a temporary one")
     flags.DEFINE_float("seconds", 10.0, "for each measurement", lower_bound=0.0)

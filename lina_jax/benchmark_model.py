@@ -94,6 +94,7 @@ class AttentionSizes:
     width: int
     heads: int
     dtype: str
+    kernel: str = "xla"
 
     def __post_init__(self):
         """Raises UserError for sizes that no such layer has."""
@@ -107,7 +108,8 @@ class AttentionSizes:
     def model(self) -> ModelConfig:
         side = math.isqrt(self.tokens * 4 // 5)
         grids = {"image_grid": (side, side), "condition_grid": (side // 2, side // 2)}
-        return ModelConfig(width=self.width, heads=self.heads, dtype=self.dtype, **grids)
+        sizes = {"width": self.width, "heads": self.heads, "dtype": self.dtype}
+        return ModelConfig(attention_kernel=self.kernel, **sizes, **grids)
 
 
 def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Iterator[Row]:
@@ -142,7 +144,7 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
     name = "attention" if backward else "attention_forward"
     for kind, timing in timings.items():
         row = _named(name, dataclasses.replace(model, attention=kind))
-        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype}
+        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype, "attention_kernel": sizes.kernel}
         row["shapes"] = {"batch": batch, "tokens": sizes.tokens, "width": sizes.width, "heads": sizes.heads}
         row |= timing.fields() | {"tokens_per_s": batch * sizes.tokens / timing.median}
         row |= measure.efficiency(needed[kind], timing.median, metrics.peak_flops(Config()))

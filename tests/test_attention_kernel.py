@@ -1,6 +1,7 @@
-"""The kernels of linear attention, interpreted: equal to the plain path, value and gradient, on each kind of device.
+"""The kernels of linear attention are equal to the plain path, value and gradient, on each kind of device.
 
-They are also compiled for TPUs and GPUs that are not there, where the compilers are installed.
+They are interpreted where that device is not, and compiled for TPUs and GPUs that are not there, where the compilers
+are installed.
 """
 
 import importlib.util
@@ -28,7 +29,8 @@ HEADS = 4
 
 def core_of(device, division=True):
     relu_eps = attention.RELU_EPS if division else 0.0
-    return Core(HEADS, division, relu_eps, attention.NORMALIZER_EPS, device, interpret=True)
+    interpret = jax.default_backend() != device
+    return Core(HEADS, division, relu_eps, attention.NORMALIZER_EPS, device, interpret)
 
 
 def kernels(core, q, k, v, gates):
