@@ -106,16 +106,26 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)
 
 
+@pytest.fixture
+def no_plain_path(monkeypatch):
+    def remove():
+        for name in ("division_attention", "subtraction_attention"):
+            monkeypatch.delattr(attention, name)
+
+    return remove
+
+
 @on_each_device
 @pytest.mark.parametrize("name", LINEAR)
-def test_fixtures_hold_with_the_kernel(name, device):
+def test_fixtures_hold_with_the_kernel(name, device, no_plain_path):
     case = Case(name)
+    no_plain_path()
     with attention_kernel.interpreted(device):
         golden_parts.attention(case, kernel="pallas")
     assert not case.left
 
 
-def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(tiny, one_device, rough, batch_of, error_between):
+def test_a_step_on_a_mesh_is_that_of_one_device(tiny, one_device, rough, batch_of, error_between, no_plain_path):
     def first_step(config, devices):
         plan = state.blueprint(config, devices)
         run, metrics = state.make_train_step(plan)(rough(plan), batch_of(config))
@@ -127,13 +137,14 @@ def test_a_step_on_a_mesh_of_all_axes_is_that_of_one_device(tiny, one_device, ro
         return tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0})
 
     want_loss, want = first_step(config("xla"), one_device)
+    no_plain_path()
     with attention_kernel.interpreted("tpu"):
         loss, got = first_step(config("pallas"), mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
     assert abs(loss / want_loss - 1) < TOLERANCE
     assert error_between(got, want) < TOLERANCE
 
 
-def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough):
+def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough, no_plain_path):
     """What guidance contrasts with is one image, which no axis cuts."""
 
     def draw(kernel, devices):
@@ -145,6 +156,7 @@ def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough):
         return np.asarray(pixels).astype(int)
 
     one = draw("xla", one_device)
+    no_plain_path()
     with attention_kernel.interpreted("tpu"):
         other = draw("pallas", mesh.build(MeshConfig()))
     assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
