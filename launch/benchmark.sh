@@ -7,9 +7,9 @@
 #   --python       a Python that has all requirements and pytest; without it an environment is made in .venv-benchmark
 #   --dry-run      print the commands that would run, and end
 #
-# Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that do not fit, are named
-# at the end (exit code 1); the rest is measured all the same. Each size has a process of its own, so that the peak of
-# its memory is its own.
+# Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that
+# do not fit, are named at the end (exit code 1); the rest is measured all the same. Each size has a process of its own,
+# so that the peak of its memory is its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"

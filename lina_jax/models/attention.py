@@ -165,10 +165,8 @@ def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
     """1 / (number of tokens), against a (B, H, d) sum, and the factor (B, N, 1, 1) that removes absent tokens."""
-    if valid is None:
-        return 1.0 / sequence.total(k.shape[1]), None
-    count = jnp.maximum(sequence.total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
-    return (1.0 / count)[:, None, None], valid[:, :, None, None].astype(k.dtype)
+    share = sequence.share(valid, k.shape[1])
+    return (share, None) if valid is None else (share[:, None, None], valid[:, :, None, None].astype(k.dtype))
 
 
 def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
@@ -221,20 +219,14 @@ def depthwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products: compilers fuse it into
     one pass, where XLA's grouped convolution takes minutes on CPUs.
     """
-    taps = _taps(kernel)
-    shifted = _shifted(rows, kernel.shape[-2], taps)
-    return sum(part * kernel[..., None, i, j, :] for (i, j), part in zip(taps, shifted, strict=True))
+    return sum(part * kernel[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
 
 
-def _taps(kernel: jax.Array) -> list[tuple[int, int]]:
-    return list(np.ndindex(*kernel.shape[-3:-1]))
-
-
-def _shifted(rows: jax.Array, size: int, taps: list[tuple[int, int]]) -> list[jax.Array]:
-    """What each tap sees: rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
+def _shifted(rows: jax.Array, size: int) -> dict[tuple[int, int], jax.Array]:
+    """What each tap (i, j) sees: rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
     h, w = rows.shape[1] - size + 1, rows.shape[2]
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
-    return [padded[:, i : i + h, j : j + w] for i, j in taps]
+    return {(i, j): padded[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)}
 
 
 def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -252,8 +244,7 @@ def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) 
 
 def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
     """(B, k, k, D) float32: for each tap the sum of what it sees times the gradient."""
-    taps = list(np.ndindex(size, size))
-    sums = [jnp.sum(part * gradient, axis=(1, 2), dtype=jnp.float32) for part in _shifted(rows, size, taps)]
+    sums = [jnp.sum(part * gradient, axis=(1, 2), dtype=jnp.float32) for part in _shifted(rows, size).values()]
     return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
 
 

@@ -38,11 +38,9 @@ class Core:
         return jnp.maximum(x.astype(jnp.float32), 0.0) + self.relu_eps
 
     def passing(self, function, arrays: Parts, results: Parts, products: int) -> Parts:
-        bound = functools.partial(function, self)
-        gpu = self.device == "gpu"
-        return over_tokens(
-            bound, arrays, results, heads=self.heads, products=products, gpu=gpu, interpret=self.interpret
-        )
+        """`tiles.over_tokens` of a function (core, tile, given) -> made."""
+        how = {"heads": self.heads, "products": products, "device": self.device, "interpret": self.interpret}
+        return over_tokens(functools.partial(function, self), arrays, results, **how)
 
 
 # interpreted("tpu") or ("gpu"): what is traced inside has the kernels of that device, interpreted on CPUs (tests).
@@ -70,16 +68,17 @@ def linear_attention(
         jnp.ones(shape, q.dtype) if gate is None else jnp.broadcast_to(gate.astype(q.dtype), shape)
         for gate in ((key, value) if normalizer is key else (key, value, normalizer))
     ]
-    valid = jnp.ones(shape[:2], q.dtype) if valid is None else valid.astype(q.dtype)
     device, interpret = interpreted.value or platform(), bool(interpreted.value)
 
     def of_shard(q, k, v, valid, *gates):
         shape = q.shape
         core = Core(shape[2], division, relu_eps, normalizer_eps, device, interpret)
         q, k, v = (rearrange(x, "b n h d -> b n (h d)") for x in (q, k, v))
-        gates = jnp.concatenate([gate * valid[..., None] for gate in gates], axis=2)
-        count = jnp.maximum(sequence.total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
-        share = jnp.broadcast_to((1.0 / count)[:, None, None], (len(q), 1, q.shape[2]))
+        if valid is not None:
+            gates = [gate * valid[..., None].astype(gate.dtype) for gate in gates]
+        gates = jnp.concatenate(gates, axis=2)
+        share = jnp.reshape(sequence.share(valid, q.shape[1]), (-1, 1, 1))
+        share = jnp.broadcast_to(share, (len(q), 1, q.shape[2])).astype(jnp.float32)
         return read(core, q, sequence.total(summarize(core, k, v, gates, share))).reshape(shape)
 
     arrays = (q, k, v, valid, *gates)

@@ -95,6 +95,16 @@ def total(x):
     return jax.lax.psum(x, AXIS) if shards() > 1 else x
 
 
+def share(valid: jax.Array | None, tokens: int) -> jax.Array | float:
+    """The weight of a token in a mean over all shards, inside `by_shard`: a number, or (B,) of those that are `valid`.
+
+    `tokens` are a shard's own, `valid` (B, tokens).
+    """
+    if valid is None:
+        return 1.0 / total(tokens)
+    return 1.0 / jnp.maximum(total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
+
+
 def everywhere(x: jax.Array) -> jax.Array:
     """x, the same on all shards, as each shard's own, inside `by_shard`: gradients of the shards' copies are summed."""
     return jax.lax.pcast(x, AXIS, to="varying") if shards() > 1 else x

@@ -95,15 +95,17 @@ def over_tokens(
     *,
     heads: int,
     products: int,
-    gpu: bool,
-    interpret: bool = False,
+    device: str,
+    interpret: bool,
 ) -> Parts:
     """`function` of every tile: what it gives for tokens is put together, its summaries are added up.
 
     For a gate it gives, in each lane, what is to be summed over the head. `results` are the shapes; `products` the
-    matrix products of (lanes x lanes) matrices that it makes of a row, for estimates.
+    products with matrices (lanes, lanes) that it makes of a row, for estimates; `device` tpu or gpu.
+
+    Raises UserError for heads that are too wide for GPUs.
     """
-    if gpu:
+    if device == "gpu":
         return _on_gpu(function, arrays, results, heads, interpret)
     return _on_tpu(function, arrays, results, heads, products, interpret)
 
