@@ -33,15 +33,19 @@ def core_of(device, division=True):
     return Core(HEADS, division, relu_eps, attention.NORMALIZER_EPS, device, interpret)
 
 
-def kernels(core, q, k, v, gates):
-    batch, length, _, _ = q.shape
-    q, k, v = (x.reshape(batch, length, -1) for x in (q, k, v))
-    scale = jnp.full((batch, 1, q.shape[2]), 1 / length)
-    summaries = attention_kernel.summarize(core, k, v, gates.reshape(batch, length, -1), scale)
-    return attention_kernel.read(core, q, summaries)
+def kernels(core, q, k, v, gates, bias):
+    """As devices have them: GPUs queries, keys and values in one array."""
+    batch, length = q.shape[:2]
+    projected = tuple(x.reshape(batch, length, -1) for x in (q, k, v))
+    if core.device == "gpu":
+        projected = (jnp.concatenate(projected, axis=2),)
+    share = jnp.full((batch, 1, bias.shape[2]), 1 / length)
+    gates = gates.reshape(batch, length, -1)
+    return attention_kernel.attend(core, projected, bias.astype(jnp.float32), gates, share)
 
 
-def plain(core, q, k, v, gates):
+def plain(core, q, k, v, gates, bias):
+    q, k, v = (x + row.reshape(len(x), 1, *x.shape[2:]) for x, row in zip((q, k, v), bias.swapaxes(0, 1), strict=True))
     q, k = jax.nn.relu(q) + core.relu_eps, jax.nn.relu(k) + core.relu_eps
     k_normalizer = k * gates[:, :, 2, :, None] if gates.shape[2] == 3 else None
     function = attention.division_attention if core.division else attention.subtraction_attention
@@ -53,7 +57,8 @@ def inputs(length, width, dtype=jnp.float32, gates=2):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, length, HEADS, width)), dtype) for _ in range(3))
     gates = jnp.asarray(rng.uniform(0.5, 1.5, (2, length, gates, HEADS)), dtype)
-    return (q, k, v, gates), jnp.asarray(rng.standard_normal((2, length, HEADS * width)), dtype)
+    bias = jnp.asarray(0.1 * rng.standard_normal((2, 3, HEADS * width)), dtype)
+    return (q, k, v, gates, bias), jnp.asarray(rng.standard_normal((2, length, HEADS * width)), dtype)
 
 
 def outcome(function, core, arguments, direction):
@@ -206,5 +211,5 @@ def test_heads_that_are_too_wide_for_gpus_are_refused():
         attention_kernel.interpreted("gpu"),
         pytest.raises(UserError, match="heads of 192 channels; on GPUs at most 128"),
     ):
-        q = jnp.ones((1, 4, 2, 192))
-        attention_kernel.linear_attention(q, q, q, (None,) * 3, division=True, relu_eps=0.0, normalizer_eps=0.0)
+        q, how = jnp.ones((1, 4, 384)), {"division": True, "relu_eps": 0.0, "normalizer_eps": 0.0}
+        attention_kernel.linear_attention([q] * 3, jnp.zeros((1, 3, 384)), (None,) * 3, heads=2, **how)

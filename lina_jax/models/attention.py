@@ -70,37 +70,61 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        q, k, v = (
-            rearrange(constrain(a, "batch", "tokens", "heads"), "b n (h d) -> b n h d", h=self.config.heads)
-            for a in self.qkv.split(x)
-        )
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if self.config.kind == "softmax":
-            # Every query needs every key: these are gathered over the shards of the sequence.
-            out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
+        if self.config.kind == "linear" and self.config.kernel == "pallas" and attention_kernel.device():
+            out = self._by_kernels(x, valid, angles)
         else:
-            out = self._linear(x, q, k, v, valid)
-        out = rearrange(out, "b n h d -> b n (h d)")
+            q, k, v = self._projected(x, angles)
+            if self.config.kind == "softmax":
+                # Every query needs every key: these are gathered over the shards of the sequence.
+                out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
+            else:
+                out = self._linear(x, q, k, v, valid)
+            out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
             convolved = self._convolution(x)
             # Slow to do again on TPUs. Where it is kept, XLA:GPU sums the gradients of its taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
+    def _projected(self, x, angles) -> list[jax.Array]:
+        """q, k and v, (B, N, H, d) each."""
+        q, k, v = (
+            rearrange(constrain(a, "batch", "tokens", "heads"), "b n (h d) -> b n h d", h=self.config.heads)
+            for a in self.qkv.split(x)
+        )
+        return [q, k, v] if angles is None else [rotate(q, angles), rotate(k, angles), v]
+
+    def _by_kernels(self, x, valid, angles):
+        bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)
+        if angles is not None:
+            projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
+            bias = jnp.zeros_like(bias)  # added before the rotation
+        elif attention_kernel.device() == "gpu":
+            projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
+        else:
+            projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.products(x)]
+        return attention_kernel.linear_attention(
+            projected,
+            bias,
+            self._gates(x),
+            valid,
+            heads=self.config.heads,
+            division=self.config.normalization == "division",
+            relu_eps=self._relu_eps,
+            normalizer_eps=NORMALIZER_EPS,
+        )
+
     def _linear(self, x, q, k, v, valid):
-        division = self.config.normalization == "division"
-        eps = RELU_EPS if division else 0.0
-        key_gate, normalizer_gate, value_gate = gates = self._gates(x)
-        if self.config.kernel == "pallas" and attention_kernel.available():
-            return attention_kernel.linear_attention(
-                q, k, v, gates, valid, division=division, relu_eps=eps, normalizer_eps=NORMALIZER_EPS
-            )
-        q, k = jax.nn.relu(q) + eps, jax.nn.relu(k) + eps
+        key_gate, normalizer_gate, value_gate = self._gates(x)
+        q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
         k_normalizer = None if normalizer_gate is key_gate else _gated(k, normalizer_gate)
         k, v = _gated(k, key_gate), _gated(v, value_gate)
-        core = division_attention if division else subtraction_attention
+        core = division_attention if self.config.normalization == "division" else subtraction_attention
         return sequence.by_shard(core)(q, k, k_normalizer, v, valid)
+
+    @property
+    def _relu_eps(self) -> float:
+        return RELU_EPS if self.config.normalization == "division" else 0.0
 
     def _gates(self, x: jax.Array):
         """Factors (.., N, H or 1) of k in the product, k in the normaliser, and v; None where there is none."""

@@ -7,7 +7,9 @@ and values are copied from the order of tokens to that of heads and back. Here i
     read        q, summaries -> out
 
 each with a pass of its own for the gradient; between the two, means are added up over the shards of a sequence. A state
-is kept as (B, d, H d): the rows are features of keys, the columns those of values, of each head.
+is kept as (B, d, H d): the rows are features of keys, the columns those of values, of each head. Queries, keys and
+values come before their biases are added, as three arrays or side by side in one, which then is never cut, nor its
+gradient put together.
 """
 
 import dataclasses
@@ -16,11 +18,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from lina_jax.mesh import batch_parts, platform, portable, spec
 from lina_jax.models import sequence
-from lina_jax.models.tiles import Parts, Tile, over_tokens, product
+from lina_jax.models.tiles import Column, Parts, Tile, over_tokens, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Core:
     interpret: bool
 
     def features(self, x: jax.Array) -> jax.Array:
-        return jnp.maximum(x.astype(jnp.float32), 0.0) + self.relu_eps
+        return jnp.maximum(x, 0.0) + self.relu_eps
 
     def passing(self, function, arrays: Parts, results: Parts, products: int) -> Parts:
         """`tiles.over_tokens` of a function (core, tile, given) -> made."""
@@ -47,68 +48,118 @@ class Core:
 interpreted = jax.make_user_context(default_value="")
 
 
-def available() -> bool:
-    """Whether what is traced is meant for devices that have kernels."""
-    return bool(interpreted.value) or (platform() != "cpu" and not portable.value)
+def device() -> str:
+    """tpu or gpu, for which what is traced is meant; empty where there are no kernels."""
+    return interpreted.value or ("" if platform() == "cpu" or portable.value else platform())
 
 
 def linear_attention(
-    q, k, v, gates, valid=None, *, division: bool, relu_eps: float, normalizer_eps: float
+    projected: Sequence[jax.Array],
+    bias: jax.Array,
+    gates: Sequence[jax.Array | None],
+    valid: jax.Array | None = None,
+    *,
+    heads: int,
+    division: bool,
+    relu_eps: float,
+    normalizer_eps: float,
 ) -> jax.Array:
     """`attention.division_attention` (or subtraction) of the features of q and k and what the gates leave of k and v.
 
-    q, k, v (B, N, H, d); `gates` of keys in the state, of keys in the normaliser (the same object where they are the
-    same) and of values, (1 or B, N, H or 1) or None; `valid` (B, N) or None. -> (B, N, H, d).
+    `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3, H d) of them; `bias` (1 or B, 3, H d) is still
+    to be added. `gates` of keys in the state, of keys in the normaliser (the same object where they are the same) and of
+    values: (1 or B, N, H or 1) or None. `valid` (B, N) or None. -> (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
     """
-    shape = q.shape[:3]
+    batch, length = projected[0].shape[:2]
+    dtype = projected[0].dtype
     key, normalizer, value = gates
     gates = [
-        jnp.ones(shape, q.dtype) if gate is None else jnp.broadcast_to(gate.astype(q.dtype), shape)
+        jnp.ones((batch, length, heads), dtype)
+        if gate is None
+        else jnp.broadcast_to(gate.astype(dtype), (batch, length, heads))
         for gate in ((key, value) if normalizer is key else (key, value, normalizer))
     ]
-    device, interpret = interpreted.value or platform(), bool(interpreted.value)
+    bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, *bias.shape[1:]))
+    kernels = {"division": division, "relu_eps": relu_eps, "normalizer_eps": normalizer_eps}
+    kernels |= {"device": device(), "interpret": bool(interpreted.value)}
 
-    def of_shard(q, k, v, valid, *gates):
-        shape = q.shape
-        core = Core(shape[2], division, relu_eps, normalizer_eps, device, interpret)
-        q, k, v = (rearrange(x, "b n h d -> b n (h d)") for x in (q, k, v))
+    def of_shard(projected, bias, valid, *gates):
+        images, tokens = projected[0].shape[:2]
+        core = Core(gates[0].shape[2], **kernels)
+        projected = tuple(x.reshape(images, tokens, -1) for x in projected)
         if valid is not None:
             gates = [gate * valid[..., None].astype(gate.dtype) for gate in gates]
-        gates = jnp.concatenate(gates, axis=2)
-        share = jnp.reshape(sequence.share(valid, q.shape[1]), (-1, 1, 1))
-        share = jnp.broadcast_to(share, (len(q), 1, q.shape[2])).astype(jnp.float32)
-        return read(core, q, sequence.total(summarize(core, k, v, gates, share))).reshape(shape)
+        share = jnp.reshape(sequence.share(valid, tokens), (-1, 1, 1))
+        share = jnp.broadcast_to(share, (images, 1, bias.shape[2])).astype(jnp.float32)
+        return attend(core, projected, bias, jnp.concatenate(gates, axis=2), share)
 
-    arrays = (q, k, v, valid, *gates)
+    arrays = (tuple(projected), bias, valid, *gates)
     grid = jax.sharding.get_abstract_mesh()
     if grid.empty:
         return of_shard(*arrays)
     # The one image of the condition that guidance contrasts with is whole on every device.
-    images = "batch" if shape[0] % batch_parts(grid) == 0 else None
-    tokens = spec(images, "tokens", "heads", None)
-    specs = (tokens, tokens, tokens, spec(images, "tokens"), *[spec(images, "tokens", "heads")] * len(gates))
+    images = "batch" if batch % batch_parts(grid) == 0 else None
+    tokens = spec(images, "tokens", "heads")
+    specs = (
+        tuple(spec(images, "tokens", *[None] * (x.ndim - 3), "heads") for x in projected),
+        spec(images, None, "heads"),
+        spec(images, "tokens"),
+        *[tokens] * len(gates),
+    )
     # Kernels do not say along which axes of the mesh their results vary, so that this cannot be checked.
     return jax.shard_map(of_shard, in_specs=specs, out_specs=tokens, check_vma=False)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summarize(core: Core, k: jax.Array, v: jax.Array, gates: jax.Array, share: jax.Array) -> tuple[jax.Array, ...]:
-    """State (B, d, H d) and mean k (B, 1, H d); of subtraction also mean v (B, 1, H d).
+def attend(core: Core, projected: tuple[jax.Array, ...], bias: jax.Array, gates: jax.Array, share: jax.Array):
+    """What the queries of a shard find in the keys and values of all: (B, N, H d).
 
-    k, v (B, N, H d); gates (B, N, g H), of keys in the state, of values and, where it is another, of keys in the
-    normaliser. `share` (B, 1, H d) is the weight of a token in a mean; it has no gradient.
+    `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3 H d); bias (B, 3, H d) float32; gates
+    (B, N, g H), of keys in the state, of values and, where it is another, of keys in the normaliser. `share`
+    (B, 1, H d) is the weight of a token in a mean; it has no gradient.
     """
-    rows = (k.shape[2] // core.heads, 1) if core.division else (k.shape[2] // core.heads, 1, 1)
-    results = Parts(summaries=tuple(jax.ShapeDtypeStruct((len(k), r, k.shape[2]), jnp.float32) for r in rows))
-    return core.passing(_summarize, Parts((k, v), (gates,), (share,)), results, products=1).summaries
+    return _attend(core, projected, bias, gates, share)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def read(core: Core, q: jax.Array, summaries: Sequence[jax.Array]) -> jax.Array:
-    """What queries (B, N, H d) find in the summaries that `summarize` made. (B, N, H d)."""
-    return core.passing(_read, Parts((q,), (), tuple(summaries)), Parts((_like(q),)), products=2).tokens[0]
+def _attend(core: Core, projected, bias, gates, share):
+    q, k, v = _columns(projected)
+    of_q, of_k, of_v = jnp.split(bias, 3, axis=1)
+    width = bias.shape[2]
+    rows = (width // core.heads, 1) if core.division else (width // core.heads, 1, 1)
+    sums = tuple(jax.ShapeDtypeStruct((len(bias), r, width), jnp.float32) for r in rows)
+    arrays = Parts((k, v), (gates,), (share, of_k, of_v))
+    summaries = sequence.total(core.passing(_summarize, arrays, Parts(summaries=sums), products=1).summaries)
+    out = jax.ShapeDtypeStruct((*gates.shape[:2], width), q.array.dtype)
+    out = core.passing(_read, Parts((q,), (), (of_q, *summaries)), Parts((Column(out),)), products=2).tokens[0].array
+    return out, (projected, bias, gates, share, summaries)
+
+
+def _attend_gradient(core: Core, kept, gradient):
+    projected, bias, gates, share, summaries = kept
+    q, k, v = _columns(projected)
+    of_q, of_k, of_v = jnp.split(bias, 3, axis=1)
+    arrays = Parts((q, Column(gradient)), (), (of_q, *summaries))
+    results = Parts((q.like(),), (), tuple(map(_like, summaries)))
+    made = core.passing(_read_gradient, arrays, results, products=5)
+    first, of_summaries = made.tokens[0].array, made.summaries
+    arrays = Parts((k, v), (gates,), (share, of_k, of_v, *sequence.total(of_summaries)))
+    # Where q, k and v are columns of one array, so are their gradients: the second pass completes what the first began.
+    results = Parts((k.like(first), v.like(first)), (_like(gates),))
+    made = core.passing(_summarize_gradient, arrays, results, products=2)
+    of_k, of_v = (column.array for column in made.tokens)
+    of_projected = (of_v,) if len(projected) == 1 else (first, of_k, of_v)
+    of_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in of_projected], axis=1)
+    return of_projected, of_bias.reshape(bias.shape), *made.gates, jnp.zeros_like(share)
+
+
+attend.defvjp(_attend, _attend_gradient)
+
+
+def _columns(projected: tuple[jax.Array, ...]) -> list[Column]:
+    """Queries, keys, values."""
+    return [Column(x) for x in projected] if len(projected) == 3 else [Column(*projected, kind) for kind in range(3)]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -116,17 +167,20 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
-    keys, normalizer_keys, values = _gated(core, given)
-    (share,) = given.summaries
+    share, of_k, of_v = given.summaries
+    k, v = _with_bias(given.tokens, (of_k, of_v))
+    keys, normalizer_keys, values = _gated(core, k, v, given)
     sums = tile.state(product(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
     return Parts(summaries=tuple(x * share for x in sums[: 2 if core.division else 3]))
 
 
 def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    (k, v), (key, value, *normalizer), (share, *gradients) = given
+    dtype = given.tokens[0].dtype
+    _, (key, value, *normalizer), (share, of_k, of_v, *gradients) = given
+    k, v = _with_bias(given.tokens, (of_k, of_v))
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
-    keys, _, values = _gated(core, given)
-    square = tile.square(state).astype(k.dtype)
+    keys, _, values = _gated(core, k, v, given)
+    square = tile.square(state).astype(dtype)
     of_values = product(keys, square, (1, 0)) + mean_v
     of_keys = product(values, square, (1, 1))
     features = core.features(k)
@@ -138,17 +192,21 @@ def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
         of_features, of_normalizer = of_keys * key, ()
     return Parts(
         (jnp.where(k > 0, of_features, 0.0), of_values * value),
-        (of_keys * features, of_values * v.astype(jnp.float32), *of_normalizer),
+        (of_keys * features, of_values * v, *of_normalizer),
     )
 
 
-def _gated(core: Core, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _with_bias(tokens: Sequence[jax.Array], bias: Sequence[jax.Array]) -> list[jax.Array]:
+    return [x.astype(jnp.float32) + row for x, row in zip(tokens, bias, strict=True)]
+
+
+def _gated(core: Core, k: jax.Array, v: jax.Array, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys in the state, keys in the normaliser, values."""
-    (k, v), (key, value, *normalizer), _ = given
+    dtype, (key, value, *normalizer) = given.tokens[0].dtype, given.gates
     features = core.features(k)
-    keys = (features * key).astype(k.dtype)
-    normalizer_keys = (features * normalizer[0]).astype(k.dtype) if normalizer else keys
-    return keys, normalizer_keys, (v.astype(jnp.float32) * value).astype(v.dtype)
+    keys = (features * key).astype(dtype)
+    normalizer_keys = (features * normalizer[0]).astype(dtype) if normalizer else keys
+    return keys, normalizer_keys, (v * value).astype(dtype)
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -156,21 +214,22 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _read(core: Core, tile: Tile, given: Parts) -> Parts:
-    return Parts((_found(core, tile, given.tokens[0], given.summaries)[0],))
+    return Parts((_found(core, tile, given)[1],))
 
 
 def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    (q, gradient), (_, mean_k, *mean_v) = given.tokens, given.summaries
-    found, queries, square, normalizer = _found(core, tile, q, given.summaries)
+    (_, gradient), (_, _, mean_k, *mean_v) = given.tokens, given.summaries
+    q, found, queries, square, normalizer = _found(core, tile, given)
+    dtype = queries.dtype
     g = gradient.astype(jnp.float32)
     if core.division:
         g = g / normalizer
-        of_normalizer = -tile.along((g * found).astype(q.dtype), jnp.ones_like(mean_k))
+        of_normalizer = -tile.along((g * found).astype(dtype), jnp.ones_like(mean_k))
         of_mean_v = ()
     else:
         of_normalizer = -tile.along(gradient, mean_v[0])
         of_mean_v = (_sum(g * (1.0 - normalizer)),)
-    g = g.astype(q.dtype)
+    g = g.astype(dtype)
     of_queries = (product(g, square, (1, 1)) + of_normalizer * mean_k) * _scale(core, tile)
     of_mean_k = _sum(queries.astype(jnp.float32) * of_normalizer)
     return Parts(
@@ -179,35 +238,18 @@ def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     )
 
 
-def _found(core: Core, tile: Tile, q: jax.Array, summaries) -> tuple[jax.Array, ...]:
-    """What is found, queries, the state's square, the normaliser."""
-    state, mean_k, *mean_v = summaries
-    queries = (core.features(q) * _scale(core, tile)).astype(q.dtype)
-    square = tile.square(state).astype(q.dtype)
+def _found(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
+    """q, what is found, queries, the state's square, the normaliser."""
+    dtype, (of_q, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
+    (q,) = _with_bias(given.tokens[:1], (of_q,))
+    queries = (core.features(q) * _scale(core, tile)).astype(dtype)
+    square = tile.square(state).astype(dtype)
     numerator, normalizer = product(queries, square, (1, 0)), tile.along(queries, mean_k)
     if core.division:
         normalizer += core.normalizer_eps
-        return numerator / normalizer, queries, square, normalizer
-    return numerator + (1.0 - normalizer) * mean_v[0], queries, square, normalizer
+        return q, numerator / normalizer, queries, square, normalizer
+    return q, numerator + (1.0 - normalizer) * mean_v[0], queries, square, normalizer
 
 
 def _scale(core: Core, tile: Tile) -> float:
     return 1.0 if core.division else tile.width**-0.5
-
-
-def _summarize_backward(core: Core, kept, gradients):
-    k, v, gates, share = kept
-    results = Parts((_like(k), _like(v)), (_like(gates),))
-    made = core.passing(_summarize_gradient, Parts((k, v), (gates,), (share, *gradients)), results, products=2)
-    return *made.tokens, *made.gates, jnp.zeros_like(share)
-
-
-def _read_backward(core: Core, kept, gradient):
-    q, summaries = kept
-    arrays, results = Parts((q, gradient), (), summaries), Parts((_like(q),), (), tuple(map(_like, summaries)))
-    made = core.passing(_read_gradient, arrays, results, products=5)
-    return made.tokens[0], made.summaries
-
-
-summarize.defvjp(lambda core, *kept: (summarize(core, *kept), kept), _summarize_backward)
-read.defvjp(lambda core, *kept: (read(core, *kept), kept), _read_backward)

@@ -89,8 +89,16 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.dtype)
-        return jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) + self.bias[...].astype(self.dtype)
+        return self.product(x) + self.bias[...].astype(self.dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W."""
+        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+
+    def products(self, x: jax.Array) -> list[jax.Array]:
+        """x W of each part of the outputs along their first axis, (..., *outputs[1:]), one after the other."""
+        kernels = jnp.moveaxis(self.kernel[...].astype(self.dtype), self.contracted, 0)
+        return [jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) for kernel in kernels]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of the output along its first axis, (..., *outputs[1:]) each.
@@ -100,15 +108,14 @@ class Linear(nnx.Module):
         """
         parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
 
-        def apart(x, kernel, bias):
-            each = zip(jnp.moveaxis(kernel, self.contracted, 0), jnp.moveaxis(bias, parts, 0), strict=True)
-            return [jnp.tensordot(x, kernel, self.contracted) + bias for kernel, bias in each]
+        def apart(x):
+            biases = jnp.moveaxis(self.bias[...].astype(self.dtype), parts, 0)
+            return [product + bias for product, bias in zip(self.products(x), biases, strict=True)]
 
-        def together(x, kernel, bias):
-            return list(jnp.moveaxis(jnp.tensordot(x, kernel, self.contracted) + bias, parts, 0))
+        def together(x):
+            return list(jnp.moveaxis(self(x), parts, 0))
 
-        arrays = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
-        return by_platform(*arrays, cuda=together, default=apart)
+        return by_platform(x, cuda=together, default=apart)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

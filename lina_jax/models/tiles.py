@@ -3,14 +3,14 @@
 A tile is some rows of tokens and, in their lanes, one head (GPUs) or several (TPUs, as many as fill whole registers;
 what one head has to do with another is masked). Of B images of N tokens and H heads of width d, a pass reads and writes
 
-    tokens      (B, N, H d)
+    tokens      (B, N, p H d) numbers of each token, of p kinds one after the other; a pass names those that it needs
     gates       (B, N, g H)   numbers of each token and head, of g kinds one after the other
     summaries   (B, r, H d)   float32; r rows for each image, the last axis is that of the tokens
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,24 +31,38 @@ GPU_TOKENS = 512  # of an image for one program, at most: few images still occup
 GPU_LANES = (16, 128)  # fewer are not multiplied rightly (jax 0.10.2), more do not fit
 
 
+class Column(NamedTuple):
+    """Tokens (B, N, H d): an array of them, or one kind of those of an array (B, N, p H d)."""
+
+    array: Any
+    kind: int = 0
+
+    def like(self, begun: jax.Array | None = None) -> "Column":
+        """Of a result: the first kind makes an array, others are written to the one so begun (GPUs)."""
+        return Column(begun if self.kind else jax.ShapeDtypeStruct(self.array.shape, self.array.dtype), self.kind)
+
+
 class Parts(NamedTuple):
     """Arrays, their shapes or references to them; of a pass, or of one tile of it.
 
     A tile has its gates one by one, in each lane of their head or (GPUs) one for a row.
     """
 
-    tokens: tuple[Any, ...] = ()
+    tokens: tuple[Any, ...] = ()  # columns; of a tile arrays
     gates: tuple[Any, ...] = ()  # none or one; of a tile g
     summaries: tuple[Any, ...] = ()
 
-    def sort(self, flat) -> "Parts":
-        """Others, given one after the other, in place of these."""
-        flat = iter(flat)
-        return Parts(*(tuple(next(flat) for _ in part) for part in self))
-
     @property
     def flat(self) -> list[Any]:
-        return [*self.tokens, *self.gates, *self.summaries]
+        """Each array once, those of tokens first."""
+        return [*{id(c.array): c.array for c in self.tokens}.values(), *self.gates, *self.summaries]
+
+    def sort(self, flat: Sequence[Any]) -> "Parts":
+        """Others, flat, in place of these."""
+        places = {id(array): i for i, array in enumerate(self.flat)}
+        tokens = tuple(Column(flat[places[id(c.array)]], c.kind) for c in self.tokens)
+        rest = iter(flat[len(flat) - len(self.gates) - len(self.summaries) :])
+        return Parts(tokens, *(tuple(next(rest) for _ in part) for part in self[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +114,20 @@ def over_tokens(
 ) -> Parts:
     """`function` of every tile: what it gives for tokens is put together, its summaries are added up.
 
-    For a gate it gives, in each lane, what is to be summed over the head. `results` are the shapes; `products` the
-    products with matrices (lanes, lanes) that it makes of a row, for estimates; `device` tpu or gpu.
+    For a gate it gives, in each lane, what is to be summed over the head. `results` are shapes or (`Column.like`) an
+    array to complete; `products` the products with matrices (lanes, lanes) that it makes of a row, for estimates;
+    `device` tpu or gpu. On TPUs every array has tokens of one kind.
 
     Raises UserError for heads that are too wide for GPUs.
     """
     if device == "gpu":
-        return _on_gpu(function, arrays, results, heads, interpret)
+        return _on_gpu(function, arrays, results, heads, products, interpret)
     return _on_tpu(function, arrays, results, heads, products, interpret)
 
 
 def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, interpret: bool) -> Parts:
-    batch, length, features = arrays.tokens[0].shape
-    dtype, width = arrays.tokens[0].dtype, features // heads
+    batch, length, features = arrays.tokens[0].array.shape
+    dtype, width = arrays.tokens[0].array.dtype, features // heads
     together = LANES // math.gcd(LANES, width)
     together = together if heads % together == 0 else heads
     tile = Tile(together, width, together * width)
@@ -145,13 +160,13 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
 
         owners = [_owner(heads, kinds, kind, tile, group).astype(dtype) for kind in range(kinds)]
         given = Parts(
-            tuple(existing(ref[0]) for ref in ins.tokens),
+            tuple(existing(column.array[0]) for column in ins.tokens),
             tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
             tuple(ref[0] for ref in ins.summaries),
         )
         made = function(tile, given)
-        for ref, x in zip(outs.tokens, made.tokens, strict=True):
-            ref[0] = x.astype(ref.dtype)
+        for column, x in zip(outs.tokens, made.tokens, strict=True):
+            column.array[0] = x.astype(column.array.dtype)
         for ref, x in zip(outs.summaries, made.summaries, strict=True):
             ref[0] += x
         for ref in outs.gates:
@@ -160,7 +175,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
 
     def blocks(parts: Parts):
         shape = (1, rows, tile.lanes)
-        tokens = [pl.BlockSpec(shape, indices(lambda image, step, group: (image, step, group)))] * len(parts.tokens)
+        tokens = [pl.BlockSpec(shape, indices(lambda image, step, group: (image, step, group)))]
         gates = [
             pl.BlockSpec((1, rows, array.shape[2]), indices(lambda image, step, group: (image, step, 0)))
             for array in parts.gates
@@ -169,7 +184,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
             pl.BlockSpec((1, array.shape[1], tile.lanes), indices(lambda image, step, group: (image, 0, group)))
             for array in parts.summaries
         ]
-        return [*tokens, *gates, *summaries]
+        return [*tokens * (len(parts.flat) - len(gates) - len(summaries)), *gates, *summaries]
 
     made = pl.pallas_call(
         kernel,
@@ -182,12 +197,18 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * steps * rows * features * tile.lanes,
-            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (*arrays.flat, *results.flat)),
+            bytes_accessed=_bytes(arrays, features) + _bytes(results, features),
             transcendentals=0,
         ),
         interpret=interpret,
     )(*arrays.flat)
     return results.sort(made)
+
+
+def _bytes(parts: Parts, features: int) -> int:
+    """Of all its numbers; of tokens, those of `features` in a column."""
+    columns = sum(math.prod(c.array.shape[:2]) * features * c.array.dtype.itemsize for c in parts.tokens)
+    return columns + sum(math.prod(a.shape) * a.dtype.itemsize for a in (*parts.gates, *parts.summaries))
 
 
 def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> jax.Array:
@@ -196,21 +217,23 @@ def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> j
     return gate == kind * heads + group * tile.heads + lane // tile.width
 
 
-def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool) -> Parts:
-    batch, length, features = arrays.tokens[0].shape
-    width = features // heads
+def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: int, interpret: bool) -> Parts:
+    tokens = arrays.tokens[0].array
+    batch, length = tokens.shape[:2]
+    width = (arrays.summaries or results.summaries)[0].shape[2] // heads
     fewest, most = GPU_LANES
     if width > most:
         raise UserError(f"model.attention_kernel=pallas: heads of {width} channels; on GPUs at most {most}")
     tile = Tile(1, width, max(fewest, pl.next_power_of_2(width)))
-    tile_rows = max(16, min(64, GPU_BYTES // (tile.lanes * arrays.tokens[0].dtype.itemsize)))
+    tile_rows = max(16, min(64, GPU_BYTES // (tile.lanes * tokens.dtype.itemsize)))
     programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has summaries of its own
     tiles = pl.cdiv(length, programs * tile_rows)
     summaries = tuple(jax.ShapeDtypeStruct((batch, programs, *s.shape[1:]), s.dtype) for s in results.summaries)
     results = results._replace(summaries=summaries)
+    completed = [i for i, x in enumerate(results.flat) if isinstance(x, jax.Array)]
 
     def kernel(*refs):
-        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(arrays.flat) :])
+        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(refs) - len(results.flat) :])
         image, head, program = (pl.program_id(i) for i in range(3))
         lanes = jnp.arange(tile.lanes)[None]
         features = head * width + lanes
@@ -229,6 +252,9 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
             rows = (program * tiles + i) * tile_rows + jnp.arange(tile_rows)[:, None]
             exist = (rows < length) & (lanes < width)
 
+            def of_rows(column):
+                return column.array.at[image, rows, column.kind * heads * width + features]
+
             def gates(refs):
                 return [
                     ref.at[image, rows, kind * heads + head] for ref in refs for kind in range(ref.shape[2] // heads)
@@ -237,13 +263,13 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
             made = function(
                 tile,
                 Parts(
-                    tuple(triton.load(ref.at[image, rows, features], mask=exist, other=0.0) for ref in ins.tokens),
+                    tuple(triton.load(of_rows(column), mask=exist, other=0.0) for column in ins.tokens),
                     tuple(triton.load(gate, mask=rows < length, other=0.0) for gate in gates(ins.gates)),
                     tuple(given),
                 ),
             )
-            for ref, x in zip(outs.tokens, made.tokens, strict=True):
-                triton.store(ref.at[image, rows, features], x.astype(ref.dtype), mask=exist)
+            for column, x in zip(outs.tokens, made.tokens, strict=True):
+                triton.store(of_rows(column), x.astype(column.array.dtype), mask=exist)
             for ref in outs.gates:
                 for gate, x in zip(gates([ref]), made.gates, strict=True):
                     triton.store(gate, jnp.sum(x, axis=1, keepdims=True).astype(ref.dtype), mask=rows < length)
@@ -259,7 +285,12 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, interpret: bool
         grid=(batch, heads, programs),
         out_shape=results.flat,
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=2),
+        input_output_aliases={len(arrays.flat) + i: place for i, place in enumerate(completed)},
+        metadata={
+            "flops": str(2 * products * batch * programs * tiles * tile_rows * heads * tile.lanes**2),
+            "bytes_accessed": str(_bytes(arrays, heads * width) + _bytes(results, heads * width)),
+        },
         interpret=interpret,
-    )(*arrays.flat)
+    )(*arrays.flat, *(results.flat[i] for i in completed))
     made = results.sort(made)
     return made._replace(summaries=tuple(jnp.sum(s, axis=1) for s in made.summaries))
