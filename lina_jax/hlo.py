@@ -15,9 +15,8 @@ import numpy as np
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}  # of others the name says it
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-# What the author of a kernel says of it: of those for TPUs, and (in quotation marks that are escaped) for GPUs.
-_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"|serialized_metadata = "\{\\22flops\\22: \\22(\d+)\\22')
-_STATED_BYTES = re.compile(r"\\22bytes_accessed\\22: \\22(\d+)\\22")
+_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # of a kernel for TPUs, by its author
+_STATED = re.compile(r"\\22(flops|vector_ops|bytes_accessed)\\22: \\22(\d+)\\22")  # of those for GPUs (`tiles.stated`)
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
 # Copies that a copy engine makes while the core goes on, and where they are waited for.
 PREFETCH_STARTS = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
@@ -190,7 +189,9 @@ class Module:
             contracted = math.prod(lhs[int(i)] for i in re.findall(r"\d+", dims))
             return 2.0 * instruction.shapes[0].size * contracted, 0.0
         if opcode == "custom-call" and (stated := _STATED_FLOPS.search(instruction.attributes)):
-            return float(stated[1] or stated[2]), 0.0
+            return float(stated[1]), 0.0
+        if opcode == "custom-call" and (stated := dict(_STATED.findall(instruction.attributes))):
+            return float(stated["flops"]), float(stated["vector_ops"])
         if opcode in ("fusion", "call", "async-start"):
             return tuple(map(sum, zip(*map(self._inside, instruction.called), strict=True))) or (0.0, 0.0)
         if opcode in ("reduce", "reduce-window"):
@@ -218,8 +219,8 @@ class Module:
             return sum(moved for shape in instruction.shapes[:2] if shape.traffic)
         if opcode in _SLICING:  # reads what it gives
             return 2 * sum(results)
-        if opcode == "custom-call" and (stated := _STATED_BYTES.search(instruction.attributes)):
-            return float(stated[1])  # where it uses but parts of arrays
+        if opcode == "custom-call" and (stated := dict(_STATED.findall(instruction.attributes))):
+            return float(stated["bytes_accessed"])  # where it uses but parts of arrays
         if opcode == "dynamic-update-slice":  # in place
             return 2 * operands[1]
         if opcode == "fusion":

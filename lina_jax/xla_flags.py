@@ -43,7 +43,7 @@ GPU = (
     # Loops that fetch a layer ahead would copy it from one iteration to the next: a tenth of the step at width 1536.
     "--xla_gpu_enable_while_loop_double_buffering=true",
     # One large collective for the many small arrays of a layer; small ones leave the network's bandwidth unused.
-    "--xla_gpu_all_gather_combine_threshold_bytes=33554432",
+    "--xla_gpu_all_gather_combine_threshold_bytes=67108864",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=16777216",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )

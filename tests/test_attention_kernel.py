@@ -19,7 +19,7 @@ from golden_case import GOLDEN, Case
 from lina_jax import generate, mesh, state, topology
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
-from lina_jax.models import attention, attention_kernel
+from lina_jax.models import attention, attention_kernel, tiles
 from lina_jax.models.attention_kernel import Core
 
 # Largest difference, as a share of the largest number: sums in another order. Measured 1.0e-6 at most.
@@ -125,7 +125,7 @@ def no_plain_path(monkeypatch):
 def test_fixtures_hold_with_the_kernel(name, device, no_plain_path):
     case = Case(name)
     no_plain_path()
-    with attention_kernel.interpreted(device):
+    with tiles.interpreted(device):
         golden_parts.attention(case, kernel="pallas")
     assert not case.left
 
@@ -143,7 +143,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(tiny, one_device, rough, batch_o
 
     want_loss, want = first_step(config("xla"), one_device)
     no_plain_path()
-    with attention_kernel.interpreted("tpu"):
+    with tiles.interpreted("tpu"):
         loss, got = first_step(config("pallas"), mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
     assert abs(loss / want_loss - 1) < TOLERANCE
     assert error_between(got, want) < TOLERANCE
@@ -162,7 +162,7 @@ def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough, no
 
     one = draw("xla", one_device)
     no_plain_path()
-    with attention_kernel.interpreted("tpu"):
+    with tiles.interpreted("tpu"):
         other = draw("pallas", mesh.build(MeshConfig()))
     assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
 
@@ -208,7 +208,7 @@ def test_compilers_take_the_kernels(place, layer):
 
 def test_heads_that_are_too_wide_for_gpus_are_refused():
     with (
-        attention_kernel.interpreted("gpu"),
+        tiles.interpreted("gpu"),
         pytest.raises(UserError, match="heads of 192 channels; on GPUs at most 128"),
     ):
         q, how = jnp.ones((1, 4, 384)), {"division": True, "relu_eps": 0.0, "normalizer_eps": 0.0}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax.models.attention import depthwise_convolution
+from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import gelu, standardize
 
 

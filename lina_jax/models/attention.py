@@ -4,17 +4,16 @@ Sequences are stored shard by shard (see `sequence`); the plain order where the 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lina_jax.mesh import by_platform, constrain, platform
-from lina_jax.models import attention_kernel, sequence
+from lina_jax.models import attention_kernel, sequence, tiles
+from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import Linear, rotate, uniform
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
@@ -70,7 +69,7 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        if self.config.kind == "linear" and self.config.kernel == "pallas" and attention_kernel.device():
+        if self._kernels:
             out = self._by_kernels(x, valid, angles)
         else:
             q, k, v = self._projected(x, angles)
@@ -86,6 +85,11 @@ class Attention(nnx.Module):
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
+    @property
+    def _kernels(self) -> str:
+        """tpu or gpu: whose kernels it uses; empty for XLA's products."""
+        return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
+
     def _projected(self, x, angles) -> list[jax.Array]:
         """q, k and v, (B, N, H, d) each."""
         q, k, v = (
@@ -99,7 +103,7 @@ class Attention(nnx.Module):
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # added before the rotation
-        elif attention_kernel.device() == "gpu":
+        elif self._kernels == "gpu":
             projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
         else:
             projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.products(x)]
@@ -150,13 +154,20 @@ class Attention(nnx.Module):
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
         dtype, size = self.config.dtype, self.config.conv_kernel
 
+        by_kernel = self._kernels == "gpu"
+
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel))
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), by_kernel)
             return jnp.pad(rearrange(y, "b h w d -> b (h w) d") + bias, ((0, 0), (first, 0), (0, 0)))
 
-        arrays = (a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...]))
+        arrays = [a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...])]
+        if by_kernel:
+            tokens = ("batch", "tokens", None)
+            owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
+            axes = [tokens, *(owner + (None,) * (a.ndim - len(owner)) for a in arrays[1:])]
+            return tiles.on_each_device(own, axes, tokens, images=len(x))(*arrays)
         return sequence.by_shard(own, whole=(1, 2))(*arrays)
 
 
@@ -234,57 +245,3 @@ def softmax_attention(q, k, v, valid=None) -> jax.Array:
     """softmax(q k^T / sqrt d) v. All (B, N, H, d)."""
     mask = None if valid is None else valid[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-
-@jax.custom_vjp
-def depthwise_convolution(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D) -> (B, h, w, D).
-
-    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products: compilers fuse it into
-    one pass, where XLA's grouped convolution takes minutes on CPUs.
-    """
-    return sum(part * kernel[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
-
-
-def _shifted(rows: jax.Array, size: int) -> dict[tuple[int, int], jax.Array]:
-    """What each tap (i, j) sees: rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
-    h, w = rows.shape[1] - size + 1, rows.shape[2]
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
-    return {(i, j): padded[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)}
-
-
-def _depthwise_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
-    rows, kernel = kept
-    size = kernel.shape[-2]
-    padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
-    of_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
-    of_kernel = by_platform(
-        rows, gradient, cpu=functools.partial(_of_kernel_by_row, size), default=functools.partial(_of_kernel, size)
-    )
-    of_kernel = jnp.sum(of_kernel, axis=0) if kernel.ndim == 3 else of_kernel[:, None]
-    return of_rows, of_kernel.astype(kernel.dtype)
-
-
-def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """(B, k, k, D) float32: for each tap the sum of what it sees times the gradient."""
-    sums = [jnp.sum(part * gradient, axis=(1, 2), dtype=jnp.float32) for part in _shifted(rows, size).values()]
-    return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
-
-
-def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The same, row after row of the image: XLA:CPU reduces tap by tap, and takes four to eight times as long."""
-    height, width = gradient.shape[1:3]
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
-
-    def add_row(i, total):
-        seen = jax.lax.dynamic_slice_in_dim(padded, i, size, axis=1)
-        row = jax.lax.dynamic_slice_in_dim(gradient, i, 1, axis=1)
-        of_row = sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
-        return total + of_row.astype(jnp.float32)
-
-    start = jnp.zeros((len(rows), size, size, rows.shape[3]), jnp.float32)
-    return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
-
-
-depthwise_convolution.defvjp(lambda *kept: (depthwise_convolution(*kept), kept), _depthwise_gradient)

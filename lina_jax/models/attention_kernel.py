@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lina_jax.mesh import batch_parts, platform, portable, spec
 from lina_jax.models import sequence
-from lina_jax.models.tiles import Column, Parts, Tile, over_tokens, product
+from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, on_each_device, over_tokens, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +43,6 @@ class Core:
         return over_tokens(functools.partial(function, self), arrays, results, **how)
 
 
-# interpreted("tpu") or ("gpu"): what is traced inside has the kernels of that device, interpreted on CPUs (tests).
-interpreted = jax.make_user_context(default_value="")
-
-
-def device() -> str:
-    """tpu or gpu, for which what is traced is meant; empty where there are no kernels."""
-    return interpreted.value or ("" if platform() == "cpu" or portable.value else platform())
-
-
 def linear_attention(
     projected: Sequence[jax.Array],
     bias: jax.Array,
@@ -67,8 +57,8 @@ def linear_attention(
     """`attention.division_attention` (or subtraction) of the features of q and k and what the gates leave of k and v.
 
     `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3, H d) of them; `bias` (1 or B, 3, H d) is still
-    to be added. `gates` of keys in the state, of keys in the normaliser (the same object where they are the same) and of
-    values: (1 or B, N, H or 1) or None. `valid` (B, N) or None. -> (B, N, H d).
+    to be added. `gates` of keys in the state, of keys in the normaliser (the same object where they are the same) and
+    of values: (1 or B, N, H or 1) or None. `valid` (B, N) or None. -> (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
     """
@@ -85,31 +75,19 @@ def linear_attention(
     kernels = {"division": division, "relu_eps": relu_eps, "normalizer_eps": normalizer_eps}
     kernels |= {"device": device(), "interpret": bool(interpreted.value)}
 
-    def of_shard(projected, bias, valid, *gates):
-        images, tokens = projected[0].shape[:2]
-        core = Core(gates[0].shape[2], **kernels)
+    def of_shard(projected, bias, gates, valid):
+        images, tokens, own_heads = gates[0].shape
         projected = tuple(x.reshape(images, tokens, -1) for x in projected)
         if valid is not None:
             gates = [gate * valid[..., None].astype(gate.dtype) for gate in gates]
         share = jnp.reshape(sequence.share(valid, tokens), (-1, 1, 1))
         share = jnp.broadcast_to(share, (images, 1, bias.shape[2])).astype(jnp.float32)
-        return attend(core, projected, bias, jnp.concatenate(gates, axis=2), share)
+        return attend(Core(own_heads, **kernels), projected, bias, jnp.concatenate(gates, axis=2), share)
 
-    arrays = (tuple(projected), bias, valid, *gates)
-    grid = jax.sharding.get_abstract_mesh()
-    if grid.empty:
-        return of_shard(*arrays)
-    # The one image of the condition that guidance contrasts with is whole on every device.
-    images = "batch" if batch % batch_parts(grid) == 0 else None
-    tokens = spec(images, "tokens", "heads")
-    specs = (
-        tuple(spec(images, "tokens", *[None] * (x.ndim - 3), "heads") for x in projected),
-        spec(images, None, "heads"),
-        spec(images, "tokens"),
-        *[tokens] * len(gates),
-    )
-    # Kernels do not say along which axes of the mesh their results vary, so that this cannot be checked.
-    return jax.shard_map(of_shard, in_specs=specs, out_specs=tokens, check_vma=False)(*arrays)
+    tokens = ("batch", "tokens", "heads")
+    parts = [("batch", "tokens", *[None] * (x.ndim - 3), "heads") for x in projected]
+    axes = [parts, ("batch", None, "heads"), [tokens] * len(gates), ("batch", "tokens")]
+    return on_each_device(of_shard, axes, tokens, images=batch)(list(projected), bias, gates, valid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

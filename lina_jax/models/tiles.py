@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
 from lina_jax.errors import UserError
+from lina_jax.mesh import batch_parts, platform, portable, spec
 
 LANES, ROW_MULTIPLE = 128, 16  # of a TPU's registers, in bfloat16
 ROWS = 256  # tokens of a tile of a TPU, at most; twice as many take four times as long to compile
@@ -29,6 +30,42 @@ GPU_BYTES = 2**14  # of a tile of a GPU: its shared memory holds several
 GPU_WARPS = 8  # that keep a state of 128 x 128 numbers in their registers, 64 a thread
 GPU_TOKENS = 512  # of an image for one program, at most: few images still occupy the device
 GPU_LANES = (16, 128)  # fewer are not multiplied rightly (jax 0.10.2), more do not fit
+
+
+# interpreted("tpu") or ("gpu"): what is traced inside has the kernels of that device, interpreted on CPUs (tests).
+interpreted = jax.make_user_context(default_value="")
+
+
+def device() -> str:
+    """tpu or gpu, for which what is traced is meant; empty where there are no kernels."""
+    return interpreted.value or ("" if platform() == "cpu" or portable.value else platform())
+
+
+def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | None, ...], *, images: int) -> Callable:
+    """`function` of each device's own parts of arrays, as compilers cannot cut what kernels work on.
+
+    For each argument its logical axes, or a list of those of several. A batch of `images` that the mesh does not divide
+    (the one image that guidance contrasts with) is whole on every device.
+    """
+    grid = jax.sharding.get_abstract_mesh()
+    if grid.empty:
+        return function
+    whole = images % batch_parts(grid) != 0
+
+    def cut(axes):
+        return spec(*(None if whole and name == "batch" else name for name in axes))
+
+    in_specs = tuple(jax.tree.map(cut, list(in_axes), is_leaf=lambda axes: isinstance(axes, tuple)))
+    # Kernels do not say along which axes of the mesh their results vary, so that this cannot be checked.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=cut(out_axes), check_vma=False)
+
+
+def stated(
+    arrays: Sequence[jax.Array | jax.ShapeDtypeStruct] = (), *, size: int = 0, flops: int = 0, vector_ops: int = 0
+) -> dict[str, str]:
+    """What `hlo` shall believe of a kernel for GPUs: bytes of arrays and else, FLOPs of products, other operations."""
+    size += sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return {"flops": str(flops), "vector_ops": str(vector_ops), "bytes_accessed": str(size)}
 
 
 class Column(NamedTuple):
@@ -286,10 +323,10 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
         out_shape=results.flat,
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=2),
         input_output_aliases={len(arrays.flat) + i: place for i, place in enumerate(completed)},
-        metadata={
-            "flops": str(2 * products * batch * programs * tiles * tile_rows * heads * tile.lanes**2),
-            "bytes_accessed": str(_bytes(arrays, heads * width) + _bytes(results, heads * width)),
-        },
+        metadata=stated(
+            size=_bytes(arrays, heads * width) + _bytes(results, heads * width),
+            flops=2 * products * batch * programs * tiles * tile_rows * heads * tile.lanes**2,
+        ),
         interpret=interpret,
     )(*arrays.flat, *(results.flat[i] for i in completed))
     made = results.sort(made)
