@@ -18,16 +18,17 @@ from lina_jax.errors import UserError
 # step; `tensor` exchanges activations in every layer.
 AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters, their moments and EMA, and the frozen encoders: one large axis is cut over
-# `fsdp` (gathered where used, so that no device holds the model), the other over `tensor` (Megatron: heads and hidden
-# units are cut, the width is summed). Activations: cut by batch, and the tokens of each image by `sequence`
-# (models/sequence.py).
+# Logical axis -> mesh axes. Parameters, their moments and EMA, and the frozen encoders: the first large axis is
+# cut over `fsdp` (gathered where used, so that no device holds the model; of another axis, GPUs would turn the matrix
+# over before and after), heads and hidden units over `tensor` (Megatron: the width is summed). Activations: cut by
+# batch, and the tokens of each image by `sequence` (models/sequence.py).
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("replica", "data", "fsdp"),
     "tokens": ("sequence",),  # of condition and image; data and encoders are whole along it
     "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, channels of autoencoders
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
+    "inner": ("tensor", "fsdp"),  # heads or hidden units, of a matrix that maps them to the residual stream
     "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate
 }
 
@@ -150,8 +151,7 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     size, (rows, columns) = mesh.shape, model.image_grid
     _divides(mesh, "model.heads", model.heads, size["tensor"])
     for name, width in (("model.width", model.width), ("model.head_width", model.head_width)):
-        _divides(mesh, name, width, size["fsdp"])
-        _divides(mesh, name, width, size["tensor"])
+        _divides(mesh, name, width, size["fsdp"] * size["tensor"])
     _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
     _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0

@@ -42,7 +42,10 @@ GPU = (
     "--xla_gpu_enable_pipelined_all_reduce=true",
     # Loops that fetch a layer ahead would copy it from one iteration to the next: a tenth of the step at width 1536.
     "--xla_gpu_enable_while_loop_double_buffering=true",
-    # One large collective for the many small arrays of a layer; small ones leave the network's bandwidth unused.
+    # Products of one array with several matrices stay apart: joined, their results would be cut.
+    "--xla_gpu_dot_merger_threshold_mb=0",
+    # Collectives of the many small arrays of a layer are joined, as small ones leave a network's bandwidth unused, but
+    # those of few layers: for the first gather and the last sum of a step nothing is left to compute meanwhile.
     "--xla_gpu_all_gather_combine_threshold_bytes=67108864",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=16777216",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",

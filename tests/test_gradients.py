@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lina_jax.models import tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import gelu, standardize
 
@@ -25,13 +26,26 @@ def plain_convolutions(rows, kernels):
     return jnp.concatenate([plain_convolution(*pair) for pair in zip(rows[:, None], kernels[:, 0], strict=True)])
 
 
+def convolution_of_gpus(rows, kernel):
+    return depthwise_convolution(rows, kernel, True)
+
+
 CASES = {
     "standardize": (lambda x: standardize(x, 1e-5), plain_standardize, [(3, 7, 40)]),
     "gelu": (gelu, lambda x: jax.nn.gelu(x, approximate=False), [(5, 33)]),
     "convolution 3": (depthwise_convolution, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
     "convolution 5": (depthwise_convolution, plain_convolution, [(2, 8, 4, 3), (5, 5, 3)]),
     "convolution, one for each image": (depthwise_convolution, plain_convolutions, [(2, 6, 5, 4), (2, 1, 3, 3, 4)]),
+    "convolution 3, GPUs": (convolution_of_gpus, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
+    # More tokens and channels than one program has.
+    "convolution 5, GPUs": (convolution_of_gpus, plain_convolutions, [(2, 24, 20, 40), (2, 1, 5, 5, 40)]),
 }
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_gpus():
+    with tiles.interpreted("gpu"):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)

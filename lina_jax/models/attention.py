@@ -52,7 +52,7 @@ class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.qkv = Linear(c.width, (3, c.width), ("embed", "parts", "heads"), rngs=rngs, dtype=c.dtype)
-        self.proj = Linear(c.width, c.width, ("heads", "embed"), rngs=rngs, dtype=c.dtype)
+        self.proj = Linear(c.width, c.width, ("inner", None), rngs=rngs, dtype=c.dtype)
         if c.conv_kernel:
             init = uniform(c.conv_kernel**2)
             self.conv_kernel = nnx.Param(

@@ -16,8 +16,6 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from lina_jax.mesh import by_platform
-
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
 NORM_EPS = 1e-5
@@ -101,21 +99,10 @@ class Linear(nnx.Module):
         return [jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) for kernel in kernels]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """The parts of the output along its first axis, (..., *outputs[1:]) each.
-
-        One product for each part or, on GPUs, one that is cut: elsewhere cutting and, in the gradient, joining again
-        cost more than they save.
-        """
+        """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves."""
         parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
-
-        def apart(x):
-            biases = jnp.moveaxis(self.bias[...].astype(self.dtype), parts, 0)
-            return [product + bias for product, bias in zip(self.products(x), biases, strict=True)]
-
-        def together(x):
-            return list(jnp.moveaxis(self(x), parts, 0))
-
-        return by_platform(x, cuda=together, default=apart)
+        biases = jnp.moveaxis(self.bias[...].astype(self.dtype), parts, 0)
+        return [product + bias for product, bias in zip(self.products(x), biases, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -185,7 +172,7 @@ class MLP(nnx.Module):
     ):  # fmt: skip
         common = {"rngs": rngs, "dtype": dtype, "kind": kind}
         self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), kernel_init=first_init, inner=inner, **common)
-        self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), kernel_init=second_init, **common)
+        self.fc2 = Linear(hidden, outputs, ("inner", None), kernel_init=second_init, **common)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
