@@ -208,7 +208,9 @@ def test_compilers_take_the_kernels(place, layer):
     if not importlib.util.find_spec(COMPILERS[place]):
         pytest.skip(f"needs {COMPILERS[place]}")
     program = compiled_layer(place, condition_tokens=64 if layer == "large" else 600, **LAYERS[layer])
-    assert len(re.findall(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', program)) == (5 if place.startswith("h200") else 4)
+    assert len(re.findall(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', program)) == (
+        5 if place.startswith("h200") else 4
+    )
     assert "bhde" not in program
 
 

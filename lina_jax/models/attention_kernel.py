@@ -37,7 +37,7 @@ class Core:
     def features(self, x: jax.Array) -> jax.Array:
         return jnp.maximum(x, 0.0) + self.relu_eps
 
-    def passing(self, function, arrays: Parts, results: Parts, products: int) -> Parts:
+    def passing(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
         """`tiles.over_tokens` of a function (core, tile, given) -> made."""
         how = {"heads": self.heads, "products": products, "device": self.device, "interpret": self.interpret}
         return over_tokens(functools.partial(function, self), arrays, results, **how)
@@ -103,29 +103,29 @@ def attend(core: Core, projected: tuple[jax.Array, ...], bias: jax.Array, gates:
 
 def _attend(core: Core, projected, bias, gates, share):
     q, k, v = _columns(projected)
-    of_q, of_k, of_v = jnp.split(bias, 3, axis=1)
+    bias_q, bias_k, bias_v = jnp.split(bias, 3, axis=1)
     width = bias.shape[2]
     rows = (width // core.heads, 1) if core.division else (width // core.heads, 1, 1)
     sums = tuple(jax.ShapeDtypeStruct((len(bias), r, width), jnp.float32) for r in rows)
-    arrays = Parts((k, v), (gates,), (share, of_k, of_v))
-    summaries = sequence.total(core.passing(_summarize, arrays, Parts(summaries=sums), products=1).summaries)
+    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v))
+    summaries = sequence.total(core.passing(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
     out = jax.ShapeDtypeStruct((*gates.shape[:2], width), q.array.dtype)
-    out = core.passing(_read, Parts((q,), (), (of_q, *summaries)), Parts((Column(out),)), products=2).tokens[0].array
+    out = core.passing(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
     return out, (projected, bias, gates, share, summaries)
 
 
 def _attend_gradient(core: Core, kept, gradient):
     projected, bias, gates, share, summaries = kept
     q, k, v = _columns(projected)
-    of_q, of_k, of_v = jnp.split(bias, 3, axis=1)
-    arrays = Parts((q, Column(gradient)), (), (of_q, *summaries))
+    bias_q, bias_k, bias_v = jnp.split(bias, 3, axis=1)
+    arrays = Parts((q, Column(gradient)), (), (bias_q, *summaries))
     results = Parts((q.like(),), (), tuple(map(_like, summaries)))
-    made = core.passing(_read_gradient, arrays, results, products=5)
+    made = core.passing(_read_gradient, arrays, results, (3, 2))
     first, of_summaries = made.tokens[0].array, made.summaries
-    arrays = Parts((k, v), (gates,), (share, of_k, of_v, *sequence.total(of_summaries)))
+    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(of_summaries)))
     # Where q, k and v are columns of one array, so are their gradients: the second pass completes what the first began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))
-    made = core.passing(_summarize_gradient, arrays, results, products=2)
+    made = core.passing(_summarize_gradient, arrays, results, (2, 0))
     of_k, of_v = (column.array for column in made.tokens)
     of_projected = (of_v,) if len(projected) == 1 else (first, of_k, of_v)
     of_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in of_projected], axis=1)
@@ -145,8 +145,8 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
-    share, of_k, of_v = given.summaries
-    k, v = _with_bias(given.tokens, (of_k, of_v))
+    share, *bias = given.summaries
+    k, v = _with_bias(given.tokens, bias)
     keys, normalizer_keys, values = _gated(core, k, v, given)
     sums = tile.state(product(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
     return Parts(summaries=tuple(x * share for x in sums[: 2 if core.division else 3]))
@@ -154,8 +154,8 @@ def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
 
 def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     dtype = given.tokens[0].dtype
-    _, (key, value, *normalizer), (share, of_k, of_v, *gradients) = given
-    k, v = _with_bias(given.tokens, (of_k, of_v))
+    _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = given
+    k, v = _with_bias(given.tokens, (bias_k, bias_v))
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
     keys, _, values = _gated(core, k, v, given)
     square = tile.square(state).astype(dtype)
@@ -218,8 +218,8 @@ def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
 
 def _found(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
     """q, what is found, queries, the state's square, the normaliser."""
-    dtype, (of_q, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
-    (q,) = _with_bias(given.tokens[:1], (of_q,))
+    dtype, (bias, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
+    (q,) = _with_bias(given.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)
     square = tile.square(state).astype(dtype)
     numerator, normalizer = product(queries, square, (1, 0)), tile.along(queries, mean_k)

@@ -145,15 +145,15 @@ def over_tokens(
     results: Parts,
     *,
     heads: int,
-    products: int,
+    products: tuple[int, int],
     device: str,
     interpret: bool,
 ) -> Parts:
     """`function` of every tile: what it gives for tokens is put together, its summaries are added up.
 
     For a gate it gives, in each lane, what is to be summed over the head. `results` are shapes or (`Column.like`) an
-    array to complete; `products` the products with matrices (lanes, lanes) that it makes of a row, for estimates;
-    `device` tpu or gpu. On TPUs every array has tokens of one kind.
+    array to complete. `products` are, for estimates, those that it makes of a token: with matrices of a head, and with
+    rows (`Tile.along`). `device` is tpu or gpu; on TPUs every array has tokens of one kind.
 
     Raises UserError for heads that are too wide for GPUs.
     """
@@ -162,7 +162,7 @@ def over_tokens(
     return _on_tpu(function, arrays, results, heads, products, interpret)
 
 
-def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, interpret: bool) -> Parts:
+def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple[int, int], interpret: bool) -> Parts:
     batch, length, features = arrays.tokens[0].array.shape
     dtype, width = arrays.tokens[0].array.dtype, features // heads
     together = LANES // math.gcd(LANES, width)
@@ -233,7 +233,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * batch * steps * rows * features * tile.lanes,
+            flops=2 * sum(products) * batch * steps * rows * features * tile.lanes,
             bytes_accessed=_bytes(arrays, features) + _bytes(results, features),
             transcendentals=0,
         ),
@@ -254,7 +254,7 @@ def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> j
     return gate == kind * heads + group * tile.heads + lane // tile.width
 
 
-def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: int, interpret: bool) -> Parts:
+def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple[int, int], interpret: bool) -> Parts:
     tokens = arrays.tokens[0].array
     batch, length = tokens.shape[:2]
     width = (arrays.summaries or results.summaries)[0].shape[2] // heads
@@ -325,7 +325,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: int, 
         input_output_aliases={len(arrays.flat) + i: place for i, place in enumerate(completed)},
         metadata=stated(
             size=_bytes(arrays, heads * width) + _bytes(results, heads * width),
-            flops=2 * products * batch * programs * tiles * tile_rows * heads * tile.lanes**2,
+            flops=2 * products[0] * batch * programs * tiles * tile_rows * heads * tile.lanes**2,
         ),
         interpret=interpret,
     )(*arrays.flat, *(results.flat[i] for i in completed))
