@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from golden_case import GOLDEN, Case
 
-from lina_jax import generate, mesh, state, topology
+from lina_jax import generate, hlo, mesh, state, topology
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import attention, attention_kernel, tiles
@@ -208,10 +208,16 @@ def test_compilers_take_the_kernels(place, layer):
     if not importlib.util.find_spec(COMPILERS[place]):
         pytest.skip(f"needs {COMPILERS[place]}")
     program = compiled_layer(place, condition_tokens=64 if layer == "large" else 600, **LAYERS[layer])
-    assert len(re.findall(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', program)) == (
-        5 if place.startswith("h200") else 4
-    )
     assert "bhde" not in program
+    module = hlo.Module(program)
+    kernels = [
+        module.work(instruction, computation)
+        for computation in module.computations
+        for instruction in module.instructions(computation)
+        if re.search(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', instruction.attributes)
+    ]
+    assert len(kernels) == (5 if place.startswith("h200") else 4)
+    assert all(work.matmul_flops or work.vector_ops for work in kernels)  # as their authors state
 
 
 def test_heads_that_are_too_wide_for_gpus_are_refused():

@@ -18,7 +18,7 @@ from lina_jax import chips, hlo, mesh, programs, roofline, search, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
-from lina_jax.models import sequence
+from lina_jax.models import sequence, tiles
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,6 +106,14 @@ def test_a_kernel_counts_what_its_author_states():
     target = f'custom_call_target="tpu_custom_call", backend_config={stated}'
     called = program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}")
     assert roofline.count(called).matmul_flops == 640
+
+
+def test_a_kernel_for_gpus_counts_what_its_author_states():
+    """As XLA prints it: in quotation marks of quotation marks."""
+    stated = json.dumps(tiles.stated([jnp.zeros(10)], flops=640, vector_ops=7)).replace('"', "\\22")
+    target = f'custom_call_target="__gpu$xla.gpu.triton", backend_config={{serialized_metadata = "{stated}"}}'
+    work = roofline.count(program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}"))
+    assert (work.matmul_flops, work.vector_ops, work.traffic) == (640, 7, 40)
 
 
 def compiled(function, *arguments) -> hlo.Module:
