@@ -100,8 +100,9 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
                         continue
                     if (fsdp, tensor) not in memory:
                         memory[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
-                    if memory[fsdp, tensor] + _activations(trial, candidate, where.chip) < FULL * where.chip.memory:
-                        found.append((_seconds_an_image(trial, candidate, where), candidate))
+                    held = memory[fsdp, tensor]
+                    if held + _activations(trial, candidate, where.chip) < FULL * where.chip.memory:
+                        found.append((_seconds_an_image(trial, candidate, where, held), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -129,8 +130,8 @@ def _weights(model: ModelConfig) -> float:
     return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 
-def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> float:
-    """Roughly: arithmetic and, half of it hidden, what fsdp and tensor move."""
+def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, held: float) -> float:
+    """Roughly: arithmetic, the update of what a chip holds and, half of it hidden, what fsdp and tensor move."""
     chip, model = where.chip, config.model
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
     weights = _weights(model)
@@ -142,7 +143,8 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology) -> 
     tokens = model.condition_tokens + model.image_tokens
     summed = 8 * tokens * model.width * 2 * (model.condition_depth + model.image_depth) / links
     moved = gathered / candidate.per_chip + (summed if candidate.tensor > 1 else 0.0)
-    return work + 0.5 * moved
+    update = 2 * held / chip.memory_bandwidth / candidate.per_chip  # read and written
+    return work + update + 0.5 * moved
 
 
 def _powers(most: int) -> list[int]:

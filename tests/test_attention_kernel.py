@@ -152,7 +152,8 @@ def test_a_step_on_a_mesh_is_that_of_one_device(
     assert error_between(got, want) < TOLERANCE
 
 
-def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough, no_plain_path):
+@on_each_device
+def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, rough, no_plain_path):
     """What guidance contrasts with is one image, which no axis cuts."""
 
     def draw(kernel, devices):
@@ -165,7 +166,7 @@ def test_guided_pictures_are_the_same_on_all_devices(tiny, one_device, rough, no
 
     one = draw("xla", one_device)
     no_plain_path()
-    with tiles.interpreted("tpu"):
+    with tiles.interpreted(device):
         other = draw("pallas", mesh.build(MeshConfig()))
     assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax.models import tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import gelu, standardize
 
@@ -27,7 +26,7 @@ def plain_convolutions(rows, kernels):
 
 
 def convolution_of_gpus(rows, kernel):
-    return depthwise_convolution(rows, kernel, True)
+    return depthwise_convolution(rows, kernel, "interpreted")
 
 
 CASES = {
@@ -40,12 +39,6 @@ CASES = {
     # More tokens and channels than one program has.
     "convolution 5, GPUs": (convolution_of_gpus, plain_convolutions, [(2, 24, 20, 40), (2, 1, 5, 5, 40)]),
 }
-
-
-@pytest.fixture(autouse=True)
-def kernels_of_gpus():
-    with tiles.interpreted("gpu"):
-        yield
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -134,6 +134,7 @@ def test_parameters_are_cut_over_tensor(tiny, rough):
 
 def test_the_table_cuts_heads_width_and_tokens():
     assert mesh.spec("embed", None, "heads", None) == PartitionSpec("fsdp", None, "tensor", None)
+    assert mesh.spec("inner", None) == PartitionSpec(("tensor", "fsdp"), None)
     assert mesh.spec("batch", "tokens", None) == PartitionSpec(("replica", "data", "fsdp"), "sequence", None)
 
 
@@ -253,6 +254,7 @@ def test_slices_are_joined_by_replicas_alone():
         ({}, {"tensor": 8}, "model.heads=4 is not divisible by 8"),
         ({"model": {"head_width": 36}}, {"fsdp": 8}, "model.head_width=36 is not divisible by 8"),
         ({"model": {"width": 36}}, {"fsdp": 8}, "model.width=36 is not divisible by 8"),
+        ({"model": {"width": 36}}, {"fsdp": 4, "tensor": 2}, "model.width=36 is not divisible by 8"),
         ({}, {"sequence": 8}, "model.image_grid=4,4: its number of rows=4 is not divisible by 8"),
         ({"model": {"condition_grid": (1, 2)}}, {"sequence": 4}, "model.condition_grid: its number of tokens=2 is not"),
         ({"model": {"conv_kernel": 5}}, {"sequence": 4}, "mesh.sequence=4 leaves 1 of 4 rows to a device; model.conv_"),

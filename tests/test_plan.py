@@ -110,7 +110,7 @@ def test_a_kernel_counts_what_its_author_states():
 
 def test_a_kernel_for_gpus_counts_what_its_author_states():
     """As XLA prints it: in quotation marks of quotation marks."""
-    stated = json.dumps(tiles.stated([jnp.zeros(10)], flops=640, vector_ops=7)).replace('"', "\\22")
+    stated = json.dumps(tiles.stated(bytes_accessed=40, flops=640, vector_ops=7)).replace('"', "\\22")
     target = f'custom_call_target="__gpu$xla.gpu.triton", backend_config={{serialized_metadata = "{stated}"}}'
     work = roofline.count(program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}"))
     assert (work.matmul_flops, work.vector_ops, work.traffic) == (640, 7, 40)
@@ -330,6 +330,12 @@ def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tin
     assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
     small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
     assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
+
+
+def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
+    slow = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory_bandwidth=1e6), (2, 4))
+    first = search.ranked(tiny(batch_size=16), slow, jax.devices(), fixed_batch=True)[0]
+    assert first.fsdp * first.tensor == 8
 
 
 def run_plan(*args: str) -> subprocess.CompletedProcess:

@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
     def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        if self._kernels:
+        if self._kernels_of:
             out = self._by_kernels(x, valid, angles)
         else:
             q, k, v = self._projected(x, angles)
@@ -81,12 +81,12 @@ class Attention(nnx.Module):
             out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
             convolved = self._convolution(x)
-            # Slow to do again on TPUs. Where it is kept, XLA:GPU sums the gradients of its taps one by one.
+            # Slow to do again on TPUs. Where it is kept, XLA:GPU, left to itself, sums gradients of taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
     @property
-    def _kernels(self) -> str:
+    def _kernels_of(self) -> str:
         """tpu or gpu: whose kernels it uses; empty for XLA's products."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # added before the rotation
-        elif self._kernels == "gpu":
+        elif self._kernels_of == "gpu":
             projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
         else:
             projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.products(x)]
@@ -153,20 +153,22 @@ class Attention(nnx.Module):
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
         dtype, size = self.config.dtype, self.config.conv_kernel
-
-        by_kernel = self._kernels == "gpu"
+        triton = ""
+        if self._kernels_of == "gpu":
+            triton = "interpreted" if tiles.interpreted.value else "compiled"
 
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), by_kernel)
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), triton)
             return jnp.pad(rearrange(y, "b h w d -> b (h w) d") + bias, ((0, 0), (first, 0), (0, 0)))
 
         arrays = [a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...])]
-        if by_kernel:
-            tokens = ("batch", "tokens", None)
+        if triton:
+            # Channels do not see each other: cut as the result that this is added to.
+            tokens = ("batch", "tokens", "heads")
             owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
-            axes = [tokens, *(owner + (None,) * (a.ndim - len(owner)) for a in arrays[1:])]
+            axes = [tokens, *((*owner, *[None] * (a.ndim - len(owner) - 1), "heads") for a in arrays[1:])]
             return tiles.on_each_device(own, axes, tokens, images=len(x))(*arrays)
         return sequence.by_shard(own, whole=(1, 2))(*arrays)
 

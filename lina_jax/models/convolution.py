@@ -6,23 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import triton as pallas_triton
 
 from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
-from lina_jax.models.tiles import interpreted, stated
+from lina_jax.models.tiles import bytes_of, stated
 
 # Of a program for GPUs: tokens and channels that it sums at a time, and the most tokens of an image that are its own.
 GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_convolution(rows: jax.Array, kernel: jax.Array, by_kernel: bool = False) -> jax.Array:
+def depthwise_convolution(rows: jax.Array, kernel: jax.Array, triton: str = "") -> jax.Array:
     """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D) -> (B, h, w, D).
 
     kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products: compilers fuse it into
-    one pass, where XLA's grouped convolution takes minutes on CPUs. With `by_kernel` the gradient of the kernel is made
-    in Triton.
+    one pass, where XLA's grouped convolution takes minutes on CPUs. `triton`, compiled or interpreted, makes the
+    gradient of the kernel.
     """
     return sum(part * kernel[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
 
@@ -34,14 +34,14 @@ def _shifted(rows: jax.Array, size: int) -> dict[tuple[int, int], jax.Array]:
     return {(i, j): padded[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)}
 
 
-def _gradient(by_kernel: bool, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradient(triton: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
     rows, kernel = kept
     size = kernel.shape[-2]
     padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
     of_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
-    if by_kernel:
-        of_kernel = _of_kernel_on_gpu(size, rows, gradient)
+    if triton:
+        of_kernel = _of_kernel_by_triton(size, rows, gradient, interpret=triton == "interpreted")
     else:
         ways = {"cpu": functools.partial(_of_kernel_by_row, size), "default": functools.partial(_of_kernel, size)}
         of_kernel = by_platform(rows, gradient, **ways)
@@ -70,8 +70,8 @@ def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
     return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
 
 
-def _of_kernel_on_gpu(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The same in Triton, all taps in one pass: XLA:GPU makes one for every two or three."""
+def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:
+    """The same for GPUs, all taps in one pass: XLA:GPU makes one for every two or three."""
     batch, height, width, features = gradient.shape
     length = height * width
     programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has sums of its own
@@ -85,12 +85,12 @@ def _of_kernel_on_gpu(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
         def add_tile(i, totals):
             token = (program * tiles + i) * GPU_TILE + jnp.arange(GPU_TILE)[:, None]
             exist = (token < length) & (lanes < features)
-            g = triton.load(gradient.at[image, token, lanes], mask=exist, other=0.0).astype(jnp.float32)
+            g = pallas_triton.load(gradient.at[image, token, lanes], mask=exist, other=0.0).astype(jnp.float32)
 
             def seen(row, column):
                 row, column = token // width + row, token % width + column - size // 2
                 inside = exist & (column >= 0) & (column < width)
-                return triton.load(rows.at[image, row * width + column, lanes], mask=inside, other=0.0)
+                return pallas_triton.load(rows.at[image, row * width + column, lanes], mask=inside, other=0.0)
 
             return tuple(
                 total + jnp.sum(seen(*tap).astype(jnp.float32) * g, axis=0, keepdims=True)
@@ -100,7 +100,7 @@ def _of_kernel_on_gpu(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
         start = (jnp.zeros((1, GPU_LANES), jnp.float32),) * len(taps)
         for tap, total in enumerate(jax.lax.fori_loop(0, tiles, add_tile, start)):
             place = sums.at[image, program, tap + jnp.zeros((1, 1), jnp.int32), lanes]
-            triton.store(place, total, mask=lanes < features)
+            pallas_triton.store(place, total, mask=lanes < features)
 
     shape = jax.ShapeDtypeStruct((batch, programs, len(taps), features), jnp.float32)
     arrays = [x.reshape(batch, -1, features) for x in (rows, gradient)]
@@ -108,13 +108,11 @@ def _of_kernel_on_gpu(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
         of_program,
         grid=(batch, pl.cdiv(features, GPU_LANES), programs),
         out_shape=shape,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        metadata=stated((*arrays, shape), vector_ops=len(taps) * gradient.size),
-        interpret=bool(interpreted.value),
+        compiler_params=pallas_triton.CompilerParams(num_warps=4, num_stages=1),
+        metadata=stated(bytes_accessed=bytes_of(*arrays, shape), vector_ops=len(taps) * gradient.size),
+        interpret=interpret,
     )(*arrays)
     return jnp.sum(sums, axis=1).reshape(batch, size, size, features)
 
 
-depthwise_convolution.defvjp(
-    lambda rows, kernel, by_kernel: (depthwise_convolution(rows, kernel), (rows, kernel)), _gradient
-)
+depthwise_convolution.defvjp(lambda rows, kernel, _: (depthwise_convolution(rows, kernel), (rows, kernel)), _gradient)

@@ -60,12 +60,13 @@ def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | 
     return jax.shard_map(function, in_specs=in_specs, out_specs=cut(out_axes), check_vma=False)
 
 
-def stated(
-    arrays: Sequence[jax.Array | jax.ShapeDtypeStruct] = (), *, size: int = 0, flops: int = 0, vector_ops: int = 0
-) -> dict[str, str]:
-    """What `hlo` shall believe of a kernel for GPUs: bytes of arrays and else, FLOPs of products, other operations."""
-    size += sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-    return {"flops": str(flops), "vector_ops": str(vector_ops), "bytes_accessed": str(size)}
+def stated(*, bytes_accessed: int, flops: int = 0, vector_ops: int = 0) -> dict[str, str]:
+    """What `hlo` shall believe of a kernel for GPUs: traffic, FLOPs of matrix products, operations beside them."""
+    return {"flops": str(flops), "vector_ops": str(vector_ops), "bytes_accessed": str(bytes_accessed)}
+
+
+def bytes_of(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
 class Column(NamedTuple):
@@ -91,15 +92,20 @@ class Parts(NamedTuple):
 
     @property
     def flat(self) -> list[Any]:
-        """Each array once, those of tokens first."""
-        return [*{id(c.array): c.array for c in self.tokens}.values(), *self.gates, *self.summaries]
+        return [*self.token_arrays, *self.gates, *self.summaries]
 
     def sort(self, flat: Sequence[Any]) -> "Parts":
         """Others, flat, in place of these."""
-        places = {id(array): i for i, array in enumerate(self.flat)}
-        tokens = tuple(Column(flat[places[id(c.array)]], c.kind) for c in self.tokens)
-        rest = iter(flat[len(flat) - len(self.gates) - len(self.summaries) :])
-        return Parts(tokens, *(tuple(next(rest) for _ in part) for part in self[1:]))
+        mine = self.token_arrays
+        places = {id(array): other for array, other in zip(mine, flat, strict=False)}
+        rest = iter(flat[len(mine) :])
+        gates, summaries = (tuple(next(rest) for _ in part) for part in (self.gates, self.summaries))
+        return Parts(tuple(Column(places[id(c.array)], c.kind) for c in self.tokens), gates, summaries)
+
+    @property
+    def token_arrays(self) -> list[Any]:
+        """Of all columns, each object once."""
+        return list({id(c.array): c.array for c in self.tokens}.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +218,9 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
 
     def blocks(parts: Parts):
         shape = (1, rows, tile.lanes)
-        tokens = [pl.BlockSpec(shape, indices(lambda image, step, group: (image, step, group)))]
+        tokens = [
+            pl.BlockSpec(shape, indices(lambda image, step, group: (image, step, group))) for _ in parts.token_arrays
+        ]
         gates = [
             pl.BlockSpec((1, rows, array.shape[2]), indices(lambda image, step, group: (image, step, 0)))
             for array in parts.gates
@@ -221,7 +229,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
             pl.BlockSpec((1, array.shape[1], tile.lanes), indices(lambda image, step, group: (image, 0, group)))
             for array in parts.summaries
         ]
-        return [*tokens * (len(parts.flat) - len(gates) - len(summaries)), *gates, *summaries]
+        return [*tokens, *gates, *summaries]
 
     made = pl.pallas_call(
         kernel,
@@ -245,7 +253,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
 def _bytes(parts: Parts, features: int) -> int:
     """Of all its numbers; of tokens, those of `features` in a column."""
     columns = sum(math.prod(c.array.shape[:2]) * features * c.array.dtype.itemsize for c in parts.tokens)
-    return columns + sum(math.prod(a.shape) * a.dtype.itemsize for a in (*parts.gates, *parts.summaries))
+    return columns + bytes_of(*parts.gates, *parts.summaries)
 
 
 def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> jax.Array:
@@ -324,7 +332,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=2),
         input_output_aliases={len(arrays.flat) + i: place for i, place in enumerate(completed)},
         metadata=stated(
-            size=_bytes(arrays, heads * width) + _bytes(results, heads * width),
+            bytes_accessed=_bytes(arrays, heads * width) + _bytes(results, heads * width),
             flops=2 * products[0] * batch * programs * tiles * tile_rows * heads * tile.lanes**2,
         ),
         interpret=interpret,
