@@ -80,6 +80,7 @@ sweep() {
 attempt env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest tests/test_golden.py || true
 attempt "$python" -m pytest tests/test_state.py tests/test_encoders.py -k bfloat16_ || true
 attempt "$python" -m pytest tests/test_attention_kernel.py -k 'plain_path or many_tiles' || true
+attempt "$python" -m pytest tests/test_gradients.py -k convolution || true
 
 if [ "$accelerator" = cpu ]; then
   for config in configs/bench.py configs/bench.py:softmax; do
@@ -97,6 +98,13 @@ else
     sweep train configs/t2i.py:512 4 8 16 32 -- --config.model.attention_kernel=$kernel
     sweep train configs/t2i.py:1024 1 2 4 8 -- --config.model.attention_kernel=$kernel
   done
+  if [ "$accelerator" = gpu ]; then
+    # What plans best (docs/performance.md).
+    flags=(--config.model.attention_kernel=pallas --config.model.scan_layers=False --config.model.remat=none)
+    sweep train configs/imagenet256_c2i.py:w1536 8 16 32 64 -- "${flags[@]}"
+    sweep train configs/t2i.py:256 8 16 32 -- "${flags[@]}"
+    sweep train configs/t2i.py:1024 1 2 4 -- "${flags[@]}"
+  fi
   sweep sample configs/t2i.py:1024 1 8 -- --autoencoder --repeats=3
 fi
 
