@@ -34,6 +34,7 @@ from matplotlib import ticker
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
 _BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
+MARKERS = "os^D"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,18 +178,21 @@ def _variant(run: Run) -> str:
 
 def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
     """Loss against parameters and against FLOPs, a line for each variant; {'VARIANT against X': its power law}."""
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120, sharey=True)
+    variants = sorted({_variant(run) for run in runs})
+    figure, both = plt.subplots(
+        1, 2, figsize=(11, 4.5 + 0.17 * len(variants)), dpi=120, sharey=True, layout="constrained"
+    )
     laws = {}
     for axes, (name, title) in zip(
         both, (("parameters", "parameters"), ("training_flops", "training FLOPs")), strict=True
     ):
-        for variant in sorted({_variant(run) for run in runs}):
+        for number, variant in enumerate(variants):
             ours = [run for run in runs if _variant(run) == variant and math.isfinite(run.loss)]
             x, y = [getattr(run, name) for run in ours], [run.loss for run in ours]
             if not ours:
                 continue
             label, law = variant, power_law(x, y)
-            line = axes.plot(x, y, "o", markersize=4)[0]
+            line = axes.plot(x, y, MARKERS[number // 10 % len(MARKERS)], markersize=4)[0]  # there are ten colours
             if law:
                 laws[f"{variant} against {title}"] = law
                 label += f": exponent {law.exponent:.3f} ± {law.standard_error:.3f}"
@@ -197,11 +201,10 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
             line.set_label(label)
         axes.set(xscale="log", yscale="log", xlabel=title)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7, loc="upper right")  # losses fall to the right
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(ticker.StrMethodFormatter("{x:.3g}"))
     both[0].set_ylabel("validation loss (EMA)")
-    figure.tight_layout()
     with places.new_file(picture) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
