@@ -24,7 +24,7 @@
 #
 # Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the training flags after --
 # in common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was evaluated is skipped;
-# one that was stopped goes on. After the last run, here, `python -m lina_jax.evaluate --study=DIR` gathers them.
+# one that was stopped goes on, and one that fails is named at the end. After the last run, here, `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -97,6 +97,7 @@ if [ -n "$index" ]; then
   runs=("${runs[$index]}")
 fi
 read -ra measuring <<<"$evaluate"
+failed=()
 for run in "${runs[@]}"; do
   read -r variant seed <<<"$run"
   workdir=$dir/$variant-seed$seed
@@ -110,11 +111,14 @@ for run in "${runs[@]}"; do
     echo "$variant, seed $seed: complete, skipped"
   else
     echo "$variant, seed $seed"
-    with_restarts "${train[@]}"
-    with_restarts "${judge[@]}"
+    { with_restarts "${train[@]}" && with_restarts "${judge[@]}"; } || failed+=("$variant, seed $seed: exit code $?")
   fi
 done
 if [ -z "$index" ]; then
   gather=("$python" -m lina_jax.evaluate "--study=$dir")
   if [ -n "$dry_run" ]; then quoted "${gather[@]}"; else "${gather[@]}"; fi
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
 fi

@@ -256,8 +256,12 @@ class _NamedFailure:
         return self
 
     def __exit__(self, kind, error, traceback):
-        gone = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1  # another process, not a disk
-        if isinstance(error, Exception) and not isinstance(error, UserError) and not gone:
+        # What orbax makes of it when another process is gone, which is no failure of a disk: hosts.py knows that error.
+        reason = error.__cause__ if isinstance(error, TimeoutError) else error
+        if isinstance(reason, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            if reason is not error:
+                raise reason
+        elif isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
             if " [os_error_code=" in first:  # before it stands where and what was written, at length
                 first = first.partition(" [os_error_code=")[0].rpartition(": ")[2]

@@ -49,15 +49,23 @@ def read_prompts(path: Path, rewritten: str | None) -> list[Prompt]:
     if not lines:
         raise UserError(f"{path}: no prompts")
     if rewritten:
-        texts = [line.strip() for line in _lines(Path(rewritten).expanduser()) if line.strip()]
+        texts = [_rewritten(line) for line in _lines(Path(rewritten).expanduser()) if line.strip()]
         if len(texts) != len(lines):
             raise UserError(f"--geneval_rewritten={rewritten}: {len(texts)} prompts, {path} has {len(lines)}")
     return [Prompt(*pair) for pair in zip(lines, texts, strict=True)]
 
 
+def _rewritten(line: str) -> str:
+    """A prompt, as it stands or as "prompt" of a JSON object."""
+    try:
+        return str(json.loads(line)["prompt"])
+    except (ValueError, KeyError, TypeError):
+        return line.strip()
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

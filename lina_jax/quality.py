@@ -69,7 +69,8 @@ class Collector:
             self._score.add(logits)
         if {"precision", "recall"} & set(self._wanted):
             self._features.append(pool)
-        self._images.append(chunk.images[: max(0, SHOWN - chunk.start)])
+        if chunk.start < SHOWN:
+            self._images.append(chunk.images[: SHOWN - chunk.start].copy())  # a view would keep the whole chunk
 
     def _to_groups(self, groups: list[Moments], start: int, rows: np.ndarray) -> None:
         """Of N images, number i is in group i * GROUPS // N."""
@@ -80,7 +81,7 @@ class Collector:
             groups[number].add(rows[group == number])
 
     def images(self) -> np.ndarray:
-        return np.concatenate([part for part in self._images if len(part)] or self._images)
+        return np.concatenate(self._images)
 
     def values(self, reference: Reference | None) -> tuple[dict[str, Value], dict[str, str]]:
         """(the metrics that are wanted and can be told, why the others cannot)."""

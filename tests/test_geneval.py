@@ -98,7 +98,7 @@ def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
 
 def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(LINES))
-    (tmp_path / "rewritten.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "rewritten.txt").write_text('one\n\n{"prompt": "two"}\nthree\n')
     prompts = geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
     assert [prompt.text for prompt in prompts] == ["one", "two", "three"]
     assert [prompt.line for prompt in prompts] == LINES

@@ -9,9 +9,9 @@ import time
 import jax
 import pytest
 
-from lina_jax import metrics, state
+from lina_jax import checkpoint, metrics, state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN
+from lina_jax.errors import RUN_AGAIN, UserError
 
 DEADLINE_S = 240  # for a subprocess to get somewhere
 
@@ -103,3 +103,13 @@ def test_a_step_that_stalls_ends_the_process_with_its_stacks():
     assert first == "alive"
     assert any("stalled_for_ever" in line for line in stacks)
     assert last.startswith("error: no step has ended for 0.2 s (step_timeout)")
+
+
+def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: the following tasks are unhealthy")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="unhealthy"), checkpoint._NamedFailure(tmp_path):
+        raise TimeoutError("Timed out while waiting for a barrier.") from lost
+    whole = pytest.raises(UserError, match="failed, earlier checkpoints are intact: No space left")
+    with whole, checkpoint._NamedFailure(tmp_path):
+        raise OSError("No space left on device")
