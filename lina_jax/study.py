@@ -1,8 +1,8 @@
 """A study gathered: what many runs of one budget say about their variants.
 
 `launch/study.sh` makes the runs; `python -m lina_jax.evaluate --study=DIR` reads them and writes DIR/runs.csv (a row
-for each), DIR/effects.csv (what each choice changes, by pairs of runs that differ in it alone) and DIR/loss.png (loss
-against parameters and FLOPs, with power laws where there are three sizes or more).
+for each), DIR/effects.csv (what each choice changes, by pairs of runs that differ in it alone), DIR/loss.png (loss
+against parameters and FLOPs) and, where there are three sizes or more, the power laws as DIR/laws.csv.
 """
 
 import csv
@@ -218,6 +218,7 @@ def gather(directory: Path) -> str:
     changes = effects(runs)
     _write(directory / "effects.csv", Effect._fields, changes)
     laws = plot(runs, directory / "loss.png")
+    _write(directory / "laws.csv", ["law", *PowerLaw._fields], [(name, *law) for name, law in laws.items()])
     lines = [
         f"{len(runs)} runs of {runs[0].images:,} images",
         "",

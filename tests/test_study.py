@@ -92,6 +92,10 @@ def test_a_study_is_tables_and_a_plot(runs_of, tiny):
     assert float(rows[0]["images_per_s"]) == 50 and math.isnan(float(rows[0]["fid"]))
     parameters = [int(row["parameters"]) for row in rows]
     assert parameters[0] < parameters[1] == parameters[3] < parameters[2]
+    with (directory / "laws.csv").open() as file:
+        assert {row["law"] for row in csv.DictReader(file)} == {
+            f"division, none, none against {what}" for what in ("parameters", "training FLOPs")
+        }
     assert Image.open(directory / "loss.png").width > 800
 
 
