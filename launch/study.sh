@@ -24,7 +24,8 @@
 #
 # Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the training flags after --
 # in common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was evaluated is skipped;
-# one that was stopped goes on, and one that fails is named at the end. After the last run, here, `python -m lina_jax.evaluate --study=DIR` gathers them.
+# one that was stopped goes on; one that fails is named at the end. After the last run, here,
+# `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -111,7 +112,11 @@ for run in "${runs[@]}"; do
     echo "$variant, seed $seed: complete, skipped"
   else
     echo "$variant, seed $seed"
-    { with_restarts "${train[@]}" && with_restarts "${judge[@]}"; } || failed+=("$variant, seed $seed: exit code $?")
+    { with_restarts "${train[@]}" && with_restarts "${judge[@]}"; } || {
+      code=$?
+      case $code in 130 | 143) exit "$code" ;; esac # stopped by somebody: so is the study
+      failed+=("$variant, seed $seed: exit code $code")
+    }
   fi
 done
 if [ -z "$index" ]; then

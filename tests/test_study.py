@@ -125,30 +125,40 @@ def test_an_array_of_jobs_has_an_index_for_each_run():
     assert len(alone) == 2 and "subtraction-conv-none-128-seed2" in alone[0]
 
 
-TRAINED = """#!/usr/bin/env bash
+STUB = """#!/usr/bin/env bash
 # In place of python: trains what is no subtraction, and tells what it was asked.
 case "$*" in
   -c*) exit 0 ;;
-  *lina_jax.train*subtraction*) exit 3 ;;
+  *lina_jax.train*subtraction*) exit "$CODE" ;;
   *lina_jax.evaluate*--workdir=*) d=${3#--workdir=} && mkdir -p "$d/evaluation" && touch "$d/evaluation/score.json" ;;
 esac
 echo "ran $2 $3"
 """
 
 
-def test_a_run_that_fails_does_not_end_a_study_and_what_is_complete_is_skipped(tmp_path):
+@pytest.fixture
+def study_of(tmp_path):
+    """A study whose first run ends with the code."""
     stub = tmp_path / "python"
-    stub.write_text(TRAINED)
+    stub.write_text(STUB)
     stub.chmod(0o755)
     words = ["--name=s", f"--dir={tmp_path}/runs", "--normalizations=subtraction,division", "--convolutions=none"]
 
-    def study_of():
-        env = os.environ | {"PYTHON": str(stub)}
-        return subprocess.run(
-            ["bash", SCRIPT, *words, "--", "--config.steps=20"], capture_output=True, text=True, env=env
-        )
+    def run(code):
+        env = os.environ | {"PYTHON": str(stub), "CODE": str(code)}
+        return subprocess.run([SCRIPT, *words, "--", "--config.steps=20"], capture_output=True, text=True, env=env)
 
-    first = study_of()
+    return run
+
+
+def test_a_run_that_fails_does_not_end_a_study_and_what_is_complete_is_skipped(study_of):
+    first = study_of(3)
     assert first.returncode == 1 and "failed: subtraction-none-none-128, seed 0: exit code 3" in first.stderr
     assert "ran lina_jax.evaluate --workdir" in first.stdout and "ran lina_jax.evaluate --study" in first.stdout
-    assert "division-none-none-128, seed 0: complete, skipped" in study_of().stdout
+    assert "division-none-none-128, seed 0: complete, skipped" in study_of(3).stdout
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_run_that_somebody_stops_ends_the_study(code, study_of):
+    stopped = study_of(code)
+    assert stopped.returncode == code and "ran" not in stopped.stdout
