@@ -16,9 +16,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 from absl import flags
@@ -29,6 +30,7 @@ import lina_jax
 from lina_jax import errors
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError
 
+T = TypeVar("T")
 _GREETING = "lina_jax"
 _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
@@ -105,7 +107,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     mine, key = {name: str(value) for name, value in facts.items()}, f"lina_jax/same/{what}"
     if jax.process_index() == 0:
         client.key_value_set(key, json.dumps(mine))
-    theirs = json.loads(client.blocking_key_value_get(key, _PATIENCE_MS))
+    theirs = json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS))
     differing = [
         f"{name}={mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
         for name in theirs | mine
@@ -117,13 +119,23 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} differs from process 0: {'; '.join(differing[:3])}{more} "
             "(all processes must run the same command with the same code and data)"
         )
-    client.wait_at_barrier(key, _PATIENCE_MS)
+    _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
 
 
 def meet(occasion: str) -> None:
     """Returns when all processes have come here, which may take a day. An occasion has a name of its own."""
-    if distributed.global_state.client is not None:
-        distributed.global_state.client.wait_at_barrier(f"lina_jax/meet/{occasion}", _PATIENCE_MS)
+    client = distributed.global_state.client
+    if client is not None:
+        _heeding_signals(client.wait_at_barrier, f"lina_jax/meet/{occasion}", _PATIENCE_MS)
+
+
+def _heeding_signals(wait: Callable[..., T], *args) -> T:
+    """The result of a wait in JAX's runtime, in a thread of its own: the main one could not be interrupted there."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        return thread.submit(wait, *args).result()
+    finally:
+        thread.shutdown(wait=False)
 
 
 def the_cluster(
