@@ -191,10 +191,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def gathered(x: jax.Array, *names: str | None) -> jax.Array:
     """A parameter as its layer reads it, whole along `fsdp`; its gradient is scattered again."""
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return x
+    whole = PartitionSpec(*(tuple(axis for axis in RULES.get(name, ()) if axis != "fsdp") or None for name in names))
 
     @jax.custom_vjp
     def gather(x):
-        return jax.lax.with_sharding_constraint(x, spec(*(None if name == "embed" else name for name in names)))
+        return jax.lax.with_sharding_constraint(x, whole)
 
     gather.defvjp(lambda x: (gather(x), None), lambda _, g: (jax.lax.with_sharding_constraint(g, spec(*names)),))
     return gather(x)

@@ -93,6 +93,13 @@ def run_stack(stack, grid, ahead):
         return program.as_text(), *jax.device_get(program(weights, x))
 
 
+def in_loops(text, kind):
+    """The collectives of this kind that run in each iteration."""
+    module = hlo.Module(text)
+    loops = [name for name in module.computations if name != module.entry]
+    return [i for name in loops for i in module.instructions(name) if hlo.collective_kind(i) == kind]
+
+
 def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(stack, one_device, error_between):
     fsdp = mesh.build(MeshConfig(data=1, fsdp=8))
     _, want_loss, want = run_stack(stack, one_device, ahead=False)
@@ -100,16 +107,21 @@ def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(stack, one_
     ahead, loss, gradient = run_stack(stack, fsdp, ahead=True)
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want) < TOLERANCE["class"]
-    # Where they are used, a block gathers them for its forward and again for its backward pass.
-    assert ahead.count(" all-gather(") < at_use.count(" all-gather(")
+    # At use a block gathers four for its forward and again for its backward pass; ahead, two of them once.
+    assert (len(in_loops(at_use, "all-gather")), len(in_loops(ahead, "all-gather"))) == (8, 6)
+
+
+def test_tokens_are_not_exchanged_in_place_of_weights(stack):
+    """However few there are: a step is a chain of products, and would wait for each exchange."""
+    text, *_ = run_stack(stack, mesh.build(MeshConfig(data=1, fsdp=8)), ahead=False)
+    assert not in_loops(text, "all-to-all")
+    assert all(shape.size >= 32 * 32 for i in in_loops(text, "all-gather") for shape in i.shapes)
 
 
 def test_no_layer_waits_for_sums_of_small_gradients(stack):
     """Those of biases and norms are summed over devices once, after the loop; in it are those of matrices alone."""
     text, *_ = run_stack(stack, mesh.build(MeshConfig(data=8)), ahead=False)
-    module = hlo.Module(text)
-    loops = [name for name in module.computations if name != module.entry]
-    sums = [i for name in loops for i in module.instructions(name) if hlo.collective_kind(i) == "all-reduce"]
+    sums = in_loops(text, "all-reduce")
     assert sums and all(len(shape.dims) > 1 for i in sums for shape in i.shapes)
 
 

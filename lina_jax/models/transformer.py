@@ -44,18 +44,38 @@ def apply_layers(
     With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
     between TPUs, unless remat is "full" (which asks for memory, not speed).
     """
-    step = body
-    if remat != "none":
-        step = jax.checkpoint(body, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
-    if not scan:
-        for i in range(jax.tree.leaves(layers)[0].shape[0]):
-            x = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-        return x
     if ahead is None:
         ahead = loops_gather_late() and remat != "full"
+    ahead = ahead and scan
+
+    def step(x, layer):
+        if not ahead:
+            # Else the partitioner would exchange the tokens instead, where an image has few (c2i's condition encoder).
+            graph, state = nnx.split(layer)
+            layer = nnx.merge(graph, _gathered(state, x.dtype))
+        return body(x, layer)
+
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
     if ahead:
         return _gathering_ahead(step, x, layers)
-    return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
+    if scan:
+        return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
+    for i in range(jax.tree.leaves(layers)[0].shape[0]):
+        x = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return x
+
+
+def _gathered(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The variables of a layer, matrices as they are multiplied: in `dtype`, and whole along `fsdp`."""
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        metadata = variable.get_metadata()
+        if not metadata.get("matrix"):
+            return variable
+        return variable.replace(gathered(variable[...].astype(dtype), *metadata["axes"]))
+
+    return over_variables(whole, state)
 
 
 def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
@@ -66,15 +86,12 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
     """
     graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
-    def gather(state):
-        return over_variables(lambda v: v.replace(gathered(v[...].astype(x.dtype), *v.get_metadata("axes"))), state)
-
     def iteration(carried, layer):
         x, weights = carried
         following, rest = layer
-        return (step(x, nnx.merge(graph, weights, rest)), gather(following)), None
+        return (step(x, nnx.merge(graph, weights, rest)), _gathered(following, x.dtype)), None
 
-    start = gather(jax.tree.map(lambda leaf: leaf[0], first_used))
+    start = _gathered(jax.tree.map(lambda leaf: leaf[0], first_used), x.dtype)
     following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first_used)
     return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
 
