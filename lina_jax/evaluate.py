@@ -115,11 +115,13 @@ class DrawnQuality:
         if config.reference:
             path = Path(config.reference).expanduser()
             self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
-        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts={})
+        # What the weights of a step depend on, and how they are cut.
+        facts = {"config": dataclasses.asdict(plan.config)}
+        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
-    def measure(self, params: Tree, frozen: Tree) -> Quality | None:
-        """None in processes other than 0."""
-        self._source.weights = params, frozen
+    def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
+        """Of the weights after `step`; `work` holds what is done. None in processes other than 0."""
+        self._source.weights, self._source.facts["step"] = (params, frozen), step
         return quality.measure(
             self._source,
             self._network,
@@ -127,6 +129,7 @@ class DrawnQuality:
             self._plan.mesh,
             count=self._config.images,
             per_device=self._config.per_device,
+            work=work,
         )
 
 
