@@ -53,6 +53,10 @@ from lina_jax.featurise import Network
 from lina_jax.quality import Quality
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
 
+# Significant digits of validation losses that are told. Sums over devices, processes and batches come in another order
+# on each of them, which changes a loss by 1e-7 of itself.
+_DIGITS = 5
+
 
 class Validation:
     """Loss on fixed examples with fixed draws, whatever the checkpoint, the batch size or the mesh."""
@@ -88,10 +92,14 @@ class Validation:
         total, weight = sums
         edges = np.linspace(0, 1, NOISE_LEVELS + 1)
         by_level = {
-            f"loss_sigma_{low:.2f}_{high:.2f}": float(t / max(w, 1.0))
+            f"loss_sigma_{low:.2f}_{high:.2f}": _told(t / max(w, 1.0))
             for low, high, t, w in zip(edges, edges[1:], total, weight, strict=False)
         }
-        return {"loss": float(total.sum() / max(weight.sum(), 1.0)), **by_level}
+        return {"loss": _told(total.sum() / max(weight.sum(), 1.0)), **by_level}
+
+
+def _told(loss: float) -> float:
+    return float(f"{loss:.{_DIGITS}g}")
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:

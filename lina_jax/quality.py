@@ -31,21 +31,18 @@ class Quality:
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
-
-        def rounded(number: float | None) -> float | None:
-            return None if number is None else round(number, _DIGITS)
-
         values = {
-            name: {"value": rounded(value.value), "standard_error": rounded(value.standard_error)}
+            name: {kind: None if number is None else round(number, _DIGITS) for kind, number in value._asdict().items()}
             for name, value in self.values.items()
         }
         return {**values, "images": self.count, **({"not_measured": dict(self.lacking)} if self.lacking else {})}
 
     def scalars(self) -> dict[str, float]:
-        """For logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
-        scalars = {f"quality/{name}": value.value for name, value in self.values.items()}
-        errors = {name: value.standard_error for name, value in self.values.items()}
-        return scalars | {f"quality/{n}_standard_error": error for n, error in errors.items() if error is not None}
+        """The same for logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
+        told = self.told()
+        scalars = {f"quality/{name}": told[name]["value"] for name in self.values}
+        errors = {f"quality/{name}_standard_error": told[name]["standard_error"] for name in self.values}
+        return scalars | {name: error for name, error in errors.items() if error is not None}
 
 
 class Collector:

@@ -262,7 +262,7 @@ def test_the_training_loop_measures_its_average(trained, devices):
     plan = state.blueprint(config, devices[1])
     drawn_quality = evaluate.DrawnQuality(plan, data.open_records(config, "validation"))
     again = drawn_quality.measure(run.ema, run.frozen, step=3)
-    assert of_quality(workdir)[-1]["quality/fid"] == again.values["fid"].value
+    assert of_quality(workdir)[-1]["quality/fid"] == again.told()["fid"]["value"]
     assert json.loads(json.dumps(again.told()))["images"] == 28
     assert not (workdir / "measuring").exists()
 
