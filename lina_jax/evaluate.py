@@ -122,7 +122,9 @@ class DrawnQuality:
         self._reference = None
         if config.reference:
             path = Path(config.reference).expanduser()
-            self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
+            self._reference = reference.load(
+                path, self._network, per_device=config.per_device, work=None, images=True, plan=plan
+            )
         # What the weights of a step depend on, and how they are cut.
         facts = {"config": dataclasses.asdict(plan.config)}
         self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
@@ -294,7 +296,7 @@ class _Run:
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         values = self._values
-        compared = _reference(values, self._network, self._metrics, self._out)
+        compared = _reference(values, self._network, self._metrics, self._out, self._plan)
         facts = {"step": self.step, "weights": self._weights, "workdir": str(self._workdir)}
         source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=facts)
         source.weights = self._drawing, self._frozen
@@ -329,7 +331,7 @@ class _Run:
 
 
 def _reference(
-    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path
+    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
 ) -> reference.Reference | None:
     """Of --reference."""
     if not values.reference:
@@ -343,6 +345,7 @@ def _reference(
         split=values.reference_split,
         count=values.reference_number,
         out=out / "reference.npz",
+        plan=plan,
     )
 
 
@@ -356,7 +359,7 @@ def _quality_of_files(
     count = min(values.number, source.count) if not values["number"].present else values.number
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
-    compared = _reference(values, network, metrics, out)
+    compared = _reference(values, network, metrics, out, plan=None)
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
         work=out / "work" / "samples",

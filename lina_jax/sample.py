@@ -18,9 +18,8 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from lina_jax import config_file, decode, encoders, errors, hosts, mesh, metrics, pictures, places, state
+from lina_jax import config_file, decode, encoders, errors, hosts, mesh, metrics, pictures, places, progress, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -42,11 +41,12 @@ class Sampler:
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
     ) -> np.ndarray:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
-        batches = self.batches(params, frozen, conditions, seed, first)
         images = []
-        for moments in tqdm(batches, unit="batch", disable=True if jax.process_index() else None, leave=False):
-            (last,) = collections.deque(moments, maxlen=1)
-            images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+        with progress.bar(len(conditions), leave=False) as bar:
+            for moments in self.batches(params, frozen, conditions, seed, first):
+                (last,) = collections.deque(moments, maxlen=1)
+                images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+                bar.update(min(self.batch_size, len(conditions) - bar.n))
         return np.concatenate(images)[: len(conditions)]
 
     def batches(

@@ -202,6 +202,18 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     assert set(quality.METRICS) < set(score["quality"])
 
 
+def test_two_processes_make_up_for_a_measurement(two, file, start, tmp_path):
+    """As after a kill at the last step."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    log = workdir / "metrics.jsonl"
+    *steps, validation = log.read_text().splitlines(keepends=True)
+    assert "validation/loss" in json.loads(validation)
+    log.write_text("".join(steps))
+    succeed(start("train", 2, f"--config={file}", f"--workdir={workdir}"))
+    assert log.read_text() == "".join(steps) + validation
+
+
 def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_before(
     two, file, start, tmp_path, reference
 ):

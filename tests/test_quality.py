@@ -166,7 +166,7 @@ def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices,
     Image.new("RGB", (9, 8)).save(tmp_path / "zzz.png")
     folder = image_sources.open_images(tmp_path, devices[1])
     with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: one size is needed"):
-        folder.read(np.arange(COUNT + 1))
+        folder.batch(np.arange(COUNT + 1))
 
 
 def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_data):
@@ -180,7 +180,7 @@ def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_d
 
 def test_a_computed_reference_is_stored_and_read(networks, shapes_data, devices, tmp_path):
     path = tmp_path / "reference.npz"
-    made = reference.load(shapes_data, networks[8], per_device=4, work=None, images=True, out=path)
+    made = reference.load(shapes_data, networks[8], per_device=4, work=tmp_path / "work", images=True, out=path)
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["mu"], made.pool.mean)
         assert arrays["sigma_s"].shape == arrays["mu_s"].shape * 2
