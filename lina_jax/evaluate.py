@@ -53,6 +53,10 @@ from lina_jax.featurise import Network
 from lina_jax.quality import Quality
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
 
+# Significant digits of validation losses that are told. Sums over devices, processes and batches come in another order
+# on each of them, which changes a loss by 1e-7 of itself.
+_DIGITS = 5
+
 
 class Validation:
     """Loss on fixed examples with fixed draws, whatever the checkpoint, the batch size or the mesh."""
@@ -88,10 +92,14 @@ class Validation:
         total, weight = sums
         edges = np.linspace(0, 1, NOISE_LEVELS + 1)
         by_level = {
-            f"loss_sigma_{low:.2f}_{high:.2f}": float(t / max(w, 1.0))
+            f"loss_sigma_{low:.2f}_{high:.2f}": _told(t / max(w, 1.0))
             for low, high, t, w in zip(edges, edges[1:], total, weight, strict=False)
         }
-        return {"loss": float(total.sum() / max(weight.sum(), 1.0)), **by_level}
+        return {"loss": _told(total.sum() / max(weight.sum(), 1.0)), **by_level}
+
+
+def _told(loss: float) -> float:
+    return float(f"{loss:.{_DIGITS}g}")
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:
@@ -114,12 +122,16 @@ class DrawnQuality:
         self._reference = None
         if config.reference:
             path = Path(config.reference).expanduser()
-            self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
-        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts={})
+            self._reference = reference.load(
+                path, self._network, per_device=config.per_device, work=None, images=True, plan=plan
+            )
+        # What the weights of a step depend on, and how they are cut.
+        facts = {"config": dataclasses.asdict(plan.config)}
+        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
-    def measure(self, params: Tree, frozen: Tree) -> Quality | None:
-        """None in processes other than 0."""
-        self._source.weights = params, frozen
+    def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
+        """Of the weights after `step`; `work` holds what is done. None in processes other than 0."""
+        self._source.weights, self._source.facts["step"] = (params, frozen), step
         return quality.measure(
             self._source,
             self._network,
@@ -127,6 +139,7 @@ class DrawnQuality:
             self._plan.mesh,
             count=self._config.images,
             per_device=self._config.per_device,
+            work=work,
         )
 
 
@@ -283,7 +296,7 @@ class _Run:
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         values = self._values
-        compared = _reference(values, self._network, self._metrics, self._out)
+        compared = _reference(values, self._network, self._metrics, self._out, self._plan)
         facts = {"step": self.step, "weights": self._weights, "workdir": str(self._workdir)}
         source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=facts)
         source.weights = self._drawing, self._frozen
@@ -318,7 +331,7 @@ class _Run:
 
 
 def _reference(
-    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path
+    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
 ) -> reference.Reference | None:
     """Of --reference."""
     if not values.reference:
@@ -332,6 +345,7 @@ def _reference(
         split=values.reference_split,
         count=values.reference_number,
         out=out / "reference.npz",
+        plan=plan,
     )
 
 
@@ -345,7 +359,7 @@ def _quality_of_files(
     count = min(values.number, source.count) if not values["number"].present else values.number
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
-    compared = _reference(values, network, metrics, out)
+    compared = _reference(values, network, metrics, out, plan=None)
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
         work=out / "work" / "samples",

@@ -17,10 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lina_jax import mesh as mesh_lib
-from lina_jax import places
+from lina_jax import places, progress
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
 from lina_jax.models import inception
@@ -31,7 +30,7 @@ SHOWN = 36  # first images that are kept to be looked at
 
 
 class Chunk(NamedTuple):
-    """Features of images start, start + 1, ...; `images` are all of them, or those among the first few, or none."""
+    """Features of images start, start + 1, ...; `images` are those of them that are kept."""
 
     start: int
     features: Features  # NumPy arrays
@@ -102,6 +101,7 @@ class Done:
         if self._directory:
             with places.new_file(self._file(chunk.start // CHUNK)) as partial, partial.open("wb") as file:
                 np.savez(file, **chunk.features._asdict(), images=chunk.images)
+            self.count += 1
 
 
 def chunks(
@@ -112,22 +112,22 @@ def chunks(
     done: Done,
     *,
     count: int,
-    all_images: bool = False,
+    kept: int = SHOWN,
     name: str = "",
 ) -> Iterator[Chunk]:
     """Chunks of the first `count` images, those that are done first; in process 0. Others take part and see nothing.
 
-    `per_device` images are made at once by each device. Without a network there are images alone. `name` is shown with
-    the progress.
+    `per_device` images are made at once by each device, of which the first `kept` come with their features. Without a
+    network there are images alone. `name` is shown with the progress.
     """
     first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
     if leader:
+        if first:
+            print(f"{name}: {first} of {count} were done before", file=sys.stderr)
         yield from done
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=count, initial=first, desc=name, unit="image", disable=not leader, mininterval=interval)
-    kept = count if all_images else min(SHOWN, count)
+    kept = min(kept, count)
     waiting = Chunk(first, Features(*[np.zeros((0, 0), np.float32)] * 3), np.zeros((0, 0, 0, 3), np.uint8))
-    with bar:
+    with progress.bar(count, done=first, name=name) as bar:
         for rows, features, images in _batches(source, network, mesh, per_device, range(first, count), kept):
             bar.update(rows)
             if not leader:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
 
 from lina_jax import data, example, generate, images, reading, sample
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, DataConfig, SampleConfig
 from lina_jax.data import Records
-from lina_jax.decode import Pixels
+from lina_jax.decode import Column, Moments, Pixels
 from lina_jax.errors import UserError
-from lina_jax.state import Blueprint, Tree
+from lina_jax.models import vae
+from lina_jax.state import Blueprint, Program, Tree
 
 Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
 
@@ -58,17 +61,20 @@ class Drawn:
 
 
 class Read:
-    """Images of one size that something reads by number."""
+    """Images of one size that something reads by number, or that are decoded of what it reads."""
 
-    def __init__(self, mesh: Mesh, count: int, read: Callable[[np.ndarray], np.ndarray], facts: Mapping):
-        self.count, self.facts, self._mesh, self._read = count, dict(facts), mesh, read
+    def __init__(
+        self,
+        mesh: Mesh,
+        count: int,
+        read: Callable[[np.ndarray], np.ndarray],
+        facts: Mapping,
+        decode: Callable[[jax.Array], jax.Array] = lambda images: images,
+    ):
+        self.count, self.facts, self._mesh, self._read, self._decode = count, dict(facts), mesh, read, decode
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
-        return placed(self._mesh, numbers, lambda part: {"image": self._read(part)})["image"]
-
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The images (B, H, W, 3) themselves, in this process."""
-        return self._read(numbers)
+        return self._decode(placed(self._mesh, numbers, lambda part: {"rows": self._read(part)})["rows"])
 
 
 def placed(
@@ -115,13 +121,14 @@ def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
     )
 
 
-def open_images(path: Path, mesh: Mesh, split: str = "train") -> Read:
-    """A folder of pictures (in order of their names), an npz file (its arr_0), or a prepared dataset's split of pixels.
+def open_images(path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None) -> Read:
+    """A folder of pictures (in order of their names), an npz file (its arr_0), or a split of a prepared dataset.
 
-    Raises UserError for anything else, and where pictures are not of one size.
+    Of latents, the autoencoder of the `plan` decodes the means. Raises UserError for anything else, and where pictures
+    are not of one size.
     """
     if path.is_dir() and (path / "features.json").is_file():
-        return _dataset(path, mesh, split)
+        return _dataset(path, mesh, split, plan)
     if path.is_dir():
         return _folder(path, mesh)
     if path.is_file() and path.suffix == ".npz":
@@ -158,23 +165,48 @@ def _folder(path: Path, mesh: Mesh) -> Read:
     return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]})
 
 
-def _dataset(path: Path, mesh: Mesh, split: str) -> Read:
+def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read:
     defaults = DataConfig()
     opened = reading.open_split(str(path), split, cache="", timeout=defaults.read_timeout, threads=defaults.threads)
+    facts = {"dataset": str(path), "split": split, "manifest": opened.manifest}
+
+    def reader(name: str, column: Column) -> Callable[[np.ndarray], np.ndarray]:
+        records = data.Records([opened], [column], threads=defaults.threads)
+
+        def read(numbers: np.ndarray) -> np.ndarray:
+            arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
+            records.note(notes)
+            return np.array(arrays[name])
+
+        return read
+
     if opened.form.moments:
-        raise UserError(f"{path} holds latents: statistics need its pixels (lina_jax.prepare without --autoencoder)")
+        decode = _decoder(path, opened.form.moments, plan)
+        facts["reconstructed_by"] = plan.config.autoencoder.path
+        return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
     except (ValueError, images.BadImage) as error:
         raise UserError(f"{opened.location(0)}: {error}") from error
-    records = data.Records([opened], [Pixels(first.size[::-1])], threads=defaults.threads)
+    return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts)
 
-    def read(numbers: np.ndarray) -> np.ndarray:
-        arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
-        records.note(notes)
-        return np.array(arrays["image"])
 
-    return Read(mesh, len(opened), read, {"dataset": str(path), "split": split, "manifest": opened.manifest})
+def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) -> Program:
+    """Moments (B, 2C, h, w) -> uint8 images (B, H, W, 3) of their means."""
+    if plan is None or plan.encoders.autoencoder is None:
+        raise UserError(
+            f"{path} holds latents, which the autoencoder of a run has to decode: --workdir of a run on latents "
+            "(and --autoencoder=DIR where its config has no autoencoder.path), or a dataset of pixels"
+        )
+    channels = plan.encoders.autoencoder.latent_channels
+    if shape[0] != 2 * channels:
+        raise UserError(f"{path} holds latents of {shape}, the autoencoder has {channels} channels")
+
+    def program(moments, weights):
+        means = rearrange(moments[:, :channels].astype(jnp.float32), "b c h w -> b h w c")
+        return vae.to_uint8(plan.encoders.pixels(weights, vae.scale(plan.config.autoencoder, means)))
+
+    return plan.jit(program, plan.encoders.weights)
 
 
 def _file_facts(path: Path, count: int) -> dict[str, Any]:

@@ -31,21 +31,18 @@ class Quality:
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
-
-        def rounded(number: float | None) -> float | None:
-            return None if number is None else round(number, _DIGITS)
-
         values = {
-            name: {"value": rounded(value.value), "standard_error": rounded(value.standard_error)}
+            name: {kind: None if number is None else round(number, _DIGITS) for kind, number in value._asdict().items()}
             for name, value in self.values.items()
         }
         return {**values, "images": self.count, **({"not_measured": dict(self.lacking)} if self.lacking else {})}
 
     def scalars(self) -> dict[str, float]:
-        """For logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
-        scalars = {f"quality/{name}": value.value for name, value in self.values.items()}
-        errors = {name: value.standard_error for name, value in self.values.items()}
-        return scalars | {f"quality/{n}_standard_error": error for n, error in errors.items() if error is not None}
+        """The same for logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
+        told = self.told()
+        scalars = {f"quality/{name}": told[name]["value"] for name in self.values}
+        errors = {f"quality/{name}_standard_error": told[name]["standard_error"] for name in self.values}
+        return scalars | {name: error for name, error in errors.items() if error is not None}
 
 
 class Collector:
@@ -56,7 +53,7 @@ class Collector:
         self._pool: list[Moments] = []
         self._spatial: list[Moments] = []
         self._score = InceptionScore()
-        self._features: list[np.ndarray] = []
+        self._features: np.ndarray | None = None  # (count, D) as soon as D is known
         self._images: list[np.ndarray] = []
 
     def add(self, chunk: Chunk) -> None:
@@ -68,7 +65,9 @@ class Collector:
         if "inception_score" in self._wanted:
             self._score.add(logits)
         if {"precision", "recall"} & set(self._wanted):
-            self._features.append(pool)
+            if self._features is None:
+                self._features = np.empty((self._count, pool.shape[1]), pool.dtype)
+            self._features[chunk.start : chunk.start + len(pool)] = pool
         if chunk.start < SHOWN:
             self._images.append(chunk.images[: SHOWN - chunk.start].copy())  # a view would keep the whole chunk
 
@@ -100,7 +99,7 @@ class Collector:
                 reason = "the reference has no images (arr_0)" if reference else "no reference"
                 lacking |= dict.fromkeys(names, reason)
             else:
-                both = image_metrics.precision_recall(reference.features, np.concatenate(self._features))
+                both = image_metrics.precision_recall(reference.features, self._features)
                 values |= {
                     name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in names
                 }
@@ -128,16 +127,14 @@ def measure(
     facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
     done = Done(work, facts)
     collector = Collector(count, wanted if network else ())
-    for chunk in featurise.chunks(
-        source, network, mesh, per_device, done, count=count, all_images=bool(npz), name="images"
-    ):
+    kept = count if npz else SHOWN
+    for chunk in featurise.chunks(source, network, mesh, per_device, done, count=count, kept=kept, name="images"):
         collector.add(chunk)
     if jax.process_index() != 0:
         return None
     values, lacking = collector.values(reference)
     images = collector.images()
     if npz:
-        done.count = -(-count // featurise.CHUNK)
         arrays = {} if labels is None else {"arr_1": labels}
         write_npz(npz, arrays, {"arr_0": ((count, *images.shape[1:]), (chunk.images for chunk in done))})
     if network is None:

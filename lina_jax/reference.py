@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lina_jax.errors import UserError
 from lina_jax.featurise import Done, Network
 from lina_jax.image_metrics import Frechet, Gaussian, Moments
 from lina_jax.image_sources import Read, npz_array, open_images
+from lina_jax.state import Blueprint
 
 IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as ADM's files have
 
@@ -44,21 +46,26 @@ def load(
     split: str = "train",
     count: int = 0,
     out: Path | None = None,
+    plan: Blueprint | None = None,
 ) -> Reference:
     """The reference in an npz file, or of a folder's or a prepared dataset's first `count` images (0: all).
 
     `images` says that the features of single images are needed. What is computed of a folder or dataset is written to
-    `out`. `work` holds what is done until it is whole. Raises UserError.
+    `out`, which needs `work`: that holds what is done until it is whole. A dataset of latents needs the `plan` of a run
+    with their autoencoder. Raises UserError.
     """
     stored = path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
     if not stored:
-        return _computed(open_images(path, network.mesh, split), network, per_device, work, count, out)
+        return _computed(open_images(path, network.mesh, split, plan), network, per_device, work, count, out)
     made_with = npz_array(path, "inception")
     if made_with is not None and str(made_with) != network.digest:
         raise UserError(f"{path} was made with other weights of Inception v3 ({made_with}, here {network.digest})")
     statistics = {name: npz_array(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    facts = {"file": str(path)}
+    if (autoencoder := npz_array(path, "reconstructed_by")) is not None:
+        facts["reconstructed_by"] = str(autoencoder)
     reference = Reference(
-        {"file": str(path)}, _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
+        facts, _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
     )
     if not images or npz_array(path, "arr_0") is None:
         return reference
@@ -92,23 +99,26 @@ def _computed(
         raise UserError(f"--reference_number={count}: there are {source.count} images")
     count = count or source.count
     facts = {"images": count, "inception": network.digest, **source.facts}
-    done = Done(work, facts)
+    kept = min(count, IMAGES) if out else 0
+    done = Done(work, {**facts, "kept": kept})
     moments, features = None, []
-    for chunk in featurise.chunks(source, network, network.mesh, per_device, done, count=count, name="reference"):
+    for chunk in featurise.chunks(
+        source, network, network.mesh, per_device, done, count=count, kept=kept, name="reference"
+    ):
         moments = moments or [Moments(part.shape[1]) for part in chunk.features[:2]]
         for sums, part in zip(moments, chunk.features, strict=False):
             sums.add(part)
-        features.append(chunk.features.pool)
+        if chunk.start < IMAGES:
+            features.append(chunk.features.pool)
     if moments is None:
         return Reference(facts)
     pool, spatial = (sums.gaussian() for sums in moments)
     if out:
-        shown = min(count, IMAGES)
-        first = source.read(np.arange(1))
-        rows = (source.read(np.arange(at, min(at + featurise.CHUNK, shown))) for at in range(0, shown, featurise.CHUNK))
+        size = next(iter(done)).images.shape[1:]
+        portions = (chunk.images for chunk in itertools.takewhile(lambda chunk: chunk.start < kept, done))
         statistics = {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
-        statistics["inception"] = np.array(network.digest)
-        write_npz(out, statistics, {"arr_0": ((shown, *first.shape[1:]), rows)})
+        statistics |= {name: np.array(facts[name]) for name in ("inception", "reconstructed_by") if name in facts}
+        write_npz(out, statistics, {"arr_0": ((kept, *size), portions)})
     return Reference(facts, pool, spatial, np.concatenate(features)[:IMAGES])
 
 

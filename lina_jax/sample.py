@@ -18,9 +18,8 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from lina_jax import config_file, decode, encoders, errors, hosts, mesh, pictures, places, state
+from lina_jax import config_file, decode, encoders, errors, hosts, mesh, metrics, pictures, places, progress, state
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -42,11 +41,12 @@ class Sampler:
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
     ) -> np.ndarray:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
-        batches = self.batches(params, frozen, conditions, seed, first)
         images = []
-        for moments in tqdm(batches, unit="batch", disable=True if jax.process_index() else None, leave=False):
-            (last,) = collections.deque(moments, maxlen=1)
-            images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+        with progress.bar(len(conditions), leave=False) as bar:
+            for moments in self.batches(params, frozen, conditions, seed, first):
+                (last,) = collections.deque(moments, maxlen=1)
+                images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
+                bar.update(min(self.batch_size, len(conditions) - bar.n))
         return np.concatenate(images)[: len(conditions)]
 
     def batches(
@@ -83,22 +83,26 @@ def encode_conditions(
 class Previews:
     """Pictures of a run's EMA weights: the same prompts, seeds and settings every time."""
 
-    def __init__(self, plan: Blueprint, workdir: Path, writer):
+    def __init__(self, plan: Blueprint, workdir: Path):
         config = plan.config
-        self._workdir, self._writer = workdir, writer
+        self._workdir = workdir
         self._conditions: list = list(range(min(config.log.preview_images, config.model.num_classes)))
         if config.model.condition == "text":
             prompts = config.log.preview_prompts or ("",)
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
         self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
 
-    def draw(self, step: int, run: state.TrainState) -> None:
-        """WORKDIR/previews/STEP.png, and to TensorBoard."""
+    def draw(self, step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+        """The file at `preview_path`, and to TensorBoard."""
         images = self._sampler(run.ema, run.frozen, self._conditions, seed=0)
         if jax.process_index() == 0:
             picture = pictures.grid(images, [str(condition) for condition in self._conditions])
-            pictures.save(self._workdir / "previews" / f"{step:08d}.png", picture)
-            self._writer.image(step, "preview", picture)
+            pictures.save(preview_path(self._workdir, step), picture)
+            writer.image(step, "preview", picture)
+
+
+def preview_path(workdir: Path, step: int) -> Path:
+    return workdir / "previews" / f"{step:08d}.png"
 
 
 def define_weights_flags() -> None:

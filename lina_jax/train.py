@@ -5,8 +5,8 @@ python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--conf
 Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way, SIGTERM
 after saving (exit code 75). In many processes (docs/many_hosts.md) only the first writes logs and pictures. WORKDIR
 holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
-events/, previews/, compiled/ programs, init_from.json where the run started from other weights (config.init_from) and,
-at the end, loss.png.
+events/, previews/, compiled/ programs, measuring/ (pictures' features, until they are measured), init_from.json where
+the run started from other weights (config.init_from) and, at the end, loss.png.
 
 Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
@@ -30,10 +30,10 @@ from lina_jax import (
     config_file,
     data,
     errors,
-    evaluate,
     hosts,
     mesh,
     metrics,
+    periodic,
     places,
     preemption,
     sample,
@@ -49,8 +49,9 @@ from lina_jax.errors import Preempted, TrainingDiverged, UserError
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
     """Train to `config.steps` batches, starting where the workdir's last checkpoint stands.
 
-    Raises UserError for what the user can mend, before anything is written, TrainingDiverged after `optim.max_skipped`
-    steps in a row with a non-finite loss or gradient, and Preempted when it was asked to stop and has saved.
+    What was due at that checkpoint and is not recorded is measured first. Raises UserError for what the user can mend,
+    before a config or checkpoint is written, TrainingDiverged after `optim.max_skipped` steps in a row with a
+    non-finite loss or gradient, and Preempted when it was asked to stop and has saved.
     """
     devices = mesh.of(config)
     places.check("workdir", workdir)
@@ -58,21 +59,21 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     encoders = load_encoders(config, devices)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
-    validation = evaluate.Validation(config, valid_records)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
     plan = state.blueprint(config, devices, encoders)
-    drawn_quality = evaluate.DrawnQuality(plan, valid_records) if config.eval.images else None
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
     first = int(run.step)
-    if first >= config.steps:
+    overdue = periodic.overdue(config, workdir, first)
+    if first >= config.steps and not overdue:
         checkpoints.close()
         _conclude(config, workdir, first)
         return run
+    measurements = periodic.Measurements(plan, valid_records, workdir)
     write_config(workdir, config)
     if warm and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm)
@@ -80,12 +81,10 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if not resumed:
         checkpoints.save(run)
     _introduce(config, plan, devices, first)
-    drawn = config.log.preview_images and not sample.cannot_draw(config)
-    if config.log.preview_images and not drawn:
-        print(f"no previews: {sample.cannot_draw(config)}", file=sys.stderr)
+    if config.log.preview_images and (lacking := sample.cannot_draw(config)):
+        print(f"no previews: {lacking}", file=sys.stderr)
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
-    previews = sample.Previews(plan, workdir, writer) if drawn else None
     train_step = state.make_train_step(plan)
     batches = device_batches(config, plan, train_records, first)
     hidden = jax.process_index() != 0 or not sys.stderr.isatty()
@@ -95,6 +94,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     # Left from right to left: whatever ends the run, a save that is under way is finished, and SIGTERM waits for it.
     with notice, closing(checkpoints), closing(writer), progress, watchdog:
         try:
+            with throughput.paused():
+                measurements.take(overdue, first, run, writer)
             for step in range(first + 1, config.steps + 1):
                 profile(config, workdir, first, step)
                 batch = next(batches)
@@ -109,30 +110,17 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 pending = step, scalars
                 last = step == config.steps
                 preempted = notice.reached(step) and not last
-                if (
-                    last
-                    or preempted
-                    or _due(step, config.eval.every)
-                    or _due(step, config.eval.images_every)
-                    or _due(step, config.log.preview_every)
-                    or _due(step, config.checkpoint.every)
-                ):
+                saving = last or preempted or periodic.reached(step, config.checkpoint.every)
+                due = periodic.due(config, step)
+                if saving or due:
                     _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with watchdog.paused(), throughput.paused():
-                        if last or preempted or _due(step, config.checkpoint.every):
+                        if saving:
                             checkpoints.save(run)
                         if preempted:
                             raise Preempted(f"run the same command to go on from step {step}")
-                        if last or _due(step, config.eval.every):
-                            losses = validation.both(plan, run.params, run.ema, run.frozen)
-                            writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
-                        if drawn_quality and (last or _due(step, config.eval.images_every)):
-                            found = drawn_quality.measure(run.ema, run.frozen)
-                            if found:
-                                writer.scalars(step, found.scalars())
-                        if previews and (last or _due(step, config.log.preview_every)):
-                            previews.draw(step, run)
+                        measurements.take(due, step, run, writer)
             profile(config, workdir, first, config.steps + 1)
         except KeyboardInterrupt:
             step = checkpoints.latest_step()
@@ -184,10 +172,6 @@ def profile(config: Config, workdir: Path, first: int, step: int) -> None:
         jax.profiler.stop_trace()
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
     if jax.process_index() != 0:
         return
@@ -213,7 +197,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
         )
     if in_a_row:
         logging.warning("step %d skipped: loss %s, gradient norm %s", step, scalars["loss"], scalars["grad_norm"])
-    if not (_due(step, config.log.every) or step == config.steps):
+    if not (periodic.reached(step, config.log.every) or step == config.steps):
         return
     scalars |= throughput.rates(step)
     scalars |= {"bad_records": source.skipped, "truncated_captions": source.truncated}

@@ -4,14 +4,18 @@ import io
 import json
 import tarfile
 
+import inception_weights
 import jax
 import numpy as np
 import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from PIL import Image
 
-from lina_jax import data, shapes, state, train
+from lina_jax import data, image_sources, reference, shapes, state, train
 from lina_jax.encoders import load_encoders
+from lina_jax.errors import UserError
+from lina_jax.featurise import Network
+from lina_jax.models import vae
 from lina_jax.prepare import Settings, Share, prepare
 
 MODEL = {
@@ -146,3 +150,27 @@ def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
     assert identical(
         train.train(experiment(prepared / "pixels", online=True), tmp_path / "halves").params, whole.params
     )
+
+
+def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared, experiment, one_device, tmp_path):
+    """Their means; the reference that is stored tells that they are reconstructions."""
+    config = experiment(prepared / "latents", online=True)
+    plan = state.blueprint(config, one_device, load_encoders(config, one_device))
+    source = image_sources.open_images(prepared / "latents", one_device, "validation", plan)
+    assert source.count == 4
+    shown = np.asarray(source.batch(np.arange(4)))
+    assert shown.shape == (4, 32, 32, 3)
+    photos = image_sources.open_images(prepared / "pixels", one_device, "validation").batch(np.arange(4))
+    moments = plan.encoders.moments(plan.encoders.weights, np.asarray(photos, np.float32) / 127.5 - 1)
+    means = vae.scale(plan.config.autoencoder, np.split(moments, 2, axis=-1)[0])
+    again = vae.to_uint8(plan.encoders.pixels(plan.encoders.weights, means))
+    # Stored moments are float16.
+    assert np.mean(np.abs(np.asarray(again, np.int32) - shown)) < 0.5
+    network = Network(inception_weights.write(tmp_path / "inception.safetensors"), one_device)
+    options = {"per_device": 4, "images": False, "work": tmp_path / "work", "out": tmp_path / "reference.npz"}
+    made = reference.load(prepared / "latents", network, **options, plan=plan)
+    stored = reference.load(tmp_path / "reference.npz", network, **options)
+    assert made.facts["reconstructed_by"] == stored.facts["reconstructed_by"] == config.autoencoder.path
+    assert image_sources.npz_array(options["out"], "arr_0").shape == (20, 32, 32, 3)
+    with pytest.raises(UserError, match="latents holds latents, which the autoencoder of a run has to decode"):
+        image_sources.open_images(prepared / "latents", one_device)

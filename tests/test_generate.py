@@ -322,16 +322,13 @@ def validation_losses(text_plan, rough):
 
 
 def test_validation_does_not_depend_on_the_batch_size(validation_losses):
-    """Six examples at once, or in padded batches of four. Sums in another order: measured 1.5e-7."""
-    whole, parts = validation_losses(6), validation_losses(4)
-    assert whole.keys() == parts.keys()
-    assert parts == pytest.approx(whole, rel=1e-6)
+    """Six examples at once, or in padded batches of four: to the last digit that is told."""
+    assert validation_losses(4) == validation_losses(6)
 
 
 def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
     eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
-    # Measured 9e-8.
-    assert validation_losses(6, eight) == pytest.approx(validation_losses(6), rel=1e-6)
+    assert validation_losses(6, eight) == validation_losses(6)
 
 
 def test_scenes_are_scored_by_category(text_plan, rough):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import inception_weights
 import jax
 import pytest
 
@@ -113,3 +114,27 @@ def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch,
     whole = pytest.raises(UserError, match="failed, earlier checkpoints are intact: No space left")
     with whole, checkpoint._NamedFailure(tmp_path):
         raise OSError("No space left on device")
+
+
+def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_device, run_module, tmp_path):
+    """SIGKILL when the first 500 pictures are done: the same command tells the same, and draws the others alone."""
+    plan = state.blueprint(tiny(), one_device)
+    save_run(tmp_path / "run", plan, rough(plan))
+    weights = inception_weights.write(tmp_path / "inception.safetensors")
+    options = [
+        f"--workdir={tmp_path / 'run'}", f"--inception={weights}", f"--reference={shapes_data}", "--number=600",
+        "--novalidation", "--reference_number=20",
+    ]  # fmt: skip
+    process = run_module("evaluate", *options, f"--out={tmp_path / 'killed'}", start=True)
+    try:
+        wait_for((tmp_path / "killed" / "work" / "samples" / "000000.npz").exists, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    scores = {}
+    for name in ("killed", "in_one_go"):
+        result = run_module("evaluate", *options, f"--out={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+        scores[name] = (tmp_path / name / "score.json").read_bytes()
+        assert ("images: 500 of 600 were done before" in result.stderr) == (name == "killed")
+    assert scores["killed"] == scores["in_one_go"]

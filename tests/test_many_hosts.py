@@ -20,12 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import data, evaluate, hosts, metrics, quality, sample
-from lina_jax import reference as reference_lib
+from lina_jax import hosts, metrics, quality
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import CheckpointConfig
 from lina_jax.errors import RUN_AGAIN, UserError
-from lina_jax.featurise import Network
 from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 
@@ -39,13 +37,15 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def start(compiled_programs, tmp_path_factory):
-    """Start `python -m lina_jax.NAME ...` in N processes that share eight devices; all that live on are killed."""
+    """Start `python -m lina_jax.NAME ...` in N processes that share the devices; all that live on are killed."""
     started = []
 
-    def run(name: str, count: int, *args: str, own=lambda process: (), cwd=lambda process: ROOT) -> list["Process"]:
+    def run(
+        name: str, count: int, *args: str, devices: int = 8, own=lambda process: (), cwd=lambda process: ROOT
+    ) -> list["Process"]:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_NUM_CPU_DEVICES": str(devices // count),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -175,33 +175,43 @@ def test_two_processes_draw_what_one_draws(two, start, tmp_path):
 
 
 def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
-    """Losses as in training; of pictures every digit: each device runs the program that one alone runs."""
+    """Eight devices in two processes, in one, and a single device write the same score.json, to the byte."""
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "a {c} circle"}}\n' for c in ("red", "blue", "cyan")))
-    flags = [
-        f"--inception={weights}", f"--reference={config.data.path}", "--number=20", "--per_device=2",
-        f"--geneval={tmp_path / 'prompts.jsonl'}", "--geneval_images=3", f"--report={tmp_path / 'report'}",
-    ]  # fmt: skip
     out = tmp_path / "out"
-    succeed(start("evaluate", 2, f"--workdir={two}", "--scenes=2", f"--out={out}", *flags))
-    score = json.loads((out / "score.json").read_text())
-    row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
-    assert score["validation"] == pytest.approx({n: row[f"validation/{n}"] for n in score["validation"]}, rel=TOLERANCE)
-
-    plan, params, frozen, _ = sample.load(two)
-    network = Network(weights, plan.mesh)
-    compared = reference_lib.load(Path(config.data.path), network, per_device=2, work=None, images=True)
-    source = evaluate.drawn(plan, config.sample, data.open_records(config, "validation"), 20, seed=0, facts={})
-    source.weights = params, frozen
-    alone = quality.measure(source, network, compared, plan.mesh, count=20, per_device=2)
-    assert {name: score["quality"][name] for name in quality.METRICS} == {
-        name: value for name, value in alone.told().items() if name in quality.METRICS
-    }
-    assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
-        "0000.png", "0001.png", "0002.png",
+    flags = [
+        f"--workdir={two}", f"--out={out}", "--scenes=2", f"--inception={weights}", f"--reference={config.data.path}",
+        "--number=20", "--per_device=2", f"--geneval={tmp_path / 'prompts.jsonl'}", "--geneval_images=3",
+        f"--report={tmp_path / 'report'}", f"--npz={out / 'samples.npz'}",
     ]  # fmt: skip
+    written = []
+    for processes, devices in ((2, 8), (1, 8), (1, 1)):
+        succeed(start("evaluate", processes, *flags, devices=devices))
+        assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
+            "0000.png", "0001.png", "0002.png",
+        ]  # fmt: skip
+        assert not (out / "work").exists()
+        with np.load(out / "samples.npz") as arrays:
+            written.append(((out / "score.json").read_bytes(), arrays["arr_0"].tobytes()))
+        shutil.rmtree(out)
+    assert written[0] == written[1] == written[2]
     assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 5
-    assert not (out / "work").exists()
+    score = json.loads(written[0][0])
+    row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
+    assert score["validation"] == {name: row[f"validation/{name}"] for name in score["validation"]}
+    assert set(quality.METRICS) < set(score["quality"])
+
+
+def test_two_processes_make_up_for_a_measurement(two, file, start, tmp_path):
+    """As after a kill at the last step."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    log = workdir / "metrics.jsonl"
+    *steps, validation = log.read_text().splitlines(keepends=True)
+    assert "validation/loss" in json.loads(validation)
+    log.write_text("".join(steps))
+    succeed(start("train", 2, f"--config={file}", f"--workdir={workdir}"))
+    assert log.read_text() == "".join(steps) + validation
 
 
 def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_before(

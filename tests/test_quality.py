@@ -15,7 +15,6 @@ from lina_jax import (
     featurise,
     image_sources,
     mesh,
-    metrics,
     quality,
     reference,
     shapes,
@@ -167,7 +166,7 @@ def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices,
     Image.new("RGB", (9, 8)).save(tmp_path / "zzz.png")
     folder = image_sources.open_images(tmp_path, devices[1])
     with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: one size is needed"):
-        folder.read(np.arange(COUNT + 1))
+        folder.batch(np.arange(COUNT + 1))
 
 
 def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_data):
@@ -181,7 +180,7 @@ def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_d
 
 def test_a_computed_reference_is_stored_and_read(networks, shapes_data, devices, tmp_path):
     path = tmp_path / "reference.npz"
-    made = reference.load(shapes_data, networks[8], per_device=4, work=None, images=True, out=path)
+    made = reference.load(shapes_data, networks[8], per_device=4, work=tmp_path / "work", images=True, out=path)
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["mu"], made.pool.mean)
         assert arrays["sigma_s"].shape == arrays["mu_s"].shape * 2
@@ -239,15 +238,57 @@ def test_text_models_draw_the_captions_of_the_data(tiny_text, devices):
     assert bytes(rows["text"][0][: rows["text_length"][0]]) == caption
 
 
-def test_the_training_loop_measures_its_average(tiny_text, weights, compared, tmp_path, train_on_one_device):
-    np.savez(tmp_path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
-    settings = {"images": 12, "images_every": 2, "inception": str(weights), "per_device": 4}
-    config = tiny_text(steps=3, eval={**settings, "reference": str(tmp_path / "statistics.npz")})
-    run = train.train(config, tmp_path / "run")
-    rows = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    told = [row["step"] for row in rows if "quality/fid" in row]
-    assert told == [2, 3]
-    plan = state.blueprint(config, mesh.build(config.mesh))
-    again = evaluate.DrawnQuality(plan, data.open_records(config, "validation")).measure(run.ema, run.frozen)
-    assert rows[-1]["quality/fid"] == again.values["fid"].value
-    assert json.loads(json.dumps(again.told()))["images"] == 12
+@pytest.fixture(scope="module")
+def trained(tiny_text, weights, compared, devices, tmp_path_factory):
+    """(config, workdir, state) of three steps on one device that were measured after the second and the last."""
+    path = tmp_path_factory.mktemp("trained")
+    np.savez(path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
+    measuring = {"images": 28, "images_every": 2, "inception": str(weights), "per_device": 4}
+    config = tiny_text(steps=3, checkpoint={"every": 2}, eval={**measuring, "reference": str(path / "statistics.npz")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "build", lambda config, among=None: devices[1])
+        return config, path / "run", train.train(config, path / "run")
+
+
+def of_quality(workdir):
+    """By step; each is measured once."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "quality/fid" in line]
+
+
+def test_the_training_loop_measures_its_average(trained, devices):
+    config, workdir, run = trained
+    assert [row["step"] for row in of_quality(workdir)] == [2, 3]
+    plan = state.blueprint(config, devices[1])
+    drawn_quality = evaluate.DrawnQuality(plan, data.open_records(config, "validation"))
+    again = drawn_quality.measure(run.ema, run.frozen, step=3)
+    assert of_quality(workdir)[-1]["quality/fid"] == again.told()["fid"]["value"]
+    assert json.loads(json.dumps(again.told()))["images"] == 28
+    assert not (workdir / "measuring").exists()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_measurement_that_was_killed_in_the_training_loop_goes_on(
+    trained, tmp_path, train_on_one_device, monkeypatch, step
+):
+    """Also where the run has come to its last step."""
+    config, workdir, _ = trained
+    batch, made = image_sources.Drawn.batch, []
+
+    def killed(source, numbers):
+        if source.facts["step"] == step and numbers[-1] >= 24:
+            raise KeyboardInterrupt
+        return batch(source, numbers)
+
+    def counted(source, numbers):
+        made.extend((source.facts["step"], number) for number in numbers.tolist())
+        return batch(source, numbers)
+
+    monkeypatch.setattr(image_sources.Drawn, "batch", killed)
+    with pytest.raises(KeyboardInterrupt, match=f"go on from step {step}"):
+        train.train(config, tmp_path / "run")
+    monkeypatch.setattr(image_sources.Drawn, "batch", counted)
+    train.train(config, tmp_path / "run")
+    assert min(made) == (step, 12)  # a chunk of 12 was done, and the next one gathered when the kill came
+    assert of_quality(tmp_path / "run") == of_quality(workdir)
+    assert not (tmp_path / "run" / "measuring").exists()

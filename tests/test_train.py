@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import mesh, metrics, state
+from lina_jax import mesh, metrics, preemption, state
 from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
 from lina_jax.config import MeshConfig
-from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
+from lina_jax.errors import RUN_AGAIN, Preempted, TrainingDiverged, UserError
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
@@ -33,7 +33,7 @@ def whole(run: state.TrainState):
 def config(tiny_text):
     # Muon, whose state has AdamW's in it.
     previews = {"preview_images": 2, "preview_every": 3, "preview_prompts": ("a red circle",)}
-    return tiny_text(optim={"name": "muon"}, log=previews)
+    return tiny_text(optim={"name": "muon"}, log=previews, eval={"every": 3, "examples": 6})
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,63 @@ def test_fewer_steps_than_are_done_change_nothing(config, finished, tmp_path, id
     assert identical(whole(train(dataclasses.replace(config, steps=4), tmp_path / "run")), finished[1])
     assert capsys.readouterr().err == f"{tmp_path / 'run'} is already at step 6, steps=4: nothing to do\n"
     assert load_config(tmp_path / "run").steps == 6
+
+
+def measured(workdir):
+    """What stands in the log beside the steps themselves, line by line, and the previews."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    previews = {path.name: path.read_bytes() for path in (workdir / "previews").iterdir()}
+    return [line for line in lines if "loss" not in line], previews
+
+
+def raise_at(patch, name, call, error):
+    """A method of lina_jax raises an error when it is called for this time."""
+    module, kind, method = name.split(".")
+    kind = getattr(importlib.import_module(f"lina_jax.{module}"), kind)
+    original, calls = getattr(kind, method), itertools.count(1)
+
+    def counted(*args, **options):
+        if next(calls) == call:
+            raise error
+        return original(*args, **options)
+
+    patch.setattr(kind, method, counted)
+
+
+@pytest.mark.parametrize("name", ["evaluate.Validation.both", "sample.Previews.draw"])
+@pytest.mark.parametrize("call", [1, 2], ids=["midway", "at the end"])
+def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_path, identical, name, call):
+    """Between a save and what is due after it, at steps 3 and 6; what is recorded by then is not measured again."""
+    with pytest.MonkeyPatch.context() as patch:
+        raise_at(patch, name, call, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt, match=f"go on from step {3 * call}"):
+            train(config, tmp_path / "run")
+    assert identical(whole(train(config, tmp_path / "run")), finished[1])
+    assert measured(tmp_path / "run") == measured(finished[0])
+
+
+def test_what_was_due_when_a_run_was_preempted_is_measured_when_it_goes_on(config, finished, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preemption.Notice, "reached", lambda self, step: step == 3)
+        with pytest.raises(Preempted, match="go on from step 3"):
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert measured(tmp_path / "run") == measured(finished[0])
+
+
+def test_a_record_that_a_kill_cut_is_made_again(config, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    os.truncate(log, log.stat().st_size - 10)
+    train(config, tmp_path / "run")
+    assert measured(tmp_path / "run") == measured(finished[0])
+
+
+def test_a_finished_run_started_again_prepares_no_measurement(config, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    raise_at(monkeypatch, "periodic.Measurements.__init__", 1, AssertionError)
+    train(config, tmp_path / "run")
+    assert measured(tmp_path / "run") == measured(finished[0])
 
 
 def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(config, tmp_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""What is measured of a run as it trains: when it is due, how it is recorded, what of it a kill has cut off."""
+
+import itertools
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lina_jax import evaluate, metrics, sample, state
+from lina_jax.config import Config
+from lina_jax.data import Records
+
+
+def reached(step: int, every: int) -> bool:
+    """Whether a cadence falls on a step; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def due(config: Config, step: int) -> list[str]:
+    """Which of validation, quality and previews are due after a step of the run."""
+    cadences = {"validation": config.eval.every}
+    if config.eval.images:
+        cadences["quality"] = config.eval.images_every
+    if config.log.preview_images and not sample.cannot_draw(config):
+        cadences["previews"] = config.log.preview_every
+    if not 0 < step <= config.steps:
+        return []
+    return [name for name, every in cadences.items() if step == config.steps or reached(step, every)]
+
+
+def overdue(config: Config, workdir: Path, step: int) -> list[str]:
+    """What was due after the step of a checkpoint and is not recorded; the same in all processes.
+
+    Checkpoints are saved before anything is measured, so that what ends a run meanwhile costs no training.
+    """
+    names = due(config, step)
+    if not names:
+        return []
+    rows = metrics.read_jsonl(workdir / "metrics.jsonl")
+    recorded = {name.partition("/")[0] for row in rows if row["step"] == step for name in row}
+    if sample.preview_path(workdir, step).exists():
+        recorded.add("previews")
+    # Process 0 writes the records; others need not see them.
+    missing = multihost_utils.broadcast_one_to_all(np.array([name not in recorded for name in names]))
+    return list(itertools.compress(names, missing))
+
+
+class Measurements:
+    """Of the weights of a run: validation losses and quality to its logs, previews to files."""
+
+    def __init__(self, plan: state.Blueprint, records: Records, workdir: Path):
+        """`records` are those of the validation split. Raises UserError for what cannot be read, or drawn."""
+        config = plan.config
+        self._plan, self._work = plan, workdir / "measuring"
+        self._validation = evaluate.Validation(config, records)
+        self._quality = evaluate.DrawnQuality(plan, records) if config.eval.images else None
+        draws = config.log.preview_images and not sample.cannot_draw(config)
+        self._previews = sample.Previews(plan, workdir) if draws else None
+
+    def take(self, names: Collection[str], step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+        """Measure these, in all processes, and record each as soon as it is known."""
+        if "validation" in names:
+            losses = self._validation.both(self._plan, run.params, run.ema, run.frozen)
+            writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
+        if "quality" in names:
+            found = self._quality.measure(run.ema, run.frozen, step=step, work=self._work)
+            if found:
+                writer.scalars(step, found.scalars())
+                shutil.rmtree(self._work)
+        if "previews" in names:
+            self._previews.draw(step, run, writer)
