@@ -50,8 +50,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     """Train to `config.steps` batches, starting where the workdir's last checkpoint stands.
 
     What was due at that checkpoint and is not recorded is measured first. Raises UserError for what the user can mend,
-    before a config or checkpoint is written, TrainingDiverged after `optim.max_skipped` steps in a row with a
-    non-finite loss or gradient, and Preempted when it was asked to stop and has saved.
+    before anything is written, TrainingDiverged after `optim.max_skipped` steps in a row with a non-finite loss or
+    gradient, and Preempted when it was asked to stop and has saved.
     """
     devices = mesh.of(config)
     places.check("workdir", workdir)
@@ -62,6 +62,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
     plan = state.blueprint(config, devices, encoders)
+    measurements = periodic.Measurements(plan, valid_records, workdir)
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -73,7 +74,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         checkpoints.close()
         _conclude(config, workdir, first)
         return run
-    measurements = periodic.Measurements(plan, valid_records, workdir)
     write_config(workdir, config)
     if warm and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm)

@@ -200,13 +200,6 @@ def test_a_record_that_a_kill_cut_is_made_again(config, finished, tmp_path):
     assert measured(tmp_path / "run") == measured(finished[0])
 
 
-def test_a_finished_run_started_again_prepares_no_measurement(config, finished, tmp_path, monkeypatch):
-    shutil.copytree(finished[0], tmp_path / "run")
-    raise_at(monkeypatch, "periodic.Measurements.__init__", 1, AssertionError)
-    train(config, tmp_path / "run")
-    assert measured(tmp_path / "run") == measured(finished[0])
-
-
 def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(config, tmp_path, monkeypatch):
     def interrupted(*args):
         yield from itertools.islice(batches(*args), 4)
