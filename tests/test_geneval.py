@@ -105,8 +105,8 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
     (tmp_path / "rewritten.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"rewritten.txt: 1 prompts, .*metadata.jsonl has 3"):
         geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
-    (tmp_path / "metadata.jsonl").write_text(LINES[0] + '\n{"tag": "x"}\n')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected a JSON object with"):
+    (tmp_path / "metadata.jsonl").write_text("\n" + LINES[0] + '\n \n{"tag": "x"}\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 4: expected a JSON object with"):
         geneval.read_prompts(tmp_path / "metadata.jsonl", None)
 
 
