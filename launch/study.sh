@@ -98,10 +98,9 @@ for run in "${runs[@]}"; do
     echo "$variant, seed $seed: complete, skipped"
   else
     echo "$variant, seed $seed"
-    rm -f "$record" # from here on the score may be of other flags
     code=0
     {
-      with_restarts "${train[@]}" && with_restarts "${judge[@]}" &&
+      with_restarts "${train[@]}" && rm -f "$record" && with_restarts "${judge[@]}" &&
         printf '%s\n' "$asked" >"$record.partial" && mv "$record.partial" "$record"
     } || code=$?
     if [ -n "$stopped$index" ]; then exit "${stopped:-$code}"; fi

@@ -26,12 +26,13 @@ def printed(*flags):
 
 @pytest.fixture
 def runs_of(tiny, tmp_path):
-    """Write evaluated runs; each a (loss, seed, changes of the model)."""
+    """Write evaluated runs; each a (loss, seed, changes of the model), the last with other fields, too."""
 
-    def write(*runs, step=6):
+    def write(*runs, step=6, **last):
         for number, (loss, seed, model) in enumerate(runs):
             workdir = tmp_path / "study" / f"run{number}"
-            config = tiny(seed=seed, model={"kv_gate": "none", "depthwise_conv": False} | model)
+            others = last if number == len(runs) - 1 else {}
+            config = tiny(seed=seed, model={"kv_gate": "none", "depthwise_conv": False} | model, **others)
             write_config(workdir, config)
             rows = [{"step": 3, "images_per_s": 40.0}, {"step": 6, "images_per_s": 60.0}]
             (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,6 +107,31 @@ def test_unequal_budgets_are_refused(runs_of, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no runs there"):
         study.gather(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "told"),
+    [
+        ({}, {"optim": {"learning_rate": 0.5}}, r"optim.learning_rate: \S+ in run0, 0.5 in run1"),
+        ({}, {"batch_size": 4}, "budgets"),
+        ({}, {"data": {"path": "elsewhere"}}, r"data.path: '' in run0, 'elsewhere' in run1"),
+        ({}, {"loss": {"repeat": 3}}, "loss.repeat"),
+        ({}, {"ema": {"decay": 0.5}}, "ema.decay"),
+        ({}, {"eval": {"examples": 3}}, "eval.examples"),
+        ({"head_width": 16}, {}, r"model.head_width: \d+ in run0, 16 in run1"),
+        ({"condition_depth": 2}, {}, "model.condition_depth"),
+    ],
+    ids=str,
+)
+def test_only_choices_of_a_study_may_differ(model, others, told, runs_of):
+    with pytest.raises(UserError, match=told):
+        study.read(runs_of((1.0, 0, {}), (0.9, 1, model), **others))
+
+
+def test_how_a_run_was_made_does_not_matter(runs_of):
+    others = {"checkpoint": {"every": 9}, "log": {"every": 9}, "data": {"threads": 9}, "mesh": {"data": 1}}
+    width = {"width": 32, "heads": 4, "head_width": 32}
+    assert len(study.read(runs_of((1.0, 0, {}), (0.9, 1, width), **others))) == 2
 
 
 def test_the_launcher_makes_each_variant_of_each_seed_once():
