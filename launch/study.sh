@@ -113,7 +113,7 @@ for run in "${runs[@]}"; do
 done
 if [ -z "$index" ]; then
   gather=("$python" -m lina_jax.evaluate "--study=$dir")
-  if [ -n "$dry_run" ]; then quoted "${gather[@]}"; else "${gather[@]}"; fi
+  if [ -n "$dry_run" ]; then quoted "${gather[@]}"; else "${gather[@]}" || failed+=("gathering: exit code $?"); fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -334,7 +334,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def free_on_resume(name: str) -> bool:
-    """Whether 'model.width' neither changes the function, nor the optimiser, nor the data order."""
+    """Whether a field ('mesh.data') changes neither the function, nor the optimiser, nor the data order."""
     return any(name == free or name.startswith(free + ".") for free in FREE_ON_RESUME)
 
 

@@ -159,6 +159,7 @@ case "$*" in
     trap 'kill $!; exit 75' TERM
     echo waiting
     wait ;;
+  *lina_jax.evaluate*--study=*) ls -d "${3#--study=}"/*/evaluation || exit ;;
   *lina_jax.evaluate*--workdir=*) d=${3#--workdir=} && mkdir -p "$d/evaluation" && touch "$d/evaluation/score.json" ;;
 esac
 echo "ran $2 $3"
@@ -196,6 +197,11 @@ def test_a_run_that_fails_does_not_end_a_study(ended):
     result = ended(3)
     assert result.returncode == 1 and "failed: subtraction-none-none-128, seed 0: exit code 3" in result.stderr
     assert "ran lina_jax.evaluate --workdir" in result.stdout and "ran lina_jax.evaluate --study" in result.stdout
+
+
+def test_runs_that_failed_are_named_where_nothing_can_be_gathered(ended):
+    result = ended(3, "--normalizations=subtraction")
+    assert result.returncode == 1 and result.stderr.endswith("seed 0: exit code 3\nfailed: gathering: exit code 2\n")
 
 
 def test_what_is_complete_with_the_same_flags_is_skipped(ended, tmp_path):
