@@ -200,7 +200,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
         "0000.png", "0001.png", "0002.png",
     ]  # fmt: skip
-    assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 5
+    assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 6
     assert not (out / "work").exists()
 
 
