@@ -95,9 +95,9 @@ split_topology() {
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
 }
 
-# with_restarts COMMAND...: run it, again while it ends with 75 or 134, `max_restarts` times at most. SIGTERM, and Ctrl-C,
-# of which a shell's background learns nothing, reach it as SIGTERM; it is then not started again, and `stopped` is the
-# exit code that says so.
+# with_restarts COMMAND...: run it, again while it ends with 75 or 134, `max_restarts` times at most. SIGTERM reaches
+# it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and `stopped`
+# is the exit code that says so.
 with_restarts() {
   local code restarts=0
   trap 'stop 75' TERM

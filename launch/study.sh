@@ -23,11 +23,11 @@
 #   --max_restarts     of a run that ended with 75, default 100; of its job where there are jobs
 #   --dry-run          print what would run, and end
 #
-# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the training flags after --
-# in common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was stopped goes on; one that
-# fails is named at the end. A run is complete when evaluation/complete.txt there says that it was trained and evaluated
-# with these very flags, and then skipped. With more steps it goes on, and is evaluated again; other changes are refused
-# as they are by lina_jax.train. After the last run `python -m lina_jax.evaluate --study=DIR` gathers them.
+# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the flags after -- in
+# common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was stopped goes on; one
+# that fails is named at the end. A run is complete when evaluation/complete.txt there says that it was trained and
+# evaluated with these very flags, and then skipped. With more steps it goes on, and is evaluated again; other changes
+# are refused as they are by lina_jax.train. After the last run `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -37,7 +37,8 @@ given=()
 for argument; do
   if [ "$argument" != --dry-run ]; then given+=("$argument"); fi
 done
-read_arguments "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time grace" "$@"
+read_arguments \
+  "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time grace" "$@"
 need name dir
 whole gpus 1
 whole grace 0
