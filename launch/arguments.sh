@@ -10,8 +10,8 @@
 
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-name='' setup='' extra='' topology='' max_restarts=100 dry_run=''
-words=()
+name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run=''
+words=() child='' stopped=''
 
 refuse() {
   echo "error: $*" >&2
@@ -93,6 +93,72 @@ split_topology() {
   [[ $topology =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+(x[0-9]+){1,2})$ ]] ||
     refuse "--topology=$topology: expected v4, v5e, v5p, v6e or tpu7x and a shape, as in v5e:16x16 or v5p:4x4x4"
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
+}
+
+# with_restarts COMMAND...: run it, again while it ends with 75 or 134, `max_restarts` times at most. SIGTERM reaches
+# it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and `stopped`
+# is the exit code that says so.
+with_restarts() {
+  local code restarts=0
+  trap 'stop 75' TERM
+  trap 'stop 130' INT
+  while [ -z "$stopped" ]; do
+    "$@" &
+    child=$!
+    while
+      code=0 interrupted=''
+      wait "$child" || code=$?
+      [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
+    do :; done
+    child=''
+    if [ -n "$stopped" ] || ! restarts_on "$code"; then return "$code"; fi
+    if [ "$restarts" -ge "$max_restarts" ]; then
+      if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, as many as were allowed" >&2; fi
+      return "$code"
+    fi
+    restarts=$((restarts + 1))
+    echo "ended with $code: restart $restarts of at most $max_restarts" >&2
+  done
+  return "$stopped"
+}
+
+stop() {
+  stopped=$1 interrupted=yes
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+
+# sbatch_with OPTIONS LINES COMMAND: a program that submits the job `name` of COMMAND, an srun, with OPTIONS beside
+# --extra and LINES of #SBATCH. srun's tasks get SIGTERM before the time limit; when it ends with 75 or 134, the job
+# requeues itself.
+sbatch_with() {
+  cat <<END
+sbatch ${1:+$1 }$extra <<'END_OF_JOB'
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+$2
+${partition:+#SBATCH --partition=$partition
+}${time:+#SBATCH --time=$time
+}#SBATCH --signal=TERM@$grace
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+cd $(quoted "$root") || exit
+# SLURM itself tells the batch shell of scancel and of its own requeueing: then there is nothing to do here.
+stopped=
+trap 'stopped=yes' TERM
+$3
+code=\$?
+if [ \$code -ne 75 ] && [ \$code -ne 134 ] || [ -n "\$stopped" ]; then exit \$code; fi
+restarts=\${SLURM_RESTART_COUNT:-0}
+if [ "\$restarts" -ge $max_restarts ]; then
+  echo "ended with \$code after \$restarts restarts, as many as were allowed" >&2
+  exit \$code
+fi
+echo "ended with \$code: restart \$((restarts + 1)) of at most $max_restarts" >&2
+# One element of an array has the number of the whole array as its own: by that, all would be requeued.
+scontrol requeue "\${SLURM_ARRAY_JOB_ID:-\$SLURM_JOB_ID}\${SLURM_ARRAY_TASK_ID:+_\$SLURM_ARRAY_TASK_ID}"
+END_OF_JOB
+END
 }
 
 # perform PROGRAM: run the text in a shell, or print it. That it is one text makes --dry-run exact.

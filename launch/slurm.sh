@@ -23,7 +23,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-nodes='' gpus_per_node=8 partition='' time='' grace=120
+nodes='' gpus_per_node=8
 read_arguments "nodes gpus_per_node partition time grace" "$@"
 need name nodes
 whole nodes 1
@@ -33,36 +33,8 @@ whole grace 0
 worker=$(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"} -- "${words[@]}")
 [[ $worker != *$'\n'* ]] || refuse "the command and --setup must be one line each"
 
-perform "$(
-  cat <<END
-sbatch $extra <<'END_OF_JOB'
-#!/usr/bin/env bash
-#SBATCH --job-name=$name
-#SBATCH --nodes=$nodes
+# A task that ends early must not take those along that are still saving; a task that hangs is ended by its watchdog.
+perform "$(sbatch_with '' "#SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=$gpus_per_node
 #SBATCH --gpus-per-node=$gpus_per_node
-${partition:+#SBATCH --partition=$partition
-}${time:+#SBATCH --time=$time
-}#SBATCH --signal=TERM@$grace
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=$name-%j.log
-
-cd $(quoted "$root") || exit
-# SLURM itself tells the batch shell of scancel and of its own requeueing: then there is nothing to do here.
-stopped=
-trap 'stopped=yes' TERM
-# A task that ends early must not take those along that are still saving; a task that hangs is ended by its watchdog.
-srun --kill-on-bad-exit=0 --gpu-bind=none $worker
-code=\$?
-if [ \$code -ne 75 ] && [ \$code -ne 134 ] || [ -n "\$stopped" ]; then exit \$code; fi
-restarts=\${SLURM_RESTART_COUNT:-0}
-if [ "\$restarts" -ge $max_restarts ]; then
-  echo "ended with \$code after \$restarts restarts, as many as were allowed" >&2
-  exit \$code
-fi
-echo "ended with \$code: restart \$((restarts + 1)) of at most $max_restarts" >&2
-scontrol requeue "\$SLURM_JOB_ID"
-END_OF_JOB
-END
-)"
+#SBATCH --output=$name-%j.log" "srun --kill-on-bad-exit=0 --gpu-bind=none $worker")"

@@ -12,32 +12,36 @@
 #   --others           more variants, as configs/ablation.py names them: softmax-128,hybrid-division-conv-head-128
 #   --seeds            default 0
 #   --evaluate         flags for the evaluation of each run: --evaluate='--scenes=240'
-#   --index            do the run of this number alone, from 0
-#   --slurm            yes: submit an array of jobs, each of one node, instead of running here
+#   --index            do the run of this number alone, from 0, and end with its exit code (75: to be called again)
+#   --slurm            yes: submit an array of jobs, each of one node, and one that gathers, instead of running here
 #   --gpus             of each job, default 1
 #   --partition        default: the cluster's
 #   --time             limit of one start of a job, as sbatch takes it
+#   --grace            seconds of notice before that limit, default 120: enough to finish a step and save
 #   --setup            shell command that each job runs first
 #   --extra            more arguments for sbatch
-#   --max_restarts     of a run that ended with 75, default 100
+#   --max_restarts     of a run that ended with 75, default 100; of its job where there are jobs
 #   --dry-run          print what would run, and end
 #
-# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the training flags after --
-# in common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was evaluated is skipped;
-# one that was stopped goes on; one that fails is named at the end. After the last run, here,
-# `python -m lina_jax.evaluate --study=DIR` gathers them.
+# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the flags after -- in
+# common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was stopped goes on; one
+# that fails is named at the end. A run is complete when evaluation/complete.txt there says that it was trained and
+# evaluated with these very flags, and then skipped. With more steps it goes on, and is evaluated again; other changes
+# are refused as they are by lina_jax.train. After the last run `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 dir='' normalizations=division,subtraction convolutions=none,conv gates=none widths=128 others='' seeds=0
-evaluate='' index='' slurm='' gpus=1 partition='' time=''
+evaluate='' index='' slurm='' gpus=1
 given=()
 for argument; do
   if [ "$argument" != --dry-run ]; then given+=("$argument"); fi
 done
-read_arguments "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time" "$@"
+read_arguments \
+  "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time grace" "$@"
 need name dir
 whole gpus 1
+whole grace 0
 cd "$root"
 
 runs=()
@@ -55,47 +59,28 @@ done
 [ ${#runs[@]} -gt 0 ] || refuse "no runs: --seeds and the variants must not be empty"
 
 if [ "$slurm" = yes ] && [ -z "$index" ]; then
-  perform "$(
-    cat <<END
-sbatch $extra <<'END_OF_JOB'
-#!/usr/bin/env bash
-#SBATCH --job-name=$name
-#SBATCH --array=0-$((${#runs[@]} - 1))
-#SBATCH --nodes=1
+  node="#SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --gpus-per-node=$gpus
-${partition:+#SBATCH --partition=$partition
-}${time:+#SBATCH --time=$time
-}#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=$name-%A-%a.log
-
-cd $(quoted "$root") || exit
-${setup:+$setup
-}export LINA_INDEX=\$SLURM_ARRAY_TASK_ID
-exec $(quoted launch/study.sh "${given[@]}")
-END_OF_JOB
-END
-  )"
+#SBATCH --gpus-per-node=$gpus"
+  worker="srun $(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"}) --"
+  array=$(sbatch_with --parsable "$node
+#SBATCH --array=0-$((${#runs[@]} - 1))
+#SBATCH --output=$name-%A-%a.log" "LINA_INDEX=\$SLURM_ARRAY_TASK_ID $worker $(quoted launch/study.sh "${given[@]}")")
+  # shellcheck disable=SC2016 # a variable of the program
+  gather=$(sbatch_with '--dependency=afterany:"${array%%;*}"' "$node
+#SBATCH --output=$name-%j.log" "$worker $(quoted evaluate "--study=$dir")")
+  perform "array=\$($array
+) || exit
+echo \"Submitted array \${array%%;*}; once all its jobs have ended, the next gathers them\"
+$gather"
   exit
 fi
-
-# with_restarts COMMAND...: again while it ends with 75 or 134.
-with_restarts() {
-  local code restarts=0
-  while true; do
-    code=0
-    "$@" || code=$?
-    if ! restarts_on "$code" || [ "$restarts" -ge "$max_restarts" ]; then return "$code"; fi
-    restarts=$((restarts + 1))
-  done
-}
 
 python=$(find_python)
 if [ -n "$index" ]; then
   whole index 0
   [ "$index" -lt ${#runs[@]} ] || refuse "--index=$index: there are ${#runs[@]} runs, from 0"
-  runs=("${runs[$index]}")
+  runs=("${runs[$index]}") max_restarts=0 # who calls for one run starts it again
 fi
 read -ra measuring <<<"$evaluate"
 failed=()
@@ -105,23 +90,31 @@ for run in "${runs[@]}"; do
   train=("$python" -m lina_jax.train "--config=$root/configs/ablation.py:$variant" "--workdir=$workdir"
     "--config.seed=$seed" "${words[@]}")
   judge=("$python" -m lina_jax.evaluate "--workdir=$workdir" ${measuring[@]+"${measuring[@]}"})
+  record=$workdir/evaluation/complete.txt
+  asked=$(quoted "$variant" "--config.seed=$seed" "${words[@]}" && quoted ${measuring[@]+"${measuring[@]}"})
   if [ -n "$dry_run" ]; then
     quoted "${train[@]}"
     quoted "${judge[@]}"
-  elif [ -e "$workdir/evaluation/score.json" ]; then
+  elif [ -e "$workdir/evaluation/score.json" ] && [ "$(cat "$record" 2>/dev/null)" = "$asked" ]; then
     echo "$variant, seed $seed: complete, skipped"
   else
     echo "$variant, seed $seed"
-    { with_restarts "${train[@]}" && with_restarts "${judge[@]}"; } || {
-      code=$?
-      case $code in 130 | 143) exit "$code" ;; esac # stopped by somebody: so is the study
-      failed+=("$variant, seed $seed: exit code $code")
-    }
+    code=0
+    {
+      with_restarts "${train[@]}" && rm -f "$record" && with_restarts "${judge[@]}" &&
+        printf '%s\n' "$asked" >"$record.partial" && mv "$record.partial" "$record"
+    } || code=$?
+    if [ -n "$stopped$index" ]; then exit "${stopped:-$code}"; fi
+    case $code in
+      0) ;;
+      130 | 143) exit "$code" ;; # stopped by somebody: so is the study
+      *) failed+=("$variant, seed $seed: exit code $code") ;;
+    esac
   fi
 done
 if [ -z "$index" ]; then
   gather=("$python" -m lina_jax.evaluate "--study=$dir")
-  if [ -n "$dry_run" ]; then quoted "${gather[@]}"; else "${gather[@]}"; fi
+  if [ -n "$dry_run" ]; then quoted "${gather[@]}"; else "${gather[@]}" || failed+=("gathering: exit code $?"); fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -27,20 +27,6 @@ if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish
 accelerator_flags "$accelerator" || finish 2
 if [ "$max_restarts" -eq 0 ] && [ -z "$code_file" ]; then exec "${words[@]}"; fi
 
-child='' stopped='' interrupted=''
-trap 'stopped=yes interrupted=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
-for ((restarts = 0; ; restarts++)); do
-  "${words[@]}" &
-  child=$!
-  while
-    code=0 interrupted=''
-    wait "$child" || code=$?
-    [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
-  do :; done
-  if [ -n "$stopped" ] || ! restarts_on "$code"; then finish "$code"; fi
-  if [ "$restarts" -ge "$max_restarts" ]; then
-    echo "ended with $code after $restarts restarts, as many as --max_restarts allows" >&2
-    finish "$code"
-  fi
-  echo "ended with $code: restart $((restarts + 1)) of at most $max_restarts" >&2
-done
+code=0
+with_restarts "${words[@]}" || code=$?
+finish "$code"

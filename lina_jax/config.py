@@ -323,11 +323,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Config, new: Config) -> list[str]:
     """'model.width: 768 -> 1024' for each field that a resumed run must not change."""
     before, after = flatten(old), flatten(new)
-
-    def free(name: str) -> bool:
-        return any(name == f or name.startswith(f + ".") for f in FREE_ON_RESUME)
-
-    changed = [n for n in after if before[n] != after[n] and not free(n)]
+    changed = [n for n in after if before[n] != after[n] and not free_on_resume(n)]
     # A cosine schedule ends at `steps`, so there the number of steps is part of the optimiser.
     if new.optim.schedule == "cosine" and old.steps != new.steps:
         changed.append("steps")
@@ -335,6 +331,11 @@ def differences(old: Config, new: Config) -> list[str]:
     if old.data.shares != new.data.shares:
         changed.append("data.path")
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in changed]
+
+
+def free_on_resume(name: str) -> bool:
+    """Whether a field ('mesh.data') changes neither the function, nor the optimiser, nor the data order."""
+    return any(name == free or name.startswith(free + ".") for free in FREE_ON_RESUME)
 
 
 def check_name(name: str) -> None:

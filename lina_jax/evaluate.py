@@ -177,7 +177,7 @@ def _main(values: flags.FlagValues) -> None:
     result = run.facts() if run else {}
     if run and values.validation:
         result["validation"] = run.validation()
-    strips = run.strips() if run and values.report else None
+    rows = run.rows() if run and values.report else []
     shown = []  # (title, pictures, captions)
     if run and values.scenes:
         scores, images, captions = run.scenes()
@@ -199,7 +199,7 @@ def _main(values: flags.FlagValues) -> None:
     out.mkdir(parents=True, exist_ok=True)
     places.write_json(out / "score.json", result)
     if values.report:
-        report.write(Path(values.report).expanduser(), workdir, result, shown, strips)
+        report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
     shutil.rmtree(out / "work", ignore_errors=True)  # what a kill would have needed
     print(json.dumps(result, indent=2))
 
@@ -318,16 +318,17 @@ class _Run:
     def captions(self, count: int) -> list[str]:
         """Of the first pictures that are measured."""
         if self._config.model.condition == "class":
-            return [f"class {i % self._config.model.num_classes}" for i in range(count)]
+            return report.conditions_of(self._config, count)[1]
         if self._config.model.text_encoder != "bytes":
             return [""] * count
         rows = image_sources.captions_of(self._records, self._values.number)(np.arange(count))
         pairs = zip(rows["text"], rows["text_length"], strict=True)
         return [bytes(text[:length]).decode(errors="replace") for text, length in pairs]
 
-    def strips(self) -> tuple[np.ndarray, list[str]]:
-        """(pictures (N, S, H, W, 3) as they are decoded, what they are of)."""
-        return report.decode_strips(self._plan, self._settings, self._drawing, self._frozen, self._values.seed)
+    def rows(self) -> list[report.Rows]:
+        """What a report shows whatever else is asked for."""
+        drawing = self._plan, self._settings, self._drawing, self._frozen, self._values.seed
+        return [report.draw_samples(*drawing), report.decode_strips(*drawing)]
 
 
 def _reference(

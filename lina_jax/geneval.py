@@ -39,9 +39,11 @@ def read_prompts(path: Path, rewritten: str | None) -> list[Prompt]:
 
     Raises UserError naming the file and the line.
     """
-    lines = [line for line in _lines(path) if line.strip()]
-    texts = []
-    for number, line in enumerate(lines, 1):
+    lines, texts = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        lines.append(line)
         try:
             texts.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
 """What a run reports: JSON lines and TensorBoard events, throughput and MFU, the loss curve."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -124,3 +125,36 @@ def plot_losses(metrics: Path, picture: Path | BinaryIO) -> None:
     figure.tight_layout()
     figure.savefig(picture)
     plt.close(figure)
+
+
+def plot_quality(metrics: Path, picture: Path | BinaryIO) -> bool:
+    """Each measure `quality/*` against the step, in a plot of its own with its standard error, as a PNG.
+
+    False, and no picture, where there is none.
+    """
+    import matplotlib  # here, as above
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows, suffix = read_jsonl(metrics), "_standard_error"
+    measured = {name: None for row in rows for name, value in row.items() if value is not None}  # in order
+    names = [name for name in measured if name.startswith("quality/") and not name.endswith(suffix)]
+    if not names:
+        return False
+    figure, all_axes = plt.subplots(
+        -(-len(names) // 2), 2, figsize=(7, 2.4 * -(-len(names) // 2)), dpi=120, squeeze=False, layout="constrained"
+    )
+    for axes, name in itertools.zip_longest(all_axes.flat, names):
+        if name is None:
+            axes.set_axis_off()
+            continue
+        points = [(row["step"], row[name], row.get(name + suffix) or 0) for row in rows if row.get(name) is not None]
+        step, value, error = np.array(points).T
+        line = axes.plot(step, value, "o-", linewidth=1, markersize=4)[0]
+        axes.fill_between(step, value - error, value + error, alpha=0.2, color=line.get_color())
+        axes.set(xlabel="step", title=name.removeprefix("quality/").replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.savefig(picture)
+    plt.close(figure)
+    return True

@@ -9,21 +9,23 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 import lina_jax
-from lina_jax import generate, metrics, pictures, places, sample
+from lina_jax import generate, metrics, pictures, places, reading, sample
 from lina_jax.checkpoint import load_config
-from lina_jax.config import SampleConfig, flatten
+from lina_jax.config import Config, SampleConfig, flatten
+from lina_jax.errors import UserError
 from lina_jax.image_sources import placed
 from lina_jax.quality import METRICS
 from lina_jax.state import Blueprint, Tree
 
 _STRIPS, _MOMENTS = 4, 8  # pictures that are shown while they are decoded, and how often
+_CONDITIONS, _EACH = 8, 4  # what is drawn in any case, and how often
 _DEVIATIONS = 1.96  # standard deviations of a normal that enclose 95 % of it
 
 _MEANING = {
@@ -45,17 +47,25 @@ details { margin: .5rem 0; } pre { background: #f4f4f2; padding: .6rem; white-sp
 """
 
 
+class Rows(NamedTuple):
+    """Pictures (N, M, H, W, 3) uint8 in N rows, and what each row is of."""
+
+    title: str
+    about: str
+    images: np.ndarray
+    names: Sequence[str]
+
+
 def write(
     directory: Path,
     workdir: Path | None,
     result: Mapping[str, Any],
     shown: Sequence[tuple[str, np.ndarray, Sequence[str]]],
-    strips: tuple[np.ndarray, Sequence[str]] | None,
+    rows: Sequence[Rows],
 ) -> None:
     """DIRECTORY/index.html of what `lina_jax.evaluate` found.
 
-    shown: (title, pictures (N, H, W, 3) uint8, captions or class names) of each set; strips: pictures
-    (S, N, H, W, 3) while they are decoded, and what they are of.
+    shown: (title, pictures (N, H, W, 3) uint8, captions or class names) of each set; rows: as they are drawn below.
     """
     name = workdir.resolve().name if workdir else "Pictures of a file"
     step = f"step {result['step']}, {_WEIGHTS[result['weights']]}" if "step" in result else ""
@@ -67,11 +77,15 @@ def write(
         curve = io.BytesIO()
         metrics.plot_losses(workdir / "metrics.jsonl", curve)
         parts += ["<h2>Loss</h2>", _embedded(curve.getvalue(), "training and validation loss against the step")]
+        curve = io.BytesIO()
+        if metrics.plot_quality(workdir / "metrics.jsonl", curve):
+            told = "Of pictures that the EMA drew in training. Bands: one standard error, of these pictures alone."
+            parts += [f"<h2>Quality</h2><p>{told}</p>", _embedded(curve.getvalue(), "quality against the step")]
     for title, images, captions in shown:
         grid = pictures.grid(images, captions if any(captions) else None)
         parts += [f"<h2>{html.escape(title)}</h2>", _picture(grid, title)]
-    if strips:
-        parts += _strips(*strips)
+    for each in rows:
+        parts += _rows(each)
     parts += _absent(result)
     parts += _origin(workdir, result)
     page = (
@@ -87,18 +101,40 @@ def write(
 _WEIGHTS = {"ema": "average of the parameters (EMA)", "raw": "the parameters themselves"}
 
 
-def decode_strips(
-    plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int
-) -> tuple[np.ndarray, list[str]]:
-    """(pictures (S, N, H, W, 3) of the first preview conditions while they are decoded, those conditions)."""
+def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
+    """(`count` classes or preview prompts, from the first again after the last; what to call them).
+
+    Classes have their names, too, where the dataset is at hand and knows them.
+    """
+    model = config.model
+    if model.condition == "text":
+        given = config.log.preview_prompts or ("a picture",)
+        texts = [given[i % len(given)] for i in range(count)]
+        return texts, texts
+    try:
+        names = reading.label_names(config.data.datasets[0][0])
+    except (UserError, OSError, RuntimeError):
+        names = ()
+    labels = [i % model.num_classes for i in range(count)]
+    return labels, [f"{label}: {names[label]}" if label < len(names) else f"class {label}" for label in labels]
+
+
+def draw_samples(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
+    """A few pictures of each of the first conditions, those of `lina_jax.sample --num=4` with them and this seed."""
+    config = plan.config
+    distinct = config.model.num_classes if config.model.condition == "class" else len(config.log.preview_prompts)
+    conditions, names = conditions_of(config, min(_CONDITIONS, max(1, distinct)))
+    sampler = sample.Sampler(plan, settings, sample.batch_for(plan, len(conditions) * _EACH))
+    images = sampler(params, frozen, [condition for condition in conditions for _ in range(_EACH)], seed)
+    about = "The first classes, or prompts of the previews, each with other noise and another order; none was picked."
+    return Rows("Samples", about, images.reshape(-1, _EACH, *images.shape[1:]), names)
+
+
+def decode_strips(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
+    """Pictures of the first conditions while they are decoded."""
     config = plan.config
     count = sample.batch_for(plan, _STRIPS)
-    if config.model.condition == "class":
-        conditions: list = [i % config.model.num_classes for i in range(count)]
-        names = [f"class {label}" for label in conditions]
-    else:
-        given = config.log.preview_prompts or ("a picture",)
-        conditions = names = [given[i % len(given)] for i in range(count)]
+    conditions, names = conditions_of(config, count)
 
     def rows(numbers: np.ndarray) -> Mapping[str, np.ndarray]:
         chosen = [conditions[number] for number in numbers]
@@ -107,7 +143,12 @@ def decode_strips(
     placed_rows = placed(plan.mesh, np.arange(count, dtype=np.int32), rows)
     numbers = placed_rows.pop("number")
     made = generate.make_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
-    return multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS], names[:_STRIPS]
+    strips = multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS].swapaxes(0, 1)
+    about = (
+        f"Sets of tokens in random order, {strips.shape[1]} moments from the first set (left) to the last. What is not "
+        "made yet is shown as zero."
+    )
+    return Rows("As they are decoded", about, strips, names[:_STRIPS])
 
 
 def _quality(quality: Mapping[str, Any] | None) -> list[str]:
@@ -157,16 +198,11 @@ def _validation(losses: Mapping[str, float] | None) -> list[str]:
     return ["<h2>Validation loss</h2>", _table(rows)]
 
 
-def _strips(images: np.ndarray, names: Sequence[str]) -> list[str]:
-    moments, count = images.shape[:2]
-    rows = images.swapaxes(0, 1).reshape(count * moments, *images.shape[2:])
-    captions = [name if i == 0 else "" for name in names for i in range(moments)]
-    return [
-        "<h2>As they are decoded</h2>",
-        f"<p>Sets of tokens in random order, {moments} moments from the first set (left) to the last. What is not made "
-        "yet is shown as zero.</p>",
-        _picture(pictures.grid(rows, captions, columns=moments), "pictures while they are decoded"),
-    ]
+def _rows(rows: Rows) -> list[str]:
+    count, columns = rows.images.shape[:2]
+    captions = [name if i == 0 else "" for name in rows.names for i in range(columns)]
+    grid = pictures.grid(rows.images.reshape(count * columns, *rows.images.shape[2:]), captions, columns=columns)
+    return [f"<h2>{html.escape(rows.title)}</h2>", f"<p>{html.escape(rows.about)}</p>", _picture(grid, rows.title)]
 
 
 def _absent(result: Mapping[str, Any]) -> list[str]:

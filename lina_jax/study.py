@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
+from lina_jax import config as config_lib
 from lina_jax import places
 from lina_jax.checkpoint import load_config
 from lina_jax.config import ModelConfig
@@ -33,6 +34,11 @@ from matplotlib import ticker
 
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
+# Fields that are a study's choices, and those that follow from one: equal in all runs of the same choice.
+_CHOSEN = {"seed", "model.attention", "model.normalization", "model.depthwise_conv", "model.kv_gate", "model.width"}
+_FOLLOWING = {"model.heads": "width", "model.head_width": "width", "model.softmax_period": "attention"}
+# A run may go on with others of these, but its loss would be of other examples.
+_JUDGES = {"data.path", "data.validation_split", "eval.examples"}
 _BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
 MARKERS = "os^D"
 
@@ -79,7 +85,10 @@ class PowerLaw(NamedTuple):
 
 
 def read(directory: Path) -> list[Run]:
-    """All evaluated runs in a directory. Raises UserError where there are none, or where budgets differ."""
+    """All evaluated runs in a directory.
+
+    Raises UserError where there are none, where budgets differ, or anything else that is no choice of the study.
+    """
     places = sorted(path.parent for path in directory.glob("*/config.json"))
     if not places:
         raise UserError(f"--study={directory}: no runs there (directories with a config.json)")
@@ -90,6 +99,16 @@ def read(directory: Path) -> list[Run]:
     if len(budgets) > 1:
         named = "; ".join(f"{run.images} images: {run.name}" for run in runs[:4])
         raise UserError(f"--study={directory}: runs of unequal budgets cannot be compared ({named})")
+    first: dict[tuple, tuple] = {}
+    for run in runs:
+        for name, value in _common(directory / run.name).items():
+            of = getattr(run, _FOLLOWING[name]) if name in _FOLLOWING else None
+            known, other = first.setdefault((name, of), (value, run.name))
+            if value != known:
+                raise UserError(
+                    f"--study={directory}: runs that differ in more than the study's choices cannot be compared "
+                    f"({name}: {known!r} in {other}, {value!r} in {run.name})"
+                )
     return runs
 
 
@@ -124,6 +143,17 @@ def _run(workdir: Path) -> Run:
         scene_score=score.get("overall", nan),
         fid=score.get("quality", {}).get("fid", {}).get("value", nan),
     )
+
+
+def _common(workdir: Path) -> dict[str, Any]:
+    """What must be the same in all runs: how they are trained, and by what they are judged."""
+    config = load_config(workdir)
+    judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # where it ends
+    return {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if name in judges or not (name in _CHOSEN or config_lib.free_on_resume(name))
+    }
 
 
 def _parameters(model: ModelConfig) -> int:

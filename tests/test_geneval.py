@@ -105,23 +105,36 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
     (tmp_path / "rewritten.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"rewritten.txt: 1 prompts, .*metadata.jsonl has 3"):
         geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
-    (tmp_path / "metadata.jsonl").write_text(LINES[0] + '\n{"tag": "x"}\n')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected a JSON object with"):
+    (tmp_path / "metadata.jsonl").write_text("\n" + LINES[0] + '\n \n{"tag": "x"}\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 4: expected a JSON object with"):
         geneval.read_prompts(tmp_path / "metadata.jsonl", None)
 
 
 def test_strips_end_with_the_picture(plan, weights):
-    strips, names = report.decode_strips(plan, plan.config.sample, *weights, seed=0)
-    assert strips.shape[1:] == (4, 8, 8, 3) and names == ["a picture"] * 4
-    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, names, seed=0)
-    np.testing.assert_array_equal(strips[-1], images)
-    empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in strips]  # what is zero is gray
+    rows = report.decode_strips(plan, plan.config.sample, *weights, seed=0)
+    assert rows.images.shape[:1] + rows.images.shape[2:] == (4, 8, 8, 3) and rows.names == ["a picture"] * 4
+    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, rows.names, seed=0)
+    np.testing.assert_array_equal(rows.images[:, -1], images)
+    empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in rows.images.swapaxes(0, 1)]  # what is zero is gray
     assert empty[0] > 0.5 and empty == sorted(empty, reverse=True) and empty[-1] < 0.1
+
+
+@pytest.mark.parametrize(("names", "told"), [(["cat", "dog", "newt"], "2: newt"), ([], "class 2")])
+def test_samples_are_those_of_the_sampler_by_class(names, told, tiny, rough, one_device, monkeypatch):
+    monkeypatch.setattr(report.reading, "label_names", lambda path: names)
+    plan = state.blueprint(tiny(), one_device)
+    weights = (run := rough(plan)).params, run.frozen
+    rows = report.draw_samples(plan, plan.config.sample, *weights, seed=5)
+    labels = list(range(len(rows.names)))
+    assert rows.images.shape[:2] == (min(8, plan.config.model.num_classes), 4) and rows.names[2] == told
+    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, [label for label in labels for _ in range(4)], 5)
+    np.testing.assert_array_equal(rows.images.reshape(images.shape), images)
 
 
 def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp_path):
     write_config(tmp_path / "run", plan.config)
-    rows = [{"step": n, "loss": 1 / n} for n in range(1, 5)]
+    measured = {"quality/fid": 12.0, "quality/fid_standard_error": 0.4, "quality/recall": None}
+    rows = [{"step": n, "loss": 1 / n, **(measured if n > 2 else {})} for n in range(1, 5)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = np.full((3, 8, 8, 3), 200, np.uint8)
     result = {
@@ -132,15 +145,16 @@ def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp
             "not_measured": {"precision": "the reference has no images (arr_0)"},
         },
     }  # fmt: skip
-    report.write(tmp_path / "report", tmp_path / "run", result, [("Scenes", images, ["a", "b", "c"])], None)
+    drawn = report.Rows("Samples", "of <classes>", images[None], ["0: cat"])
+    report.write(tmp_path / "report", tmp_path / "run", result, [("Scenes", images, ["a", "b", "c"])], [drawn])
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
     page = (tmp_path / "report" / "index.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r"base64,([^\"]+)", page)]
-    assert len(sizes) == 2 and min(min(size) for size in sizes) > 100  # the curve, the grid
+    assert len(sizes) == 4 and min(min(size) for size in sizes) > 100  # two curves, two grids
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for told in (
         "12.35 ± 0.42", "0.75 of 12 (0.47 to 0.91)", "0.500 ± 0.080", "step 4", "the reference has no images",
-        "&lt;b&gt;.npz", "biased upwards", "Recall not asked for", "model.width",
+        "&lt;b&gt;.npz", "of &lt;classes&gt;", "biased upwards", "Recall not asked for", "model.width",
     ):  # fmt: skip
         assert told in text, told

@@ -87,6 +87,7 @@ PLACES = {
     "tpu_pod": ["--name=run-1", "--topology=v5e:16x16", "--zone=us-a", "--project=p", "--extra=--spot --network=n"],
     "gke": ["--name=run-1", "--topology=v5p:4x4x4", "--cluster=c", "--image=i", "--slices=2", "--extra=--spot"],
     "slurm": ["--name=run-1", "--nodes=4", "--partition=h", "--time=1:00:00", "--extra=--account=a"],
+    "study": ["--name=run-1", "--dir=a b", "--slurm=yes", "--partition=h", "--time=1:00:00", "--extra=--account=a"],
 }
 SETUP = "--setup=module load 'cuda' && export A=\"b c\""
 
@@ -99,7 +100,7 @@ def test_a_dry_run_prints_what_runs(place, launch):
     done, calls, _ = launch(LAUNCH / f"{place}.sh", *words, **answer)
     pasted, same_calls, _ = launch(printed.stdout, **answer)
     assert (printed.returncode, done.returncode, pasted.returncode) == (0, 0, 0), done.stderr
-    assert nothing == [] and calls == same_calls and len(calls) == {"tpu_pod": 5, "gke": 1, "slurm": 1}[place]
+    assert nothing == [] and calls == same_calls and len(calls) == {"tpu_pod": 5, "study": 2}.get(place, 1)
     assert done.stdout == pasted.stdout
 
 
@@ -154,20 +155,40 @@ def test_restarts_of_a_tpu_pod_are_counted(launch):
     assert [call[4] for call in calls].count("ssh") == 1
 
 
-def batch_of(launch) -> str:
-    _, [call], _ = launch(LAUNCH / "slurm.sh", *PLACES["slurm"], SETUP, "--", *AWKWARD)
-    assert call[:-1] == ["sbatch", "--account=a"]
-    return call[-1]
+def batches_of(launch, place: str) -> list[str]:
+    """The jobs that are submitted; those after the first when it has ended."""
+    _, calls, _ = launch(LAUNCH / f"{place}.sh", *PLACES[place], SETUP, "--", *AWKWARD, ANSWER="print('7;cluster')")
+    own = {"slurm": [[]], "study": [["--parsable"], ["--dependency=afterany:7"]]}[place]
+    assert [call[:-1] for call in calls] == [["sbatch", *words, "--account=a"] for words in own]
+    return [call[-1] for call in calls]
 
 
-def test_slurm_gives_each_gpu_a_task_and_time_to_save(launch):
-    batch = batch_of(launch)
-    options = dict(
-        line.removeprefix("#SBATCH --").partition("=")[::2] for line in batch.splitlines() if "#SBATCH" in line
-    )
-    assert {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "signal": "TERM@120"}.items() <= options.items()
-    assert {"requeue", "partition", "time"} <= options.keys()
-    assert shellcheck("--severity=warning", "-", text=batch) == ""
+def options_of(batch: str) -> dict[str, str]:
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in batch.splitlines() if "#SBATCH" in line)
+
+
+def test_slurm_gives_each_gpu_a_task(launch):
+    [batch] = batches_of(launch, "slurm")
+    assert {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8"}.items() <= options_of(batch).items()
+
+
+def test_a_study_is_an_array_of_jobs_of_one_task_that_another_gathers(launch):
+    array, gather = batches_of(launch, "study")
+    assert {"array": "0-3", "nodes": "1", "ntasks": "1"}.items() <= options_of(array).items()
+    assert "array" not in options_of(gather) and options_of(gather)["ntasks"] == "1"
+    worker = ["srun", "launch/worker.sh", "--accelerator=gpu", SETUP, "--"]
+    commands = [["launch/study.sh", *PLACES["study"], SETUP, "--", *AWKWARD], ["evaluate", "--study=a b"]]
+    for batch, command, index in zip((array, gather), commands, ("3", "None"), strict=True):
+        result, calls, _ = launch(batch, ANSWER="print(os.environ.get('LINA_INDEX'))", SLURM_ARRAY_TASK_ID="3")
+        assert calls == [[*worker, *command]] and result.stdout == f"{index}\n"
+
+
+@pytest.mark.parametrize("place", ["slurm", "study"])
+def test_slurm_gives_time_to_save(place, launch):
+    for batch in batches_of(launch, place):
+        options = options_of(batch)
+        assert options["signal"] == "TERM@120" and {"requeue", "partition", "time"} <= options.keys()
+        assert shellcheck("--severity=warning", "-", text=batch) == ""
 
 
 @pytest.mark.parametrize(
@@ -175,17 +196,25 @@ def test_slurm_gives_each_gpu_a_task_and_time_to_save(launch):
 )
 def test_a_slurm_job_requeues_itself_when_it_was_preempted(code, restarts, requeued, launch):
     slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
-    result, calls, _ = launch(batch_of(launch), ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
+    [batch] = batches_of(launch, "slurm")
+    result, calls, _ = launch(batch, ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
     assert result.returncode == (0 if requeued else code)
     worker = ["launch/worker.sh", "--accelerator=gpu", SETUP, "--", *MODULE]
     srun = ["srun", "--kill-on-bad-exit=0", "--gpu-bind=none", *worker]
     assert calls == [srun] + [["scontrol", "requeue", "7"]] * requeued
 
 
+def test_a_job_of_an_array_requeues_itself_alone(launch):
+    """Of one of them, the job has the number of the whole array."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    _, calls, _ = launch(batches_of(launch, "study")[0], ANSWER='if name == "srun": sys.exit(75)', **slurm)
+    assert calls[1:] == [["scontrol", "requeue", "7_3"]]
+
+
 def test_a_slurm_job_that_is_cancelled_stays_so(launch):
     """scancel tells the batch shell, too."""
     answer = 'if name == "srun": import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit(75)'
-    result, calls, _ = launch(batch_of(launch), ANSWER=answer, SLURM_JOB_ID="7")
+    result, calls, _ = launch(batches_of(launch, "slurm")[0], ANSWER=answer, SLURM_JOB_ID="7")
     assert result.returncode == 75 and [call[0] for call in calls] == ["srun"]
 
 
@@ -219,9 +248,9 @@ def test_wrong_arguments_are_one_line(place, words, named, launch):
 @pytest.mark.parametrize("place", [*PLACES, "local", "worker"])
 def test_help_names_every_option(place, launch):
     result, _, _ = launch(LAUNCH / f"{place}.sh", "--help")
-    assert result.returncode == 0 and result.stdout.startswith(("Run ", "What "))
-    declared = re.search(r'^read_arguments "([^"]*)"', (LAUNCH / f"{place}.sh").read_text(), re.MULTILINE)[1].split()
-    assert all(f"--{option}" in result.stdout for option in [*declared, "setup", "max_restarts"])
+    assert result.returncode == 0 and result.stdout.startswith(("Run ", "What ", "Train "))
+    declared = re.search(r'^read_arguments[^"]*"([^"]*)"', (LAUNCH / f"{place}.sh").read_text(), re.MULTILINE)[1]
+    assert all(f"--{option}" in result.stdout for option in [*declared.split(), "setup", "max_restarts"])
 
 
 def test_a_command_is_needed(launch):

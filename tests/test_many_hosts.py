@@ -182,11 +182,12 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     flags = [
         f"--workdir={two}", f"--out={out}", "--scenes=2", f"--inception={weights}", f"--reference={config.data.path}",
         "--number=20", "--per_device=2", f"--geneval={tmp_path / 'prompts.jsonl'}", "--geneval_images=3",
-        f"--report={tmp_path / 'report'}", f"--npz={out / 'samples.npz'}",
+        f"--npz={out / 'samples.npz'}",
     ]  # fmt: skip
+    report = f"--report={tmp_path / 'report'}"
     written = []
-    for processes, devices in ((2, 8), (1, 8), (1, 1)):
-        succeed(start("evaluate", processes, *flags, devices=devices))
+    for processes, devices, *more in ((2, 8, report), (1, 8), (1, 1)):
+        succeed(start("evaluate", processes, *flags, *more, devices=devices))
         assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
             "0000.png", "0001.png", "0002.png",
         ]  # fmt: skip
@@ -195,7 +196,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
             written.append(((out / "score.json").read_bytes(), arrays["arr_0"].tobytes()))
         shutil.rmtree(out)
     assert written[0] == written[1] == written[2]
-    assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 5
+    assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 6
     score = json.loads(written[0][0])
     row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
     assert score["validation"] == {name: row[f"validation/{name}"] for name in score["validation"]}

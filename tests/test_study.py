@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -25,12 +26,13 @@ def printed(*flags):
 
 @pytest.fixture
 def runs_of(tiny, tmp_path):
-    """Write evaluated runs; each a (loss, seed, changes of the model)."""
+    """Write evaluated runs; each a (loss, seed, changes of the model), the last with other fields, too."""
 
-    def write(*runs, step=6):
+    def write(*runs, step=6, **last):
         for number, (loss, seed, model) in enumerate(runs):
             workdir = tmp_path / "study" / f"run{number}"
-            config = tiny(seed=seed, model={"kv_gate": "none", "depthwise_conv": False} | model)
+            others = last if number == len(runs) - 1 else {}
+            config = tiny(seed=seed, model={"kv_gate": "none", "depthwise_conv": False} | model, **others)
             write_config(workdir, config)
             rows = [{"step": 3, "images_per_s": 40.0}, {"step": 6, "images_per_s": 60.0}]
             (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,6 +109,31 @@ def test_unequal_budgets_are_refused(runs_of, tmp_path):
         study.gather(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("model", "others", "told"),
+    [
+        ({}, {"optim": {"learning_rate": 0.5}}, r"optim.learning_rate: \S+ in run0, 0.5 in run1"),
+        ({}, {"batch_size": 4}, "budgets"),
+        ({}, {"data": {"path": "elsewhere"}}, r"data.path: '' in run0, 'elsewhere' in run1"),
+        ({}, {"loss": {"repeat": 3}}, "loss.repeat"),
+        ({}, {"ema": {"decay": 0.5}}, "ema.decay"),
+        ({}, {"eval": {"examples": 3}}, "eval.examples"),
+        ({"head_width": 16}, {}, r"model.head_width: \d+ in run0, 16 in run1"),
+        ({"condition_depth": 2}, {}, "model.condition_depth"),
+    ],
+    ids=str,
+)
+def test_only_choices_of_a_study_may_differ(model, others, told, runs_of):
+    with pytest.raises(UserError, match=told):
+        study.read(runs_of((1.0, 0, {}), (0.9, 1, model), **others))
+
+
+def test_how_a_run_was_made_does_not_matter(runs_of):
+    others = {"checkpoint": {"every": 9}, "log": {"every": 9}, "data": {"threads": 9}, "mesh": {"data": 1}}
+    width = {"width": 32, "heads": 4, "head_width": 32}
+    assert len(study.read(runs_of((1.0, 0, {}), (0.9, 1, width), **others))) == 2
+
+
 def test_the_launcher_makes_each_variant_of_each_seed_once():
     lines = printed("--gates=none,head", "--others=softmax-128", "--seeds=0,1", "--evaluate=--scenes=3").splitlines()
     trained = [line for line in lines if "lina_jax.train" in line]
@@ -117,10 +144,7 @@ def test_the_launcher_makes_each_variant_of_each_seed_once():
     assert lines[-1].endswith("lina_jax.evaluate --study=runs/s")
 
 
-def test_an_array_of_jobs_has_an_index_for_each_run():
-    job = printed("--slurm=yes", "--seeds=0,1,2")
-    assert "#SBATCH --array=0-11\n" in job and "export LINA_INDEX=$SLURM_ARRAY_TASK_ID\n" in job
-    assert "--dry-run" not in job
+def test_an_index_is_one_run():
     alone = printed("--seeds=0,1,2", "--index=11").splitlines()
     assert len(alone) == 2 and "subtraction-conv-none-128-seed2" in alone[0]
 
@@ -129,7 +153,13 @@ STUB = """#!/usr/bin/env bash
 # In place of python: trains what is no subtraction, and tells what it was asked.
 case "$*" in
   -c*) exit 0 ;;
-  *lina_jax.train*subtraction*) exit "$CODE" ;;
+  *lina_jax.train*subtraction*)
+    if [ "$CODE" != wait ]; then exit "$CODE"; fi
+    tail -f /dev/null &
+    trap 'kill $!; exit 75' TERM
+    echo waiting
+    wait ;;
+  *lina_jax.evaluate*--study=*) ls -d "${3#--study=}"/*/evaluation || exit ;;
   *lina_jax.evaluate*--workdir=*) d=${3#--workdir=} && mkdir -p "$d/evaluation" && touch "$d/evaluation/score.json" ;;
 esac
 echo "ran $2 $3"
@@ -138,27 +168,72 @@ echo "ran $2 $3"
 
 @pytest.fixture
 def study_of(tmp_path):
-    """A study whose first run ends with the code."""
+    """A study whose first run ends with the code, or waits for SIGTERM."""
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    words = ["--name=s", f"--dir={tmp_path}/runs", "--normalizations=subtraction,division", "--convolutions=none"]
+    words = [SCRIPT, "--name=s", f"--dir={tmp_path}/runs", "--normalizations=subtraction,division"]
+    words += ["--convolutions=none"]
 
-    def run(code):
+    def start(code, *options, steps=20):
         env = os.environ | {"PYTHON": str(stub), "CODE": str(code)}
-        return subprocess.run([SCRIPT, *words, "--", "--config.steps=20"], capture_output=True, text=True, env=env)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*words, *options, "--", f"--config.steps={steps}"], **pipes, text=True, env=env)
+
+    return start
+
+
+@pytest.fixture
+def ended(study_of):
+    def run(*words, **options):
+        with study_of(*words, **options) as study:
+            out, lines = study.communicate(timeout=30)
+        return subprocess.CompletedProcess(study.args, study.returncode, out, lines)
 
     return run
 
 
-def test_a_run_that_fails_does_not_end_a_study_and_what_is_complete_is_skipped(study_of):
-    first = study_of(3)
-    assert first.returncode == 1 and "failed: subtraction-none-none-128, seed 0: exit code 3" in first.stderr
-    assert "ran lina_jax.evaluate --workdir" in first.stdout and "ran lina_jax.evaluate --study" in first.stdout
-    assert "division-none-none-128, seed 0: complete, skipped" in study_of(3).stdout
+def test_a_run_that_fails_does_not_end_a_study(ended):
+    result = ended(3)
+    assert result.returncode == 1 and "failed: subtraction-none-none-128, seed 0: exit code 3" in result.stderr
+    assert "ran lina_jax.evaluate --workdir" in result.stdout and "ran lina_jax.evaluate --study" in result.stdout
+
+
+def test_runs_that_failed_are_named_where_nothing_can_be_gathered(ended):
+    result = ended(3, "--normalizations=subtraction")
+    assert result.returncode == 1 and result.stderr.endswith("seed 0: exit code 3\nfailed: gathering: exit code 2\n")
+
+
+def test_what_is_complete_with_the_same_flags_is_skipped(ended, tmp_path):
+    skipped = "division-none-none-128, seed 0: complete, skipped"
+    assert skipped not in ended(3).stdout and skipped in ended(3).stdout
+    for other in ({"steps": 40}, {"steps": 40, "options": ["--evaluate=--scenes=3"]}):
+        options = other.pop("options", [])
+        again = ended(3, *options, **other).stdout
+        assert "ran lina_jax.train" in again and "ran lina_jax.evaluate --workdir" in again
+        assert skipped in ended(3, *options, **other).stdout
+    (record,) = tmp_path.glob("runs/*/evaluation/complete.txt")
+    record.unlink()  # as an earlier launcher leaves it
+    assert skipped not in ended(3, *options, **other).stdout
 
 
 @pytest.mark.parametrize("code", [130, 143])
-def test_a_run_that_somebody_stops_ends_the_study(code, study_of):
-    stopped = study_of(code)
+def test_a_run_that_somebody_stops_ends_the_study(code, ended):
+    stopped = ended(code)
     assert stopped.returncode == code and "ran" not in stopped.stdout
+
+
+def test_an_index_ends_with_the_code_of_its_run(ended):
+    """And does not begin again: its job will."""
+    alone = ended(75, "--index=0")
+    assert (alone.returncode, alone.stdout, alone.stderr) == (75, "subtraction-none-none-128, seed 0\n", "")
+
+
+@pytest.mark.parametrize("options", [[], ["--index=0"]], ids=["study", "index"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_study_that_is_told_to_stop_has_its_run_save_and_ends(options, number, code, study_of):
+    with study_of("wait", *options) as study:
+        assert [study.stdout.readline() for _ in range(2)][1] == "waiting\n"
+        study.send_signal(number)
+        told, _ = study.communicate(timeout=30)
+    assert study.returncode == code and "ran" not in told and "waiting" not in told
