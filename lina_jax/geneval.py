@@ -8,7 +8,6 @@ Picture k of prompt i is number i * K + k of the seed, so that what exists alrea
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
-from tqdm import tqdm
 
-from lina_jax import image_sources, pictures, places, sample
+from lina_jax import image_sources, pictures, places, progress, sample
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import SampleConfig
 from lina_jax.errors import UserError
@@ -102,15 +100,10 @@ def draw(
         absent = np.array([not _picture(out, number, images).exists() for number in range(len(texts))], np.int8)
     absent = np.flatnonzero(multihost_utils.broadcast_one_to_all(absent))
     size = per_device * mesh_lib.batch_parts(plan.mesh)
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    hidden = jax.process_index() != 0
     with (
-        tqdm(
-            total=len(texts), initial=len(texts) - len(absent), desc="GenEval", unit="image", disable=hidden,
-            mininterval=interval,
-        ) as bar,
+        progress.bar(len(texts), done=len(texts) - len(absent), name="GenEval") as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # fmt: skip
+    ):
         for start in range(0, len(absent), size):
             numbers = absent[np.minimum(np.arange(start, start + size), len(absent) - 1)]
             made = source.batch(numbers)
@@ -121,7 +114,8 @@ def draw(
     multihost_utils.sync_global_devices("geneval")  # all pictures are there
     result = {"folder": str(out), "prompts": len(prompts), "images_per_prompt": images}
     first = list(range(0, len(texts), images))[:_SHOWN]
-    shown = [np.asarray(Image.open(_picture(out, number, images))) for number in first] if not hidden else []
+    leader = jax.process_index() == 0
+    shown = [np.asarray(Image.open(_picture(out, number, images))) for number in first] if leader else []
     return result, np.array(shown, np.uint8), [texts[number] for number in first]
 
 
