@@ -68,6 +68,18 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
 
 
+def test_micro_batches_on_eight_devices_give_the_loss_and_gradients_of_one(
+    alone, config_of, rough, batch_of, error_between
+):
+    config = config_of("class")
+    parts = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=2))
+    grid = mesh.build(MeshConfig(data=2, fsdp=2, tensor=2))
+    loss, gradient = first_step(state.blueprint(parts, grid), rough, batch_of(config))
+    want_loss, want_gradient = alone["class"]
+    assert abs(loss / want_loss - 1) < TOLERANCE["class"]
+    assert error_between(gradient, want_gradient) < TOLERANCE["class"]
+
+
 @pytest.fixture(scope="module")
 def stack():
     return nnx.split(stacked(lambda rngs: Block(AttentionConfig(32, 2), 2, rngs=rngs), 3, nnx.Rngs(0)))
