@@ -16,6 +16,7 @@ kill, and it goes on. docs/evaluation.md tells the rest. The same code measures 
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,11 +51,12 @@ from lina_jax.config import Config, SampleConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
+from lina_jax.image_metrics import Value
 from lina_jax.quality import Quality
 from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
 
-# Significant digits of validation losses that are told. Sums over devices, processes and batches come in another order
-# on each of them, which changes a loss by 1e-7 of itself.
+# Significant digits of validation losses that are told. Sums within a batch come in another order on other numbers of
+# devices, which changes a loss by 1e-7 of itself.
 _DIGITS = 5
 
 
@@ -73,12 +75,12 @@ class Validation:
         return raw | {f"{name}_ema": value for name, value in ema.items()}
 
     def losses(self, plan: Blueprint, params: Tree, frozen: Tree) -> dict[str, float]:
-        """'loss', and 'loss_sigma_LOW_HIGH' for each bin of noise levels."""
+        """'loss' and its 'loss_standard_error', and 'loss_sigma_LOW_HIGH' for each bin of noise levels."""
         self._step = self._step or state.make_eval_step(plan)
         size = mesh_lib.batch_parts(plan.mesh)
         batch = -(-self._batch // size) * size
         place = mesh_lib.sharding(plan.mesh, "batch")
-        sums = np.zeros((2, NOISE_LEVELS))
+        parts = []
         for start in range(0, self._count, batch):
             numbers = start + np.arange(batch)
             present = numbers < self._count
@@ -88,18 +90,26 @@ class Validation:
                 lambda array: jax.make_array_from_callback(array.shape, place, array.__getitem__),
                 (rows, np.where(present, numbers, -1)),
             )
-            sums += multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True)
-        total, weight = sums
+            parts.append(multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True))
+        total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
         edges = np.linspace(0, 1, NOISE_LEVELS + 1)
-        by_level = {
-            f"loss_sigma_{low:.2f}_{high:.2f}": _told(t / max(w, 1.0))
-            for low, high, t, w in zip(edges, edges[1:], total, weight, strict=False)
+        overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))
+        told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
+            f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value
+            for low, high, *sums in zip(edges, edges[1:], total.T, weight.T, strict=False)
         }
-        return {"loss": _told(total.sum() / max(weight.sum(), 1.0)), **by_level}
+        return {name: float(f"{value:.{_DIGITS}g}") for name, value in told.items() if value is not None}
 
 
-def _told(loss: float) -> float:
-    return float(f"{loss:.{_DIGITS}g}")
+def mean_loss(total: np.ndarray, weight: np.ndarray) -> Value:
+    """Mean over tokens of examples, of which `total` (N,) are the sums and `weight` (N,) the numbers of tokens.
+
+    Standard error: that of a ratio of sums over examples drawn at random; None of a single one.
+    """
+    count, tokens = len(total), max(weight.sum(), 1.0)
+    mean = total.sum() / tokens
+    error = math.sqrt(np.square(total - mean * weight).sum() * count / (count - 1)) / tokens if count > 1 else None
+    return Value(mean, error)
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:

@@ -194,8 +194,17 @@ def _scenes(result: Mapping[str, Any]) -> list[str]:
 def _validation(losses: Mapping[str, float] | None) -> list[str]:
     if not losses:
         return []
-    rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in losses.items()]
-    return ["<h2>Validation loss</h2>", _table(rows)]
+    errors = {name.replace("_standard_error", ""): value for name, value in losses.items() if "_standard_error" in name}
+    rows = [
+        (name.replace("_", " "), _with_error(value, errors[name]) if name in errors else f"{value:.4f}")
+        for name, value in losses.items()
+        if "_standard_error" not in name
+    ]
+    note = (
+        "After ±: one standard error over the examples. They are the same for all checkpoints, so that the difference "
+        "of two is known better."
+    )
+    return ["<h2>Validation loss</h2>", _table(rows), f'<p class="quiet">{note}</p>']
 
 
 def _rows(rows: Rows) -> list[str]:

@@ -308,7 +308,7 @@ def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
 
 
 def make_eval_step(plan: Blueprint) -> Program:
-    """(params, frozen, batch, examples (B,)) -> summed masked loss and masked tokens by bin of sigma, (NOISE_LEVELS,).
+    """(params, frozen, batch, examples (B,)) -> sums of masked loss, masked tokens by bin of sigma, (B, NOISE_LEVELS).
 
     The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are
     padding.
@@ -325,6 +325,6 @@ def make_eval_step(plan: Blueprint) -> Program:
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
         level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * NOISE_LEVELS).astype(jnp.int32), 0, NOISE_LEVELS - 1)
         bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]
-        return jnp.einsum("rbn,rbnl->l", losses, bins), jnp.sum(bins, axis=(0, 1, 2))
+        return jnp.einsum("rbn,rbnl->bl", losses, bins), jnp.sum(bins, axis=(0, 2))
 
     return plan.jit(step, plan.encoders.weights)

@@ -331,6 +331,17 @@ def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
     assert validation_losses(6, eight) == validation_losses(6)
 
 
+def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
+    """Of examples of equal length, that of the mean of their means; of one example, unknown."""
+    means = np.array([1.0, 4.0, 2.0, 3.0, 7.0])
+    value, error = evaluate.mean_loss(10 * means, np.full(5, 10.0))
+    assert value == pytest.approx(3.4)
+    assert error == pytest.approx(np.std(means, ddof=1) / 5**0.5)
+    # Ten times as many tokens in one of them: nearer to its mean.
+    assert evaluate.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
+    assert evaluate.mean_loss(means[:1], np.ones(1)) == (1.0, None)
+
+
 def test_scenes_are_scored_by_category(text_plan, rough):
     """Whatever an untrained model draws; how right the judge is stands in test_scene_score."""
     run = rough(text_plan)
