@@ -1,4 +1,4 @@
-# Shared by the launchers; to be sourced. Arguments, quoting, printing or doing.
+# Shared by the launchers; to be sourced. Arguments, quoting, printing or doing; restarts; jobs of SLURM.
 #
 # Every launcher is called alike:
 #
@@ -11,7 +11,7 @@
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run=''
-words=() child='' stopped=''
+words=() child='' stopped='' interrupted=''
 
 refuse() {
   echo "error: $*" >&2
@@ -99,7 +99,7 @@ split_topology() {
 # it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and `stopped`
 # is the exit code that says so.
 with_restarts() {
-  local code restarts=0
+  local code='' restarts=0
   trap 'stop 75' TERM
   trap 'stop 130' INT
   while [ -z "$stopped" ]; do
@@ -111,15 +111,16 @@ with_restarts() {
       [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
     do :; done
     child=''
-    if [ -n "$stopped" ] || ! restarts_on "$code"; then return "$code"; fi
+    if [ -n "$stopped" ] || ! restarts_on "$code"; then break; fi
     if [ "$restarts" -ge "$max_restarts" ]; then
       if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, as many as were allowed" >&2; fi
-      return "$code"
+      break
     fi
     restarts=$((restarts + 1))
     echo "ended with $code: restart $restarts of at most $max_restarts" >&2
   done
-  return "$stopped"
+  trap - TERM INT
+  return "${code:-$stopped}"
 }
 
 stop() {

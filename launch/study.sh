@@ -101,7 +101,7 @@ for run in "${runs[@]}"; do
     echo "$variant, seed $seed"
     code=0
     {
-      with_restarts "${train[@]}" && rm -f "$record" && with_restarts "${judge[@]}" &&
+      rm -f "$record" && with_restarts "${train[@]}" && with_restarts "${judge[@]}" &&
         printf '%s\n' "$asked" >"$record.partial" && mv "$record.partial" "$record"
     } || code=$?
     if [ -n "$stopped$index" ]; then exit "${stopped:-$code}"; fi

@@ -136,7 +136,7 @@ class DrawnQuality:
                 path, self._network, per_device=config.per_device, work=None, images=True, plan=plan
             )
         # What the weights of a step depend on, and how they are cut.
-        facts = {"config": dataclasses.asdict(plan.config)}
+        facts = {"config": dataclasses.asdict(plan.config), "mesh": dict(plan.mesh.shape)}
         self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
     def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
@@ -280,8 +280,13 @@ class _Run:
             self._records = data.open_records(config, config.data.validation_split, self._plan.encoders.text)
 
     def facts(self) -> dict[str, Any]:
-        sample_settings = dataclasses.asdict(self._settings)
-        return {"step": self.step, "weights": self._weights, "sample": sample_settings, "seed": self._values.seed}
+        return {
+            "step": self.step,
+            "weights": self._weights,
+            "sample": dataclasses.asdict(self._settings),
+            "seed": self._values.seed,
+            "data": self._config.data.path,
+        }
 
     def validation(self) -> dict[str, float]:
         return Validation(self._config, self._records).both(self._plan, self._raw, self._ema, self._frozen)

@@ -195,8 +195,8 @@ def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) ->
     """Moments (B, 2C, h, w) -> uint8 images (B, H, W, 3) of their means."""
     if plan is None or plan.encoders.autoencoder is None:
         raise UserError(
-            f"{path} holds latents, which the autoencoder of a run has to decode: --workdir of a run on latents "
-            "(and --autoencoder=DIR where its config has no autoencoder.path), or a dataset of pixels"
+            f"{path} holds latents: they are decoded as --reference beside --workdir, by the autoencoder of that run "
+            "(autoencoder.path of its config, or --autoencoder=DIR); otherwise a dataset of pixels is needed"
         )
     channels = plan.encoders.autoencoder.latent_channels
     if shape[0] != 2 * channels:

@@ -113,7 +113,7 @@ def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
         return texts, texts
     try:
         names = reading.label_names(config.data.datasets[0][0])
-    except (UserError, OSError, RuntimeError):
+    except (UserError, OSError, RuntimeError):  # whatever hinders: names are a courtesy
         names = ()
     labels = [i % model.num_classes for i in range(count)]
     return labels, [f"{label}: {names[label]}" if label < len(names) else f"class {label}" for label in labels]

@@ -36,7 +36,12 @@ CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
 # Fields that are a study's choices, and those that follow from one: equal in all runs of the same choice.
 _CHOSEN = {"seed", "model.attention", "model.normalization", "model.depthwise_conv", "model.kv_gate", "model.width"}
-_FOLLOWING = {"model.heads": "width", "model.head_width": "width", "model.softmax_period": "attention"}
+_FOLLOWING = {
+    "model.heads": "width",
+    "model.head_width": "width",
+    "batch_size": "width",  # images are counted apart
+    "model.softmax_period": "attention",
+}
 # A run may go on with others of these, but its loss would be of other examples.
 _JUDGES = {"data.path", "data.validation_split", "eval.examples"}
 _BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
@@ -99,17 +104,22 @@ def read(directory: Path) -> list[Run]:
     if len(budgets) > 1:
         named = "; ".join(f"{run.images} images: {run.name}" for run in runs[:4])
         raise UserError(f"--study={directory}: runs of unequal budgets cannot be compared ({named})")
-    first: dict[tuple, tuple] = {}
+    _check_comparable(directory, runs)
+    return runs
+
+
+def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
+    """Raises UserError where runs differ in what is no choice of the study, nor follows from one."""
+    seen: dict[tuple, tuple] = {}
     for run in runs:
         for name, value in _common(directory / run.name).items():
-            of = getattr(run, _FOLLOWING[name]) if name in _FOLLOWING else None
-            known, other = first.setdefault((name, of), (value, run.name))
+            choice = getattr(run, _FOLLOWING[name]) if name in _FOLLOWING else None
+            known, other = seen.setdefault((name, choice), (value, run.name))
             if value != known:
                 raise UserError(
                     f"--study={directory}: runs that differ in more than the study's choices cannot be compared "
                     f"({name}: {known!r} in {other}, {value!r} in {run.name})"
                 )
-    return runs
 
 
 def unfinished(directory: Path) -> list[str]:
@@ -149,11 +159,16 @@ def _common(workdir: Path) -> dict[str, Any]:
     """What must be the same in all runs: how they are trained, and by what they are judged."""
     config = load_config(workdir)
     judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # where it ends
-    return {
+    fields = {
         name: value
         for name, value in config_lib.flatten(config).items()
         if name in judges or not (name in _CHOSEN or config_lib.free_on_resume(name))
     }
+    score = json.loads((workdir / "evaluation" / "score.json").read_text())
+    quality = score.get("quality", {})
+    told = {name: score[name] for name in ("weights", "sample", "seed", "data") if name in score}
+    told |= {f"quality.{name}": quality[name] for name in ("images", "reference") if name in quality}
+    return fields | {f"evaluation: {name}": value for name, value in told.items()}
 
 
 def _parameters(model: ModelConfig) -> int:

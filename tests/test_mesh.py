@@ -30,8 +30,9 @@ def first_step(plan, rough, batch) -> tuple[float, object]:
 
 @pytest.fixture(scope="module")
 def config_of(tiny):
-    def make(condition, **model):
-        return tiny(model={"condition": condition, "mask_text_padding": True} | model, optim={"b1": 0.0})
+    def make(condition, scan=False, accumulate=1):
+        model = {"condition": condition, "mask_text_padding": True, "scan_layers": scan}
+        return tiny(model=model, optim={"b1": 0.0, "accumulate": accumulate})
 
     return make
 
@@ -50,7 +51,6 @@ def alone(config_of, one_device, rough, batch_of):
 @pytest.mark.parametrize(
     ("condition", "sizes"),
     [
-        ("class", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("class", {"data": 1, "fsdp": 8}),
         ("text", {"data": 1, "fsdp": 2, "tensor": 4}),
         ("class", {"replica": 2, "data": 1, "fsdp": 2, "sequence": 2}),
@@ -68,13 +68,15 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
 
 
-def test_micro_batches_on_eight_devices_give_the_loss_and_gradients_of_one(
-    alone, config_of, rough, batch_of, error_between
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_three_axes_with_loops_and_micro_batches_give_the_gradients_of_one_device(
+    scan, accumulate, alone, config_of, rough, batch_of, error_between
 ):
-    config = config_of("class")
-    parts = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=2))
-    grid = mesh.build(MeshConfig(data=2, fsdp=2, tensor=2))
-    loss, gradient = first_step(state.blueprint(parts, grid), rough, batch_of(config))
+    """Where XLA's partitioner may exchange tokens of few images in place of weights, it pairs those of others."""
+    config = config_of("class", scan, accumulate)
+    plan = state.blueprint(config, mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
+    loss, gradient = first_step(plan, rough, batch_of(config))
     want_loss, want_gradient = alone["class"]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE["class"]
@@ -85,7 +87,7 @@ def stack():
     return nnx.split(stacked(lambda rngs: Block(AttentionConfig(32, 2), 2, rngs=rngs), 3, nnx.Rngs(0)))
 
 
-def run_stack(stack, grid, ahead):
+def run_stack(stack, grid, ahead=False, scan=True):
     """Text of the compiled program, and what it gives: the mean square of what leaves the layers, and its gradient."""
     graph, weights = stack
     x = np.random.default_rng(0).standard_normal((8, 6, 32), np.float32)
@@ -95,7 +97,7 @@ def run_stack(stack, grid, ahead):
 
     def loss(weights, x):
         layers = by_image(nnx.merge(graph, weights), len(x))
-        y = apply_layers(lambda x, block: block(x), x, layers, scan=True, remat="dots", ahead=ahead)
+        y = apply_layers(lambda x, block: block(x), x, layers, scan=scan, remat="dots", ahead=ahead)
         return jnp.mean(jnp.square(y))
 
     at = over_variables(cut, weights)
@@ -112,27 +114,32 @@ def in_loops(text, kind):
     return [i for name in loops for i in module.instructions(name) if hlo.collective_kind(i) == kind]
 
 
-def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(stack, one_device, error_between):
-    fsdp = mesh.build(MeshConfig(data=1, fsdp=8))
-    _, want_loss, want = run_stack(stack, one_device, ahead=False)
-    at_use, *_ = run_stack(stack, fsdp, ahead=False)
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(sizes, stack, one_device, error_between):
+    fsdp = mesh.build(MeshConfig(**sizes))
+    _, want_loss, want = run_stack(stack, one_device)
+    at_use, *_ = run_stack(stack, fsdp)
     ahead, loss, gradient = run_stack(stack, fsdp, ahead=True)
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want) < TOLERANCE["class"]
-    # At use a block gathers four for its forward and again for its backward pass; ahead, two of them once.
-    assert (len(in_loops(at_use, "all-gather")), len(in_loops(ahead, "all-gather"))) == (8, 6)
+    # Where they are used, a block gathers them for its forward and again for its backward pass.
+    assert len(in_loops(ahead, "all-gather")) < len(in_loops(at_use, "all-gather"))
 
 
 def test_tokens_are_not_exchanged_in_place_of_weights(stack):
-    """However few there are: a step is a chain of products, and would wait for each exchange."""
-    text, *_ = run_stack(stack, mesh.build(MeshConfig(data=1, fsdp=8)), ahead=False)
-    assert not in_loops(text, "all-to-all")
-    assert all(shape.size >= 32 * 32 for i in in_loops(text, "all-gather") for shape in i.shapes)
+    """However few there are: layers are a chain of products, which would wait for each exchange."""
+    text, *_ = run_stack(stack, mesh.build(MeshConfig(data=1, fsdp=8)), scan=False)
+    module = hlo.Module(text)
+    exchanged = [i for i in module.instructions(module.entry) if hlo.collective_kind(i) == "all-to-all"]
+    gathered = [i for i in module.instructions(module.entry) if hlo.collective_kind(i) == "all-gather"]
+    assert not exchanged
+    tokens, width = 6, 32
+    assert gathered and (tokens, width) not in {shape.dims[-2:] for i in gathered for shape in i.shapes}
 
 
 def test_no_layer_waits_for_sums_of_small_gradients(stack):
     """Those of biases and norms are summed over devices once, after the loop; in it are those of matrices alone."""
-    text, *_ = run_stack(stack, mesh.build(MeshConfig(data=8)), ahead=False)
+    text, *_ = run_stack(stack, mesh.build(MeshConfig(data=8)))
     sums = in_loops(text, "all-reduce")
     assert sums and all(len(shape.dims) > 1 for i in sums for shape in i.shapes)
 

@@ -44,17 +44,8 @@ def apply_layers(
     With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
     between TPUs, unless remat is "full" (which asks for memory, not speed).
     """
-    if ahead is None:
-        ahead = loops_gather_late() and remat != "full"
-    ahead = ahead and scan
-
-    def step(x, layer):
-        if not ahead:
-            # Else the partitioner would exchange the tokens instead, where an image has few (c2i's condition encoder).
-            graph, state = nnx.split(layer)
-            layer = nnx.merge(graph, _gathered(state, x.dtype))
-        return body(x, layer)
-
+    ahead = scan and (loops_gather_late() and remat != "full" if ahead is None else ahead)
+    step = _gathering(body, _written_back if ahead else _is_matrix)
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
     if ahead:
@@ -66,16 +57,35 @@ def apply_layers(
     return x
 
 
-def _gathered(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The variables of a layer, matrices as they are multiplied: in `dtype`, and whole along `fsdp`."""
+def _gathering(body, chosen):
+    """`body`, which gathers the `chosen` variables of a layer first.
 
-    def whole(variable: nnx.Variable) -> nnx.Variable:
-        metadata = variable.get_metadata()
-        if not metadata.get("matrix"):
-            return variable
-        return variable.replace(gathered(variable[...].astype(dtype), *metadata["axes"]))
+    Left to choose, XLA's partitioner exchanges tokens instead where an image has few (c2i's condition encoder): slow,
+    and on meshes of batch x fsdp x tensor wrong gradients came of it (jax 0.10 and 0.12; tests/test_mesh.py).
+    """
 
-    return over_variables(whole, state)
+    def step(x, layer):
+        graph, matrices, rest = nnx.split(layer, chosen, ...)
+        return body(x, nnx.merge(graph, _gathered(matrices, x.dtype), rest))
+
+    return step
+
+
+def _is_matrix(_, variable: nnx.Variable) -> bool:
+    return "matrix" in variable.get_metadata()
+
+
+def _reads_the_stream(_, variable: nnx.Variable) -> bool:
+    return _is_matrix(_, variable) and variable.get_metadata("axes")[0] == "embed"
+
+
+def _written_back(_, variable: nnx.Variable) -> bool:
+    return _is_matrix(_, variable) and not _reads_the_stream(_, variable)
+
+
+def _gathered(matrices: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """Matrices of a layer as they are multiplied with a stream of `dtype`: whole along `fsdp`."""
+    return over_variables(lambda v: v.replace(gathered(v[...].astype(dtype), *v.get_metadata("axes"))), matrices)
 
 
 def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
@@ -96,29 +106,28 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
     return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
 
 
-def _reads_the_stream(_, variable: nnx.Variable) -> bool:
-    metadata = variable.get_metadata()
-    return "matrix" in metadata and metadata["axes"][0] == "embed"
-
-
 def by_image(model: nnx.Module, images: int) -> nnx.Module:
     """The model with a copy for each image of what is no matrix in its stacks: (L, ...) -> (L, B, 1, ...).
 
     Of a bias, norm, gate or convolution a device then sums the gradient over the tokens of its own images; the sum over
     images, the transpose of copying, comes once for all layers, and in float32. Without copies each layer waits for a
-    small all-reduce (as it still does over the shards of a sequence). Where batches are not cut nothing happens.
+    small all-reduce (as it still does over the shards of a sequence). What is not in a stack is gathered, as layers'
+    matrices are where they are used. Where batches are not cut nothing happens.
     """
     if batch_parts(jax.sharding.get_abstract_mesh()) == 1:
         return model
     graph, state = nnx.split(model)
 
     def copy(variable: nnx.Variable) -> nnx.Variable:
-        value, metadata = variable.get_value(), variable.get_metadata()
-        axes = tuple(None if name == "embed" else name for name in metadata["axes"])
-        if value.ndim == len(axes) or "matrix" in metadata:
+        value, names = variable.get_value(), variable.get_metadata("axes")
+        stacked = value.ndim > len(names)
+        if stacked and _is_matrix((), variable):
             return variable
-        value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
-        return variable.replace(constrain(value, None, "batch", None, *axes))
+        value = gathered(value, *(None,) * (value.ndim - len(names)), *names)
+        if stacked:
+            value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
+            value = constrain(value, None, "batch", None, *(None if name == "embed" else name for name in names))
+        return variable.replace(value)
 
     return nnx.merge(graph, over_variables(copy, state))
 
