@@ -175,7 +175,7 @@ def test_two_processes_draw_what_one_draws(two, start, tmp_path):
 
 
 def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
-    """Eight devices in two processes, in one, and a single device write the same score.json, to the byte."""
+    """Eight devices in two processes, and a single device, write the same score.json, to the byte."""
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "a {c} circle"}}\n' for c in ("red", "blue", "cyan")))
     out = tmp_path / "out"
@@ -186,7 +186,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     ]  # fmt: skip
     report = f"--report={tmp_path / 'report'}"
     written = []
-    for processes, devices, *more in ((2, 8, report), (1, 8), (1, 1)):
+    for processes, devices, *more in ((2, 8, report), (1, 1)):
         succeed(start("evaluate", processes, *flags, *more, devices=devices))
         assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
             "0000.png", "0001.png", "0002.png",
@@ -195,7 +195,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
         with np.load(out / "samples.npz") as arrays:
             written.append(((out / "score.json").read_bytes(), arrays["arr_0"].tobytes()))
         shutil.rmtree(out)
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
     assert (tmp_path / "report" / "index.html").read_text().count("data:image/png;base64,") == 6
     score = json.loads(written[0][0])
     row = metrics.read_jsonl(two / "metrics.jsonl")[-1]
