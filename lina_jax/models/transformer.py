@@ -84,8 +84,15 @@ def _written_back(_, variable: nnx.Variable) -> bool:
 
 
 def _gathered(matrices: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """Matrices of a layer as they are multiplied with a stream of `dtype`: whole along `fsdp`."""
-    return over_variables(lambda v: v.replace(gathered(v[...].astype(dtype), *v.get_metadata("axes"))), matrices)
+    """Matrices of a layer as they are multiplied with a stream of `dtype`, if that is narrower: whole along `fsdp`."""
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        value = variable[...]
+        if value.dtype.itemsize > jnp.dtype(dtype).itemsize:
+            value = value.astype(dtype)
+        return variable.replace(gathered(value, *variable.get_metadata("axes")))
+
+    return over_variables(whole, matrices)
 
 
 def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
