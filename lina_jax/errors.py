@@ -106,15 +106,22 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     return f"{given}: expected {expected}" if expected else str(error)
 
 
-def leave(line: str, code: int) -> NoReturn:
-    """Print one line and end the process, of the threads that want it the first."""
+def leave(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> NoReturn:
+    """Print one line and end the process, of the threads that want it the first.
+
+    `farewell` runs in between, and the line stays the last one: what the process prints after it is not heard.
+    """
     _leaving.acquire()
     print(" ".join(line.split()), file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Not sys.exit: tearing the interpreter down while XLA still compiles is a segmentation fault.
-    os._exit(code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        farewell()
+    finally:
+        # Not sys.exit: tearing the interpreter down while XLA still compiles is a segmentation fault.
+        os._exit(code)
 
 
 def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:

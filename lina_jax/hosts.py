@@ -35,7 +35,7 @@ _GREETING = "lina_jax"
 _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
 _FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
-_known_end: tuple[str, int] | None = None  # (line, exit code) as soon as this process knows that the run ends
+_said: int | None = None  # the exit code, as soon as this process has said why it ends
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -206,8 +206,8 @@ def _disconnect(follower: threading.Thread) -> None:
 def _aborted(signum: int) -> None:
     """JAX's runtime aborts the process when others are gone, and asks nobody before."""
     del signum
-    if _known_end:  # the others have left already
-        errors.leave(*_known_end)
+    if _said is not None:  # the others have left already
+        os._exit(_said)
     faulthandler.dump_traceback()
     errors.leave(
         "error: JAX's runtime ended this process, as it does when another one is gone (its reason stands above); "
@@ -318,15 +318,21 @@ def _follow(cluster: Cluster) -> None:
 
 
 def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
-    """Say that the end is known here, and leave when all have said so: who leaves earlier makes JAX abort others."""
-    global _known_end
-    _known_end = line, code
-    client, deadline = distributed.global_state.client, time.monotonic() + _FAREWELL_S
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(f"{_SEEN}/{cluster.process_id}", "", allow_overwrite=True)
-        while len(client.key_value_dir_get(_SEEN)) < cluster.processes and time.monotonic() < deadline:
-            time.sleep(0.02)
-    errors.leave(line, code)
+    """Say that the end is known here, and leave when all have said so: who leaves earlier makes JAX abort others.
+
+    It aborts those, too, that leave a moment after process 0 does: nobody hears it by then.
+    """
+
+    def farewell():
+        global _said
+        _said = code
+        client, deadline = distributed.global_state.client, time.monotonic() + _FAREWELL_S
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{_SEEN}/{cluster.process_id}", "", allow_overwrite=True)
+            while len(client.key_value_dir_get(_SEEN)) < cluster.processes and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    errors.leave(line, code, farewell)
 
 
 def _code() -> str:

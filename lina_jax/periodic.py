@@ -33,7 +33,7 @@ def due(config: Config, step: int) -> list[str]:
 def overdue(config: Config, workdir: Path, step: int) -> list[str]:
     """What was due after the step of a checkpoint and is not recorded; the same in all processes.
 
-    Checkpoints are saved before anything is measured, so that what ends a run meanwhile costs no training.
+    A checkpoint that is due is saved before anything is measured: what ends a run meanwhile costs no training.
     """
     names = due(config, step)
     if not names:

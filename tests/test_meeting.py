@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 PROGRAM = """
-import threading
+import signal, threading
 import jax
 from lina_jax import errors, hosts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 
 def main(argv):
     with hosts.together({}):

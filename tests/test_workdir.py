@@ -1,0 +1,51 @@
+"""A workdir stays with the config that it was made with."""
+
+import dataclasses
+
+import pytest
+
+from lina_jax.checkpoint import check_config, load_config, write_config
+from lina_jax.config import MeshConfig
+from lina_jax.errors import UserError
+from lina_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("train_on_one_device")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_text):
+    return tiny_text()
+
+
+def test_a_wrong_workdir_is_noticed_before_records_are_opened(config, tmp_path):
+    write_config(tmp_path, config)
+    data = dataclasses.replace(config.data, path="no/such/place")
+    with pytest.raises(UserError, match="belongs to another config"):
+        train(dataclasses.replace(config, seed=9, data=data), tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):
+    write_config(tmp_path, config)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=2e-3), seed=9)
+    with pytest.raises(UserError, match=r"seed: 1 -> 9; optim.learning_rate: 0.001 -> 0.002 .*--allow_config_change"):
+        train(other, tmp_path)
+    assert load_config(tmp_path) == config
+
+
+def test_a_workdir_of_another_config_is_taken_on_request(config, tmp_path):
+    write_config(tmp_path, config)
+    other = dataclasses.replace(config, seed=9)
+    with pytest.raises(UserError, match="seed: 1 -> 9"):
+        check_config(tmp_path, other)
+    check_config(tmp_path, other, allow_changes=True)
+
+
+def test_steps_logging_and_mesh_may_change(config, tmp_path):
+    write_config(tmp_path, config)
+    other = dataclasses.replace(config, steps=60, mesh=MeshConfig(data=1), log=dataclasses.replace(config.log, every=2))
+    check_config(tmp_path, other)
+
+
+def test_a_directory_without_config_is_no_workdir(tmp_path):
+    with pytest.raises(UserError, match=r"is not a training directory: it has no config\.json"):
+        load_config(tmp_path)
