@@ -103,7 +103,9 @@ else
     flags=(--config.model.attention_kernel=pallas --config.model.scan_layers=False --config.model.remat=none)
     sweep train configs/imagenet256_c2i.py:w1536 8 16 32 64 -- "${flags[@]}"
     sweep train configs/t2i.py:256 8 16 32 -- "${flags[@]}"
+    sweep train configs/t2i.py:512 2 4 8 16 -- "${flags[@]}"
     sweep train configs/t2i.py:1024 1 2 4 -- "${flags[@]}"
+    sweep sample configs/t2i.py:1024 1 8 -- "${flags[@]}" --autoencoder --repeats=3
   fi
   sweep sample configs/t2i.py:1024 1 8 -- --autoencoder --repeats=3
 fi

@@ -1,8 +1,8 @@
 """How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
 Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
-(EX_TEMPFAIL: preempted, a step that stalled, another process that is gone; launchers restart on it), 130 interrupted
-(Ctrl-C).
+(EX_TEMPFAIL: preempted, a step that stalled, a device or link that failed, another process that is gone; launchers
+restart on it), 130 interrupted (Ctrl-C).
 """
 
 import contextlib
@@ -35,6 +35,10 @@ class Preempted(Exception):
     """Training was asked to stop and has saved; the same command goes on. Exit code 75."""
 
 
+class LinkFailed(Exception):
+    """A device or a link between processes failed; the same command goes on from the last checkpoint. Exit code 75."""
+
+
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(line, exit code) of an error that is no bug."""
     match error:
@@ -44,6 +48,8 @@ def ending(error: BaseException) -> tuple[str, int] | None:
             return f"error: {error}", 1
         case Preempted():
             return f"preempted; {error}", RUN_AGAIN
+        case LinkFailed():
+            return f"error: {error}; run the same command again", RUN_AGAIN
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
     return None

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lina_jax import mesh as mesh_lib
-from lina_jax import places, progress
+from lina_jax import places, preemption, progress
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
 from lina_jax.models import inception
@@ -130,6 +130,7 @@ def chunks(
     with progress.bar(count, done=first, name=name) as bar:
         for rows, features, images in _batches(source, network, mesh, per_device, range(first, count), kept):
             bar.update(rows)
+            preemption.heed()
             if not leader:
                 continue
             waiting = Chunk(

@@ -1,8 +1,10 @@
 """Floating-point operations of the model, counted from its sizes; a multiply-add is two.
 
-What is counted are the matrix products of the mathematics, and the depthwise convolutions: no more than must be done,
-whatever the program does (padding, recomputation). Embeddings, norms, gates and the autoencoder are left out. The MFU
-of training logs, of plans and of benchmarks rests on these numbers.
+What is counted are the matrix products of the mathematics, and the depthwise convolutions, whatever the program does
+beside them (padding, recomputation). Of the loss that is the published one: the head predicts all tokens, also the
+visible ones, which have no weight (13 % of the head; without them a training step would count 2.6 to 3.6 % less).
+Embeddings, norms, gates and the autoencoder are left out. The MFU of training logs, of plans and of benchmarks rests on
+these numbers.
 """
 
 import math
@@ -14,26 +16,30 @@ if TYPE_CHECKING:
     from lina_jax.generate import Schedule
 
 
-def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: bool) -> int:
-    """One attention layer over `tokens` tokens of one image."""
-    width = model.width
-    projections = 2 * tokens * width * 4 * width
+def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: bool, read: int | None = None) -> int:
+    """One attention layer over `tokens` tokens of one image, of `read` of which (None: all) the outputs are wanted."""
+    width, made = model.width, tokens if read is None else read
+    projections = 2 * (tokens + made) * width * 2 * width  # keys and values; queries and outputs
     if softmax:
-        core = 2 * 2 * tokens * tokens * width
+        core = 2 * 2 * made * tokens * width
     else:  # the d x d state of each head, built and read
-        core = 2 * 2 * tokens * width * (width // model.heads)
-    convolution = 2 * model.image_tokens * width * model.conv_kernel**2 if conv else 0
-    return projections + core + convolution
+        core = 2 * (tokens + made) * width * (width // model.heads)
+    convolved = model.image_tokens if read is None else read
+    return projections + core + (2 * convolved * width * model.conv_kernel**2 if conv else 0)
 
 
-def stack_flops(model: ModelConfig, first: int, depth: int, tokens: int, conv: bool = False) -> int:
-    """Blocks first .. first + depth - 1 over `tokens` tokens of one image."""
-    total = depth * 2 * tokens * 2 * model.mlp_ratio * model.width**2
+def stack_flops(
+    model: ModelConfig, first: int, depth: int, tokens: int, *, conv: bool = False, read: int | None = None
+) -> int:
+    """Blocks first .. first + depth - 1 over `tokens` tokens of one image; the last makes `read` of them (None: all)."""
+    total = 0
     for i in range(first, first + depth):
         softmax = model.attention == "softmax" or (
             model.attention == "hybrid" and i % model.softmax_period == model.softmax_period - 1
         )
-        total += attention_flops(model, tokens, softmax=softmax, conv=conv and not softmax)
+        wanted = read if i == first + depth - 1 else None
+        total += attention_flops(model, tokens, softmax=softmax, conv=conv and not softmax, read=wanted)
+        total += 2 * (tokens if wanted is None else wanted) * 2 * model.mlp_ratio * model.width**2
     return total
 
 
@@ -52,11 +58,11 @@ def condition_flops(model: ModelConfig) -> int:
     return total
 
 
-def image_flops(model: ModelConfig, visible: int) -> int:
-    """z of one image, `visible` tokens of which exist: embedding, encoder half, decoder half."""
+def image_flops(model: ModelConfig, visible: int, read: int | None = None) -> int:
+    """z of `read` tokens (None: all) of one image, `visible` of which exist: embedding, encoder half, decoder half."""
     c, n, half = model.condition_tokens, model.image_tokens, model.image_depth // 2
     total = stack_flops(model, 0, half, c + visible)
-    total += stack_flops(model, half, half, c + n, conv=model.depthwise_conv)
+    total += stack_flops(model, half, half, c + n, conv=model.depthwise_conv, read=read)
     return total + 2 * n * model.token_dim * model.width
 
 
@@ -85,7 +91,7 @@ def sampling_flops(model: ModelConfig, schedule: "Schedule") -> float:
     steps = zip(schedule.visible, schedule.predicted, schedule.euler_steps, strict=True)
     for visible, predicted, euler in steps:
         head = int(predicted) * (projection_flops(model) + int(euler) * head_flops(model))
-        total += branches * (image_flops(model, int(visible)) + head)
+        total += branches * (image_flops(model, int(visible), int(predicted)) + head)
     return total
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lina_jax.config import ModelConfig, SampleConfig
 from lina_jax.mesh import constrain
-from lina_jax.models import flow, sequence, vae
+from lina_jax.models import flow, vae
 from lina_jax.models.layers import unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Program, Tree
@@ -108,11 +108,11 @@ def advance(model: LINA, tokens: jax.Array, draws: Draws, inputs: StepInputs, sh
     def both(x):
         return jnp.repeat(x, copies, axis=0)
 
-    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, c)
     # Slices of the order may run past its end; what lies there is never used.
     padded = jnp.pad(order, ((0, 0), (0, shape.predicted)))
     ids = jax.lax.dynamic_slice_in_dim(padded, count, shape.predicted, axis=1)
-    z = model.head.embed.condition(sequence.take(z, both(ids)))
+    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, c, only=both(ids))
+    z = model.head.embed.condition(z)
     times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
 
     def euler_step(j, x):
@@ -203,7 +203,7 @@ class Stepper:
             order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
             condition = plan.condition(weights, condition)
             draws = prepare(plan.model(params, frozen), condition, order, temperature * noise, guided=guided)
-            return constrain(jnp.zeros_like(noise), "batch", None, None), draws
+            return constrain(jnp.zeros_like(noise), "batch", None, None), draws, plan.narrowed(params, frozen)
 
         def step(shape, params, frozen, tokens, draws, inputs):
             tokens = advance(plan.model(params, frozen), tokens, draws, inputs, shape)
@@ -222,7 +222,7 @@ class Stepper:
     ) -> Iterator[Moment]:
         """The moments of images of these numbers (B,), one for each step; the last is of the finished images."""
         which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
-        tokens, draws = self._begin(steps.guided, params, frozen, condition, *which)
+        tokens, draws, params = self._begin(steps.guided, params, frozen, condition, *which)
         for stage in steps.stages:
             shape = steps.shape(stage)
             for i in range(stage.start, stage.stop):

@@ -28,7 +28,7 @@ from jax._src.clusters import ClusterEnv
 
 import lina_jax
 from lina_jax import errors
-from lina_jax.errors import RUN_AGAIN, Preempted, UserError
+from lina_jax.errors import RUN_AGAIN, LinkFailed, Preempted, UserError
 
 T = TypeVar("T")
 _GREETING = "lina_jax"
@@ -36,6 +36,8 @@ _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
 _FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
 _said: int | None = None  # the exit code, as soon as this process has said why it ends
+# What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
+_LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -53,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found by the environment, or alone")
     flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-    flags.DEFINE_float("connect_timeout", 300.0, "seconds to wait for all processes at the start")
+    flags.DEFINE_float("connect_timeout", 300.0, "seconds to wait for all processes, and their files, at the start")
     flags.DEFINE_integer("heartbeat_timeout", 100, "seconds without a sign of life after which a process is given up")
 
 
@@ -83,11 +85,13 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
         raise
     except jax.errors.JaxRuntimeError as error:
         traceback.print_exc()
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end
-            # of this time, in `_follow` or `_aborted`.
-            time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
-        _end_all(cluster, error)
+        if any(status in str(error) for status in _LASTING):
+            _end_all(cluster, error)
+        # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end of
+        # this time, in `_follow` or `_aborted`.
+        time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
+        reason = str(error).splitlines()[0][:200]
+        _end_all(cluster, LinkFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}"))
     except BaseException as error:
         if not errors.ending(error):
             traceback.print_exc()
@@ -119,6 +123,29 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} differs from process 0: {'; '.join(differing[:3])}{more} "
             "(all processes must run the same command with the same code and data)"
         )
+    _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
+
+
+def check_shared(what: str, look: Callable[[], Any]) -> None:
+    """Returns when `look` shows all processes what it showed process 0 when that came here. Raises UserError.
+
+    `what` names what is looked at; the others look again, as network file systems keep old listings, for as long as
+    --connect_timeout.
+    """
+    client, key = distributed.global_state.client, f"lina_jax/shared/{what}"
+    if client is None:
+        return
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(look()))
+    theirs, deadline = json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS)), None
+    while (mine := look()) != theirs:
+        deadline = deadline or time.monotonic() + flags.FLAGS.connect_timeout
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {jax.process_index()} sees {what} {mine}, process 0 {theirs}: all processes must work in one "
+                "shared directory"
+            )
+        time.sleep(0.2)
     _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
 
 
@@ -196,7 +223,8 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
 
 
 def _disconnect(follower: threading.Thread) -> None:
-    """Leave when all do."""
+    """Leave when all do, however long one of them works alone at the end: JAX's own patience is five minutes."""
+    meet("end")
     jax.distributed.shutdown()
     follower.join()  # a thread in the runtime's hands would end the interpreter's own end with an abort
     ctypes.CDLL(None).signal(signal.SIGABRT, None)

@@ -1,5 +1,6 @@
 """Seconds of calls, and the rows of figures that `benchmark` prints (docs/performance.md explains their fields)."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -23,6 +24,9 @@ COMPARED = (
     "median_s", "images_per_s", "tokens_per_s", "records_per_s", "cpu_s", "cpu_ms", "mfu", "model_flops",
     "compiled_flops", "compiled_bytes", "program_bytes", "device_peak_bytes", "host_peak_bytes", "compile_s",
 )  # fmt: skip
+
+
+SETUP = ("overrides", "dtype", "mesh", "remat", "attention_kernel", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +111,24 @@ class Earlier:
         self.path = path
         try:
             rows = [json.loads(line) for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
-            self._rows = {_what(row): row for row in rows}
+            self._rows = collections.defaultdict(list)
+            for row in rows:
+                self._rows[_what(row)].append(row)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--compare={path}: {error}") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"--compare={path}: expected lines that `benchmark` printed") from error
 
     def ratios(self, row: Row) -> dict[str, float] | None:
-        """This row's figures over those of the same measurement then; None where it was not made."""
-        then = self._rows.get(_what(row))
-        if then is None:
+        """This row's figures over those of the same measurement then; None where it was not made.
+
+        Of several the latest that was set up alike counts, and none where all were set up otherwise.
+        """
+        measured = self._rows.get(_what(row), [])
+        alike = [then for then in measured if all(then.get(name) == row.get(name) for name in SETUP)]
+        if not alike and len(measured) != 1:
             return None
+        then = (alike or measured)[-1]
         both = (name for name in COMPARED if row.get(name) is not None and then.get(name))
         return {name: row[name] / then[name] for name in both}
 

@@ -21,6 +21,24 @@ def check(flag: str, directory: Path) -> None:
         raise UserError(f"--{flag}={directory}: {nearest} cannot be written")
 
 
+def check_renames(flag: str, directory: Path) -> None:
+    """Raises UserError, naming the flag, where a directory that holds a file cannot be renamed, as checkpoints are."""
+    before = _beside(_nearest(directory) / "renamed")
+    after = before.with_suffix(".after")
+    try:
+        before.mkdir()
+        (before / "file").touch()
+        os.rename(before, after)
+    except OSError as error:
+        raise UserError(
+            f"--{flag}={directory}: a directory with files cannot be renamed there ({error.strerror}), as finished "
+            "checkpoints are (buckets need a hierarchical namespace)"
+        ) from error
+    finally:
+        for path in (before, after):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def writable(directory: Path) -> bool:
     """Whether files can be made in a directory that is there or can be made."""
     return os.access(_nearest(directory), os.W_OK | os.X_OK)

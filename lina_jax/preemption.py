@@ -16,13 +16,16 @@ from lina_jax import errors
 class Notice:
     """Whether the run is to stop: SIGTERM in this process, or with jax.distributed in any, or the platform's notice.
 
-    A context: within it SIGTERM, however often it comes, does nothing else.
+    A context: within it SIGTERM, however often it comes, does nothing else, and `heed` asks this notice.
     """
 
     def __init__(self):
         self._asked = False
+        self._questions = 0
 
     def __enter__(self):
+        global _notice
+        _notice = self
         # With jax.distributed the signal is in the hands of the runtime, which tells all processes.
         self._own = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
         if self._own:
@@ -30,13 +33,16 @@ class Notice:
         return self
 
     def __exit__(self, *error):
+        global _notice
+        _notice = None
         if self._own:
             signal.signal(signal.SIGTERM, self._before)
 
-    def reached(self, step: int) -> bool:
-        """To be asked after every step; true after the same step in all processes."""
+    def reached(self) -> bool:
+        """To be asked equally often by all processes, after every step at least; true at the same time in all."""
+        self._questions += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._questions)
         return self._asked
 
     def _ask(self, signum, frame) -> None:
@@ -44,11 +50,19 @@ class Notice:
         self._asked = True
 
 
+_notice: Notice | None = None
+
+
+def heed() -> None:
+    """Raises Preempted, in all processes at once, where a training run is to stop; called within work that takes long."""
+    if _notice and _notice.reached():
+        raise errors.Preempted
+
+
 class Watchdog:
     """Ends the process, with the stacks of its threads, when the next step does not end within so many seconds.
 
-    A context. It starts with the first `step_ended`, so that the first step may compile as long as it takes.
-    0 s: never.
+    A context. It starts with the first `restart`, when the first step is compiled. 0 s: never.
     """
 
     def __init__(self, seconds: float):
@@ -64,7 +78,8 @@ class Watchdog:
     def __exit__(self, *error):
         self._set(None, is_open=False)
 
-    def step_ended(self) -> None:
+    def restart(self) -> None:
+        """A step has ended, or begins: it has its full time."""
         self._set(time.monotonic() + self._seconds if self._seconds else None)
 
     @contextlib.contextmanager
@@ -72,7 +87,7 @@ class Watchdog:
         """For what takes its own time; afterwards the next step has its full time."""
         self._set(None)
         yield
-        self.step_ended()
+        self.restart()
 
     def _set(self, deadline: float | None, *, is_open: bool = True) -> None:
         with self._changed:

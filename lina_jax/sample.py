@@ -19,7 +19,20 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from lina_jax import config_file, decode, encoders, errors, hosts, mesh, metrics, pictures, places, progress, state
+from lina_jax import (
+    config_file,
+    decode,
+    encoders,
+    errors,
+    hosts,
+    mesh,
+    metrics,
+    pictures,
+    places,
+    preemption,
+    progress,
+    state,
+)
 from lina_jax.checkpoint import Checkpoints, load_config
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -47,6 +60,7 @@ class Sampler:
                 (last,) = collections.deque(moments, maxlen=1)
                 images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
                 bar.update(min(self.batch_size, len(conditions) - bar.n))
+                preemption.heed()
         return np.concatenate(images)[: len(conditions)]
 
     def batches(

@@ -70,6 +70,17 @@ class Blueprint:
     def model(self, params: Tree, frozen: Tree) -> LINA:
         return nnx.merge(self.graphdef, params, frozen)
 
+    def narrowed(self, params: Tree, frozen: Tree) -> Tree:
+        """The parameters with the matrices of stacks as they are multiplied: for programs that read them many times."""
+        dtype = jnp.dtype(self.config.model.dtype)
+
+        def narrow(variable: nnx.Variable) -> jax.Array:
+            value, metadata = variable.get_value(), variable.get_metadata()
+            stacked = value.ndim > len(metadata["axes"])
+            return value.astype(dtype) if stacked and "matrix" in metadata else value
+
+        return nnx.to_pure_dict(over_variables(narrow, nnx.state(self.model(params, frozen), nnx.Param)))
+
     def condition(self, weights: Tree, batch: Batch) -> Condition:
         """What the model is conditioned on; captions as token ids go through the frozen text encoder."""
         if self.config.model.condition == "class":

@@ -40,7 +40,7 @@ from lina_jax import (
     state,
     warm_start,
 )
-from lina_jax.checkpoint import Checkpoints, check_config, write_config
+from lina_jax.checkpoint import Checkpoints, check_config, saved_checkpoints, write_config
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
@@ -65,6 +65,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     measurements = periodic.Measurements(plan, valid_records, workdir)
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
+    if jax.process_index() == 0:
+        places.check_renames("workdir", workdir)
+    hosts.check_shared(f"checkpoints in {workdir}", lambda: sorted(int(p.name) for p in saved_checkpoints(workdir)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
@@ -75,6 +78,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         _conclude(config, workdir, first)
         return run
     write_config(workdir, config)
+    written = workdir / "config.json"
+    hosts.check_shared(str(written), lambda: "written" if written.exists() else "absent")
     if warm and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm)
         print(warm_start.table(warm), file=sys.stderr)
@@ -95,7 +100,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     with notice, closing(checkpoints), closing(writer), progress, watchdog:
         try:
             with throughput.paused():
-                measurements.take(overdue, first, run, writer)
+                _measure(measurements, overdue, first, run, writer, checkpoints)
             for step in range(first + 1, config.steps + 1):
                 profile(config, workdir, first, step)
                 batch = next(batches)
@@ -103,13 +108,14 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
                     train_step.compile(run, batch)
                     hosts.meet("train step")
+                    watchdog.restart()
                 run, scalars = train_step(run, batch)
                 if pending:
                     _report(config, writer, throughput, progress, train_records, *pending)
-                    watchdog.step_ended()
+                    watchdog.restart()
                 pending = step, scalars
                 last = step == config.steps
-                preempted = notice.reached(step) and not last
+                preempted = notice.reached() and not last
                 saving = last or preempted or periodic.reached(step, config.checkpoint.every)
                 due = periodic.due(config, step)
                 if saving or due:
@@ -119,8 +125,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                         if saving:
                             checkpoints.save(run)
                         if preempted:
-                            raise Preempted(f"run the same command to go on from step {step}")
-                        measurements.take(due, step, run, writer)
+                            raise _preempted(step)
+                        _measure(measurements, due, step, run, writer, checkpoints)
             profile(config, workdir, first, config.steps + 1)
         except KeyboardInterrupt:
             step = checkpoints.latest_step()
@@ -170,6 +176,24 @@ def profile(config: Config, workdir: Path, first: int, step: int) -> None:
         jax.profiler.start_trace(str(workdir / "profile"))
     if step == stop:
         jax.profiler.stop_trace()
+
+
+def _measure(
+    measurements: periodic.Measurements, names: list[str], step: int, run: state.TrainState, writer, checkpoints
+) -> None:
+    """Measure these after a step. Raises Preempted when the run is to stop meanwhile; what is missing is made up for."""
+    if not names:
+        return
+    try:
+        measurements.take(names, step, run, writer)
+    except Preempted:
+        checkpoints.save(run)
+        raise _preempted(step) from None
+    hosts.meet(f"measured {step}")  # process 0 works alone at the end, longer than a collective waits for it
+
+
+def _preempted(step: int) -> Preempted:
+    return Preempted(f"run the same command to go on from step {step}")
 
 
 def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:

@@ -116,6 +116,16 @@ def test_earlier_lines_match_by_what_was_measured(tmp_path):
         assert earlier.ratios(row | other) is None
 
 
+def test_of_earlier_lines_those_set_up_alike_count(tmp_path):
+    row = {"benchmark": "train", "config": "a.py", "shapes": {"batch": 4}, "attention_kernel": "xla", "median_s": 2.0}
+    pallas = row | {"attention_kernel": "pallas", "median_s": 1.0}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(pallas))
+    earlier = measure.Earlier(str(path))
+    assert [earlier.ratios(now)["median_s"] for now in (row, pallas)] == [1.0, 1.0]
+    assert earlier.ratios(row | {"attention_kernel": "another"}) is None  # of which of the two?
+
+
 @pytest.mark.parametrize("text", ["[]", "nothing", '{"benchmark": "train"}'])
 def test_other_files_are_no_earlier_lines(text, tmp_path):
     (tmp_path / "rows.json").write_text(text)

@@ -48,7 +48,8 @@ def test_of_one_attention_layer():
     assert linear / softmax == pytest.approx(0.39, abs=0.005)
 
 
-def test_a_picture_of_1024_pixels_costs_what_the_paper_s_sampler_costs(load_preset):
+def test_a_picture_of_1024_pixels_costs_less_than_by_the_paper_s_sampler(load_preset):
+    """1.81e15 there, where the last block makes all tokens; here it makes those of the step."""
     config = load_preset("t2i:1024")
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
-    assert flops.sampling_flops(config.model, schedule) == pytest.approx(1.8e15, rel=0.01)
+    assert flops.sampling_flops(config.model, schedule) == pytest.approx(1.746e15, rel=0.001)

@@ -1,39 +1,47 @@
-"""Processes that wait for each other can be told to stop."""
+"""Processes that wait for each other: they can be told to stop, look at the same files, and end together."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 
+import pytest
+
+from lina_jax.errors import RUN_AGAIN
+
 PROGRAM = """
-import signal, threading
+import functools, pathlib, signal, threading
 import jax
 from lina_jax import errors, hosts
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
+# Ends that wait for each other must not rest on the patience of JAX's runtime.
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=1)
 
 def main(argv):
     with hosts.together({}):
-        if jax.process_index() == 0:
-            print("waiting", flush=True)
-            hosts.meet("what the other never comes to")
-        threading.Event().wait()
+        work(jax.process_index())
 
+"""
+START = """
 hosts.define_flags()
 errors.run(main)
 """
 
 
-def test_ctrl_c_is_heard_where_a_process_waits_for_the_others():
+@contextlib.contextmanager
+def two_processes(work: str, *flags: str, cwd=lambda process: None):
+    """Two processes that do `work(process)`; both are killed in the end."""
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    place = [f"--coordinator=localhost:{port}", "--processes=2"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    place = [f"--coordinator=localhost:{port}", "--processes=2", *flags]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *place, f"--process_id={i}"],
-            env=environment,
+            [sys.executable, "-c", PROGRAM + work + START, *place, f"--process_id={i}"],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            cwd=cwd(i),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -41,11 +49,80 @@ def test_ctrl_c_is_heard_where_a_process_waits_for_the_others():
         for i in range(2)
     ]
     try:
-        assert processes[0].stdout.readline() == "waiting\n"
-        processes[0].send_signal(signal.SIGINT)
-        ends = [(process.communicate(timeout=100)[1], process.returncode) for process in processes]
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert ends == [("interrupted\n", 130), ("process 0: interrupted\n", 130)]
+
+
+def ends(processes) -> list[tuple[str, int]]:
+    """(stderr, exit code) of each."""
+    return [(process.communicate(timeout=100)[1], process.returncode) for process in processes]
+
+
+WAITING = """
+def work(process):
+    if process == 0:
+        print("waiting", flush=True)
+        hosts.meet("what the other never comes to")
+    threading.Event().wait()
+"""
+
+
+def test_ctrl_c_is_heard_where_a_process_waits_for_the_others():
+    with two_processes(WAITING) as processes:
+        assert processes[0].stdout.readline() == "waiting\n"
+        processes[0].send_signal(signal.SIGINT)
+        assert ends(processes) == [("interrupted\n", 130), ("process 0: interrupted\n", 130)]
+
+
+LATE = """
+def work(process):
+    if process == 0:
+        threading.Event().wait(3)
+"""
+
+
+def test_all_wait_for_the_one_that_works_alone_at_the_end():
+    with two_processes(LATE) as processes:
+        assert ends(processes) == [("", 0), ("", 0)]
+
+
+LOOKING = """
+def work(process):
+    if process == 0:
+        pathlib.Path("run").write_text("")
+    hosts.check_shared("the run", lambda: "there" if pathlib.Path("run").exists() else "absent")
+"""
+
+
+def test_files_of_one_directory_are_waited_for(tmp_path):
+    with two_processes(LOOKING, cwd=lambda process: tmp_path) as processes:
+        assert ends(processes) == [("", 0), ("", 0)]
+
+
+def test_directories_of_equal_names_are_told_apart(tmp_path):
+    def own(process):
+        (tmp_path / str(process)).mkdir()
+        return tmp_path / str(process)
+
+    said = "process 1 sees the run absent, process 0 there: all processes must work in one shared directory\n"
+    with two_processes(LOOKING, "--connect_timeout=20", cwd=own) as processes:
+        assert ends(processes) == [(f"process 1: error: {said}", 2), (f"error: {said}", 2)]
+
+
+FAILING = """
+def work(process):
+    if process == 1:
+        raise jax.errors.JaxRuntimeError("STATUS: what the runtime says\\nand at length")
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("status", "code"), [("INTERNAL", RUN_AGAIN), ("RESOURCE_EXHAUSTED", 1)])
+def test_a_link_that_fails_is_tried_again_and_a_mistake_is_not(status, code):
+    with two_processes(FAILING.replace("STATUS", status), "--heartbeat_timeout=1") as processes:
+        ended = ends(processes)
+    assert [last for _, last in ended] == [code, code]
+    assert all(f"{status}: what the runtime says" in said.splitlines()[-1] for said, _ in ended)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import itertools
 import json
 import os
 import re
@@ -182,11 +183,14 @@ def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_pa
     assert measured(tmp_path / "run") == measured(finished[0])
 
 
-def test_what_was_due_when_a_run_was_preempted_is_measured_when_it_goes_on(config, finished, tmp_path):
+@pytest.mark.parametrize("question", [3, 4])  # after step 3; while its validation goes on
+def test_what_was_due_when_a_run_was_preempted_is_measured_when_it_goes_on(question, config, finished, tmp_path):
+    questions = itertools.count(1)
+    rarely = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preemption.Notice, "reached", lambda self, step: step == 3)
+        patch.setattr(preemption.Notice, "reached", lambda self: next(questions) == question)
         with pytest.raises(Preempted, match="go on from step 3"):
-            train(config, tmp_path / "run")
+            train(rarely, tmp_path / "run")
     train(config, tmp_path / "run")
     assert measured(tmp_path / "run") == measured(finished[0])
 

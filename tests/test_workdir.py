@@ -1,6 +1,8 @@
 """A workdir stays with the config that it was made with."""
 
 import dataclasses
+import errno
+import os
 
 import pytest
 
@@ -22,6 +24,16 @@ def test_a_wrong_workdir_is_noticed_before_records_are_opened(config, tmp_path):
     data = dataclasses.replace(config.data, path="no/such/place")
     with pytest.raises(UserError, match="belongs to another config"):
         train(dataclasses.replace(config, seed=9, data=data), tmp_path)
+
+
+def test_a_place_where_no_checkpoint_could_be_finished_is_refused(config, tmp_path, monkeypatch):
+    def rename(before, after):
+        raise OSError(errno.EMFILE, "Too many open files")  # what buckets without directories say
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(UserError, match=r"--workdir=.*cannot be renamed there \(Too many open files\)"):
+        train(config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(config, tmp_path):

@@ -4,6 +4,7 @@ Sequences are stored shard by shard (see `sequence`); the plain order where the 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
 NORMALIZER_EPS = 1e-6
 CONVOLUTION = "convolution"  # to remat policies
 GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
+
+Read = Callable[[jax.Array], jax.Array]  # a choice of tokens: (B, N, ...) -> (B, K, ...)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Attention(nnx.Module):
     """x (B, N, D) -> (B, N, D).
 
     `valid` (B, N) marks the tokens that exist: others contribute nothing to any sum and means divide by the true count
-    (their own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys.
+    (their own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys. `read` takes, of arrays
+    (B, N, ...), the K tokens whose outputs alone are wanted: (B, K, D), the same on all shards of the sequence.
     """
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -68,19 +72,22 @@ class Attention(nnx.Module):
             )
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
 
-    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        if self._kernels_of:
+    def __call__(
+        self, x: jax.Array, *,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+    ) -> jax.Array:  # fmt: skip
+        if self._kernels_of and not read:  # of few tokens products are enough
             out = self._by_kernels(x, valid, angles)
         else:
-            q, k, v = self._projected(x, angles)
+            q, k, v = self._projected(x, angles, read)
             if self.config.kind == "softmax":
                 # Every query needs every key: these are gathered over the shards of the sequence.
                 out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
             else:
-                out = self._linear(x, q, k, v, valid)
+                out = self._linear(x, q, k, v, valid, whole_queries=bool(read))
             out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
-            convolved = self._convolution(x)
+            convolved = read(self._convolution(x)) if read else self._convolution(x)
             # Slow to do again on TPUs. Where it is kept, XLA:GPU, left to itself, sums gradients of taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
@@ -90,13 +97,18 @@ class Attention(nnx.Module):
         """tpu or gpu: whose kernels it uses; empty for XLA's products."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
-    def _projected(self, x, angles) -> list[jax.Array]:
-        """q, k and v, (B, N, H, d) each."""
-        q, k, v = (
-            rearrange(constrain(a, "batch", "tokens", "heads"), "b n (h d) -> b n h d", h=self.config.heads)
-            for a in self.qkv.split(x)
-        )
-        return [q, k, v] if angles is None else [rotate(q, angles), rotate(k, angles), v]
+    def _projected(self, x, angles, read=None) -> list[jax.Array]:
+        """q (B, N or K, H, d), k and v (B, N, H, d)."""
+
+        def by_head(a, tokens="tokens"):
+            return rearrange(constrain(a, "batch", tokens, "heads"), "b n (h d) -> b n h d", h=self.config.heads)
+
+        q, k, v = map(by_head, self.qkv.split(x))
+        q_angles = angles
+        if read:  # what is not used above is not computed
+            q = by_head(self.qkv.split(read(x))[0], None)
+            q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (len(x), *angles.shape[1:])))
+        return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
 
     def _by_kernels(self, x, valid, angles):
         bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)
@@ -118,13 +130,14 @@ class Attention(nnx.Module):
             normalizer_eps=NORMALIZER_EPS,
         )
 
-    def _linear(self, x, q, k, v, valid):
+    def _linear(self, x, q, k, v, valid, *, whole_queries: bool):
         key_gate, normalizer_gate, value_gate = self._gates(x)
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
         k_normalizer = None if normalizer_gate is key_gate else _gated(k, normalizer_gate)
         k, v = _gated(k, key_gate), _gated(v, value_gate)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
-        return sequence.by_shard(core)(q, k, k_normalizer, v, valid)
+        mapped = sequence.by_shard(core, whole=(0,) * whole_queries, summed=whole_queries)
+        return mapped(q, k, k_normalizer, v, valid)
 
     @property
     def _relu_eps(self) -> float:

@@ -135,11 +135,13 @@ class LINA(nnx.Module):
         """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
         return jnp.where(mask[..., None], self.mask_token[...].astype(self.dtype), self.patch_embed(tokens))
 
-    def encode_image(self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array) -> jax.Array:
-        """z (B, N, D), the head's condition for every token.
+    def encode_image(
+        self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None
+    ) -> jax.Array:
+        """z (B, N, D), the head's condition for every token; (B, K, D) of the K that are named in `only`.
 
         tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
-        image; c (B, Nc, D).
+        image; c (B, Nc, D); only (B, K), raster indices, None for all.
         """
         conditions = c.shape[1]
         x = constrain(self.mask_image(tokens, mask), "batch", "tokens", None)
@@ -163,7 +165,14 @@ class LINA(nnx.Module):
         encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
             angles = sequence.arrange(origin, angles)
-        _, z = sequence.separate(self.decoder(encoded, angles=angles), conditions)
+        if only is None:
+            _, z = sequence.separate(self.decoder(encoded, angles=angles), conditions)
+        else:
+
+            def read(x):
+                return sequence.take(sequence.separate(x, conditions)[1], only)
+
+            z = self.decoder(encoded, angles=angles, read=read)
         return self.image_norm(z)
 
     def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:

@@ -124,15 +124,16 @@ def with_edges(rows: jax.Array, edge: int) -> jax.Array:
 def take(x: jax.Array, ids: jax.Array) -> jax.Array:
     """A few tokens by their raster indices: x (B, N, D), ids (B, K) -> (B, K, D), the same on all shards."""
 
-    def own(x, ids):
+    def own(x, numbers, ids):
         if shards() == 1:
             return jnp.take_along_axis(x, ids[..., None], axis=1)
-        local = ids - jax.lax.axis_index(AXIS) * x.shape[1]
+        local = ids - numbers[0, 0]
         here = (local >= 0) & (local < x.shape[1])
         mine = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[1] - 1)[..., None], axis=1)
         return total(jnp.where(here[..., None], mine, 0))
 
-    return by_shard(own, whole=(1,), summed=True)(x, ids)
+    # Not jax.lax.axis_index: XLA moves it out of loops, where it has no meaning (jax 0.10).
+    return by_shard(own, whole=(2,), summed=True)(x, jnp.arange(x.shape[1])[None], ids)
 
 
 def room(tokens: int, visible: int) -> int:

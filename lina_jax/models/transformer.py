@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
-from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig
+from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
 
@@ -21,9 +21,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config.width, mlp_ratio * config.width, config.width, gelu, rngs=rngs, dtype=config.dtype)
         self.norm2 = LayerNorm(config.width)
 
-    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        x = constrain(x + self.norm1(self.attention(x, valid=valid, angles=angles)), "batch", "tokens", None)
-        return constrain(x + self.norm2(self.mlp(x)), "batch", "tokens", None)
+    def __call__(
+        self, x: jax.Array, *,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that are `read`; arguments as in Attention."""
+        change = self.attention(x, valid=valid, angles=angles, read=read)
+        tokens = None if read else "tokens"
+        x = constrain((read(x) if read else x) + self.norm1(change), "batch", tokens, None)
+        return constrain(x + self.norm2(self.mlp(x)), "batch", tokens, None)
 
 
 REMAT_POLICIES = {
@@ -36,25 +42,36 @@ REMAT_POLICIES = {
 
 
 def apply_layers(
-    body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str, ahead: bool | None = None
+    body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str, ahead: bool | None = None, last=None
 ) -> jax.Array:
     """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
 
+    `last` stands for `body` in the last layer; its result may have another shape.
     Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
     With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
     between TPUs, unless remat is "full" (which asks for memory, not speed).
     """
     ahead = scan and (loops_gather_late() and remat != "full" if ahead is None else ahead)
-    step = _gathering(body, _written_back if ahead else _is_matrix)
+    chosen = _written_back if ahead else _is_matrix
+    step, last = _gathering(body, chosen), last and _gathering(last, chosen)
     if remat != "none":
         step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
     if ahead:
-        return _gathering_ahead(step, x, layers)
-    if scan:
+        return _gathering_ahead(step, x, layers, last)
+    if scan and not last:
         return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        x = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-    return x
+    count = jax.tree.leaves(layers)[0].shape[0]
+    alike = count - bool(last)
+
+    def layer(i):
+        return jax.tree.map(lambda leaf: leaf[i], layers)
+
+    if scan:  # by index, as a part of the layers would be a copy of them
+        x = jax.lax.scan(lambda x, i: (step(x, layer(i)), None), x, jnp.arange(alike))[0]
+    else:
+        for i in range(alike):
+            x = step(x, layer(i))
+    return last(x, layer(alike)) if last else x
 
 
 def _gathering(body, chosen):
@@ -95,11 +112,12 @@ def _gathered(matrices: nnx.State, dtype: jnp.dtype) -> nnx.State:
     return over_variables(whole, matrices)
 
 
-def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
+def _gathering_ahead(step, x: jax.Array, layers: nnx.Module, last) -> jax.Array:
     """The scan of `step`, of which each iteration gathers the next one's matrices that read the residual stream.
 
     A layer would have to wait for these; the others are gathered behind their products (all of them ahead is slower and
-    keeps more: docs/planning.md). The last iteration gathers in vain, the first layer's again.
+    keeps more: docs/planning.md). Without a `last` layer of its own, the last iteration gathers in vain, the first
+    layer's again.
     """
     graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
@@ -109,8 +127,12 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module) -> jax.Array:
         return (step(x, nnx.merge(graph, weights, rest)), _gathered(following, x.dtype)), None
 
     start = _gathered(jax.tree.map(lambda leaf: leaf[0], first_used), x.dtype)
-    following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first_used)
-    return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
+    if not last:
+        following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first_used)
+        return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
+    others = jax.tree.map(lambda leaf: leaf[1:], first_used), jax.tree.map(lambda leaf: leaf[:-1], rest)
+    (x, weights), _ = jax.lax.scan(iteration, (x, start), others)
+    return last(x, nnx.merge(graph, weights, jax.tree.map(lambda leaf: leaf[-1], rest)))
 
 
 def by_image(model: nnx.Module, images: int) -> nnx.Module:
@@ -193,12 +215,22 @@ class Transformer(nnx.Module):
         self.runs = nnx.Dict(runs)
         self.scan, self.remat = scan, remat
 
-    def __call__(self, x: jax.Array, *, valid: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention."""
+    def __call__(
+        self, x: jax.Array, *,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention.
+
+        With `read`, (B, K, D) of the tokens that it takes: the last block makes no others.
+        """
 
         def body(x, block):
             return block(x, valid=valid, angles=angles)
 
+        def last(x, block):
+            return block(x, valid=valid, angles=angles, read=read)
+
         for name in sorted(self.runs):
-            x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat)
+            reads = last if read and name == max(self.runs) else None
+            x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat, last=reads)
         return x
