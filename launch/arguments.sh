@@ -10,7 +10,7 @@
 
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run=''
+name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run='' from_environment=yes
 words=() child='' stopped='' interrupted=''
 
 refuse() {
@@ -18,9 +18,11 @@ refuse() {
   exit 2
 }
 
-# restarts_on CODE: whether a run that ended with this code is to be started again. 75: it saved what it had, or its
-# watchdog ended it. 134: the JAX runtime aborts a process whose peer is gone. Anything else needs a person.
-restarts_on() { [ "$1" -eq 75 ] || [ "$1" -eq 134 ]; }
+# restarts_on CODE: whether a run that ended with this code is to be started again. 75: it saved what it had, its
+# watchdog ended it, or a peer is gone. Above 128: a signal killed it, as SIGKILL does (137) on a host out of memory;
+# but 130 and 143 (SIGINT, SIGTERM) say that somebody stopped it. Anything else needs a person. launch/processes.py has
+# the same rule; programs that run elsewhere contain this one.
+restarts_on() { [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ] && [ "$1" -ne 143 ]; }; }
 
 # quoted WORD...: the words as one line that a shell reads back as the same words.
 quoted() {
@@ -40,7 +42,7 @@ read_arguments() {
   shift
   for option in $known; do
     variable=LINA_$(tr '[:lower:]' '[:upper:]' <<<"$option")
-    if [ -n "${!variable-}" ]; then printf -v "$option" %s "${!variable}"; fi
+    if [ -n "$from_environment" ] && [ -n "${!variable-}" ]; then printf -v "$option" %s "${!variable}"; fi
   done
   while [ $# -gt 0 ]; do
     case $1 in
@@ -95,9 +97,9 @@ split_topology() {
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
 }
 
-# with_restarts COMMAND...: run it, again while it ends with 75 or 134, `max_restarts` times at most. SIGTERM reaches
-# it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and `stopped`
-# is the exit code that says so.
+# with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
+# reaches it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and
+# `stopped` is the exit code that says so.
 with_restarts() {
   local code='' restarts=0
   trap 'stop 75' TERM
@@ -129,8 +131,8 @@ stop() {
 }
 
 # sbatch_with OPTIONS LINES COMMAND: a program that submits the job `name` of COMMAND, an srun, with OPTIONS beside
-# --extra and LINES of #SBATCH. srun's tasks get SIGTERM before the time limit; when it ends with 75 or 134, the job
-# requeues itself.
+# --extra and LINES of #SBATCH. srun's tasks get SIGTERM before the time limit; when `restarts_on` its exit code, the
+# highest of theirs, the job requeues itself.
 sbatch_with() {
   cat <<END
 sbatch ${1:+$1 }$extra <<'END_OF_JOB'
@@ -143,13 +145,14 @@ ${partition:+#SBATCH --partition=$partition
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+$(declare -f restarts_on)
 cd $(quoted "$root") || exit
 # SLURM itself tells the batch shell of scancel and of its own requeueing: then there is nothing to do here.
 stopped=
 trap 'stopped=yes' TERM
 $3
 code=\$?
-if [ \$code -ne 75 ] && [ \$code -ne 134 ] || [ -n "\$stopped" ]; then exit \$code; fi
+if ! restarts_on \$code || [ -n "\$stopped" ]; then exit \$code; fi
 restarts=\${SLURM_RESTART_COUNT:-0}
 if [ "\$restarts" -ge $max_restarts ]; then
   echo "ended with \$code after \$restarts restarts, as many as were allowed" >&2

@@ -18,8 +18,8 @@
 #
 # Each option can also be given as LINA_NAME, LINA_ZONE, ... in the environment.
 #
-# The job is restarted, all containers together, when one ends with 75; xpk restarts on 42 and on 127 to 255 as well
-# (deaths by signals, and 134: a peer is gone). On 1 or 2 the job ends.
+# The job is restarted, all containers together, when one ends with 75. xpk's own list is 42 and 127 to 255: deaths by
+# signals, as elsewhere, but also 130 and 143. On 1 or 2 the job ends.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 

@@ -10,13 +10,14 @@
 #   --port             of the coordinator, default: a free one
 #   --setup            shell command to run first
 #   --grace            seconds from SIGTERM to SIGKILL when a process has failed, default 120
-#   --max_restarts     how often to start all again when one ends with 75, default 100
+#   --max_restarts     how often to start all again when one asks for it (75) or was killed, default 100
 #   --dry-run          print the commands that would run, and end
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #
 # --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT go to all processes, which
-# then save and end. When one ends with 75, all are ended and started again; another failure ends all, with its code.
+# then save and end. When one ends with 75, or by a signal (but 130 and 143: somebody stopped it), all are ended and
+# started again; another failure ends all, with its code.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 

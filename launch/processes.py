@@ -12,7 +12,12 @@ import signal
 import socket
 import sys
 
-RESTART = 75  # "run me again": saved on preemption, or ended by its watchdog
+RESTART = 75  # "run me again": saved on preemption, ended by its watchdog, or a peer is gone
+
+
+def restarts_on(code: int) -> bool:
+    """Whether to start again what ended with this code; the rule and its reasons stand in launch/arguments.sh."""
+    return code == RESTART or (code > 128 and code not in (128 + signal.SIGINT, 128 + signal.SIGTERM))
 
 
 def main() -> int:
@@ -28,7 +33,7 @@ def main() -> int:
         if restarts:
             processes.report(f"restart {restarts} of at most {arguments.max_restarts}")
         code = processes.run(_commands(arguments))
-        if code != RESTART or processes.stopped:
+        if not restarts_on(code) or processes.stopped:
             return code
     processes.report(f"ended with {code} after {restarts} restarts, as many as --max_restarts allows")
     return code

@@ -6,6 +6,7 @@
 #   --name             of the run and its job; the log is NAME-JOB.log in the directory of the call
 #   --nodes            how many
 #   --gpus_per_node    default 8
+#   --cpus_per_task    CPUs for each GPU, default 8, which every node with 8 GPUs has; readers are threads (data.threads)
 #   --partition        default: the cluster's
 #   --time             limit of one start, as sbatch takes it (24:00:00); the run goes on in the next
 #   --setup            shell command that each task runs first: module load ..., source .venv/bin/activate
@@ -18,23 +19,28 @@
 #
 # This directory and its environment must be visible on all nodes: pip install -e '.[cuda]'. A task for each GPU: JAX's
 # start-up under SLURM gives a task the GPU of its number on the node and no other, and NCCL and loading have a process
-# for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then the job requeues itself.
-# Of a node that fails, or a preemption by the cluster, SLURM takes care by --requeue. scancel --name=RUN stops a run.
+# for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then the job requeues itself, as it
+# does when one of them was killed (137). Of a node that fails, or a preemption by the cluster, SLURM takes care by
+# --requeue. scancel --name=RUN stops a run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-nodes='' gpus_per_node=8
-read_arguments "nodes gpus_per_node partition time grace" "$@"
+nodes='' gpus_per_node=8 cpus_per_task=8
+read_arguments "nodes gpus_per_node cpus_per_task partition time grace" "$@"
 need name nodes
 whole nodes 1
 whole gpus_per_node 1
+whole cpus_per_task 1
 whole grace 0
 
 worker=$(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"} -- "${words[@]}")
 [[ $worker != *$'\n'* ]] || refuse "the command and --setup must be one line each"
 
-# A task that ends early must not take those along that are still saving; a task that hangs is ended by its watchdog.
+# A task that ends early must not take those along that are still saving, neither at once nor after the cluster's
+# WaitTime; a task that hangs is ended by its watchdog. Since 22.05 srun does not inherit sbatch's --cpus-per-task.
 perform "$(sbatch_with '' "#SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=$gpus_per_node
 #SBATCH --gpus-per-node=$gpus_per_node
-#SBATCH --output=$name-%j.log" "srun --kill-on-bad-exit=0 --gpu-bind=none $worker")"
+#SBATCH --cpus-per-task=$cpus_per_task
+#SBATCH --output=$name-%j.log" \
+  "srun --kill-on-bad-exit=0 --wait=0 --cpus-per-task=$cpus_per_task --gpu-bind=none $worker")"

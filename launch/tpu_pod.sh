@@ -16,10 +16,11 @@
 # Each option can also be given as LINA_NAME, LINA_ZONE, ... in the environment.
 #
 # Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
-# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, or
-# stalled) or 134 (a peer is gone). A preempted TPU VM disappears with its disk, and its queued resource is suspended
-# for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a bucket. The TPU
-# stays, and costs, when the run has ended: the last line says how to delete it.
+# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, stalled,
+# or a peer is gone) or is killed by a signal. A preempted TPU VM disappears with its disk, and its queued resource is
+# suspended for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a
+# bucket. Where gcloud itself fails, it is asked again. The TPU stays, and costs, when the run has ended: the last line
+# says how to delete it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -47,12 +48,17 @@ start="mkdir -p $name && cd $name && "
 start+="{ kill -0 \$(cat $name.pid 2>/dev/null) 2>/dev/null || tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
   --max_restarts="$max_restarts" -- "${words[@]}")"
-archive=${TMPDIR:-/tmp}/$name.tgz
+# Older than the archive, it is the record of another start.
+record="[ $name/$name.code -nt $name.tgz ] && grep -H . $name/$name.code"
+archive=${TMPDIR:-/tmp}/$name.tgz errors=${TMPDIR:-/tmp}/$name.err
 
 perform "$(
   cat <<END
 tar -C $(quoted "$root") --exclude=__pycache__ -czf $(quoted "$archive") \
 lina_jax configs launch pyproject.toml requirements.txt README.md LICENSE || exit
+# Of Ctrl-C, gcloud makes a failure like any other.
+trap 'exit 130' INT
+$(declare -f restarts_on)
 attempts=0
 again() {
   if [ \$attempts -ge $max_restarts ]; then echo "$name: \$1; $max_restarts restarts were allowed" >&2 && exit 75; fi
@@ -64,30 +70,42 @@ pause() {
   sleep "\${LINA_POLL_SECONDS:-30}"
 }
 while :; do
-  state=\$($tpus queued-resources $(queue describe --format='value(state.state)') 2>/dev/null)
+  if ! state=\$($tpus queued-resources $(queue describe --format='value(state.state)') 2>$(quoted "$errors")); then
+    # After any other failure it may well be there, and at work.
+    if ! grep -q NOT_FOUND $(quoted "$errors"); then
+      cat $(quoted "$errors") >&2
+      pause "not told whether there is a TPU; asking again"
+      continue
+    fi
+    state=NONE
+  fi
   case \$state in
-    '')
+    NONE)
       $tpus queued-resources $(queue create --node-id="$name" --type="$tpu_type" --topology="$shape" \
-        --runtime-version="${runtime_version:-$image}") $extra || exit
+        --runtime-version="${runtime_version:-$image}") $extra || {
+        code=\$?
+        if [ \$attempts -eq 0 ]; then exit \$code; fi
+        again "asking for a TPU ended with \$code"
+        pause "waiting"
+      }
       ;;
     ACTIVE)
-      $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}") &&
+      if $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}"); then
         $tpus tpu-vm $(queue ssh --worker=all --command="$start")
-      code=\$?
-      if [ \$code -eq 0 ]; then break; fi
-      case \$code in
-        75 | 134 | 255) ;; # saved; a peer is gone; the connection was lost
-        *) # the run's own end, or gcloud's, who did not find the machine
-          vm=\$($tpus tpu-vm $(queue describe --format='value(state)') 2>/dev/null)
-          if [ "\$vm" = READY ]; then exit \$code; fi
-          ;;
-      esac
-      again "ended with \$code"
+        code=\$?
+        if [ \$code -eq 0 ]; then break; fi
+        # gcloud's own failures have the codes of mistakes, too: the run's are in a worker's record.
+        if ! restarts_on \$code && $tpus tpu-vm $(queue ssh --worker=all --command="$record") |
+          grep -q "/$name.code:\$code\\\$"; then exit \$code; fi
+        again "ended with \$code"
+      else
+        again "the code was not copied"
+      fi
       pause "waiting"
       ;;
     SUSPENDED)
       again "preempted"
-      $tpus queued-resources $(queue delete --force --quiet) || exit
+      $tpus queued-resources $(queue delete --force --quiet) || pause "not deleted"
       ;;
     FAILED)
       $tpus queued-resources $(queue describe) >&2

@@ -7,13 +7,15 @@
 #
 #   --setup          shell command to run first (mount a bucket, load modules); what it exports, the command sees
 #   --requirements   make the environment .venv with this extra of pyproject.toml (tpu, cuda) and use it
-#   --max_restarts   start the command again that often when it ends with 75 or 134; not after a SIGTERM, which is
-#                    passed on. Default 0: the command takes this script's place
+#   --max_restarts   start the command again that often when it was preempted, stalled, or killed by a signal; not
+#                    after a SIGTERM, which is passed on. Default 0: the command takes this script's place
 #   --code_file      write the last exit code there
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-accelerator='' requirements='' code_file='' max_restarts=0
+# Launchers give all by flags. What stands in the environment was meant for them: a job of sbatch inherits it, and both,
+# the job and each task, would count LINA_MAX_RESTARTS.
+accelerator='' requirements='' code_file='' max_restarts=0 from_environment=''
 read_arguments "accelerator requirements code_file" "$@"
 
 finish() {

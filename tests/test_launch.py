@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -27,15 +28,17 @@ with open(os.environ["CALLS"], "a") as calls:
 exec(os.environ.get("ANSWER", ""))
 """
 
-# The cloud: no queued resource at first; one that is created is active at once. `first` is what the first ssh meets.
+# The cloud: no queued resource at first; one that is created is active at once. FIRST is what the first ssh meets: a
+# preemption, and the code that gcloud makes of it. TROUBLE: {verb: [which calls of it, from 1, do nothing but fail]}.
 CLOUD = """
 state = os.environ["HOME"] + "/state"
 now = open(state).read() if os.path.exists(state) else ""
 def become(now): open(state, "w").write(now)
-if words[:4] == ["compute", "tpus", "queued-resources", "describe"]: print(now)
+with open(os.environ["CALLS"]) as calls: nth = sum(json.loads(call)[4] == words[3] for call in calls)
+if nth in json.loads(os.environ.get("TROUBLE", "{}")).get(words[3], []): sys.exit("ERROR: the network")
+if words[3] == "describe": print(now) if now else sys.exit(f"ERROR: (gcloud.{'.'.join(words[:4])}) NOT_FOUND: no such")
 if "create" in words: become("ACTIVE")
 if "delete" in words: become("")
-if words[:4] == ["compute", "tpus", "tpu-vm", "describe"] and now == "ACTIVE": print("READY")
 if "scp" in words: subprocess.run(["cp", words[4], os.environ["HOME"]], check=True)
 if "ssh" in words:
     first = os.environ.get("FIRST")
@@ -44,6 +47,7 @@ if "ssh" in words:
         become("SUSPENDED")
         sys.exit(int(first))
     if os.environ.get("PRETEND"): sys.exit(0)
+    if now != "ACTIVE": sys.exit("ERROR: no such machine")
     command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
     sys.exit(subprocess.run(["bash", "-c", command], cwd=os.environ["HOME"]).returncode)
 """
@@ -126,30 +130,71 @@ def test_gke_runs_the_command_of_the_image(launch):
 
 @pytest.mark.parametrize("first", [None, "255", "1"], ids=["undisturbed", "connection_lost", "gcloud_fails"])
 def test_a_preempted_tpu_pod_is_made_anew_and_the_run_goes_on(first, launch):
-    """The workers really run here; the command asks twice to be run again."""
-    again = 'echo >>../runs; [ "$(wc -l <../runs)" -gt 2 ] || exit 75'
+    """The workers really run here; the command is killed, then asks to be run again."""
+    again = "echo >>../runs; case $(wc -l <../runs) in 1) kill -KILL $$ ;; 2) exit 75 ;; esac"
     words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", again]
     result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD, **({"FIRST": first} if first else {}))
     assert result.returncode == 0, result.stderr
     verbs = [call[4] for call in calls]
-    assert verbs.count("create") == verbs.count("ssh") == (2 if first else 1)
+    assert verbs.count("create") == len(starts_on_pod(calls)) == (2 if first else 1)
     assert verbs.count("delete") == (1 if first else 0)
     assert (home / "runs").read_text().count("\n") == 3
-    assert "restart 2 of at most 100" in (home / "run-1" / "run-1.log").read_text()
+    log = (home / "run-1" / "run-1.log").read_text()
+    assert "ended with 137: restart 1 of" in log and "ended with 75: restart 2 of at most 100" in log
+
+
+# On the pod lies the record of an earlier run that ended with gcloud's own code.
+EARLIER = """
+if "create" in words and not os.path.exists(os.environ["HOME"] + "/run-1"):
+    os.mkdir(os.environ["HOME"] + "/run-1")
+    open(os.environ["HOME"] + "/run-1/run-1.code", "w").write("1\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "first"),
+    [
+        ({"describe": [2, 3]}, None),
+        ({"scp": [1]}, None),
+        ({"ssh": [1]}, None),
+        ({"ssh": [1, 2]}, None),
+        ({"describe": [3, 4], "delete": [1], "create": [2]}, "255"),
+    ],
+    ids=["describe", "scp", "ssh", "ssh_and_record", "all_when_preempted"],
+)
+def test_failures_of_gcloud_end_nothing(trouble, first, launch):
+    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo >>../runs"]
+    environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps(trouble), **({"FIRST": first} if first else {})}
+    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
+    assert result.returncode == 0 and "ERROR: the network" in result.stderr, result.stderr
+    assert [call[4] for call in calls].count("create") == (3 if first else 1)
+    assert (home / "runs").read_text() == "\n"
+
+
+def test_ctrl_c_leaves_a_tpu_pod_alone(launch):
+    answer = 'import signal\nif "ssh" in words: os.kill(os.getppid(), signal.SIGINT); sys.exit(1)\n' + CLOUD
+    words = [*PLACES["tpu_pod"], "--", "train"]
+    command = shlex.join(["env", "--default-signal=INT", "bash", str(LAUNCH / "tpu_pod.sh"), *words])
+    result, calls, _ = launch(command, ANSWER=answer)
+    assert result.returncode == 130 and len(starts_on_pod(calls)) == 1
 
 
 def test_a_mistake_on_a_tpu_pod_ends_there(launch):
     words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo a mistake; exit 2"]
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
     assert result.returncode == 2 and "a mistake" in result.stdout
-    assert [call[4] for call in calls].count("ssh") == 1
+    assert len(starts_on_pod(calls)) == 1
 
 
 def test_restarts_of_a_tpu_pod_are_counted(launch):
-    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=0", "--", "bash", "-c", "exit 134"]
+    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=0", "--", "bash", "-c", "exit 137"]
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
     assert result.returncode == 75 and "0 restarts were allowed" in result.stderr
-    assert [call[4] for call in calls].count("ssh") == 1
+    assert len(starts_on_pod(calls)) == 1
+
+
+def starts_on_pod(calls: list[list[str]]) -> list[list[str]]:
+    return [call for call in calls if call[4] == "ssh" and "launch/detached.sh" in call[-1]]
 
 
 def batches_of(launch, place: str) -> list[str]:
@@ -167,6 +212,14 @@ def options_of(batch: str) -> dict[str, str]:
 def test_slurm_gives_each_gpu_a_task(launch):
     [batch] = batches_of(launch, "slurm")
     assert {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8"}.items() <= options_of(batch).items()
+
+
+@pytest.mark.parametrize(("words", "cpus"), [([], "8"), (["--cpus_per_task=12"], "12")])
+def test_slurm_gives_each_task_its_cpus(words, cpus, launch):
+    """To the job and to srun, which does not take it from the job."""
+    _, [[*_, batch]], _ = launch(LAUNCH / "slurm.sh", *PLACES["slurm"], *words, "--", "train")
+    _, [srun], _ = launch(batch)
+    assert options_of(batch)["cpus-per-task"] == cpus and f"--cpus-per-task={cpus}" in srun
 
 
 def test_a_study_is_an_array_of_jobs_of_one_task_that_another_gathers(launch):
@@ -188,16 +241,26 @@ def test_slurm_gives_time_to_save(place, launch):
         assert shellcheck("--severity=warning", "-", text=batch) == ""
 
 
+def test_launchers_restart_on_the_same_codes(launch):
+    """75, and deaths by signals but those by which people stop a run."""
+    source = f"source {shlex.quote(str(LAUNCH / 'arguments.sh'))}"
+    shell, _, _ = launch(f"{source}; for code in {{0..255}}; do ! restarts_on $code || echo $code; done")
+    python = runpy.run_path(str(LAUNCH / "processes.py"))["restarts_on"]
+    codes = [75, *sorted({*range(129, 256)} - {130, 143})]
+    assert [int(line) for line in shell.stdout.split()] == [code for code in range(256) if python(code)] == codes
+
+
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(75, 0, True), (134, 3, True), (75, 100, False), (0, 0, False), (2, 0, False)]
+    ("code", "restarts", "requeued"),
+    [(75, 0, True), (137, 3, True), (75, 100, False), (0, 0, False), (2, 0, False), (143, 0, False)],
 )
-def test_a_slurm_job_requeues_itself_when_it_was_preempted(code, restarts, requeued, launch):
+def test_a_slurm_job_requeues_itself_when_it_was_preempted_or_killed(code, restarts, requeued, launch):
     slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     [batch] = batches_of(launch, "slurm")
     result, calls, _ = launch(batch, ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
     assert result.returncode == (0 if requeued else code)
     worker = ["launch/worker.sh", "--accelerator=gpu", SETUP, "--", *MODULE]
-    srun = ["srun", "--kill-on-bad-exit=0", "--gpu-bind=none", *worker]
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--cpus-per-task=8", "--gpu-bind=none", *worker]
     assert calls == [srun] + [["scontrol", "requeue", "7"]] * requeued
 
 
@@ -226,6 +289,7 @@ def test_a_slurm_job_that_is_cancelled_stays_so(launch):
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--slices=0"], "--slices=0"),
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--setup=a\nb"], "one line"),
         ("slurm", ["--name=r", "--nodes=many"], "--nodes=many"),
+        ("slurm", ["--name=r", "--nodes=2", "--cpus_per_task=0"], "--cpus_per_task=0"),
         ("slurm", ["--name=r", "--node=2"], "--node"),
         ("slurm", ["--name=r", "--nodes"], "--nodes"),
         ("slurm", ["--name=r", "--nodes=2", "train"], "'train'"),
@@ -279,6 +343,8 @@ if len(todo) == 2:
     open(here / f"meet{started}", "rw"[int(me)]).close()
 if isinstance(mine, int):
     os._exit(mine)
+if mine == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 os.write(1, b"ready\\n")
 while True:
     signal.pause()
@@ -316,11 +382,13 @@ def test_local_processes_know_who_they_are(launch, process):
     [
         ({"_0": [75, 0], "_1": ["wait", 0]}, 0, 2),
         ({"_0": ["wait", "wait", 0], "_1": [75, 75, 0]}, 0, 3),
+        ({"_0": ["wait", 0], "_1": ["killed", 0]}, 0, 2),
+        ({"_0": ["wait"], "_1": [143]}, 143, 1),
         ({"_0": ["wait"], "_1": [2]}, 2, 1),
         ({"_0": [1], "_1": [0]}, 1, 1),
         ({"_0": [75], "_1": [75]}, 75, 4),
     ],
-    ids=["preempted", "preempted_twice", "mistake", "one_fails_late", "without_end"],
+    ids=["preempted", "preempted_twice", "killed", "stopped", "mistake", "one_fails_late", "without_end"],
 )
 def test_local_processes_start_and_end_together(table, code, number_of_starts, launch, process):
     result, _, home = launch(LAUNCH / "local.sh", *LOCAL, "--max_restarts=3", "--", *process(**table))
@@ -363,6 +431,14 @@ def test_a_worker_passes_sigterm_on_and_does_not_restart(tmp_path, process):
         worker.communicate(timeout=30)
     assert worker.returncode == 75 and (tmp_path / "code").read_text() == "75\n"
     assert len((tmp_path / "0").read_text().splitlines()) == 1
+
+
+def test_a_worker_takes_nothing_from_the_environment(launch):
+    """sbatch passes on what was set for the launcher; the command may need it."""
+    script = '"$0" --accelerator=cpu -- bash -c \'echo "$LINA_INDEX"; exit 75\''
+    settings = {"LINA_MAX_RESTARTS": "3", "LINA_SETUP": "exit 9", "LINA_REQUIREMENTS": "tpu", "LINA_INDEX": "5"}
+    result, _, _ = launch(script.replace("$0", str(LAUNCH / "worker.sh")), **settings)
+    assert (result.returncode, result.stdout) == (75, "5\n")
 
 
 def test_a_sweep_measures_presets_that_there_are(launch, load_preset, tmp_path):
