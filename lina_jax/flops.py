@@ -31,7 +31,7 @@ def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: boo
 def stack_flops(
     model: ModelConfig, first: int, depth: int, tokens: int, *, conv: bool = False, read: int | None = None
 ) -> int:
-    """Blocks first .. first + depth - 1 over `tokens` tokens of one image; the last makes `read` of them (None: all)."""
+    """Blocks first .. first + depth - 1 over `tokens` tokens of an image; the last makes `read` of them (None: all)."""
     total = 0
     for i in range(first, first + depth):
         softmax = model.attention == "softmax" or (

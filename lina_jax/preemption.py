@@ -54,7 +54,7 @@ _notice: Notice | None = None
 
 
 def heed() -> None:
-    """Raises Preempted, in all processes at once, where a training run is to stop; called within work that takes long."""
+    """Raises Preempted, in all processes at once, where a training run is to stop; for work between its steps."""
     if _notice and _notice.reached():
         raise errors.Preempted
 

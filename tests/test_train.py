@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import itertools
-import itertools
 import json
 import os
 import re
