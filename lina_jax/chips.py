@@ -5,7 +5,7 @@ of TPU7x, a GPU), in bytes and floating-point operations a second. What programs
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 GB = 1e9
 GIB = 2.0**30
@@ -23,9 +23,17 @@ class Chip:
     link: float  # TPU: of one link to one neighbour; GPU: of the device into its NVLink domain
     slow_link: float  # between slices or nodes, the share of one device
     torus: int = 0  # dimensions of the torus of one slice; 0: all devices of a node reach each other
-    wrap: int = 0  # a torus closes along dimensions that are multiples of this
+    wrap: int = 0  # chips along a dimension that are joined to rings are a multiple of this (`closed`)
     platform: str = "tpu"  # of jax.experimental.topologies
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of get_topology_desc
+
+    def closed(self, extent: Sequence[int], axis: int) -> bool:
+        """Whether chips along an axis of a slice of this extent form rings.
+
+        Tori of three dimensions are closed by the switches between cubes of 4 x 4 x 4, so that a slice has rings along
+        all axes or, where it is not of whole cubes, along none; those of two dimensions along each axis that is full.
+        """
+        return all(n % self.wrap == 0 for n in (extent if self.torus == 3 else extent[axis : axis + 1]))
 
 
 # Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (peak, HBM, bandwidth, inter-chip interconnect), the

@@ -68,21 +68,19 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
 
-    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES, and
-    between GPUs those of a process, else all of them. `sequence` of 0 is 1, as no batch is known here.
+    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES and are
+    in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known here.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
-    fit the slices of a TPU (or, between GPUs, the processes).
+    fit the slices of a TPU.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     sizes["sequence"] = sizes["sequence"] or 1
     if sizes["fsdp"] == 0:
         left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
-        near = left
-        if devices[0].platform != "tpu":
-            near = sum(d.process_index == devices[0].process_index for d in devices)
-            near = max(1, near // max(1, sizes["sequence"] * sizes["tensor"]))
+        node_of = nodes(devices)
+        near = max(1, node_of.count(node_of[0]) // max(1, sizes["sequence"] * sizes["tensor"]))
         sizes["fsdp"] = math.gcd(left, WHOLE_TILES, near) if sizes["data"] == -1 else left
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
@@ -101,20 +99,36 @@ def holding(model: ModelConfig) -> Mesh:
     return build(MeshConfig(data=1, fsdp=len(devices)), devices)
 
 
+def nodes(devices: Sequence[jax.Device]) -> list[int]:
+    """For each of all devices of a program, the slice (TPU) or node (GPU) it is in, where links are fast.
+
+    Both are JAX's `slice_index`: it numbers GPUs by machine or NVLink domain, however many processes drive them. Where
+    all GPUs have the same number (compilers for absent ones; machines that hide their boot id), a process that drives
+    several is a node, but a process for each is one node, as on one machine by launch/slurm.sh. Devices without
+    numbers (CPUs) are near those of their process.
+    """
+    slices = [getattr(device, "slice_index", None) for device in devices]
+    if devices[0].platform == "tpu":
+        return [number or 0 for number in slices]  # the compiler for an absent slice gives none
+    processes = [device.process_index for device in devices]
+    if None in slices or (len(set(slices)) == 1 and len(set(processes)) < len(devices)):
+        return processes
+    return slices
+
+
 def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    shape = tuple(sizes.values())
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    granules = slices if slices > 1 else len({device.process_index for device in devices})
-    if slices > 1 and sizes["replica"] % slices:
+    shape, node_of = tuple(sizes.values()), nodes(devices)
+    if devices[0].platform != "tpu":
+        # Node by node. The last axes change fastest, so that `replica` and `data` are the ones between nodes.
+        order = sorted(range(len(devices)), key=lambda i: (node_of[i], devices[i].id))
+        return np.array([devices[i] for i in order], object).reshape(shape)
+    slices = len(set(node_of))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["replica"] % slices:
         raise UserError(f"mesh.replica={sizes['replica']}: {slices} slices need a multiple of {slices}")
-    # A TPU slice is one machine, however many processes drive it.
-    if granules > 1 and sizes["replica"] % granules == 0 and (slices > 1 or devices[0].platform != "tpu"):
-        inner = (sizes["replica"] // granules, *shape[1:])
-        outer = (granules, *(1 for _ in shape[1:]))
-        return mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, process_is_granule=slices == 1, allow_split_physical_axes=True
-        )
-    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def parse(text: str) -> MeshConfig:

@@ -17,6 +17,7 @@ from lina_jax import encoders, generate, state
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.encoders import Autoencoder, Encoders
+from lina_jax.errors import UserError
 from lina_jax.models.vae import AutoencoderKL, VaeConfig
 from lina_jax.state import Blueprint, Program
 
@@ -120,12 +121,17 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
 
 
 def compile_program(program: Program, arguments: tuple, options: Mapping[str, object]) -> Compiled:
-    """Raises OutOfMemory where the compiler says so."""
+    """Raises OutOfMemory where the compiler says so, and UserError where memory on chip is too small for its flags."""
     start = time.monotonic()
     lowered = program.lower(*arguments)
     try:
         compiled = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
+        if match := re.search(r"memory space vmem\. Used (\S+) of (\S+) vmem", str(error)):
+            raise UserError(
+                f"the program needs {match[1]} of {match[2]} memory on chip (vmem): flags of the compiler ask for too "
+                "much (lina_jax/xla_flags.py, LIBTPU_INIT_ARGS)"
+            ) from None
         raise _out_of_memory(str(error)) or error from None
     memory = compiled.memory_analysis()
     return Compiled(

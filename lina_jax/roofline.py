@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lina_jax import hlo
+from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.models import sequence
 
@@ -115,16 +116,23 @@ def instruction_seconds(work: hlo.Work, chip: Chip) -> tuple[float, str]:
 
 
 def collective_seconds(
-    kind: str, size: float, members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]
+    kind: str,
+    size: float,
+    members: Sequence[jax.Device],
+    nodes: Sequence[int],
+    chip: Chip,
+    extent: Sequence[int],
 ) -> float:
-    """Seconds of one collective over `members`, its array of `size` bytes; `extent` is the slice's torus.
+    """Seconds of one collective over `members`, its array of `size` bytes.
+
+    `nodes` are those of the members (`mesh.nodes`), `extent` is the slice's torus.
 
     Rings within a slice or node; across them each device exchanges its part of the array with its likes.
     """
     if len(members) < 2:
         return 0.0
     share = ATTAINED[chip.platform]["link"]
-    domains = len({_domain(device, chip) for device in members})
+    domains = len(set(nodes))
     near = len(members) // domains
     # An all-reduce is a reduce-scatter and an all-gather; of an all-to-all a quarter of a ring's traffic passes a link.
     rounds = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}.get(kind, 1.0)
@@ -142,18 +150,13 @@ def collective_seconds(
     return seconds
 
 
-def _domain(device: jax.Device, chip: Chip) -> int:
-    """Devices of one domain reach each other over fast links."""
-    return (getattr(device, "slice_index", None) or 0) if chip.torus else device.process_index
-
-
 def _torus_rate(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> tuple[float, float]:
     """(bytes a second into each member over all links of the rings it is in, seconds of latency around them)."""
     rate = hops = 0.0
     for axis, full in enumerate(extent):
         spanned = len({device.coords[axis] for device in members})
         if spanned > 1:
-            closed = spanned == full and full % chip.wrap == 0
+            closed = spanned == full and chip.closed(extent, axis)
             rate += chip.link * (2 if closed else 1)
             hops += spanned / 2 if closed else spanned
     # Two devices of one chip share its links.
@@ -164,6 +167,7 @@ class _Walk:
     def __init__(self, module: hlo.Module, chip: Chip, mesh: Mesh, unknown_trips: float):
         self._module, self._chip, self._mesh, self._unknown = module, chip, mesh, unknown_trips
         self._devices = list(mesh.devices.flat)
+        self._nodes = mesh_lib.nodes(self._devices)
         self._extent = ()
         if chip.torus:
             self._extent = tuple(
@@ -277,8 +281,8 @@ class _Walk:
         if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), hlo.groups(inner, len(self._devices))
-        members = [self._devices[i] for i in groups[0]]
-        seconds = collective_seconds(kind, size, members, self._chip, self._extent)
+        members, nodes = [self._devices[i] for i in groups[0]], [self._nodes[i] for i in groups[0]]
+        seconds = collective_seconds(kind, size, members, nodes, self._chip, self._extent)
         source = self._module.source(inner)
         return phase, key, Collective(kind, self._axes(groups), size, times, seconds, 0.0, source, instruction.name)
 

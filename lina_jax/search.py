@@ -1,6 +1,7 @@
 """Which remat policy, mesh and batch size suit a topology: guessed by memory and arithmetic, settled by compiling."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,17 +23,21 @@ RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done aga
 # lies between them.
 KEPT = {"none": 26, "dots": 11, "full": 1}
 AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
+AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidate has sizes for; `data` takes the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     per_chip: int
     remat: str
+    replica: int
     fsdp: int
+    sequence: int
     tensor: int
 
     def __str__(self) -> str:
-        return f"{self.per_chip} images a chip, remat {self.remat}, fsdp {self.fsdp}, tensor {self.tensor}"
+        axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
+        return f"{self.per_chip} images a chip, remat {self.remat}, {axes}"
 
 
 def search(
@@ -47,6 +52,8 @@ def search(
     """The report of the fastest config that fits (or of the last one tried), with `recommended` and `tried`.
 
     At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
+
+    Raises UserError where there are none.
     """
     candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
     if not candidates:
@@ -78,38 +85,50 @@ def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> C
         config,
         batch_size=config.batch_size if chips is None else chosen["per_chip"] * chips,
         model=dataclasses.replace(config.model, remat=chosen["remat"]),
-        mesh=dataclasses.replace(config.mesh, data=-1, fsdp=chosen["fsdp"], tensor=chosen["tensor"]),
+        mesh=dataclasses.replace(config.mesh, data=-1, **{axis: chosen[axis] for axis in AXES}),
     )
 
 
 def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
-    """Candidates that by estimate fit and that the mesh allows, those of most images a second first."""
+    """Candidates that by estimate fit and that the mesh allows, those of most images a second first.
+
+    Raises UserError where the mesh allows none, with what it says of the one that cuts least.
+    """
     known = max(1, config.batch_size // where.chips)
     sizes = [known] if fixed_batch else sorted({known} | {2**n for n in range(7)})
-    memory: dict[tuple[int, int], int] = {}
-    found = []
-    for fsdp in (n for n in _powers(len(devices)) if config.model.width % n == 0):
-        for tensor in (1, 2, 4):
-            for per_chip in sizes:
-                for remat in RECOMPUTED:
-                    candidate = Candidate(per_chip, remat, fsdp, tensor)
-                    trial = apply(config, dataclasses.asdict(candidate), where.chips)
-                    try:
-                        grid = mesh.of(trial, devices)
-                    except UserError:
-                        continue
-                    if (fsdp, tensor) not in memory:
-                        memory[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
-                    held = memory[fsdp, tensor]
-                    if held + _activations(trial, candidate, where.chip) < FULL * where.chip.memory:
-                        found.append((_seconds_an_image(trial, candidate, where, held), candidate))
+    replica = where.slices if config.mesh.replica == 1 else config.mesh.replica
+    widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
+    held, found, refusals = {}, [], []
+    for sequence, tensor, fsdp in itertools.product((1, 2, 4), (1, 2, 4), widths):
+        cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
+        try:
+            grid = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
+        except UserError as refusal:
+            refusals.append(refusal)
+            continue
+        for per_chip, remat in itertools.product(sizes, RECOMPUTED):
+            candidate = Candidate(per_chip, remat, **cut)
+            trial = apply(config, dataclasses.asdict(candidate), where.chips)
+            try:
+                mesh.check(trial, grid)
+            except UserError as refusal:
+                refusals.append(refusal)
+                continue
+            if (fsdp, tensor) not in held:
+                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
+            size, images = held[fsdp, tensor], trial.batch_size / len(devices)
+            if size + _activations(trial, candidate, where.chip, images) < FULL * where.chip.memory:
+                found.append((_seconds_an_image(trial, candidate, where.chip, images, size), candidate))
+    if not held:
+        raise UserError(f"--search: no mesh is possible: {refusals[0]}")
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def _activations(config: Config, candidate: Candidate, chip: Chip) -> float:
-    """Bytes of one chip's activations: what blocks keep, and the widest block's own.
+def _activations(config: Config, candidate: Candidate, chip: Chip, images: float) -> float:
+    """Bytes of one device's activations, of so many images a device: what blocks keep, and the widest block's own.
 
-    Nothing is saved by `tensor`: it cuts hidden units and heads, but each device of a group has the whole group's rows.
+    Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
+    has a part of all the group's images.
     """
     model, width = config.model, config.model.width * 2
     condition, image = model.condition_tokens, model.image_tokens
@@ -118,7 +137,7 @@ def _activations(config: Config, candidate: Candidate, chip: Chip) -> float:
     head = config.loss.repeat * image * model.head_width * 2
     kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
     working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    return _ahead(candidate, chip) * _weights(model) + candidate.per_chip * (kept + working) / config.optim.accumulate
+    return _ahead(candidate, chip) * _weights(model) + images * (kept + working) / config.optim.accumulate
 
 
 def _ahead(candidate: Candidate, chip: Chip) -> float:
@@ -130,9 +149,9 @@ def _weights(model: ModelConfig) -> float:
     return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 
-def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, held: float) -> float:
-    """Roughly: arithmetic, the update of what a chip holds and, half of it hidden, what fsdp and tensor move."""
-    chip, model = where.chip, config.model
+def _seconds_an_image(config: Config, candidate: Candidate, chip: Chip, images: float, held: float) -> float:
+    """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
+    model, layers = config.model, config.model.condition_depth + config.model.image_depth
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
     weights = _weights(model)
     links = chip.link * (2 if chip.torus else 1)
@@ -141,9 +160,10 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, hel
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
     tokens = model.condition_tokens + model.image_tokens
-    summed = 8 * tokens * model.width * 2 * (model.condition_depth + model.image_depth) / links
-    moved = gathered / candidate.per_chip + (summed if candidate.tensor > 1 else 0.0)
-    update = 2 * held / chip.memory_bandwidth / candidate.per_chip  # read and written
+    summed = 8 * tokens * model.width * 2 * layers / links
+    states = 4 * candidate.sequence * (model.width // model.heads + 1) * model.width * 4 * layers / links
+    moved = gathered / images + (candidate.tensor > 1) * summed + (candidate.sequence > 1) * states
+    update = 2 * held / chip.memory_bandwidth / images  # read and written
     return work + update + 0.5 * moved
 
 

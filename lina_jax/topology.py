@@ -56,6 +56,8 @@ def parse(text: str) -> Topology:
         raise UserError(f"--topology={text!r}: GPUs are {name}:GPUS or {name}:NODESxGPUS")
     elif len(shape) == 1:
         shape = (1, *shape)
+    elif shape[0] > 1 and shape[1] == 1:  # `mesh.nodes` would take them for the GPUs of one node
+        raise UserError(f"--topology={text!r}: nodes of one GPU cannot be planned")
     return Topology(name, chip, shape, slices)
 
 
@@ -69,7 +71,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     if chip.torus:
         _require("libtpu", topology, "pip install 'lina_jax[tpu]'")
         os.environ.update(_TPU_ENVIRONMENT)
-        os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(xla_flags.TPU))
+        os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(xla_flags.of_tpu(topology.name)))
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
     else:

@@ -1,13 +1,14 @@
 """Flags that let compilers run collectives beside computation, each with its reason: the one place for them.
 
-`python lina_jax/xla_flags.py tpu|gpu` prints them: `launch/environment.sh` gives them to runs, as LIBTPU_INIT_ARGS and
-XLA_FLAGS, and `plan` to its compilers. XLA ends a process over a flag that it does not know, so tests hold these
-against the installed jaxlib and libtpu. What is said of their effect was read off programs compiled for pods that were
-not there (a scanned, rematerialised, fully sharded train step; libtpu 0.0.42 for 16 chips, jaxlib 0.10.2 for 8 H200).
-Speed on the real thing has yet to be measured.
+`python lina_jax/xla_flags.py tpu|gpu` prints those for this machine: `launch/environment.sh` gives them to runs, as
+LIBTPU_INIT_ARGS and XLA_FLAGS, and `plan` to its compilers. XLA ends a process over a flag that it does not know, so
+tests hold these against the installed jaxlib and libtpu. What is said of their effect was read off programs compiled
+for pods that were not there (a scanned, rematerialised, fully sharded train step; libtpu 0.0.42 for 16 chips, jaxlib
+0.10.2 for 8 H200). Speed on the real thing has yet to be measured.
 """
 
 import sys
+from pathlib import Path
 
 TPU = (
     # Compute runs while collectives are under way. The default; stated because all else rests on it.
@@ -33,6 +34,8 @@ TPU = (
     # einsum"): planned at three times the step. No weight here has a gigabyte.
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1024",
 )
+# A v4 has 16 MiB of memory on chip: fusions with sums of gradients do not compile, whatever share of it they may use.
+V4 = tuple(flag for flag in TPU if "reduce_scatter" not in flag and "scoped_vmem" not in flag)
 GPU = (
     # As for TPUs.
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -51,5 +54,18 @@ GPU = (
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )
 
+
+def of_tpu(kind: str) -> tuple[str, ...]:
+    """For chips of a kind, as `chips.CHIPS` names them."""
+    return V4 if kind == "v4" else TPU
+
+
+def here(accelerator: str, bus: Path = Path("/sys/bus/pci/devices")) -> tuple[str, ...]:
+    """For this machine's chips, tpu or gpu. A v4 is known by its PCI numbers, as JAX knows it."""
+    numbers = {tuple((device / name).read_text().strip() for name in ("vendor", "device")) for device in bus.glob("*")}
+    kind = "v4" if ("0x1ae0", "0x005e") in numbers else ""
+    return {"tpu": of_tpu(kind), "gpu": GPU}[accelerator]
+
+
 if __name__ == "__main__":
-    print(*{"tpu": TPU, "gpu": GPU}[sys.argv[1]])
+    print(*here(sys.argv[1]))

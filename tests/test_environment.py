@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lina_jax import xla_flags
+from lina_jax.chips import CHIPS
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 
@@ -36,24 +39,50 @@ def test_jaxlib_knows_the_gpu_flags():
 
 
 COMPILE = """
-import jax, jax.numpy as jnp
-from jax.experimental.topologies import get_topology_desc
-device = get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-jax.jit(jnp.tanh).lower(x).compile()
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lina_jax import topology
+
+for place in sys.argv[1:]:
+    mesh = Mesh(np.array(topology.devices(topology.parse(place))), "x")
+    cut, rows = NamedSharding(mesh, PartitionSpec(None, "x")), NamedSharding(mesh, PartitionSpec("x"))
+    weights = jax.ShapeDtypeStruct((2, 512, 512), jnp.float32, sharding=cut)
+    x = jax.ShapeDtypeStruct((64, 16, 512), jnp.bfloat16, sharding=rows)
+
+    def layer(x, w):
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ w.astype(x.dtype)), rows), None
+
+    def loss(weights, x):
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32))
+
+    program = jax.jit(jax.grad(loss), out_shardings=cut).lower(weights, x).compile()
+    print(place, "reduce-scatter" in program.as_text())
 """
+TPUS = [name for name, chip in CHIPS.items() if chip.torus]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_libtpu_knows_the_tpu_flags():
-    env = os.environ | flags_of("tpu") | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    env |= {
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+@pytest.mark.parametrize("flags", [xla_flags.TPU, xla_flags.V4], ids=["TPU", "V4"])
+def test_libtpu_compiles_sharded_layers_with_the_flags_for_each_kind_of_tpu(flags):
+    """Those that it does not know end it; others ask for more memory on chip than some kinds have."""
+    kinds = [name for name in TPUS if xla_flags.of_tpu(name) == flags]
+    places = [f"{name}:{'x'.join(['2', '2', '1'][: CHIPS[name].torus])}" for name in kinds]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "LIBTPU_"))}
+    result = subprocess.run([sys.executable, "-c", COMPILE, *places], env=env, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines() == [f"{place} True" for place in places]
+
+
+def test_a_machine_gets_the_flags_of_its_tpus(tmp_path):
+    assert flags_of("tpu")["LIBTPU_INIT_ARGS"].split() == list(xla_flags.TPU)
+    for name, numbers in {"a": ("0x1ae0", "0x005e"), "b": ("0x8086", "0x1237")}.items():
+        device = tmp_path / name
+        device.mkdir()
+        for file, number in zip(("vendor", "device"), numbers, strict=True):
+            (device / file).write_text(number + "\n")
+    assert xla_flags.here("tpu", tmp_path) == xla_flags.V4
+    assert xla_flags.here("gpu", tmp_path) == xla_flags.GPU
 
 
 def test_flags_of_the_user_come_last():

@@ -231,6 +231,17 @@ def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
     return [Chip(i, i * processes // count, i * slices // count) for i in range(count)]
 
 
+@dataclasses.dataclass(frozen=True)
+class TpuChip(Chip):
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 2, self.id // 2 % 2, 0
+
+
 @pytest.mark.parametrize(
     ("sizes", "processes", "made"),
     [
@@ -246,6 +257,27 @@ def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
 def test_fsdp_of_zero_is_chosen_from_the_devices_that_are_left(sizes, processes, made):
     shape = mesh.build(MeshConfig(fsdp=0, **sizes), chips(1, processes, 96)).shape
     assert shape == {"replica": 1, "sequence": 1, "tensor": 1} | made
+
+
+@pytest.mark.parametrize(("nodes", "processes"), [(4, 32), (4, 4), (1, 32), (1, 1)])
+def test_gpus_of_a_node_are_near_however_many_processes_drive_them(nodes, processes):
+    made = mesh.build(MeshConfig(fsdp=0), chips(nodes, processes, 32))
+    assert (made.shape["data"], made.shape["fsdp"]) == (nodes, 32 // nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unnumbered:
+    """A device of a runtime that numbers no slices."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(("processes", "fsdp"), [(4, 8), (32, 1)])
+def test_devices_without_numbers_are_near_those_of_their_process(processes, fsdp):
+    devices = [Unnumbered(i, i * processes // 32) for i in range(32)]
+    assert mesh.build(MeshConfig(fsdp=0), devices).shape["fsdp"] == fsdp
 
 
 @pytest.mark.parametrize(
@@ -271,9 +303,22 @@ def test_a_replica_is_a_slice_or_a_node(slices, processes):
     assert [sorted(chip.id for chip in block.flat) for block in devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_slices_are_joined_by_replicas_alone():
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"replica": 4, "fsdp": 8}, {"replica": 2, "fsdp": 4}], ids=str)
+def test_nodes_of_gpus_need_no_replica_and_fsdp_stays_in_a_node(sizes):
+    """Numbered node by node or, as tasks can be, dealt out to them."""
+    for node in (lambda i: i // 8, lambda i: i % 4):
+        gpus = [Chip(i, i, node(i)) for i in range(32)]
+        blocks = mesh.build(MeshConfig(**sizes), gpus).devices.reshape(-1, sizes["fsdp"])
+        assert sorted(chip.id for chip in blocks.flat) == list(range(32))
+        assert all(len({chip.slice_index for chip in block}) == 1 for block in blocks)
+
+
+def test_slices_of_tpus_are_joined_by_replicas_alone():
+    devices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
+    blocks = mesh.build(MeshConfig(replica=2, data=1, fsdp=4), devices).devices
+    assert [{chip.slice_index for chip in block.flat} for block in blocks] == [{0}, {1}]
     with pytest.raises(UserError, match=r"mesh.replica=1: 2 slices need a multiple of 2"):
-        mesh.build(MeshConfig(data=8), chips(2, 2))
+        mesh.build(MeshConfig(data=8), devices)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_a_topology_is_chips_in_a_shape(text, name, shape, slices, count):
         ("v9:4x4", "'v9' is not known, only v4, v5e"),
         ("v5e:4x4x4", "a slice of v5e has 2 dimensions, not 3"),
         ("h200:2x8*2", "GPUs are h200:GPUS or h200:NODESxGPUS"),
+        ("h200:4x1", "nodes of one GPU cannot be planned"),
     ],
 )
 def test_what_is_no_topology_is_refused(text, message):
@@ -269,25 +270,46 @@ def torus(*extent: int, slices: int = 1) -> list[SimpleNamespace]:
     return [SimpleNamespace(coords=place, slice_index=s) for s in range(slices) for place in places]
 
 
+def gather_seconds(members, chip: chips.Chip, extent: tuple[int, ...], kind: str = "all-gather") -> float:
+    return roofline.collective_seconds(kind, 1e9, members, [d.slice_index for d in members], chip, extent)
+
+
 def test_a_closed_ring_has_two_links_an_open_one_has_one():
     chip, size = CHIPS["v5p"], 1e9
     share = roofline.ATTAINED["tpu"]["link"]
     ring = [d for d in torus(4, 4, 4) if d.coords[1:] == (0, 0)]
-    part = torus(2, 1, 1)
-    closed = roofline.collective_seconds("all-gather", size, ring, chip, (4, 4, 4))
+    closed = gather_seconds(ring, chip, (4, 4, 4))
     assert closed == pytest.approx(size * 3 / 4 / (2 * share * chip.link) + 2 * roofline.HOP)
-    open_ = roofline.collective_seconds("all-gather", size, part, chip, (2, 4, 4))
+    open_ = gather_seconds(torus(2, 1, 1), chip, (2, 4, 4))
     assert open_ == pytest.approx(size / 2 / (share * chip.link) + 2 * roofline.HOP)
-    summed = roofline.collective_seconds("all-reduce", size, ring, chip, (4, 4, 4))
-    assert summed == pytest.approx(2 * closed)
+    assert gather_seconds(ring, chip, (4, 4, 4), "all-reduce") == pytest.approx(2 * closed)
+
+
+@pytest.mark.parametrize(
+    ("name", "extent", "rings"),
+    [
+        ("v5p", (4, 4, 4), [True, True, True]),
+        ("v4", (4, 4, 8), [True, True, True]),
+        ("v5p", (2, 2, 4), [False, False, False]),
+        ("tpu7x", (2, 4, 4), [False, False, False]),
+        ("v5e", (16, 16), [True, True]),
+        ("v6e", (8, 16), [False, True]),
+    ],
+)
+def test_rings_close_in_slices_of_whole_cubes_and_along_full_axes(name, extent, rings):
+    assert [CHIPS[name].closed(extent, axis) for axis in range(len(extent))] == rings
+
+
+def test_sixteen_chips_gather_over_open_lines():
+    line = [d for d in torus(2, 2, 4) if d.coords[:2] == (0, 0)]
+    rate = roofline.ATTAINED["tpu"]["link"] * CHIPS["v5p"].link
+    assert gather_seconds(line, CHIPS["v5p"], (2, 2, 4)) == pytest.approx(1e9 * 3 / 4 / rate + 4 * roofline.HOP)
 
 
 def test_between_slices_each_device_sends_its_part_over_the_slow_link():
-    chip, size = CHIPS["v5p"], 1e9
-    both = torus(4, 4, 4, slices=2)
-    across = roofline.collective_seconds("all-gather", size, both, chip, (4, 4, 4))
-    within = roofline.collective_seconds("all-gather", size, both[:64], chip, (4, 4, 4))
-    slow = size / 64 / 2 / (roofline.ATTAINED["tpu"]["link"] * chip.slow_link) + roofline.SLOW_LATENCY
+    chip, both = CHIPS["v5p"], torus(4, 4, 4, slices=2)
+    across, within = (gather_seconds(members, chip, (4, 4, 4)) for members in (both, both[:64]))
+    slow = 1e9 / 64 / 2 / (roofline.ATTAINED["tpu"]["link"] * chip.slow_link) + roofline.SLOW_LATENCY
     assert across == pytest.approx(within + slow)
 
 
@@ -305,6 +327,18 @@ def test_a_message_of_the_compiler_says_how_much_memory_is_missing(message):
 
 def test_other_errors_of_the_compiler_are_not_about_memory():
     assert programs._out_of_memory("INTERNAL: something else") is None
+
+
+def test_too_little_memory_on_chip_is_one_line_that_names_the_flags():
+    def compile(**options):
+        message = (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.12M of 16.00M vmem. Exceeded\n\nx"
+        )
+        raise jax.errors.JaxRuntimeError(message)
+
+    program = SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile))
+    with pytest.raises(UserError, match=r"^the program needs 16.12M of 16.00M memory on chip .*xla_flags.py.*\)$"):
+        programs.compile_program(program, (), {})
 
 
 def test_the_abstract_batch_is_what_records_give(tiny, batch_of):
@@ -330,6 +364,44 @@ def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tin
     assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
     small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
     assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
+
+
+@pytest.mark.parametrize("name", ["v5e", "h200"])
+def test_a_search_cuts_images_as_far_as_their_rows_and_tokens_allow(name, tiny):
+    where = topology.Topology(name, CHIPS[name], (1, 8))
+    for condition_grid, parts in (((2, 2), {1, 2, 4}), ((1, 2), {1, 2})):
+        config = tiny(batch_size=8, model={"condition_grid": condition_grid, "heads": 1})
+        candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
+        assert {candidate.sequence for candidate in candidates} == parts
+
+
+def test_a_search_makes_a_replica_of_a_slice_but_leaves_those_that_are_set(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 2), slices=2)
+    for given, made in ((1, 2), (4, 4)):
+        candidates = search.ranked(
+            tiny(model={"heads": 1}, mesh={"replica": given}), where, jax.devices(), fixed_batch=True
+        )
+        assert {candidate.replica for candidate in candidates} == {made}
+
+
+def test_a_search_for_which_the_mesh_allows_nothing_says_why(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
+    with pytest.raises(UserError, match=r"^--search: no mesh is possible: mesh: replica=3 x data=-1 .* 8 devices"):
+        search.ranked(tiny(mesh={"replica": 3}), where, jax.devices(), fixed_batch=True)
+
+
+def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
+    """The same batch on the same devices is as large, and takes as long, whatever the number of their chips."""
+    config = tiny(batch_size=16, model={"heads": 1})
+
+    def found(shape, memory):
+        where = topology.Topology("tpu7x", dataclasses.replace(CHIPS["tpu7x"], memory=memory), shape)
+        candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
+        return [dataclasses.replace(candidate, per_chip=0) for candidate in candidates]
+
+    tight = 5e5
+    assert 0 < len(found((2, 2, 1), tight)) < len(found((2, 2, 1), 1e12))
+    assert found((2, 2, 1), tight) == found((2, 2, 2), tight)
 
 
 def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
