@@ -1,14 +1,15 @@
-"""The paper's study of linear attention: normalisation x convolution x gate x width, on one recipe.
+r"""The paper's study of linear attention: normalisation x convolution x gate x width, on one recipe.
 
 Argument: NORMALISATION-CONVOLUTION-GATE-WIDTH, for example division-conv-head-768, or softmax-WIDTH, or
 hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer softmax). NORMALISATION: division, subtraction.
 CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 32, 64, 96, 128 train
-`cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train `imagenet256_c2i.py`.
+`cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train `imagenet256_c2i.py`, all of them
+in batches of 768 (published: 2048, 1536, 768), so that as many steps are the same budget at each width.
 
-Expected (published, ImageNet 256, w768, 200k steps, no guidance, FID): division 13.1, subtraction 15.8, division + conv
-9.1, subtraction + conv 9.0.
-Command:  python -m lina_jax.train --config=configs/ablation.py:subtraction-conv-none-128 --workdir=runs/subtraction-
-conv
+Expected (published, ImageNet 256, w768, 200k steps of 2048 images, no guidance, FID): division 13.1, subtraction 15.8,
+division + conv 9.1, subtraction + conv 9.0. As many images are 533k steps here.
+Command:  python -m lina_jax.train --config=configs/ablation.py:subtraction-conv-none-128 \
+              --workdir=runs/subtraction-conv
 """
 
 import importlib.util
@@ -18,6 +19,7 @@ SMALL = ("32", "64", "96", "128")
 WIDTHS = dict.fromkeys(SMALL, ("cifar10_c2i", "tiny")) | {
     w: ("imagenet256_c2i", f"w{w}") for w in ("768", "1024", "1536")
 }
+LARGE_BATCH = 768
 CONVOLUTION = {"conv": True, "none": False}
 
 
@@ -28,6 +30,8 @@ def get_config(argument="division-conv-head-128"):
     config = _sibling(*WIDTHS[width])
     if width in SMALL:
         config.model.update(width=int(width), heads=int(width) // 32, head_width=int(width))
+    else:
+        config.batch_size = LARGE_BATCH
     attention = variant.pop(0) if variant and variant[0] in ("softmax", "hybrid") else "linear"
     config.model.attention = attention
     if attention == "hybrid" and width in SMALL:

@@ -20,14 +20,16 @@
 #   --grace            seconds of notice before that limit, default 120: enough to finish a step and save
 #   --setup            shell command that each job runs first
 #   --extra            more arguments for sbatch
-#   --max_restarts     of a run that ended with 75, default 100; of its job where there are jobs
+#   --max_restarts     of a run that was preempted or killed, default 100; of its job where there are jobs
 #   --dry-run          print what would run, and end
 #
 # Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the flags after -- in
-# common, and so the same budget: --config.steps=2000 --config.data.path=DATA. A run that was stopped goes on; one
-# that fails is named at the end. A run is complete when evaluation/complete.txt there says that it was trained and
-# evaluated with these very flags, and then skipped. With more steps it goes on, and is evaluated again; other changes
-# are refused as they are by lina_jax.train. After the last run `python -m lina_jax.evaluate --study=DIR` gathers them.
+# common: --config.steps=2000 --config.data.path=DATA. Variants that these leave with unequal budgets, or with another
+# recipe (widths below and above 768), are refused before anything is trained, with exit code 2; of an array, by each
+# job. A run that was stopped goes on; one that fails is named at the end. A run is complete when
+# evaluation/complete.txt there says that it was trained and evaluated with these very flags, and then skipped. With
+# more steps it goes on, and is evaluated again; other changes are refused as they are by lina_jax.train. After the last
+# run `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -76,18 +78,22 @@ $gather"
   exit
 fi
 
-python=$(find_python)
+python=$(find_python) config=$root/configs/ablation.py
+variants=("${runs[@]% *}") # of all jobs, also where only one runs here
 if [ -n "$index" ]; then
   whole index 0
   [ "$index" -lt ${#runs[@]} ] || refuse "--index=$index: there are ${#runs[@]} runs, from 0"
   runs=("${runs[$index]}") max_restarts=0 # who calls for one run starts it again
 fi
+check=("$python" -m lina_jax.study "--config=$config" "--variants=$(IFS=, && echo "${variants[*]}")"
+  "${words[@]/#/--flag=}")
+if [ -n "$dry_run" ]; then quoted "${check[@]}"; else with_restarts "${check[@]}" || exit "${stopped:-$?}"; fi
 read -ra measuring <<<"$evaluate"
 failed=()
 for run in "${runs[@]}"; do
   read -r variant seed <<<"$run"
   workdir=$dir/$variant-seed$seed
-  train=("$python" -m lina_jax.train "--config=$root/configs/ablation.py:$variant" "--workdir=$workdir"
+  train=("$python" -m lina_jax.train "--config=$config:$variant" "--workdir=$workdir"
     "--config.seed=$seed" "${words[@]}")
   judge=("$python" -m lina_jax.evaluate "--workdir=$workdir" ${measuring[@]+"${measuring[@]}"})
   record=$workdir/evaluation/complete.txt

@@ -119,6 +119,8 @@ def check_run(config: "Config") -> None:
         raise UserError(f"init_from.checkpoint={config.init_from.checkpoint}: must be a step, or -1 for the latest")
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed}: must be below 2**31")
+    if config.eval.images == 1:
+        raise UserError("eval.images=1: must be at least 2, or 0 for none")
     if config.eval.images and not config.eval.inception:
         raise UserError(f"eval.images={config.eval.images}: name the weights of Inception v3 in eval.inception")
     sample = config.sample

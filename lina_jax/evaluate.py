@@ -17,6 +17,7 @@ kill, and it goes on. docs/evaluation.md tells the rest. The same code measures 
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from lina_jax import (
     image_sources,
     pictures,
     places,
+    preemption,
     quality,
     reference,
     report,
@@ -47,7 +49,7 @@ from lina_jax import (
 )
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints, load_config
-from lina_jax.config import Config, SampleConfig
+from lina_jax.config import Config, EvalConfig, SampleConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
@@ -58,6 +60,7 @@ from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
 # Significant digits of validation losses that are told. Sums within a batch come in another order on other numbers of
 # devices, which changes a loss by 1e-7 of itself.
 _DIGITS = 5
+_OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
 
 
 class Validation:
@@ -91,6 +94,7 @@ class Validation:
                 (rows, np.where(present, numbers, -1)),
             )
             parts.append(multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True))
+            preemption.heed()
         total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
         edges = np.linspace(0, 1, NOISE_LEVELS + 1)
         overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))
@@ -128,13 +132,14 @@ class DrawnQuality:
         if lacking := sample.cannot_draw(plan.config):
             raise UserError(f"eval.images={config.images}: {lacking}")
         self._plan, self._config = plan, config
+        path = Path(config.reference).expanduser()
+        if config.reference:
+            _check_stored(path, config)
+            reference.check_count(f"eval.images={config.images}", config.images, path)
         self._network = Network(Path(config.inception).expanduser(), plan.mesh)
         self._reference = None
         if config.reference:
-            path = Path(config.reference).expanduser()
-            self._reference = reference.load(
-                path, self._network, per_device=config.per_device, work=None, images=True, plan=plan
-            )
+            self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
         # What the weights of a step depend on, and how they are cut.
         facts = {"config": dataclasses.asdict(plan.config), "mesh": dict(plan.mesh.shape)}
         self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
@@ -151,6 +156,18 @@ class DrawnQuality:
             per_device=self._config.per_device,
             work=work,
         )
+
+
+def _check_stored(path: Path, config: EvalConfig) -> None:
+    """Raises UserError unless the reference is there as statistics: each start of a run would make them anew."""
+    if reference.is_stored(path):
+        return
+    flags_given = {"samples_from": path, "number": 10, "inception": config.inception, "reference": path, "out": "DIR"}
+    command = ["python", "-m", "lina_jax.evaluate", *(f"--{name}={value}" for name, value in flags_given.items())]
+    raise UserError(
+        f"eval.reference={config.reference}: training reads .npz files with mu and sigma; "
+        f"DIR/reference.npz is one after {shlex.join(command)}"
+    )
 
 
 def drawn(
@@ -235,6 +252,8 @@ def _check(values: flags.FlagValues) -> list[str]:
     for name in ("inception", "reference", "samples_from"):
         if values[name].value and not Path(values[name].value).expanduser().exists():
             raise UserError(f"--{name}={values[name].value}: no such file or directory")
+    if values.reference and _OF_IMAGES & set(metrics):
+        reference.check_count(f"--number={values.number}", values.number, Path(values.reference).expanduser())
     if values.npz:
         places.check("npz", Path(values.npz).expanduser().parent)
     sample.check_seed(values.seed)
@@ -261,14 +280,10 @@ class _Run:
         self._prompts = (
             geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten) if values.geneval else []
         )
-        self._plan, self._ema, self._frozen, self.step = sample.load(
-            workdir, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
-        )
-        self._raw, _, _ = Checkpoints(workdir, loaded.checkpoint, create=False).restore_weights(
-            self._plan, ema=False, step=self.step
+        self._plan, self._drawing, self._frozen, self.step = sample.load(
+            workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
         )
         self._weights = "raw" if values.raw else "ema"
-        self._drawing = self._raw if values.raw else self._ema
         config = self._plan.config
         if values.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
@@ -286,10 +301,16 @@ class _Run:
             "sample": dataclasses.asdict(self._settings),
             "seed": self._values.seed,
             "data": self._config.data.path,
+            "autoencoder": dataclasses.asdict(self._config.autoencoder),
+            "text_encoder": dataclasses.asdict(self._config.text_encoder),
         }
 
     def validation(self) -> dict[str, float]:
-        return Validation(self._config, self._records).both(self._plan, self._raw, self._ema, self._frozen)
+        checkpoints = Checkpoints(self._workdir, self._config.checkpoint, create=False)
+        # Here alone both are needed, and in memory.
+        other, _, _ = checkpoints.restore_weights(self._plan, ema=self._values.raw, step=self.step)
+        raw, ema = (self._drawing, other) if self._values.raw else (other, self._drawing)
+        return Validation(self._config, self._records).both(self._plan, raw, ema, self._frozen)
 
     def scenes(self) -> tuple[dict, np.ndarray, list[str]]:
         count = self._values.scenes
@@ -357,7 +378,7 @@ def _reference(
         network,
         per_device=values.per_device,
         work=out / "work" / "reference",
-        images=bool({"precision", "recall"} & set(metrics)),
+        images=bool(_OF_IMAGES & set(metrics)),
         split=values.reference_split,
         count=values.reference_number,
         out=out / "reference.npz",
@@ -375,6 +396,9 @@ def _quality_of_files(
     count = min(values.number, source.count) if not values["number"].present else values.number
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
+    if values.reference and _OF_IMAGES & set(metrics):
+        named = f"--samples_from={values.samples_from}: {count} images"
+        reference.check_count(named, count, Path(values.reference).expanduser())
     compared = _reference(values, network, metrics, out, plan=None)
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,

@@ -4,6 +4,7 @@ A source puts any numbers on the mesh as one batch (B, H, W, 3) in uint8; each p
 own devices. Which image has a number does not depend on the batch or the mesh.
 """
 
+import dataclasses
 import hashlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from lina_jax.errors import UserError
 from lina_jax.models import vae
 from lina_jax.state import Blueprint, Program, Tree
 
+PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config on which pictures depend
 Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
 
 
@@ -50,7 +52,9 @@ class Drawn:
         """`facts` says which weights and conditions; `weights` (parameters, frozen) are set before the first batch."""
         self.count, self._seed, self._plan, self._conditions = count, seed, plan, conditions
         self._program = generate.make_sampler(plan, settings)
-        self.facts = {"seed": seed, "sample": vars(settings), **facts}
+        # A workdir and a step alone do not say which autoencoder decodes, nor how.
+        made_by = {name: dataclasses.asdict(getattr(plan.config, name)) for name in PIXELS}
+        self.facts = {"seed": seed, "sample": vars(settings), **made_by, **facts}
         self.weights: tuple[Tree, Tree] = ({}, {})
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
@@ -182,7 +186,7 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
     if opened.form.moments:
         decode = _decoder(path, opened.form.moments, plan)
-        facts["reconstructed_by"] = plan.config.autoencoder.path
+        facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
         return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))

@@ -92,13 +92,14 @@ def _condition(studio: Studio) -> gr.components.Component:
 def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, str]]:
     """(status, pictures) in HTML, after sets; each shown set is followed by `pause` seconds.
 
-    Where showing takes longer than drawing, as with a large autoencoder, sets are left out.
+    Where showing takes longer than drawing, as with a large autoencoder, sets are left out. The status at the end tells
+    the time of drawing, without that of showing and of the pauses.
     """
     if not studio.ready(request):
         yield "compiling: the first time with these numbers of pictures and steps takes a while", ""
         studio.compile(request)
-    started, shown_at, took = time.monotonic(), 0.0, 0.0
-    for progress in studio.draw(request):
+    shown_at, took = 0.0, 0.0
+    for progress, drawing in _timed(studio.draw(request)):
         finished = progress.step == progress.steps
         if not finished and time.monotonic() - shown_at < took:
             continue
@@ -108,9 +109,18 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
         shown_at = time.monotonic()
         took = shown_at - begun
         told = f"set {progress.step} of {progress.steps}"
-        yield (f"{told}: done in {shown_at - started:.1f} s" if finished else told), shown
+        yield (f"{told}: done in {drawing:.1f} s of drawing" if finished else told), shown
         if not finished:
             time.sleep(pause)
+
+
+def _timed(drawing: Iterator[Progress]) -> Iterator[tuple[Progress, float]]:
+    """Each with the seconds that all until then took to be made."""
+    seconds, begun = 0.0, time.monotonic()
+    for progress in drawing:
+        seconds += time.monotonic() - begun
+        yield progress, seconds
+        begun = time.monotonic()
 
 
 def _figures(images: np.ndarray, progress: Progress, finished: bool) -> str:

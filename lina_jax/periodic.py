@@ -1,10 +1,12 @@
 """What is measured of a run as it trains: when it is due, how it is recorded, what of it a kill has cut off."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -33,18 +35,48 @@ def due(config: Config, step: int) -> list[str]:
 def overdue(config: Config, workdir: Path, step: int) -> list[str]:
     """What was due after the step of a checkpoint and is not recorded; the same in all processes.
 
-    A checkpoint that is due is saved before anything is measured: what ends a run meanwhile costs no training.
+    A checkpoint that is due is saved before anything is measured: what ends a run meanwhile costs no training. Features
+    that a kill has left are removed, unless it is quality that is missing.
     """
+    missing = _missing(config, workdir, step)
+    if "quality" not in missing and jax.process_index() == 0:
+        shutil.rmtree(_features(workdir), ignore_errors=True)
+    return missing
+
+
+def _features(workdir: Path) -> Path:
+    """Of pictures, until they are measured."""
+    return workdir / "measuring"
+
+
+def _missing(config: Config, workdir: Path, step: int) -> list[str]:
     names = due(config, step)
     if not names:
         return []
-    rows = metrics.read_jsonl(workdir / "metrics.jsonl")
-    recorded = {name.partition("/")[0] for row in rows if row["step"] == step for name in row}
+    recorded = _recorded(workdir / "metrics.jsonl", step)
     if sample.preview_path(workdir, step).exists():
         recorded.add("previews")
     # Process 0 writes the records; others need not see them.
     missing = multihost_utils.broadcast_one_to_all(np.array([name not in recorded for name in names]))
     return list(itertools.compress(names, missing))
+
+
+def _recorded(log: Path, step: int) -> set[str]:
+    """What is measured of a step, since the run last came to it.
+
+    A run that a damaged checkpoint threw back trains the step again, where the log tells the steps in between.
+    """
+    found: set[str] = set()
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # cut by a kill
+            continue
+        if row["step"] < step or (row["step"] == step and "loss" in row):
+            found.clear()
+        if row["step"] == step:
+            found |= {name.partition("/")[0] for name in row}
+    return found
 
 
 class Measurements:
@@ -53,7 +85,7 @@ class Measurements:
     def __init__(self, plan: state.Blueprint, records: Records, workdir: Path):
         """`records` are those of the validation split. Raises UserError for what cannot be read, or drawn."""
         config = plan.config
-        self._plan, self._work = plan, workdir / "measuring"
+        self._plan, self._work = plan, _features(workdir)
         self._validation = evaluate.Validation(config, records)
         self._quality = evaluate.DrawnQuality(plan, records) if config.eval.images else None
         draws = config.log.preview_images and not sample.cannot_draw(config)

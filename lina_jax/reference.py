@@ -13,7 +13,7 @@ import numpy as np
 from lina_jax import featurise, places
 from lina_jax.errors import UserError
 from lina_jax.featurise import Done, Network
-from lina_jax.image_metrics import Frechet, Gaussian, Moments
+from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, Moments
 from lina_jax.image_sources import Read, npz_array, open_images
 from lina_jax.state import Blueprint
 
@@ -36,6 +36,17 @@ class Reference:
         return {name: Frechet(gaussian) for name, gaussian in gaussians.items() if gaussian}
 
 
+def is_stored(path: Path) -> bool:
+    """Whether statistics can be read there, and need not be computed. Raises UserError for a damaged file."""
+    return path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
+
+
+def check_count(named: str, count: int, path: Path) -> None:
+    """Raises UserError where samples are too few for precision and recall, and the reference has images for these."""
+    if count <= NEIGHBOURS and (not is_stored(path) or npz_array(path, "arr_0") is not None):
+        raise UserError(f"{named}: more than {NEIGHBOURS} are needed for precision and recall ({path} has images)")
+
+
 def load(
     path: Path,
     network: Network,
@@ -54,9 +65,12 @@ def load(
     `out`, which needs `work`: that holds what is done until it is whole. A dataset of latents needs the `plan` of a run
     with their autoencoder. Raises UserError.
     """
-    stored = path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
-    if not stored:
-        return _computed(open_images(path, network.mesh, split, plan), network, per_device, work, count, out)
+    if not is_stored(path):
+        source = open_images(path, network.mesh, split, plan)
+        if count > source.count:
+            raise UserError(f"--reference_number={count}: there are {source.count} images")
+        _check_images(path, count or source.count, images)
+        return _computed(source, network, per_device, work, count or source.count, out)
     made_with = npz_array(path, "inception")
     if made_with is not None and str(made_with) != network.digest:
         raise UserError(f"{path} was made with other weights of Inception v3 ({made_with}, here {network.digest})")
@@ -70,6 +84,7 @@ def load(
     if not images or npz_array(path, "arr_0") is None:
         return reference
     source = open_images(path, network.mesh)
+    _check_images(path, source.count, images)
     done = Done(work, {"inception": network.digest, **source.facts})
     found = [
         chunk.features.pool
@@ -78,6 +93,13 @@ def load(
         )
     ]
     return dataclasses.replace(reference, features=np.concatenate(found) if found else None)
+
+
+def _check_images(path: Path, count: int, images: bool) -> None:
+    """Raises UserError for too few."""
+    least = NEIGHBOURS + 1 if images else 2
+    if count < least:
+        raise UserError(f"{path}: {count} images; a reference needs at least {least}")
 
 
 def _gaussian(path: Path, arrays: Mapping[str, np.ndarray | None], mean: str, covariance: str) -> Gaussian | None:
@@ -95,9 +117,6 @@ def _gaussian(path: Path, arrays: Mapping[str, np.ndarray | None], mean: str, co
 def _computed(
     source: Read, network: Network, per_device: int, work: Path | None, count: int, out: Path | None
 ) -> Reference:
-    if count > source.count:
-        raise UserError(f"--reference_number={count}: there are {source.count} images")
-    count = count or source.count
     facts = {"images": count, "inception": network.digest, **source.facts}
     kept = min(count, IMAGES) if out else 0
     done = Done(work, {**facts, "kept": kept})

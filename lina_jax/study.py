@@ -3,6 +3,11 @@
 `launch/study.sh` makes the runs; `python -m lina_jax.evaluate --study=DIR` reads them and writes DIR/runs.csv (a row
 for each), DIR/effects.csv (what each choice changes, by pairs of runs that differ in it alone), DIR/loss.png (loss
 against parameters and FLOPs) and, where there are three sizes or more, the power laws as DIR/laws.csv.
+
+python -m lina_jax.study --config=FILE.py --variants=VARIANT,... [--flag=FLAG ...]
+
+Before them, study.sh asks so whether runs of these presets, with these flags of training, can be compared; exit code 2
+and a line that tells why where they cannot.
 """
 
 import csv
@@ -10,19 +15,21 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib
 import numpy as np
+from absl import flags
 from flax import nnx
+from ml_collections import config_flags
 
 from lina_jax import config as config_lib
-from lina_jax import places
+from lina_jax import config_file, errors, places
 from lina_jax.checkpoint import load_config
-from lina_jax.config import ModelConfig
+from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
 from lina_jax.metrics import read_jsonl
@@ -37,10 +44,10 @@ MEASURES = ("loss", "scene_score", "fid")
 # Fields that are a study's choices, and those that follow from one: equal in all runs of the same choice.
 _CHOSEN = {"seed", "model.attention", "model.normalization", "model.depthwise_conv", "model.kv_gate", "model.width"}
 _FOLLOWING = {
-    "model.heads": "width",
-    "model.head_width": "width",
-    "batch_size": "width",  # images are counted apart
-    "model.softmax_period": "attention",
+    "model.heads": "model.width",
+    "model.head_width": "model.width",
+    "batch_size": "model.width",  # images are counted apart
+    "model.softmax_period": "model.attention",
 }
 # A run may go on with others of these, but its loss would be of other examples.
 _JUDGES = {"data.path", "data.validation_split", "eval.examples"}
@@ -100,25 +107,50 @@ def read(directory: Path) -> list[Run]:
     runs = [_run(place) for place in places if (place / "evaluation" / "score.json").exists()]
     if not runs:
         raise UserError(f"--study={directory}: none of {len(places)} runs was evaluated (evaluation/score.json)")
-    budgets = {run.images for run in runs}
-    if len(budgets) > 1:
-        named = "; ".join(f"{run.images} images: {run.name}" for run in runs[:4])
-        raise UserError(f"--study={directory}: runs of unequal budgets cannot be compared ({named})")
-    _check_comparable(directory, runs)
+    _check_budgets(f"--study={directory}", {run.name: run.images for run in runs})
+    configs = {run.name: load_config(directory / run.name) for run in runs}
+    _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
     return runs
 
 
-def _check_comparable(directory: Path, runs: Sequence[Run]) -> None:
+def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> None:
+    """Raises UserError unless runs of these presets of a config file, with these flags, could be read as above."""
+    configs = {variant: _config(f"{path}:{variant}", given) for variant in variants}
+    _check_budgets(f"--config={path}", {name: config.steps * config.batch_size for name, config in configs.items()})
+    _check_recipes(f"--config={path}", configs, {name: {} for name in configs})
+
+
+def _config(preset: str, given: Sequence[str]) -> Config:
+    """As lina_jax.train reads it; its other flags do not matter here."""
+    config_file.load(preset)  # which says better what is wrong
+    values, words = flags.FlagValues(), ["train", f"--config={preset}", *given]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    try:
+        values(words, known_only=True)
+    except Exception as error:  # of a field: there is none, or it cannot have that value
+        raise UserError(f"--config={preset}: {error}") from error
+    return config_lib.freeze(values.config)
+
+
+def _check_budgets(where: str, images: Mapping[str, int]) -> None:
+    first = {count: name for name, count in reversed(images.items())}
+    if len(first) > 1:
+        named = "; ".join(f"{count} images: {first[count]}" for count in sorted(first))
+        raise UserError(f"{where}: runs of unequal budgets cannot be compared ({named})")
+
+
+def _check_recipes(where: str, configs: Mapping[str, Config], judged: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises UserError where runs differ in what is no choice of the study, nor follows from one."""
     seen: dict[tuple, tuple] = {}
-    for run in runs:
-        for name, value in _common(directory / run.name).items():
-            choice = getattr(run, _FOLLOWING[name]) if name in _FOLLOWING else None
-            known, other = seen.setdefault((name, choice), (value, run.name))
+    for run, config in configs.items():
+        fields = config_lib.flatten(config)
+        for name, value in (_recipe(config) | judged[run]).items():
+            choice = fields[_FOLLOWING[name]] if name in _FOLLOWING else None
+            known, other = seen.setdefault((name, choice), (value, run))
             if value != known:
                 raise UserError(
-                    f"--study={directory}: runs that differ in more than the study's choices cannot be compared "
-                    f"({name}: {known!r} in {other}, {value!r} in {run.name})"
+                    f"{where}: runs that differ in more than the study's choices cannot be compared "
+                    f"({name}: {known!r} in {other}, {value!r} in {run})"
                 )
 
 
@@ -155,20 +187,24 @@ def _run(workdir: Path) -> Run:
     )
 
 
-def _common(workdir: Path) -> dict[str, Any]:
-    """What must be the same in all runs: how they are trained, and by what they are judged."""
-    config = load_config(workdir)
+def _recipe(config: Config) -> dict[str, Any]:
+    """What must be the same in all runs: how they are trained, and the examples that they are judged by."""
     judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # where it ends
-    fields = {
+    return {
         name: value
         for name, value in config_lib.flatten(config).items()
         if name in judges or not (name in _CHOSEN or config_lib.free_on_resume(name))
     }
+
+
+def _judged(workdir: Path) -> dict[str, Any]:
+    """How a run was evaluated, which must be the same, too."""
     score = json.loads((workdir / "evaluation" / "score.json").read_text())
     quality = score.get("quality", {})
-    told = {name: score[name] for name in ("weights", "sample", "seed", "data") if name in score}
+    names = ("weights", "sample", "seed", "data", "autoencoder", "text_encoder")
+    told = {name: score[name] for name in names if name in score}
     told |= {f"quality.{name}": quality[name] for name in ("images", "reference") if name in quality}
-    return fields | {f"evaluation: {name}": value for name, value in told.items()}
+    return {f"evaluation: {name}": value for name, value in told.items()}
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -307,3 +343,16 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    check_variants(values.config, values.variants, values.flag)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "file whose presets are the variants", required=True)
+    flags.DEFINE_list("variants", None, "presets to compare", required=True)
+    flags.DEFINE_multi_string("flag", [], "a flag of training that all runs have")
+    errors.run(main)

@@ -172,6 +172,7 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("optim.b2", 1.5, "optim.b2=1.5: must be in [0, 1)"),
         ("init_from.rules", "larger", "init_from.rules='larger': allowed are all, nova, resolution, interpolate"),
         ("init_from.checkpoint", -2, "init_from.checkpoint=-2: must be a step, or -1 for the latest"),
+        ("eval.images", 1, "eval.images=1: must be at least 2, or 0 for none"),
         ("optim.accumulate", 3, "batch_size=2048 is not divisible by optim.accumulate=3"),
     ],
 )

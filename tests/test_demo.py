@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import jax.monitoring
@@ -182,6 +183,25 @@ def test_an_unfinished_picture_shows_what_is_made_and_frames_the_latest():
     order = pictures.order(np.array([[1, 2], [3, 4]]), 2)
     assert order[0, 0].sum() < order[0, 1].sum()
     assert np.all(order[1] == pictures.BLANK)
+
+
+def test_the_page_tells_the_time_of_drawing_alone(studio, ask, monkeypatch):
+    """By a clock that goes on by a second for each set that is drawn, ten for each that is decoded, and in pauses."""
+    page = pytest.importorskip("lina_jax.page", reason="needs the extra demo", exc_type=ImportError)
+    now, drawn = [0.0], studio.draw(ask())
+
+    def after(seconds, value):
+        now[0] += seconds
+        return value
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: after(seconds, None))
+    monkeypatch.setattr(page, "time", clock)
+    monkeypatch.setattr(studio, "ready", lambda request: True)
+    monkeypatch.setattr(studio, "draw", lambda request: (after(1, progress) for progress in drawn))
+    pixels = studio.pixels
+    monkeypatch.setattr(studio, "pixels", lambda progress: after(10, pixels(progress)))
+    *_, (told, _) = page.show(studio, ask(), pause=100)
+    assert re.fullmatch(r"set (\d) of \1: done in \1\.0 s of drawing", told), told
 
 
 @pytest.mark.parametrize(

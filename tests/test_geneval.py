@@ -96,6 +96,14 @@ def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
         draw(prompts, tmp_path / "mine")
 
 
+def test_pictures_of_other_encoders_are_not_mixed(draw, prompts, tiny_text, one_device, tmp_path):
+    draw(prompts[:1], tmp_path / "out", images=1)
+    for group, other in (("autoencoder", {"path": "x"}), ("autoencoder", {"tile": 8}), ("text_encoder", {"path": "x"})):
+        plan = state.blueprint(tiny_text(**{group: other}), one_device)
+        with pytest.raises(UserError, match=f"holds pictures of other {group}: choose another --out, or remove it"):
+            draw(prompts[:1], tmp_path / "out", images=1, plan=plan)
+
+
 def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(LINES))
     (tmp_path / "rewritten.txt").write_text('one\n\n{"prompt": "two"}\nthree\n')

@@ -1,6 +1,8 @@
 """Processes that are killed, told to end or stall: what they leave is whole, and the same command goes on from it."""
 
 import contextlib
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import inception_weights
 import jax
 import pytest
 
-from lina_jax import checkpoint, metrics, state
+from lina_jax import checkpoint, metrics, periodic, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, UserError
 
@@ -84,7 +86,7 @@ from lina_jax import errors, preemption
 def main(argv):
     with preemption.Watchdog(0.2) as watchdog:
         threading.Event().wait(0.5)  # the first step compiles
-        watchdog.step_ended()
+        watchdog.restart()
         with watchdog.paused():
             threading.Event().wait(0.5)  # what takes its own time
         print("alive", file=sys.stderr)
@@ -117,9 +119,13 @@ def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch,
 
 
 def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_device, run_module, tmp_path):
-    """SIGKILL when the first 500 pictures are done: the same command tells the same, and draws the others alone."""
+    """SIGKILL when the first 500 pictures are done: the same command tells the same, and draws the others alone.
+
+    Of the weights it reads the average, so that the parameters may be lost.
+    """
     plan = state.blueprint(tiny(), one_device)
     save_run(tmp_path / "run", plan, rough(plan))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "params")
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     options = [
         f"--workdir={tmp_path / 'run'}", f"--inception={weights}", f"--reference={shapes_data}", "--number=600",
@@ -138,3 +144,26 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
         scores[name] = (tmp_path / name / "score.json").read_bytes()
         assert ("images: 500 of 600 were done before" in result.stderr) == (name == "killed")
     assert scores["killed"] == scores["in_one_go"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "missing"),
+    [
+        (["train 3", "validation 3"], False),
+        (["train 3"], True),
+        (["train 3", "validation 3", "train 4", "train 5"], False),  # a kill on the way to the next checkpoint
+        (["train 3", "validation 3", "train 2", "train 3"], True),
+        (["train 3", "validation 3", "train 3"], True),
+        (["train 3", "validation 3", "validation 2"], True),
+        (["train 3", "validation 3", "train 2", "train 3", "validation 3"], False),
+        (["train 3", "validation 3", "quality 3"], False),
+    ],
+    ids=str,
+)
+def test_a_measurement_from_before_a_run_was_thrown_back_does_not_count(rows, missing, tiny, tmp_path):
+    """The order in the log tells that the run, for want of a whole checkpoint, came to the step once more."""
+    names = {"train": "loss", "validation": "validation/loss", "quality": "quality/fid"}
+    lines = [{"step": int(step), names[kind]: 1.0} for kind, step in map(str.split, rows)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "va')
+    config = tiny(steps=9, eval={"every": 3})
+    assert periodic.overdue(config, tmp_path, 3) == ["validation"] * missing

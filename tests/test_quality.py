@@ -1,11 +1,15 @@
 """What is measured depends on (weights, seed, number) and on nothing beside; what was done before a kill counts."""
 
+import dataclasses
 import json
+import shlex
+import shutil
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from encoder_checkpoints import write_autoencoder, write_phi
 from inception_weights import write
 from PIL import Image
 
@@ -135,9 +139,22 @@ def test_an_interrupted_measurement_goes_on(source, measure, whole, tmp_path):
     np.testing.assert_array_equal(found.images, whole.images)
 
 
-def test_what_was_done_for_another_seed_does_not_count(source, measure, whole, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("seed", "others"),
+    [
+        (99, {}),
+        (3, {"autoencoder": {"path": "another"}}),
+        (3, {"autoencoder": {"tile": 8}}),
+        (3, {"text_encoder": {"path": "another"}}),
+    ],
+    ids=str,
+)
+def test_what_was_done_for_other_pictures_does_not_count(
+    seed, others, tiny, devices, source, measure, whole, tmp_path, capsys
+):
+    plan = state.blueprint(tiny(**others), devices[1])
     other = Killed(source(1), 30)
-    other.facts = {**other.facts, "seed": 99}
+    other.facts = evaluate.drawn(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
     with pytest.raises(KeyboardInterrupt):
         measure(of=other, work=tmp_path / "work")
     again = Killed(source(1))
@@ -292,3 +309,86 @@ def test_a_measurement_that_was_killed_in_the_training_loop_goes_on(
     assert min(made) == (step, 12)  # a chunk of 12 was done, and the next one gathered when the kill came
     assert of_quality(tmp_path / "run") == of_quality(workdir)
     assert not (tmp_path / "run" / "measuring").exists()
+
+
+def test_features_that_nothing_asks_for_any_more_are_removed(trained, tmp_path, train_on_one_device):
+    """Of a measurement that was killed, at a start without it; also where the run has come to its last step."""
+    config, workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "measuring").mkdir()
+    train.train(dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=0)), tmp_path / "run")
+    assert not (tmp_path / "run" / "measuring").exists()
+
+
+def test_training_names_the_command_that_makes_its_reference(
+    tiny, weights, shapes_data, run_module, one_device, tmp_path
+):
+    """And takes what that makes."""
+
+    def prepared(reference):
+        config = tiny(eval={"images": 8, "inception": str(weights), "reference": str(reference)})
+        return evaluate.DrawnQuality(state.blueprint(config, one_device), None)
+
+    with pytest.raises(UserError, match=f"eval.reference={shapes_data}: training reads .npz files with mu") as error:
+        prepared(shapes_data)
+    python, module, name, *options, out = shlex.split(str(error.value).partition(" is one after ")[2])
+    assert (python, module, name, out) == ("python", "-m", "lina_jax.evaluate", "--out=DIR")
+    result = run_module("evaluate", *options, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    prepared(tmp_path / "reference.npz")
+    np.savez(tmp_path / "pictures.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for other in ("pictures.npz", "nowhere.npz"):
+        with pytest.raises(UserError, match=f"eval.reference={tmp_path}/{other}: training reads .npz files with mu"):
+            prepared(tmp_path / other)
+
+
+def test_too_few_images_are_refused_before_any_is_drawn(tiny, weights, networks, shapes_data, one_device, tmp_path):
+    """Precision and recall need a third neighbour, which statistics alone do not ask for."""
+    options = {"per_device": 4, "work": None, "count": 3}
+    with pytest.raises(UserError, match=r"shapes: 3 images; a reference needs at least 4"):
+        reference.load(shapes_data, networks[1], **options, images=True)
+    made = reference.load(shapes_data, networks[1], **options, images=False)
+    statistics = {"mu": made.pool.mean, "sigma": made.pool.covariance}
+    np.savez(tmp_path / "statistics.npz", **statistics)
+    np.savez(tmp_path / "with_images.npz", **statistics, arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for name, fits in (("statistics", True), ("with_images", False)):
+        config = tiny(eval={"images": 3, "inception": str(weights), "reference": str(tmp_path / f"{name}.npz")})
+        plan = state.blueprint(config, one_device)
+        if fits:
+            evaluate.DrawnQuality(plan, None)
+            continue
+        with pytest.raises(UserError, match=r"eval.images=3: more than 3 are needed for precision and recall"):
+            evaluate.DrawnQuality(plan, None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--number=3", "--number=3: more than 3 are needed for precision and recall"),
+        ("--number=1", "--number=1: must be at least 2"),
+    ],
+)
+def test_the_command_says_how_many_images_it_takes(run_module, weights, shapes_data, tmp_path, flag, message):
+    options = [f"--inception={weights}", f"--reference={shapes_data}", f"--out={tmp_path / 'out'}"]
+    result = run_module("evaluate", "--workdir=nowhere", flag, *options)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_run, one_device, run_module, tmp_path):
+    """Parameters and encoders as they are asked for; of the average not a byte is there."""
+    encoders = {"autoencoder": str(tmp_path / "vae"), "text_encoder": str(tmp_path / "phi")}
+    write_autoencoder(tmp_path / "vae", scaling_factor=0.2)
+    write_phi(tmp_path / "phi")
+    model = {"condition": "text", "text_encoder": "features", "text_dim": 32, "latent_channels": 4}
+    autoencoder = {"kind": "sdxl", "stride": 2, "scaling_factor": 0.2, "tile": 8}
+    plan = state.blueprint(tiny(model=model, autoencoder=autoencoder), one_device)
+    workdir = save_run(tmp_path / "run", plan, rough(plan))
+    shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
+    flags = [f"--{name}={path}" for name, path in encoders.items()]
+    result = run_module("evaluate", f"--workdir={workdir}", "--raw", "--novalidation", *flags)
+    assert result.returncode == 0, result.stderr
+    score = json.loads((workdir / "evaluation" / "score.json").read_text())
+    assert score["weights"] == "raw"
+    assert score["autoencoder"] | {"path": encoders["autoencoder"], "tile": 8} == score["autoencoder"]
+    assert score["text_encoder"]["path"] == encoders["text_encoder"]

@@ -1,11 +1,13 @@
 """A study says what its runs say: effects by pairs, power laws with their uncertainty, nothing of unequal budgets."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,23 @@ from lina_jax import flops, study
 from lina_jax.checkpoint import write_config
 from lina_jax.errors import UserError
 
-SCRIPT = Path(__file__).parent.parent / "launch" / "study.sh"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "launch" / "study.sh"
+ABLATION = ROOT / "configs" / "ablation.py"
 
 
 def printed(*flags):
     command = [SCRIPT, "--dry-run", "--name=s", "--dir=runs/s", *flags, "--", "--config.steps=20"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def widths():
+    """(those that train on a CPU, the published ones)."""
+    spec = importlib.util.spec_from_file_location("ablation", ABLATION)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SMALL, tuple(width for width in module.WIDTHS if width not in module.SMALL)
 
 
 @pytest.fixture
@@ -128,6 +141,42 @@ def test_only_choices_of_a_study_may_differ(model, others, told, runs_of):
         study.read(runs_of((1.0, 0, {}), (0.9, 1, model), **others))
 
 
+def test_variants_of_all_widths_have_one_budget(widths):
+    for group in widths:
+        variants = [f"{name}-{w}" for name in ("division-conv-head", "subtraction-none-none", "softmax") for w in group]
+        study.check_variants(str(ABLATION), [*variants, f"hybrid-division-conv-none-{group[0]}"], ["--config.steps=20"])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--config.steps=20"], r"budgets cannot be compared \(640 images: softmax-32; 15360 images: softmax-768\)"),
+        (
+            ["--config.steps=20", "--config.batch_size=8", "--allow_config_change"],
+            r"\(model\.\w+: .* in softmax-32, .* in softmax-768\)",
+        ),
+        (["--config.stesp=20"], r"softmax-32: .*stesp"),
+    ],
+    ids=str,
+)
+def test_variants_that_cannot_be_compared_are_refused(given, told):
+    with pytest.raises(UserError, match=told):
+        study.check_variants(str(ABLATION), ["softmax-32", "softmax-768"], given)
+    with pytest.raises(UserError, match="unknown width '77' in 'softmax-77'"):
+        study.check_variants(str(ABLATION), ["softmax-77"], [])
+
+
+@pytest.mark.parametrize("options", [[], ["--index=0"]], ids=["study", "index"])
+def test_a_study_that_could_not_be_gathered_is_not_begun(options, tmp_path):
+    words = ["--name=s", f"--dir={tmp_path}/runs", "--widths=128,768", *options, "--", "--config.steps=20"]
+    env = os.environ | {"PYTHON": sys.executable}
+    result = subprocess.run([SCRIPT, *words], capture_output=True, text=True, env=env)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "unequal budgets" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_how_a_run_was_made_does_not_matter(runs_of):
     others = {"checkpoint": {"every": 9}, "log": {"every": 9}, "data": {"threads": 9}, "mesh": {"data": 1}}
     width = {"width": 32, "heads": 4, "head_width": 32}
@@ -146,13 +195,15 @@ def test_the_launcher_makes_each_variant_of_each_seed_once():
 
 def test_an_index_is_one_run():
     alone = printed("--seeds=0,1,2", "--index=11").splitlines()
-    assert len(alone) == 2 and "subtraction-conv-none-128-seed2" in alone[0]
+    check, train, evaluate = alone
+    assert "lina_jax.study" in check and "--flag=--config.steps=20" in check
+    assert "subtraction-conv-none-128-seed2" in train and "subtraction-conv-none-128-seed2" in evaluate
 
 
 STUB = """#!/usr/bin/env bash
 # In place of python: trains what is no subtraction, and tells what it was asked.
 case "$*" in
-  -c*) exit 0 ;;
+  -c* | *lina_jax.study*) exit 0 ;;
   *lina_jax.train*subtraction*)
     if [ "$CODE" != wait ]; then exit "$CODE"; fi
     tail -f /dev/null &
