@@ -61,10 +61,12 @@ done
 [ ${#runs[@]} -gt 0 ] || refuse "no runs: --seeds and the variants must not be empty"
 
 if [ "$slurm" = yes ] && [ -z "$index" ]; then
+  cpus=$((8 * gpus)) # launch/slurm.sh says why, and why twice
   node="#SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --gpus-per-node=$gpus"
-  worker="srun $(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"}) --"
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --cpus-per-task=$cpus"
+  worker="srun --cpus-per-task=$cpus $(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"}) --"
   array=$(sbatch_with --parsable "$node
 #SBATCH --array=0-$((${#runs[@]} - 1))
 #SBATCH --output=$name-%A-%a.log" "LINA_INDEX=\$SLURM_ARRAY_TASK_ID $worker $(quoted launch/study.sh "${given[@]}")")

@@ -59,7 +59,7 @@ lina_jax configs launch pyproject.toml requirements.txt README.md LICENSE || exi
 # Of Ctrl-C, gcloud makes a failure like any other.
 trap 'exit 130' INT
 $(declare -f restarts_on)
-attempts=0
+attempts=0 known=''
 again() {
   if [ \$attempts -ge $max_restarts ]; then echo "$name: \$1; $max_restarts restarts were allowed" >&2 && exit 75; fi
   attempts=\$((attempts + 1))
@@ -74,11 +74,13 @@ while :; do
     # After any other failure it may well be there, and at work.
     if ! grep -q NOT_FOUND $(quoted "$errors"); then
       cat $(quoted "$errors") >&2
+      [ -n "\$known" ] || exit 1 # no login, no project: it would say so for ever
       pause "not told whether there is a TPU; asking again"
       continue
     fi
     state=NONE
   fi
+  known=yes
   case \$state in
     NONE)
       $tpus queued-resources $(queue create --node-id="$name" --type="$tpu_type" --topology="$shape" \

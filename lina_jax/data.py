@@ -237,31 +237,22 @@ class Records:
 
 
 class Blocks:
-    """The blocks of one process, one per step, as grain's random access source."""
+    """What one process has of each global batch, one block per step, as grain's random access source."""
 
     def __init__(
-        self,
-        records: Records,
-        *,
-        size: int,
-        seed: int,
-        start_step: int,
-        process_index: int = 0,
-        processes: int = 1,
-        at_once: int = 1,
+        self, records: Records, *, global_batch: int, rows: Sequence[int], seed: int, start_step: int, at_once: int = 1
     ):
         """`at_once` blocks will be read at the same time."""
-        self._records, self._order, self._seed, self._size = records, records.order(seed), seed, size
-        self._at_once = at_once
-        self._start_step, self._process_index, self._processes = start_step, process_index, processes
+        self._records, self._order, self._seed = records, records.order(seed), seed
+        self._global_batch, self._rows, self._start_step, self._at_once = global_batch, rows, start_step, at_once
 
     def __len__(self) -> int:
         return 2**40  # no end
 
     def __getitem__(self, step: int) -> tuple[Arrays, Notes]:
-        """Of the global batch of step s, process p has block s * processes + p."""
-        block = (self._start_step + step) * self._processes + self._process_index
-        positions = range(block * self._size, (block + 1) * self._size)
+        """Row r of the global batch of step s is at position s * global_batch + r."""
+        first = (self._start_step + step) * self._global_batch
+        positions = [first + row for row in self._rows]
         variants = self._records.variants(self._seed, positions)
         places = [self._order[position] for position in positions]
         wanted = [Wanted(*place, variant) for place, variant in zip(places, variants, strict=True)]
@@ -274,29 +265,24 @@ def training_batches(
     global_batch: int,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     prefetch: int = 2,
     workers: int = 0,
 ) -> Iterator[Arrays]:
-    """Endless batches of steps start_step, start_step + 1, ...: this process's contiguous block of each global batch.
+    """Endless batches of steps start_step, start_step + 1, ...: these rows (None: all) of each global batch.
 
     `prefetch` batches are kept ready, by threads of this process or by `workers` processes with threads of their own.
-    Every epoch has an order of its own, and may end within a batch. Raises UserError if the global batch does not
-    divide by the processes.
+    Every epoch has an order of its own, and may end within a batch.
     """
-    if global_batch % process_count:
-        raise UserError(f"global batch {global_batch} is not divisible by {process_count} processes")
     ahead = 1 if workers else prefetch
     # Each thread a block of its own, as far as memory allows: threads that share one wait for each other at its end.
     at_once = min(records.threads, ahead)
     blocks = Blocks(
         records,
-        size=global_batch // process_count,
+        global_batch=global_batch,
+        rows=range(global_batch) if rows is None else rows,
         seed=seed,
         start_step=start_step,
-        process_index=process_index,
-        processes=process_count,
         at_once=at_once,
     )
     batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(at_once, ahead))

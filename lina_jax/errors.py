@@ -1,8 +1,8 @@
 """How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
 Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
-(EX_TEMPFAIL: preempted, a step that stalled, a device or link that failed, another process that is gone; launchers
-restart on it), 130 interrupted (Ctrl-C).
+(EX_TEMPFAIL: preempted, a step that stalled, another process that is gone, in many processes a device or link that
+failed; launchers restart on it), 130 interrupted (Ctrl-C).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Preempted(Exception):
 
 
 class LinkFailed(Exception):
-    """A device or a link between processes failed; the same command goes on from the last checkpoint. Exit code 75."""
+    """A device failed, or a link between processes; the same command goes on from the last checkpoint. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:
@@ -118,12 +118,12 @@ def leave(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> 
     `farewell` runs in between, and the line stays the last one: what the process prints after it is not heard.
     """
     _leaving.acquire()
-    print(" ".join(line.split()), file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(" ".join(line.split()), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         farewell()
     finally:
         # Not sys.exit: tearing the interpreter down while XLA still compiles is a segmentation fault.

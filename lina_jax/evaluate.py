@@ -216,6 +216,7 @@ def _main(values: flags.FlagValues) -> None:
         result["geneval"], *found = run.geneval(out / "geneval")
         shown.append(("GenEval", *found))
     if values.samples_from or values.inception or values.npz:
+        hosts.meet("scenes are judged")  # by process 0 alone
         found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
         if found:
             result["quality"] = {**found.told(), "reference": compared}

@@ -37,7 +37,7 @@ _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of
 _FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
 _said: int | None = None  # the exit code, as soon as this process has said why it ends
 # What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
-_LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+_LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -77,27 +77,30 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
     _connect(cluster, values.connect_timeout, values.heartbeat_timeout, preemption)
     follower = threading.Thread(target=_follow, args=(cluster,), daemon=True)
     follower.start()
+    preempted = None
     try:
         check_same("start", {"code": _code(), "jax": jax.__version__, **facts})
-        yield
-    except Preempted:  # in all processes after the same step
-        _disconnect(follower)
-        raise
+        try:
+            yield
+        except Preempted as error:  # in all processes after the same step
+            preempted = error
+        meet("end")  # however long one of them works alone: JAX's own patience is five minutes
     except jax.errors.JaxRuntimeError as error:
         traceback.print_exc()
-        if any(status in str(error) for status in _LASTING):
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if any(status in reason for status in _LASTING):
             _end_all(cluster, error)
         # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end of
         # this time, in `_follow` or `_aborted`.
         time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
-        reason = str(error).splitlines()[0][:200]
         _end_all(cluster, LinkFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}"))
     except BaseException as error:
         if not errors.ending(error):
             traceback.print_exc()
         _end_all(cluster, error)
-    else:
-        _disconnect(follower)
+    _disconnect(follower)
+    if preempted:
+        raise preempted
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
@@ -223,8 +226,7 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
 
 
 def _disconnect(follower: threading.Thread) -> None:
-    """Leave when all do, however long one of them works alone at the end: JAX's own patience is five minutes."""
-    meet("end")
+    """Leave when all do."""
     jax.distributed.shutdown()
     follower.join()  # a thread in the runtime's hands would end the interpreter's own end with an abort
     ctypes.CDLL(None).signal(signal.SIGABRT, None)

@@ -26,7 +26,7 @@ COMPARED = (
 )  # fmt: skip
 
 
-SETUP = ("overrides", "dtype", "mesh", "remat", "attention_kernel", "device")
+SETUP = ("overrides", "dtype", "mesh", "remat", "attention_kernel", "device")  # in which rows of one call may differ
 
 
 @dataclasses.dataclass(frozen=True)

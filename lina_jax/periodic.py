@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lina_jax import evaluate, metrics, sample, state
+from lina_jax import evaluate, hosts, metrics, sample, state
 from lina_jax.config import Config
 from lina_jax.data import Records
 
@@ -101,5 +101,6 @@ class Measurements:
             if found:
                 writer.scalars(step, found.scalars())
                 shutil.rmtree(self._work)
+            hosts.meet(f"quality of {step}")  # process 0 compared the pictures alone
         if "previews" in names:
             self._previews.draw(step, run, writer)

@@ -39,10 +39,10 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
     def reached(self) -> bool:
-        """To be asked equally often by all processes, after every step at least; true at the same time in all."""
+        """To be asked equally often by all processes, after every step at least: from some question on true in all."""
         self._questions += 1
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._questions)
+        if jax.distributed.is_initialized():  # which says so once
+            self._asked = self._asked or multihost_utils.reached_preemption_sync_point(self._questions)
         return self._asked
 
     def _ask(self, signum, frame) -> None:

@@ -76,8 +76,9 @@ class Blueprint:
 
         def narrow(variable: nnx.Variable) -> jax.Array:
             value, metadata = variable.get_value(), variable.get_metadata()
-            stacked = value.ndim > len(metadata["axes"])
-            return value.astype(dtype) if stacked and "matrix" in metadata else value
+            if value.ndim == len(metadata["axes"]) or "matrix" not in metadata:
+                return value
+            return constrain(value.astype(dtype), None, *metadata["axes"])
 
         return nnx.to_pure_dict(over_variables(narrow, nnx.state(self.model(params, frozen), nnx.Param)))
 

@@ -12,6 +12,7 @@ Any field of the config can be overridden, for example --config.steps=500 --conf
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
 """
 
+import bisect
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     """
     devices = mesh.of(config)
     places.check("workdir", workdir)
+    if jax.process_index() == 0:
+        places.check_renames("workdir", workdir)
     check_config(workdir, config, allow_changes=allow_config_change)
     encoders = load_encoders(config, devices)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
@@ -65,8 +68,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     measurements = periodic.Measurements(plan, valid_records, workdir)
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
-    if jax.process_index() == 0:
-        places.check_renames("workdir", workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: sorted(int(p.name) for p in saved_checkpoints(workdir)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
@@ -79,7 +80,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         return run
     write_config(workdir, config)
     written = workdir / "config.json"
-    hosts.check_shared(str(written), lambda: "written" if written.exists() else "absent")
+    hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
     if warm and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm)
         print(warm_start.table(warm), file=sys.stderr)
@@ -136,21 +137,33 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
 
 def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
-    """Global batches on the mesh, from step `first` on; each process reads its own rows."""
-    rows = data.training_batches(
+    """Global batches on the mesh, from step `first` on; each process reads the rows that its devices hold.
+
+    Where `sequence` or `tensor` reach over processes, these hold the same rows, and each reads them.
+    """
+    count, place = config.batch_size, mesh.sharding(plan.mesh, "batch")
+    held = [range(*index[0].indices(count)) for index in place.addressable_devices_indices_map((count,)).values()]
+    rows = sorted(set().union(*held))
+    batches = data.training_batches(
         source,
-        global_batch=config.batch_size,
+        global_batch=count,
+        rows=rows,
         seed=config.seed,
         start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         prefetch=config.data.prefetch,
         workers=config.data.workers,
     )
-    place = mesh.sharding(plan.mesh, "batch")
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            at = bisect.bisect_left(rows, start)
+            return array[at : at + stop - start]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), place, part)
 
     def next_batch() -> state.Batch:
-        return {name: jax.make_array_from_process_local_data(place, array) for name, array in next(rows).items()}
+        return {name: put(array) for name, array in next(batches).items()}
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread: batches come in order
     try:

@@ -53,6 +53,12 @@ def one(source, index, **variant):
     return {name: array[0] for name, array in arrays.items()}
 
 
+def block(process, processes):
+    """Rows of a process's part of batches of 8."""
+    size = 8 // processes
+    return range(process * size, (process + 1) * size)
+
+
 def batches(source, steps, **kwargs):
     settings = {"global_batch": 8, "seed": 1, "start_step": 0, "prefetch": 4}
     return list(islice(data.training_batches(source, **settings | kwargs), steps))
@@ -100,19 +106,19 @@ def test_order_does_not_depend_on_restarts_or_threads(clean):
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_processes_read_contiguous_blocks_of_the_same_global_batches(clean, processes):
-    parts = [labels(clean, 4, start_step=3, process_index=p, process_count=processes) for p in range(processes)]
+def test_processes_read_parts_of_the_same_global_batches(clean, processes):
+    parts = [labels(clean, 4, start_step=3, rows=block(p, processes)) for p in range(processes)]
     assert [list(chain(*blocks)) for blocks in zip(*parts, strict=True)] == labels(clean, 4, start_step=3)
+
+
+def test_any_rows_can_be_read(clean):
+    whole = labels(clean, 4, start_step=3)
+    assert labels(clean, 4, start_step=3, rows=[1, 2, 6]) == [[batch[row] for row in (1, 2, 6)] for batch in whole]
 
 
 def test_a_batch_may_exceed_the_dataset(clean):
     (batch,) = labels(clean, 1, global_batch=50)
     assert sorted(batch[:40]) == sorted(2 * list(range(COUNT)))
-
-
-def test_an_indivisible_batch_is_refused(clean):
-    with pytest.raises(UserError, match="global batch 8 is not divisible by 3"):
-        data.training_batches(clean, global_batch=8, seed=0, start_step=0, process_count=3)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_replacements_are_the_same_for_every_reader(tmp_path, clean):
     expected = [[replaced.get(label, label) for label in batch] for batch in labels(clean, 6)]
     assert labels(source, 6) == expected
     assert source.skipped == 2
-    parts = [labels(open_records(directory), 6, process_index=p, process_count=2) for p in range(2)]
+    parts = [labels(open_records(directory), 6, rows=block(p, 2)) for p in range(2)]
     assert [list(chain(*blocks)) for blocks in zip(*parts, strict=True)] == expected
 
 
@@ -252,7 +258,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_data
 source = test_data.open_records(*{[str(d) for d in directories]}, weights={WEIGHTS!r}, short_caption=0.5, flip=True)
-place = dict(process_index=int(sys.argv[1]), process_count={processes}, start_step={start_step})
+place = dict(rows=test_data.block(int(sys.argv[1]), {processes}), start_step={start_step})
 for batch in test_data.batches(source, {steps}, **place):
     print([[int(l), bytes(t).hex()] for l, t in zip(batch["label"], batch["text"])])
 """

@@ -294,6 +294,21 @@ def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
     assert_equal_to_rounding(np.asarray(stepper.pixels(last)), images)
 
 
+def test_programs_of_single_steps_read_narrow_matrices_where_the_wide_ones_are(tiny, rough):
+    plan = state.blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
+    run = rough(plan)
+    narrowed = plan.jit(plan.narrowed)(run.params, run.frozen)
+    pairs = list(zip(jax.tree.leaves(narrowed), jax.tree.leaves(run.params), strict=True))
+    assert all(narrow.sharding.is_equivalent_to(wide.sharding, wide.ndim) for narrow, wide in pairs)
+    matrices = [narrow.nbytes for narrow, wide in pairs if narrow.dtype == jnp.bfloat16]
+    assert 2 * sum(matrices) > 0.7 * sum(wide.nbytes for _, wide in pairs)
+    stepper = generate.Stepper(plan)
+    labels, numbers = {"label": np.tile(LABELS, 2)}, np.arange(8, dtype=np.int32)
+    *_, last = stepper(run.params, run.frozen, labels, numbers, 0, stepper.schedule(plan.config.sample))
+    whole = generate.make_sampler(plan, plan.config.sample)(run.params, run.frozen, labels, numbers, np.int32(0))
+    assert_equal_to_rounding(np.asarray(stepper.pixels(last)), np.asarray(whole))
+
+
 def test_load_takes_the_average_or_the_parameters(text_plan, tmp_path, rough, save_run, identical):
     run = rough(text_plan)
     run = dataclasses.replace(run, ema=jax.tree.map(lambda x: x + 1, run.params))

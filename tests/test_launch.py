@@ -171,6 +171,13 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
     assert (home / "runs").read_text() == "\n"
 
 
+def test_a_gcloud_that_never_answers_ends_the_launcher(launch):
+    environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps({"describe": [1]})}
+    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], "--", "train", **environment)
+    assert result.returncode == 1 and "ERROR: the network" in result.stderr
+    assert len(calls) == 1
+
+
 def test_ctrl_c_leaves_a_tpu_pod_alone(launch):
     answer = 'import signal\nif "ssh" in words: os.kill(os.getppid(), signal.SIGINT); sys.exit(1)\n' + CLOUD
     words = [*PLACES["tpu_pod"], "--", "train"]
@@ -226,7 +233,8 @@ def test_a_study_is_an_array_of_jobs_of_one_task_that_another_gathers(launch):
     array, gather = batches_of(launch, "study")
     assert {"array": "0-3", "nodes": "1", "ntasks": "1"}.items() <= options_of(array).items()
     assert "array" not in options_of(gather) and options_of(gather)["ntasks"] == "1"
-    worker = ["srun", "launch/worker.sh", "--accelerator=gpu", SETUP, "--"]
+    assert options_of(array)["cpus-per-task"] == "8"
+    worker = ["srun", "--cpus-per-task=8", "launch/worker.sh", "--accelerator=gpu", SETUP, "--"]
     commands = [["launch/study.sh", *PLACES["study"], SETUP, "--", *AWKWARD], ["evaluate", "--study=a b"]]
     for batch, command, index in zip((array, gather), commands, ("3", "None"), strict=True):
         result, calls, _ = launch(batch, ANSWER="print(os.environ.get('LINA_INDEX'))", SLURM_ARRAY_TASK_ID="3")

@@ -165,6 +165,13 @@ def test_two_processes_compute_what_one_computes(two, reference):
     check_losses(two, reference(6), range(1, 7))
 
 
+def test_processes_that_share_images_compute_what_one_computes(file, start, tmp_path, reference):
+    """Each has all images, and half of the tokens of each."""
+    axes = "--config.mesh.data=1", "--config.mesh.sequence=2"
+    succeed(start("train", 2, f"--config={file}", f"--workdir={tmp_path / 'run'}", *axes, devices=2))
+    check_losses(tmp_path / "run", reference(6), range(1, 7))
+
+
 def test_two_processes_draw_what_one_draws(two, start, tmp_path):
     drawn = []
     for count in (1, 2):

@@ -12,16 +12,16 @@ import pytest
 from lina_jax.errors import RUN_AGAIN
 
 PROGRAM = """
-import functools, pathlib, signal, threading
+import functools, os, pathlib, signal, sys, threading
 import jax
-from lina_jax import errors, hosts
+from lina_jax import errors, hosts, preemption
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 # Ends that wait for each other must not rest on the patience of JAX's runtime.
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=1)
 
 def main(argv):
-    with hosts.together({}):
+    with hosts.together({}, preemption=True):
         work(jax.process_index())
 
 """
@@ -87,6 +87,61 @@ def work(process):
 def test_all_wait_for_the_one_that_works_alone_at_the_end():
     with two_processes(LATE) as processes:
         assert ends(processes) == [("", 0), ("", 0)]
+
+
+KILLED = """
+def work(process):
+    if process == 1:
+        print("here", flush=True)
+        threading.Event().wait()
+"""
+
+
+def test_who_waits_at_the_end_notices_that_another_died():
+    with two_processes(KILLED, "--heartbeat_timeout=1") as processes:
+        assert processes[1].stdout.readline() == "here\n"
+        processes[1].kill()
+        said, code = ends(processes)[0]
+    assert code == RUN_AGAIN and said.splitlines()[-1].endswith("run the same command again"), said
+
+
+HEEDING = """
+def work(process):
+    with preemption.Notice() as notice:
+        if process == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        questions = 0
+        while not notice.reached():
+            questions += 1
+            threading.Event().wait(0.01)
+        print(questions, flush=True)
+        preemption.heed()
+"""
+
+
+def test_a_notice_reaches_all_at_the_same_question_and_stays():
+    with two_processes(HEEDING) as processes:
+        told = [process.communicate(timeout=100) for process in processes]
+        assert [process.returncode for process in processes] == [RUN_AGAIN] * 2
+    questions = {told_by[0] for told_by in told}
+    assert len(questions) == 1 and int(*questions) > 0
+    assert all(said.splitlines()[-1].startswith("preempted") for _, said in told), told
+
+
+GONE = """
+def work(process):
+    sys.stderr.flush()
+    os.close(2)
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(reader)
+    raise errors.UserError("a mistake")
+"""
+
+
+def test_the_exit_code_is_kept_where_nobody_reads_the_line():
+    with two_processes(GONE) as processes:
+        assert [code for _, code in ends(processes)] == [2, 2]
 
 
 LOOKING = """
