@@ -27,6 +27,8 @@ QUICKLY_COMPILED = {
     "test_mesh",
     "test_sequence",
     "test_state",
+    "test_optim",
+    "test_text",
     "test_train",
     "test_interruption",
     "test_generate",
