@@ -112,9 +112,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     if client is None:
         return
     mine, key = {name: str(value) for name, value in facts.items()}, f"lina_jax/same/{what}"
-    if jax.process_index() == 0:
-        client.key_value_set(key, json.dumps(mine))
-    theirs = json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS))
+    theirs = _as_process_0_says(key, lambda: mine)
     differing = [
         f"{name}={mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
         for name in theirs | mine
@@ -138,9 +136,7 @@ def check_shared(what: str, look: Callable[[], Any]) -> None:
     client, key = distributed.global_state.client, f"lina_jax/shared/{what}"
     if client is None:
         return
-    if jax.process_index() == 0:
-        client.key_value_set(key, json.dumps(look()))
-    theirs, deadline = json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS)), None
+    theirs, deadline = _as_process_0_says(key, look), None
     while (mine := look()) != theirs:
         deadline = deadline or time.monotonic() + flags.FLAGS.connect_timeout
         if time.monotonic() > deadline:
@@ -150,6 +146,14 @@ def check_shared(what: str, look: Callable[[], Any]) -> None:
             )
         time.sleep(0.2)
     _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
+
+
+def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
+    """What `what` gives in process 0, as JSON gives it back, in all processes."""
+    client = distributed.global_state.client
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(what()))
+    return json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS))
 
 
 def meet(occasion: str) -> None:

@@ -86,17 +86,20 @@ class Throughput:
         self._time += time.monotonic() - started
 
 
-def read_jsonl(path: Path) -> list[dict[str, float | None]]:
-    """Rows in order of step; a run that was interrupted repeats steps, and the last row of a step wins.
-
-    A line cut by a kill is left out.
-    """
-    rows: dict[int, dict[str, float]] = {}
+def rows_as_written(path: Path) -> Iterator[dict[str, float | None]]:
+    """Rows of metrics.jsonl, a step that was repeated as often as it was; a line cut by a kill is left out."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        yield row
+
+
+def read_jsonl(path: Path) -> list[dict[str, float | None]]:
+    """Rows in order of step; a run that was interrupted repeats steps, and the last row of a step wins."""
+    rows: dict[int, dict[str, float | None]] = {}
+    for row in rows_as_written(path):
         rows[row["step"]] = rows.get(row["step"], {}) | row
     return [rows[step] for step in sorted(rows)]
 

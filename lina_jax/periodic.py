@@ -1,7 +1,6 @@
 """What is measured of a run as it trains: when it is due, how it is recorded, what of it a kill has cut off."""
 
 import itertools
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +12,7 @@ from jax.experimental import multihost_utils
 from lina_jax import evaluate, hosts, metrics, sample, state
 from lina_jax.config import Config
 from lina_jax.data import Records
+from lina_jax.validation import Validation
 
 
 def reached(step: int, every: int) -> bool:
@@ -67,11 +67,7 @@ def _recorded(log: Path, step: int) -> set[str]:
     A run that a damaged checkpoint threw back trains the step again, where the log tells the steps in between.
     """
     found: set[str] = set()
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut by a kill
-            continue
+    for row in metrics.rows_as_written(log):
         if row["step"] < step or (row["step"] == step and "loss" in row):
             found.clear()
         if row["step"] == step:
@@ -86,7 +82,7 @@ class Measurements:
         """`records` are those of the validation split. Raises UserError for what cannot be read, or drawn."""
         config = plan.config
         self._plan, self._work = plan, _features(workdir)
-        self._validation = evaluate.Validation(config, records)
+        self._validation = Validation(config, records)
         self._quality = evaluate.DrawnQuality(plan, records) if config.eval.images else None
         draws = config.log.preview_images and not sample.cannot_draw(config)
         self._previews = sample.Previews(plan, workdir) if draws else None

@@ -71,13 +71,14 @@ class Blueprint:
         return nnx.merge(self.graphdef, params, frozen)
 
     def narrowed(self, params: Tree, frozen: Tree) -> Tree:
-        """The parameters with the matrices of stacks as they are multiplied: for programs that read them many times."""
+        """The parameters, the matrices of stacks in the model's dtype: for programs that read them many times."""
         dtype = jnp.dtype(self.config.model.dtype)
 
         def narrow(variable: nnx.Variable) -> jax.Array:
             value, metadata = variable.get_value(), variable.get_metadata()
-            if value.ndim == len(metadata["axes"]) or "matrix" not in metadata:
-                return value
+            stacked = value.ndim > len(metadata["axes"])
+            if not (stacked and "matrix" in metadata) or value.dtype == dtype:
+                return value  # the caller's own array, no copy
             return constrain(value.astype(dtype), None, *metadata["axes"])
 
         return nnx.to_pure_dict(over_variables(narrow, nnx.state(self.model(params, frozen), nnx.Param)))

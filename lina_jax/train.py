@@ -192,7 +192,12 @@ def profile(config: Config, workdir: Path, first: int, step: int) -> None:
 
 
 def _measure(
-    measurements: periodic.Measurements, names: list[str], step: int, run: state.TrainState, writer, checkpoints
+    measurements: periodic.Measurements,
+    names: list[str],
+    step: int,
+    run: state.TrainState,
+    writer: metrics.Writer,
+    checkpoints: Checkpoints,
 ) -> None:
     """Measure these after a step. Raises Preempted when the run is to stop meanwhile: what is missing comes later."""
     if not names:

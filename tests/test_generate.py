@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import data, evaluate, generate, mesh, sample, state
+from lina_jax import data, evaluate, generate, mesh, sample, state, validation
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import flow
@@ -331,7 +331,7 @@ def validation_losses(text_plan, rough):
     def losses(batch_size, plan=text_plan):
         settings = dataclasses.replace(config.eval, examples=6, batch_size=batch_size)
         weights = jax.device_put((run.params, run.frozen), (plan.shardings.params, plan.shardings.frozen))
-        return evaluate.Validation(dataclasses.replace(config, eval=settings), records).losses(plan, *weights)
+        return validation.Validation(dataclasses.replace(config, eval=settings), records).losses(plan, *weights)
 
     return losses
 
@@ -349,12 +349,12 @@ def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
 def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
     """Of examples of equal length, that of the mean of their means; of one example, unknown."""
     means = np.array([1.0, 4.0, 2.0, 3.0, 7.0])
-    value, error = evaluate.mean_loss(10 * means, np.full(5, 10.0))
+    value, error = validation.mean_loss(10 * means, np.full(5, 10.0))
     assert value == pytest.approx(3.4)
     assert error == pytest.approx(np.std(means, ddof=1) / 5**0.5)
     # Ten times as many tokens in one of them: nearer to its mean.
-    assert evaluate.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
-    assert evaluate.mean_loss(means[:1], np.ones(1)) == (1.0, None)
+    assert validation.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
+    assert validation.mean_loss(means[:1], np.ones(1)) == (1.0, None)
 
 
 def test_scenes_are_scored_by_category(text_plan, rough):

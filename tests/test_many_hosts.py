@@ -7,23 +7,21 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import inception_weights
 import numpy as np
 import pytest
 from PIL import Image
+from ports import free_port
 
-from lina_jax import hosts, metrics, quality
+from lina_jax import metrics, quality
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import CheckpointConfig
-from lina_jax.errors import RUN_AGAIN, UserError
+from lina_jax.errors import RUN_AGAIN
 from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 
@@ -94,11 +92,6 @@ class Process:
         with contextlib.suppress(OSError):
             self._popen.kill()
         self._popen.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def succeed(processes) -> None:
@@ -338,106 +331,3 @@ def test_a_missing_process_is_named_by_the_command(file, start, tmp_path):
     ends = {process.end(), other.end()}
     assert (2, "error: process 1 of 2 did not come within 3 s (--connect_timeout)\n") in ends
     assert all(code == 2 for code, _ in ends)  # the other one cannot have the port
-
-
-def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[int, str]:
-    """What the roll call says in each of these processes, "" if nothing."""
-    said = {}
-
-    def take_part(number, process):
-        try:
-            hosts.roll_call(hosts.Cluster(f"localhost:{port}", count, process), timeout)
-            said[number] = ""
-        except UserError as error:
-            said[number] = str(error)
-
-    threads = [threading.Thread(target=take_part, args=place) for place in enumerate(ids)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return said
-
-
-def test_a_roll_call_with_all_is_silent():
-    port = free_port()
-    for _ in range(2):  # the port is free again at once
-        assert set(answers(port, 3, 1, 0, 2, timeout=30).values()) == {""}
-
-
-def test_missing_processes_are_named_in_all_that_came():
-    line = "processes 1, 3 of 4 did not come within 1 s (--connect_timeout)"
-    assert set(answers(free_port(), 2, 0).values()) == {line}
-
-
-def test_without_process_0_its_address_is_named():
-    port = free_port()
-    (line,) = answers(port, 1).values()
-    assert line.startswith(f"process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)")
-
-
-def test_two_processes_of_one_number_are_refused():
-    assert "two processes have --process_id=1" in answers(free_port(), 0, 1, 1, timeout=30).values()
-
-
-def test_a_stranger_at_the_port_is_passed_over():
-    port = free_port()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(answers, port, 0, count=2, timeout=30)
-        while not first.done():  # until it listens
-            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as line:
-                line.sendall(b"GET / HTTP/1.1\r\n")
-                break
-        assert answers(port, 1, count=2, timeout=30) == {0: ""}
-        assert first.result() == {0: ""}
-
-
-SLURM = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-}  # fmt: skip
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "JAX_COORD", "OMPI_", "KUBERNETES_"))]:
-        monkeypatch.delenv(name)
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("variables", "cluster"),
-    [
-        ({}, None),
-        (SLURM, hosts.Cluster(f"node03:{65535 - 2**12 + 8}", 8, 5, [1])),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # a shell in the allocation
-        (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")}, None),  # a batch script
-    ],
-    ids=["alone", "srun", "shell", "one task", "batch script"],
-)
-def test_the_environment_says_who_takes_part(variables, cluster, environment):
-    for name, value in variables.items():
-        environment.setenv(name, value)
-    assert hosts.the_cluster(None, None, None) == cluster
-
-
-def test_flags_go_before_the_environment(environment):
-    for name, value in SLURM.items():
-        environment.setenv(name, value)
-    assert hosts.the_cluster(None, 1, None) is None
-    assert hosts.the_cluster("here:1", 3, 2) == hosts.Cluster("here:1", 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("here:1", 3, None), "--process_id=None: all three are needed, or none"),
-        ((None, 3, 1), "--coordinator=None .*: all three are needed, or none"),
-        (("here:1", 3, 3), "--process_id=3: expected 0 <= process_id < processes"),
-        (("here", 3, 1), "--coordinator=here .*: expected HOST:PORT"),
-    ],
-)
-def test_places_that_cannot_be_are_refused(given, message, environment):
-    with pytest.raises(UserError, match=message):
-        hosts.the_cluster(*given)

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
+from ports import free_port
 
 from lina_jax.errors import RUN_AGAIN
 
@@ -34,9 +34,7 @@ errors.run(main)
 @contextlib.contextmanager
 def two_processes(work: str, *flags: str, cwd=lambda process: None):
     """Two processes that do `work(process)`; both are killed in the end."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    place = [f"--coordinator=localhost:{port}", "--processes=2", *flags]
+    place = [f"--coordinator=localhost:{free_port()}", "--processes=2", *flags]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM + work + START, *place, f"--process_id={i}"],

@@ -1,6 +1,5 @@
 """Plans: programs are read as they are written, seconds follow from them, and real steps compile for absent TPUs."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lina_jax import chips, hlo, mesh, programs, roofline, search, topology
+from lina_jax import chips, hlo, mesh, programs, roofline, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -355,59 +354,6 @@ def test_the_sampling_step_takes_what_the_plan_says(condition, tiny):
     program, arguments = programs.sampling_step(config, grid(data=4, fsdp=2), images=16)
     (images,) = jax.tree.leaves(program.lower(*arguments).out_info)
     assert images.shape == (16, *config.model.latent_size, 3)
-
-
-def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tiny):
-    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
-    candidates = search.ranked(tiny(batch_size=16), where, jax.devices(), fixed_batch=True)
-    assert {candidate.per_chip for candidate in candidates} == {2}
-    assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
-    small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
-    assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
-
-
-@pytest.mark.parametrize("name", ["v5e", "h200"])
-def test_a_search_cuts_images_as_far_as_their_rows_and_tokens_allow(name, tiny):
-    where = topology.Topology(name, CHIPS[name], (1, 8))
-    for condition_grid, parts in (((2, 2), {1, 2, 4}), ((1, 2), {1, 2})):
-        config = tiny(batch_size=8, model={"condition_grid": condition_grid, "heads": 1})
-        candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
-        assert {candidate.sequence for candidate in candidates} == parts
-
-
-def test_a_search_makes_a_replica_of_a_slice_but_leaves_those_that_are_set(tiny):
-    where = topology.Topology("v5e", CHIPS["v5e"], (2, 2), slices=2)
-    for given, made in ((1, 2), (4, 4)):
-        candidates = search.ranked(
-            tiny(model={"heads": 1}, mesh={"replica": given}), where, jax.devices(), fixed_batch=True
-        )
-        assert {candidate.replica for candidate in candidates} == {made}
-
-
-def test_a_search_for_which_the_mesh_allows_nothing_says_why(tiny):
-    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
-    with pytest.raises(UserError, match=r"^--search: no mesh is possible: mesh: replica=3 x data=-1 .* 8 devices"):
-        search.ranked(tiny(mesh={"replica": 3}), where, jax.devices(), fixed_batch=True)
-
-
-def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
-    """The same batch on the same devices is as large, and takes as long, whatever the number of their chips."""
-    config = tiny(batch_size=16, model={"heads": 1})
-
-    def found(shape, memory):
-        where = topology.Topology("tpu7x", dataclasses.replace(CHIPS["tpu7x"], memory=memory), shape)
-        candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
-        return [dataclasses.replace(candidate, per_chip=0) for candidate in candidates]
-
-    tight = 5e5
-    assert 0 < len(found((2, 2, 1), tight)) < len(found((2, 2, 1), 1e12))
-    assert found((2, 2, 1), tight) == found((2, 2, 2), tight)
-
-
-def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
-    slow = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory_bandwidth=1e6), (2, 4))
-    first = search.ranked(tiny(batch_size=16), slow, jax.devices(), fixed_batch=True)[0]
-    assert first.fsdp * first.tensor == 8
 
 
 def run_plan(*args: str) -> subprocess.CompletedProcess:

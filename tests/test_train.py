@@ -170,7 +170,7 @@ def raise_at(patch, name, call, error):
     patch.setattr(kind, method, counted)
 
 
-@pytest.mark.parametrize("name", ["evaluate.Validation.both", "sample.Previews.draw"])
+@pytest.mark.parametrize("name", ["validation.Validation.both", "sample.Previews.draw"])
 @pytest.mark.parametrize("call", [1, 2], ids=["midway", "at the end"])
 def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_path, identical, name, call):
     """Between a save and what is due after it, at steps 3 and 6; what is recorded by then is not measured again."""

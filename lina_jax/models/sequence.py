@@ -132,7 +132,7 @@ def take(x: jax.Array, ids: jax.Array) -> jax.Array:
         mine = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[1] - 1)[..., None], axis=1)
         return total(jnp.where(here[..., None], mine, 0))
 
-    # Not jax.lax.axis_index: XLA moves it out of loops, where it has no meaning (jax 0.10).
+    # Not jax.lax.axis_index: inside a block of a decoding step XLA refuses its PartitionId (jax 0.10).
     return by_shard(own, whole=(2,), summed=True)(x, jnp.arange(x.shape[1])[None], ids)
 
 

@@ -46,7 +46,8 @@ def apply_layers(
 ) -> jax.Array:
     """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
 
-    `last` stands for `body` in the last layer; its result may have another shape.
+    `last` stands for `body` in the last layer; its result may have another shape. It is for sampling: nothing of it is
+    made again for a gradient.
     Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
     With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
     between TPUs, unless remat is "full" (which asks for memory, not speed).

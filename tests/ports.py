@@ -1,0 +1,8 @@
+"""Ports for processes that meet."""
+
+import socket
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]

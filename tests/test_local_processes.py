@@ -1,0 +1,128 @@
+"""Processes of one machine, as launch/local.sh and launch/worker.sh start them: places, ends, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+
+PROCESS = """
+import contextlib, json, os, pathlib, signal, sys
+signal.alarm(50)
+flags = dict(word.split("=") for word in sys.argv[2:])
+me, here, todo = flags["--process_id"], pathlib.Path(os.environ["HOME"]), json.loads(sys.argv[1])
+with open(here / me, "a") as starts:
+    print(os.environ.get("JAX_NUM_CPU_DEVICES"), flags["--processes"], flags["--coordinator"], file=starts)
+started = len((here / me).read_text().splitlines())
+mine = todo[me][min(started, len(todo[me])) - 1]
+for number, code in {signal.SIGTERM: 75, signal.SIGINT: 130}.items():
+    signal.signal(number, signal.SIG_IGN if mine == "deaf" else lambda *_, code=code: os._exit(code))
+if len(todo) == 2:
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(here / f"meet{started}")
+    open(here / f"meet{started}", "rw"[int(me)]).close()
+if isinstance(mine, int):
+    os._exit(mine)
+if mine == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def process(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    return lambda **table: [sys.executable, str(script), json.dumps({key[1:]: value for key, value in table.items()})]
+
+
+def starts(home: Path) -> list[list[str]]:
+    return [(home / str(number)).read_text().splitlines() for number in range(2)]
+
+
+LOCAL = ["--name=run-1", "--accelerator=cpu", "--grace=30"]
+
+
+def test_local_processes_know_who_they_are(launch, process):
+    words = [*LOCAL, "--devices=4", "--port=7777", "--", *process(_0=[0], _1=[0])]
+    result, _, home = launch(LAUNCH / "local.sh", *words)
+    assert result.returncode == 0, result.stderr
+    assert starts(home) == [["4 2 localhost:7777"]] * 2
+
+    printed, _, nothing = launch(LAUNCH / "local.sh", "--dry-run", *words)
+    assert list(nothing.iterdir()) == []
+    _, _, pasted = launch(printed.stdout)
+    assert starts(pasted) == starts(home)
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "number_of_starts"),
+    [
+        ({"_0": [75, 0], "_1": ["wait", 0]}, 0, 2),
+        ({"_0": ["wait", "wait", 0], "_1": [75, 75, 0]}, 0, 3),
+        ({"_0": ["wait", 0], "_1": ["killed", 0]}, 0, 2),
+        ({"_0": ["wait"], "_1": [143]}, 143, 1),
+        ({"_0": ["wait"], "_1": [2]}, 2, 1),
+        ({"_0": [1], "_1": [0]}, 1, 1),
+        ({"_0": [75], "_1": [75]}, 75, 4),
+    ],
+    ids=["preempted", "preempted_twice", "killed", "stopped", "mistake", "one_fails_late", "without_end"],
+)
+def test_local_processes_start_and_end_together(table, code, number_of_starts, launch, process):
+    result, _, home = launch(LAUNCH / "local.sh", *LOCAL, "--max_restarts=3", "--", *process(**table))
+    assert result.returncode == code, result.stderr
+    assert [len(each) for each in starts(home)] == [number_of_starts] * 2
+
+
+def test_a_process_that_does_not_end_is_killed(launch, process):
+    result, _, _ = launch(LAUNCH / "local.sh", *LOCAL, "--grace=0", "--", *process(_0=["deaf"], _1=[2]))
+    assert result.returncode == 2 and "process 0 ended with 137" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_reach_all_local_processes(number, code, tmp_path, process):
+    """They save and end; nothing is restarted, for the machine or its user wants an end."""
+    command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=["wait"], _1=["wait"])]
+    env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        launcher.send_signal(number)
+        _, lines = launcher.communicate(timeout=30)
+    assert launcher.returncode == code
+    assert sorted(lines.splitlines()) == [f"run-1: process {each} ended with {code}" for each in range(2)]
+
+
+def test_gpus_are_shared_out(launch):
+    words = ["--name=r", "--accelerator=gpu", "--dry-run", "--", "train"]
+    result, _, _ = launch(LAUNCH / "local.sh", *words, CUDA_VISIBLE_DEVICES="3,5,6,7")
+    assert re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", result.stdout) == ["3,5", "6,7"]
+
+
+def test_a_worker_passes_sigterm_on_and_does_not_restart(tmp_path, process):
+    words = ["--accelerator=cpu", "--max_restarts=5", f"--code_file={tmp_path}/code", "--"]
+    command = ["bash", str(LAUNCH / "worker.sh"), *words, *process(_0=["wait"])]
+    command += ["--process_id=0", "--processes=1", "--coordinator=none"]
+    env = os.environ | {"HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout.readline() == "ready\n"
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=30)
+    assert worker.returncode == 75 and (tmp_path / "code").read_text() == "75\n"
+    assert len((tmp_path / "0").read_text().splitlines()) == 1
+
+
+def test_a_worker_takes_nothing_from_the_environment(launch):
+    """sbatch passes on what was set for the launcher; the command may need it."""
+    script = '"$0" --accelerator=cpu -- bash -c \'echo "$LINA_INDEX"; exit 75\''
+    settings = {"LINA_MAX_RESTARTS": "3", "LINA_SETUP": "exit 9", "LINA_REQUIREMENTS": "tpu", "LINA_INDEX": "5"}
+    result, _, _ = launch(script.replace("$0", str(LAUNCH / "worker.sh")), **settings)
+    assert (result.returncode, result.stdout) == (75, "5\n")
