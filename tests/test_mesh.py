@@ -126,6 +126,25 @@ def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(sizes, stac
     assert len(in_loops(ahead, "all-gather")) < len(in_loops(at_use, "all-gather"))
 
 
+@pytest.mark.parametrize("how", [{"scan": False}, {"scan": True}, {"scan": True, "ahead": True}], ids=str)
+def test_the_last_layer_makes_only_what_is_read(how, stack, one_device, error_between):
+    graph, weights = stack
+    x = np.random.default_rng(0).standard_normal((8, 6, 32), np.float32)
+
+    def forward(grid, **settings):
+        def run(weights, x):
+            return apply_layers(lambda x, block: block(x), x, nnx.merge(graph, weights), remat="none", **settings)
+
+        with jax.set_mesh(grid):
+            return jax.device_get(jax.jit(run)(weights, x))
+
+    def last(x, block):
+        return block(x, read=lambda tokens: tokens[:, 2:4])
+
+    read = forward(mesh.build(MeshConfig(data=1, fsdp=8)), last=last, **how)
+    assert error_between(read, forward(one_device, scan=True)[:, 2:4]) < TOLERANCE["class"]
+
+
 def test_tokens_are_not_exchanged_in_place_of_weights(stack):
     """However few there are: layers are a chain of products, which would wait for each exchange."""
     text, *_ = run_stack(stack, mesh.build(MeshConfig(data=1, fsdp=8)), scan=False)

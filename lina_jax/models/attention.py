@@ -136,7 +136,7 @@ class Attention(nnx.Module):
         k_normalizer = None if normalizer_gate is key_gate else _gated(k, normalizer_gate)
         k, v = _gated(k, key_gate), _gated(v, value_gate)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
-        mapped = sequence.by_shard(core, whole=(0,) * whole_queries, summed=whole_queries)
+        mapped = sequence.by_shard(core, whole=(0,) if whole_queries else (), summed=whole_queries)
         return mapped(q, k, k_normalizer, v, valid)
 
     @property
