@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -34,10 +33,6 @@ from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
 from lina_jax.metrics import read_jsonl
 from lina_jax.models.lina import LINA
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib import ticker
 
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
@@ -259,6 +254,12 @@ def _variant(run: Run) -> str:
 
 def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
     """Loss against parameters and against FLOPs, a line for each variant; {'VARIANT against X': its power law}."""
+    import matplotlib  # here, as in metrics.py
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib import ticker
+
     variants = sorted({_variant(run) for run in runs})
     figure, both = plt.subplots(
         1, 2, figsize=(11, 4.5 + 0.17 * len(variants)), dpi=120, sharey=True, layout="constrained"

@@ -1,4 +1,4 @@
-"""What launchers set up is what there is: flags that compilers know, images and extras that can be installed."""
+"""What programs start with is what there is: modules, flags that compilers know, images and extras to install."""
 
 import importlib.util
 import os
@@ -26,6 +26,18 @@ def flags_of(kind: str) -> dict[str, str]:
         "\0"
     )
     return dict(line.partition("=")[::2] for line in lines if line) | bare
+
+
+ENTRY_POINTS = ("train", "sample", "evaluate", "prepare", "convert", "benchmark", "plan", "demo")
+
+
+def test_programs_start_without_plots_and_other_frameworks():
+    """A run waits for what is imported, and each process of a pod does; matplotlib alone would be a fifth of it."""
+    program = f"from lina_jax import {', '.join(ENTRY_POINTS)}\nimport sys\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    loaded = set(result.stdout.split())
+    assert "lina_jax.train" in loaded, result.stderr
+    assert not loaded & {"matplotlib", "tensorflow", "torch", "transformers", "gradio"}
 
 
 def test_jaxlib_knows_the_gpu_flags():
