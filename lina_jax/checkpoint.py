@@ -45,7 +45,7 @@ class Checkpoints:
             create=create,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._record_digests),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _Manager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -240,6 +240,18 @@ class Checkpoints:
 
     def _naming_failures(self):
         return _NamedFailure(self.directory)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which asks nothing about preemption.
+
+    JAX tells the point at which all stop to those who ask with ever larger numbers. Orbax's are steps, between the
+    questions of `preemption.Notice`: the notice would be lost.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 class _Damaged(Exception):

@@ -38,6 +38,7 @@ _FAREWELL_S = 5.0  # how long a process that ends waits until all others know wh
 _said: int | None = None  # the exit code, as soon as this process has said why it ends
 # What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+_NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -55,7 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found by the environment, or alone")
     flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-    flags.DEFINE_float("connect_timeout", 300.0, "seconds to wait for all processes, and their files, at the start")
+    flags.DEFINE_float("connect_timeout", 600.0, "seconds to wait for all processes, and their files, at the start")
     flags.DEFINE_integer("heartbeat_timeout", 100, "seconds without a sign of life after which a process is given up")
 
 
@@ -85,8 +86,10 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
         except Preempted as error:  # in all processes after the same step
             preempted = error
         meet("end")  # however long one of them works alone: JAX's own patience is five minutes
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         traceback.print_exc()
+        if not (isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(_NO_BACKEND)):
+            _end_all(cluster, error)
         reason = (str(error).splitlines() or [""])[0][:200]
         if any(status in reason for status in _LASTING):
             _end_all(cluster, error)
@@ -173,7 +176,7 @@ def _heeding_signals(wait: Callable[..., T], *args) -> T:
 
 
 def the_cluster(
-    address: str | None, processes: int | None, process_id: int | None, timeout: float = 300.0
+    address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
 ) -> Cluster | None:
     """This process's place, from the three flags or else the environment; None: alone. Raises UserError."""
     given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
@@ -225,8 +228,10 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
             initialization_timeout=int(timeout),
             heartbeat_timeout_seconds=heartbeat,
         )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"cannot start jax.distributed at {cluster.address}: {error}") from error
+    except RuntimeError as error:  # one that came to the roll call has gone since
+        raise LinkFailed(f"cannot start jax.distributed at {cluster.address}: {error}") from error
 
 
 def _disconnect(follower: threading.Thread) -> None:
@@ -251,9 +256,10 @@ def _aborted(signum: int) -> None:
 
 
 def roll_call(cluster: Cluster, timeout: float) -> None:
-    """Meet at the coordinator's port, just before JAX does. Raises UserError that names who is missing, in all.
+    """Meet at the coordinator's port, just before JAX does.
 
-    JAX would abort each process after such a time-out, and would not say whom it had waited for.
+    Raises, in all that came, LinkFailed that names who did not (a machine that comes back late is nobody's mistake), and
+    UserError where numbers do not fit. JAX would abort each process, and would not say whom it had waited for.
     """
     deadline = time.monotonic() + timeout
     if cluster.process_id == 0:
@@ -263,37 +269,58 @@ def roll_call(cluster: Cluster, timeout: float) -> None:
 
 
 def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
-    port, missing = int(cluster.address.rpartition(":")[2]), set(range(1, cluster.processes))
-    mistake = ""
+    port = int(cluster.address.rpartition(":")[2])
+    callers, here = [], {}  # all that called; by number, those that wait
+    mistake: UserError | LinkFailed | None = None
     with contextlib.ExitStack() as present:
         try:
             server = present.enter_context(_listen(port))
         except OSError as error:
             raise UserError(f"process 0 cannot listen at port {port} of {cluster.address}: {error.strerror}") from error
-        callers = []
-        while missing and not mistake and (left := deadline - time.monotonic()) > 0:
+        while len(here) < cluster.processes - 1 and not mistake and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 caller = present.enter_context(server.accept()[0])
                 caller.settimeout(_FAREWELL_S)
-                greeting, number, count = caller.makefile().readline().split()
+                greeting, *numbers = caller.makefile().readline().split()
+                number, count = map(int, numbers)
             except (OSError, ValueError):  # the time-out, or a stranger
                 continue
             if greeting != _GREETING:
                 continue
             callers.append(caller)
-            if int(count) != cluster.processes:
-                mistake = f"process {number} was started with --processes={count}, process 0 with {cluster.processes}"
-            elif int(number) not in missing:
-                mistake = f"two processes have --process_id={number}"
-            missing.discard(int(number))
+            if count != cluster.processes:
+                mistake = UserError(
+                    f"process {number} was started with --processes={count}, process 0 with {cluster.processes}"
+                )
+            elif number == 0 or (number in here and not _hung_up(here[number])):
+                mistake = UserError(f"two processes have --process_id={number}")
+            here[number] = caller
+            if len(here) == cluster.processes - 1:
+                here = {number: line for number, line in here.items() if not _hung_up(line)}
+        missing = set(range(1, cluster.processes)) - here.keys()
         if missing and not mistake:
-            mistake = f"{_listed(missing)} of {cluster.processes} did not come within {timeout:g} s (--connect_timeout)"
+            absent = f"{_listed(missing)} of {cluster.processes}"
+            mistake = LinkFailed(f"{absent} did not come within {timeout:g} s (--connect_timeout)")
+        verdict = [type(mistake).__name__, str(mistake)] if mistake else []
         for caller in callers:
             with contextlib.suppress(OSError):
-                caller.sendall(f"{_GREETING} {mistake}\n".encode())
+                caller.sendall(f"{' '.join([_GREETING, *verdict])}\n".encode())
     if mistake:
-        raise UserError(mistake)
+        raise mistake
+
+
+def _hung_up(caller: socket.socket) -> bool:
+    """Whether who called has gone since: it was started again, or lost the line."""
+    caller.setblocking(False)
+    try:
+        return not caller.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        caller.settimeout(_FAREWELL_S)
 
 
 def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
@@ -304,16 +331,17 @@ def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as line:
                 line.sendall(f"{_GREETING} {cluster.process_id} {cluster.processes}\n".encode())
                 line.settimeout(left + _FAREWELL_S)
-                greeting, _, mistake = line.makefile().readline().rstrip("\n").partition(" ")
+                greeting, *verdict = line.makefile().readline().rstrip("\n").split(" ", 2)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         else:
-            if greeting == _GREETING and mistake:
-                raise UserError(mistake)
+            if greeting == _GREETING and verdict:
+                kind, reason = verdict
+                raise {"UserError": UserError, "LinkFailed": LinkFailed}[kind](reason)
             if greeting == _GREETING:
                 return
         time.sleep(0.1)  # it has not started yet
-    raise UserError(
+    raise LinkFailed(
         f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
     )
 

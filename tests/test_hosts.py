@@ -10,7 +10,7 @@ import pytest
 from ports import free_port
 
 from lina_jax import hosts
-from lina_jax.errors import UserError
+from lina_jax.errors import LinkFailed, UserError
 
 
 def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[int, str]:
@@ -21,8 +21,8 @@ def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[
         try:
             hosts.roll_call(hosts.Cluster(f"localhost:{port}", count, process), timeout)
             said[number] = ""
-        except UserError as error:
-            said[number] = str(error)
+        except (UserError, LinkFailed) as error:
+            said[number] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=take_part, args=place) for place in enumerate(ids)]
     for thread in threads:
@@ -39,29 +39,32 @@ def test_a_roll_call_with_all_is_silent():
 
 
 def test_missing_processes_are_named_in_all_that_came():
-    line = "processes 1, 3 of 4 did not come within 1 s (--connect_timeout)"
+    line = "LinkFailed: processes 1, 3 of 4 did not come within 1 s (--connect_timeout)"
     assert set(answers(free_port(), 2, 0).values()) == {line}
 
 
 def test_without_process_0_its_address_is_named():
     port = free_port()
     (line,) = answers(port, 1).values()
-    assert line.startswith(f"process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)")
+    assert line.startswith(
+        f"LinkFailed: process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)"
+    )
 
 
 def test_two_processes_of_one_number_are_refused():
-    assert "two processes have --process_id=1" in answers(free_port(), 0, 1, 1, timeout=30).values()
+    assert "UserError: two processes have --process_id=1" in answers(free_port(), 0, 1, 1, timeout=30).values()
 
 
-def test_a_stranger_at_the_port_is_passed_over():
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n", b"lina_jax 1 3\n"], ids=["a stranger", "one that died since"])
+def test_who_has_gone_again_is_passed_over(said):
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(answers, port, 0, count=2, timeout=30)
+        first = pool.submit(answers, port, 0, count=3, timeout=30)
         while not first.done():  # until it listens
             with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as line:
-                line.sendall(b"GET / HTTP/1.1\r\n")
+                line.sendall(said)
                 break
-        assert answers(port, 1, count=2, timeout=30) == {0: ""}
+        assert answers(port, 1, 2, count=3, timeout=30) == {0: "", 1: ""}
         assert first.result() == {0: ""}
 
 

@@ -126,6 +126,29 @@ def test_a_notice_reaches_all_at_the_same_question_and_stays():
     assert all(said.splitlines()[-1].startswith("preempted") for _, said in told), told
 
 
+SAVING = """
+def work(process):
+    import numpy as np
+    from lina_jax.checkpoint import Checkpoints
+    from lina_jax.config import CheckpointConfig
+    with preemption.Notice() as notice:
+        for _ in range(5):
+            assert not notice.reached()
+        checkpoints = Checkpoints(pathlib.Path("run"), CheckpointConfig())
+        checkpoints.save_weights({"a": np.ones(4)}, {"b": np.ones(4)})
+        checkpoints.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not notice.reached():
+            threading.Event().wait(0.01)
+"""
+
+
+def test_a_notice_that_comes_after_a_save_is_heard(tmp_path):
+    """Orbax asks JAX about preemption, too, with numbers of its own; here a smaller one than those before."""
+    with two_processes(SAVING, cwd=lambda process: tmp_path) as processes:
+        assert [code for _, code in ends(processes)] == [0, 0]
+
+
 GONE = """
 def work(process):
     sys.stderr.flush()
@@ -168,14 +191,23 @@ def test_directories_of_equal_names_are_told_apart(tmp_path):
 FAILING = """
 def work(process):
     if process == 1:
-        raise jax.errors.JaxRuntimeError("STATUS: what the runtime says\\nand at length")
+        raise ERROR: what the runtime says\\nand at length")
     threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize(("status", "code"), [("INTERNAL", RUN_AGAIN), ("RESOURCE_EXHAUSTED", 1)])
-def test_a_link_that_fails_is_tried_again_and_a_mistake_is_not(status, code):
-    with two_processes(FAILING.replace("STATUS", status), "--heartbeat_timeout=1") as processes:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ('jax.errors.JaxRuntimeError("INTERNAL', RUN_AGAIN),
+        ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED', 1),
+        ("RuntimeError(\"Unable to initialize backend 'tpu': UNAVAILABLE", RUN_AGAIN),
+        ('RuntimeError("a bug', 1),
+    ],
+)
+def test_a_link_that_fails_is_tried_again_and_a_mistake_is_not(error, code):
+    with two_processes(FAILING.replace("ERROR", error), "--heartbeat_timeout=1") as processes:
         ended = ends(processes)
     assert [last for _, last in ended] == [code, code]
-    assert all(f"{status}: what the runtime says" in said.splitlines()[-1] for said, _ in ended)
+    reason = error.partition('"')[2]
+    assert all(f"{reason}: what the runtime says" in said.splitlines()[-1] for said, _ in ended)
