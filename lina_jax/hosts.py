@@ -258,8 +258,8 @@ def _aborted(signum: int) -> None:
 def roll_call(cluster: Cluster, timeout: float) -> None:
     """Meet at the coordinator's port, just before JAX does.
 
-    Raises, in all that came, LinkFailed that names who did not (a machine that comes back late is nobody's mistake), and
-    UserError where numbers do not fit. JAX would abort each process, and would not say whom it had waited for.
+    Raises, in all that came, LinkFailed that names who did not (a late machine is nobody's mistake), and UserError
+    where numbers do not fit. JAX would abort each process, and would not say whom it had waited for.
     """
     deadline = time.monotonic() + timeout
     if cluster.process_id == 0:
