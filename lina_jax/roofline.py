@@ -281,10 +281,13 @@ class _Walk:
         if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), hlo.groups(inner, len(self._devices))
-        members, nodes = [self._devices[i] for i in groups[0]], [self._nodes[i] for i in groups[0]]
-        seconds = collective_seconds(kind, size, members, nodes, self._chip, self._extent)
+        seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
         source = self._module.source(inner)
         return phase, key, Collective(kind, self._axes(groups), size, times, seconds, 0.0, source, instruction.name)
+
+    def _seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
+        members, nodes = [self._devices[i] for i in group], [self._nodes[i] for i in group]
+        return collective_seconds(kind, size, members, nodes, self._chip, self._extent)
 
     def _axes(self, groups: Sequence[Sequence[int]]) -> str:
         """Mesh axes along which the members of a group differ."""
