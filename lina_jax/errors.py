@@ -130,6 +130,11 @@ def leave(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> 
         os._exit(code)
 
 
+def leaving() -> bool:
+    """Whether a thread of this process is about to end it."""
+    return _leaving.locked()
+
+
 def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
     """A filter of what orbax logs, once for each of its threads, of an error that it raises again where we wait."""
     return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)

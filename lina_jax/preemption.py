@@ -13,6 +13,20 @@ from jax.experimental import multihost_utils
 from lina_jax import errors
 
 
+def leave_when_asked() -> None:
+    """From here until there is a `Notice`, SIGTERM ends this process at once, to be run again: it has nothing to save.
+
+    Where jax.distributed starts with preemption, the runtime takes the signal over.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(signum, frame) -> None:
+    del signum, frame
+    if not errors.leaving():  # the thread that this interrupts may be at it
+        errors.leave("preempted at the start; run the same command again", errors.RUN_AGAIN)
+
+
 class Notice:
     """Whether the run is to stop: SIGTERM in this process, or with jax.distributed in any, or the platform's notice.
 

@@ -263,6 +263,7 @@ def _conclude(config: Config, workdir: Path, step: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    preemption.leave_when_asked()
     values = flags.FLAGS
     if values.config is None or not values.workdir:
         raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import inception_weights
 import jax
@@ -77,6 +78,28 @@ def test_sigterm_saves_and_asks_to_be_run_again(endless, run_module, config_file
         checkpoints = Checkpoints(tmp_path / name, endless.checkpoint, create=False)
         finals.append(jax.device_get(checkpoints.restore(state.blueprint(endless, one_device), saved + 2)))
     assert identical(*finals)
+
+
+SIGNALLING = """
+
+import os, signal, threading
+
+def signal_when_it_is_handled():
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        threading.Event().wait(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=signal_when_it_is_handled, daemon=True).start()
+"""
+
+
+def test_sigterm_at_the_start_asks_to_be_run_again_and_leaves_nothing(tiny_text, run_module, config_file, tmp_path):
+    """The first that a config file can see of the run is that the signal is in its hands."""
+    file = Path(config_file(tiny_text()))
+    file.write_text(file.read_text() + SIGNALLING)
+    result = run_module("train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert (result.stderr, result.returncode) == ("preempted at the start; run the same command again\n", RUN_AGAIN)
+    assert not (tmp_path / "run").exists()
 
 
 STALLED = """
