@@ -8,6 +8,7 @@ moves it to WORKDIR/damaged.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,9 @@ class _NamedFailure:
                 raise reason
         elif isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-            if " [os_error_code=" in first:  # before it stands where and what was written, at length
-                first = first.partition(" [os_error_code=")[0].rpartition(": ")[2]
+            if number := re.search(r" \[os_error_code='?(\d+)", first):  # before it stands where and what, at length
+                first = first[: number.start()].rpartition(": ")[2]
+                error = OSError(int(number[1]), first)
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
 
 

@@ -1,11 +1,12 @@
 """How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
 Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
-(EX_TEMPFAIL: preempted, a step that stalled, another process that is gone, in many processes a device or link that
-failed; launchers restart on it), 130 interrupted (Ctrl-C).
+(EX_TEMPFAIL: preempted, a step that stalled, storage that failed, another process that is gone, in many processes a
+device or link that failed; launchers restart on it), 130 interrupted (Ctrl-C).
 """
 
 import contextlib
+import errno
 import inspect
 import logging
 import os
@@ -20,6 +21,11 @@ from absl import logging as absl_logging
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's names of flag types
 
 RUN_AGAIN = 75
+# What storage says when its disk, server or network fails it: it may be back soon, unlike space or permissions.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
+}  # fmt: skip
 _leaving = threading.Lock()
 
 
@@ -42,6 +48,8 @@ class LinkFailed(Exception):
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(line, exit code) of an error that is no bug."""
     match error:
+        case UserError() | OSError() if _storage_failed(error):
+            return f"error: {error}; run the same command again", RUN_AGAIN
         case UserError() | OSError():  # OSError: a full disk, a place that cannot be written or read
             return f"error: {error}", 2
         case TrainingDiverged():
@@ -53,6 +61,15 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
     return None
+
+
+def _storage_failed(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is one that passes; a TimeoutError is of reads that stalled."""
+    while error:
+        if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        error = error.__cause__
+    return False
 
 
 def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> None:

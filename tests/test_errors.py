@@ -10,6 +10,7 @@ from lina_jax import places
 from lina_jax.errors import UserError
 
 PROGRAM = """
+import errno
 from absl import flags
 from lina_jax import errors
 flags.DEFINE_integer("count", 1, "")
@@ -26,6 +27,13 @@ def main(argv):
         raise KeyboardInterrupt
     if flags.FLAGS.count == 5:
         raise KeyboardInterrupt("go on from step 7")
+    if flags.FLAGS.count == 6:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if flags.FLAGS.count == 7:
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        except OSError as error:
+            raise errors.UserError("cannot read a.arrayrecord") from error
 
 errors.run(main)
 """
@@ -38,6 +46,8 @@ errors.run(main)
         ("--count=3", 1, "error: stopped"),
         ("--count=4", 130, "interrupted"),
         ("--count=5", 130, "interrupted; go on from step 7"),
+        ("--count=6", 2, "error: [Errno 28] No space left on device"),
+        ("--count=7", 75, "error: cannot read a.arrayrecord; run the same command again"),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
         ("--label=cat", 2, "error: --label=cat: expected a whole number"),
         ("--share=a: b", 2, "error: --share=a: b: expected a number"),
