@@ -33,9 +33,8 @@ class Writer:
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
             before = self.path.read_bytes() if self.path.exists() else b""
-            self._lines = self.path.open("a")
             if before and not before.endswith(b"\n"):  # a kill cut the last line
-                self._lines.write("\n")
+                self._append("\n")
             self._events = SummaryWriter(str(workdir / "events"), flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -43,11 +42,7 @@ class Writer:
             values = {name: float(value) for name, value in values.items()}
             finite = {name: value for name, value in values.items() if np.isfinite(value)}
             # JSON has no NaN: what is not finite is there, as null.
-            try:
-                self._lines.write(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
-                self._lines.flush()
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error}") from error
+            self._append(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
             for name, value in finite.items():
                 self._events.add_scalar(name, value, step)
 
@@ -58,8 +53,14 @@ class Writer:
 
     def close(self) -> None:
         if self._active:
-            self._lines.close()
             self._events.close()
+
+    def _append(self, line: str) -> None:
+        try:
+            with self.path.open("a") as lines:  # and close: in a mounted bucket nothing is there before
+                lines.write(line)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}") from error
 
 
 class Throughput:
