@@ -131,20 +131,23 @@ def work(process):
     import numpy as np
     from lina_jax.checkpoint import Checkpoints
     from lina_jax.config import CheckpointConfig
+    from lina_jax.state import TrainState
     with preemption.Notice() as notice:
         for _ in range(5):
             assert not notice.reached()
         checkpoints = Checkpoints(pathlib.Path("run"), CheckpointConfig())
-        checkpoints.save_weights({"a": np.ones(4)}, {"b": np.ones(4)})
+        scalars, trees = [np.int32(1_000_000)] * 4, [{"a": np.ones(4)}] * 4
+        checkpoints.save(TrainState(*scalars, *trees))
         checkpoints.close()
         os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(3)  # a step; the runtime looks for the signal once a second
         while not notice.reached():
             threading.Event().wait(0.01)
 """
 
 
 def test_a_notice_that_comes_after_a_save_is_heard(tmp_path):
-    """Orbax asks JAX about preemption, too, with numbers of its own; here a smaller one than those before."""
+    """Orbax asks JAX about preemption, too, with steps, which in a run that goes on are far ahead of our questions."""
     with two_processes(SAVING, cwd=lambda process: tmp_path) as processes:
         assert [code for _, code in ends(processes)] == [0, 0]
 
