@@ -12,26 +12,24 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from absl import flags
 from jax._src import distributed  # its key-value store, which has no public name
-from jax._src.clusters import ClusterEnv
 
 import lina_jax
-from lina_jax import errors
+from lina_jax import errors, roll_call
+from lina_jax.cluster import Cluster, the_cluster
 from lina_jax.errors import RUN_AGAIN, LinkFailed, Preempted, UserError
 
 T = TypeVar("T")
-_GREETING = "lina_jax"
 _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
 _FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
@@ -40,15 +38,6 @@ _said: int | None = None  # the exit code, as soon as this process has said why 
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
-
-
-class Cluster(NamedTuple):
-    """This process among the others."""
-
-    address: str  # HOST:PORT of process 0
-    processes: int
-    process_id: int
-    local_devices: Sequence[int] | None = None  # None: all
 
 
 def define_flags() -> None:
@@ -86,24 +75,26 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
         except Preempted as error:  # in all processes after the same step
             preempted = error
         meet("end")  # however long one of them works alone: JAX's own patience is five minutes
-    except RuntimeError as error:
-        traceback.print_exc()
-        if not (isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(_NO_BACKEND)):
-            _end_all(cluster, error)
-        reason = (str(error).splitlines() or [""])[0][:200]
-        if any(status in reason for status in _LASTING):
-            _end_all(cluster, error)
-        # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end of
-        # this time, in `_follow` or `_aborted`.
-        time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
-        _end_all(cluster, LinkFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}"))
     except BaseException as error:
         if not errors.ending(error):
             traceback.print_exc()
+        if reason := _runtime_failure(error):
+            # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end
+            # of this time, in `_follow` or `_aborted`.
+            time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
+            error = LinkFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
         _end_all(cluster, error)
     _disconnect(follower)
     if preempted:
         raise preempted
+
+
+def _runtime_failure(error: BaseException) -> str:
+    """What JAX's runtime says of a device or a link that failed; "" of any other error."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_NO_BACKEND):
+        return ""
+    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+    return "" if any(status in reason for status in _LASTING) else reason
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
@@ -175,46 +166,8 @@ def _heeding_signals(wait: Callable[..., T], *args) -> T:
         thread.shutdown(wait=False)
 
 
-def the_cluster(
-    address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
-) -> Cluster | None:
-    """This process's place, from the three flags or else the environment; None: alone. Raises UserError."""
-    given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
-    if processes == 1:
-        return None
-    if (address, processes, process_id) == (None, None, None):
-        return _detected(timeout)
-    if None in (address, processes, process_id):
-        raise UserError(f"{given}: all three are needed, or none of them")
-    if not 0 <= process_id < processes:
-        raise UserError(f"{given}: expected 0 <= process_id < processes")
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"{given}: expected HOST:PORT")
-    return Cluster(address, processes, process_id)
-
-
-def _detected(timeout: float) -> Cluster | None:
-    """By JAX's own rules."""
-    # A shell in an allocation is one task, while SLURM_NTASKS, which JAX reads, counts those of the allocation.
-    if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
-        return None
-    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
-    except Exception as error:  # metadata servers, Kubernetes: each raises its own
-        raise UserError(
-            f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
-            "--processes and --process_id, or --processes=1"
-        ) from error
-    address, processes, process_id, local_devices = found
-    if processes is None and given:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={given}: --coordinator, --processes and --process_id are needed too")
-    return Cluster(address, processes, process_id, local_devices) if processes and processes > 1 else None
-
-
 def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool) -> None:
-    roll_call(cluster, timeout)
+    roll_call.hold(cluster, timeout)
     # Without it SIGTERM ends a process, as usual; with it nothing but a training loop heeds the signal.
     jax.config.update("jax_enable_preemption_service", preemption)
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
@@ -253,109 +206,6 @@ def _aborted(signum: int) -> None:
         "run the same command again",
         RUN_AGAIN,
     )
-
-
-def roll_call(cluster: Cluster, timeout: float) -> None:
-    """Meet at the coordinator's port, just before JAX does.
-
-    Raises, in all that came, LinkFailed that names who did not (a late machine is nobody's mistake), and UserError
-    where numbers do not fit. JAX would abort each process, and would not say whom it had waited for.
-    """
-    deadline = time.monotonic() + timeout
-    if cluster.process_id == 0:
-        _call(cluster, deadline, timeout)
-    else:
-        _answer(cluster, deadline, timeout)
-
-
-def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
-    port = int(cluster.address.rpartition(":")[2])
-    callers, here = [], {}  # all that called; by number, those that wait
-    mistake: UserError | LinkFailed | None = None
-    with contextlib.ExitStack() as present:
-        try:
-            server = present.enter_context(_listen(port))
-        except OSError as error:
-            raise UserError(f"process 0 cannot listen at port {port} of {cluster.address}: {error.strerror}") from error
-        while len(here) < cluster.processes - 1 and not mistake and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                caller = present.enter_context(server.accept()[0])
-                caller.settimeout(_FAREWELL_S)
-                greeting, *numbers = caller.makefile().readline().split()
-                number, count = map(int, numbers)
-            except (OSError, ValueError):  # the time-out, or a stranger
-                continue
-            if greeting != _GREETING:
-                continue
-            callers.append(caller)
-            if count != cluster.processes:
-                mistake = UserError(
-                    f"process {number} was started with --processes={count}, process 0 with {cluster.processes}"
-                )
-            elif number == 0 or (number in here and not _hung_up(here[number])):
-                mistake = UserError(f"two processes have --process_id={number}")
-            here[number] = caller
-            if len(here) == cluster.processes - 1:
-                here = {number: line for number, line in here.items() if not _hung_up(line)}
-        missing = set(range(1, cluster.processes)) - here.keys()
-        if missing and not mistake:
-            absent = f"{_listed(missing)} of {cluster.processes}"
-            mistake = LinkFailed(f"{absent} did not come within {timeout:g} s (--connect_timeout)")
-        verdict = [type(mistake).__name__, str(mistake)] if mistake else []
-        for caller in callers:
-            with contextlib.suppress(OSError):
-                caller.sendall(f"{' '.join([_GREETING, *verdict])}\n".encode())
-    if mistake:
-        raise mistake
-
-
-def _hung_up(caller: socket.socket) -> bool:
-    """Whether who called has gone since: it was started again, or lost the line."""
-    caller.setblocking(False)
-    try:
-        return not caller.recv(1)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    finally:
-        caller.settimeout(_FAREWELL_S)
-
-
-def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
-    host, _, port = cluster.address.rpartition(":")
-    reason = "no answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as line:
-                line.sendall(f"{_GREETING} {cluster.process_id} {cluster.processes}\n".encode())
-                line.settimeout(left + _FAREWELL_S)
-                greeting, *verdict = line.makefile().readline().rstrip("\n").split(" ", 2)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-        else:
-            if greeting == _GREETING and verdict:
-                kind, reason = verdict
-                raise {"UserError": UserError, "LinkFailed": LinkFailed}[kind](reason)
-            if greeting == _GREETING:
-                return
-        time.sleep(0.1)  # it has not started yet
-    raise LinkFailed(
-        f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
-    )
-
-
-def _listen(port: int) -> socket.socket:
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=dual)
-
-
-def _listed(processes: Collection[int]) -> str:
-    shown = ", ".join(map(str, sorted(processes)[:20]))
-    more = f" and {len(processes) - 20} more" if len(processes) > 20 else ""
-    return f"process{'es' * (len(processes) > 1)} {shown}{more}"
 
 
 def _end_all(cluster: Cluster, error: BaseException) -> None:

@@ -14,7 +14,7 @@ from lina_jax import errors
 
 
 def leave_when_asked() -> None:
-    """From here until there is a `Notice`, SIGTERM ends this process at once, to be run again: it has nothing to save.
+    """From here on, but within a `Notice`, SIGTERM ends this process at once, to be run again: it has nothing to save.
 
     Where jax.distributed starts with preemption, the runtime takes the signal over.
     """
@@ -24,7 +24,7 @@ def leave_when_asked() -> None:
 def _leave(signum, frame) -> None:
     del signum, frame
     if not errors.leaving():  # the thread that this interrupts may be at it
-        errors.leave("preempted at the start; run the same command again", errors.RUN_AGAIN)
+        errors.leave("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
 
 
 class Notice:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lina_jax import hlo
+from lina_jax import device_groups, hlo
 from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.models import sequence
@@ -280,7 +280,7 @@ class _Walk:
             phase = {"start": "start", "done": "done"}.get(instruction.name.split(".")[0].split("-")[-1], "between")
         if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
             kind = "reduce-scatter"
-        size, groups = hlo.collective_bytes(inner, scope), hlo.groups(inner, len(self._devices))
+        size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
         seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
         source = self._module.source(inner)
         return phase, key, Collective(kind, self._axes(groups), size, times, seconds, 0.0, source, instruction.name)

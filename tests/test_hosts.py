@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ports import free_port
 
-from lina_jax import hosts
+from lina_jax import roll_call
+from lina_jax.cluster import Cluster, the_cluster
 from lina_jax.errors import LinkFailed, UserError
 
 
@@ -19,7 +20,7 @@ def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[
 
     def take_part(number, process):
         try:
-            hosts.roll_call(hosts.Cluster(f"localhost:{port}", count, process), timeout)
+            roll_call.hold(Cluster(f"localhost:{port}", count, process), timeout)
             said[number] = ""
         except (UserError, LinkFailed) as error:
             said[number] = f"{type(error).__name__}: {error}"
@@ -85,7 +86,7 @@ def environment(monkeypatch):
     ("variables", "cluster"),
     [
         ({}, None),
-        (SLURM, hosts.Cluster(f"node03:{65535 - 2**12 + 8}", 8, 5, [1])),
+        (SLURM, Cluster(f"node03:{65535 - 2**12 + 8}", 8, 5, [1])),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # a shell in the allocation
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")}, None),  # a batch script
@@ -95,14 +96,14 @@ def environment(monkeypatch):
 def test_the_environment_says_who_takes_part(variables, cluster, environment):
     for name, value in variables.items():
         environment.setenv(name, value)
-    assert hosts.the_cluster(None, None, None) == cluster
+    assert the_cluster(None, None, None) == cluster
 
 
 def test_flags_go_before_the_environment(environment):
     for name, value in SLURM.items():
         environment.setenv(name, value)
-    assert hosts.the_cluster(None, 1, None) is None
-    assert hosts.the_cluster("here:1", 3, 2) == hosts.Cluster("here:1", 3, 2)
+    assert the_cluster(None, 1, None) is None
+    assert the_cluster("here:1", 3, 2) == Cluster("here:1", 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -116,4 +117,4 @@ def test_flags_go_before_the_environment(environment):
 )
 def test_places_that_cannot_be_are_refused(given, message, environment):
     with pytest.raises(UserError, match=message):
-        hosts.the_cluster(*given)
+        the_cluster(*given)

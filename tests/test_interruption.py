@@ -98,7 +98,10 @@ def test_sigterm_at_the_start_asks_to_be_run_again_and_leaves_nothing(tiny_text,
     file = Path(config_file(tiny_text()))
     file.write_text(file.read_text() + SIGNALLING)
     result = run_module("train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
-    assert (result.stderr, result.returncode) == ("preempted at the start; run the same command again\n", RUN_AGAIN)
+    assert (result.stderr, result.returncode) == (
+        "preempted, with nothing to save; run the same command again\n",
+        RUN_AGAIN,
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lina_jax import chips, hlo, mesh, programs, roofline, topology
+from lina_jax import chips, device_groups, hlo, mesh, programs, roofline, topology
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -90,7 +90,7 @@ def collective(text: str) -> hlo.Instruction:
 )
 def test_groups_are_read_in_each_of_the_compilers_spellings(written, groups):
     text = f"%all-reduce.1 = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={written}, to_apply=%add"
-    assert hlo.groups(collective(text), devices=4) == groups
+    assert device_groups.of(collective(text), devices=4) == groups
 
 
 def test_room_for_what_a_loop_will_write_is_not_traffic():
@@ -234,6 +234,25 @@ def test_a_collective_is_waited_for_as_far_as_computation_does_not_hide_it():
     assert alone.seconds == alone.bound["collectives"] == alone.collectives[0].seconds
     assert hidden > 0
     assert beside.seconds == pytest.approx(alone.seconds)
+
+
+PERMUTE = """
+ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %cp = bf16[1024,1024]{1,0} collective-permute(%p), source_target_pairs=PAIRS
+}
+"""
+
+
+def test_all_devices_wait_for_the_slowest_group_of_a_collective(monkeypatch):
+    monkeypatch.setattr(mesh, "nodes", lambda devices: [device.id // 4 for device in devices])  # two nodes
+
+    def seconds(pairs):
+        return roofline.estimate(hlo.Module(PERMUTE.replace("PAIRS", pairs)), CHIP, grid()).seconds
+
+    across = seconds("{{3,4}}")
+    assert across > seconds("{{0,1}}")
+    assert seconds("{{0,1},{3,4}}") == across
 
 
 PREFETCH = """

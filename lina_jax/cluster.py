@@ -1,0 +1,56 @@
+"""Which process this is, and among how many: from flags, or else from the environment."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax._src.clusters import ClusterEnv  # its rules for pods, Kubernetes, SLURM and Open MPI have no public name
+
+from lina_jax.errors import UserError
+
+
+class Cluster(NamedTuple):
+    """This process among the others."""
+
+    address: str  # HOST:PORT of process 0
+    processes: int
+    process_id: int
+    local_devices: Sequence[int] | None = None  # None: all
+
+
+def the_cluster(
+    address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
+) -> Cluster | None:
+    """This process's place, from the three flags or else the environment; None: alone. Raises UserError."""
+    given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
+    if processes == 1:
+        return None
+    if (address, processes, process_id) == (None, None, None):
+        return _detected(timeout)
+    if None in (address, processes, process_id):
+        raise UserError(f"{given}: all three are needed, or none of them")
+    if not 0 <= process_id < processes:
+        raise UserError(f"{given}: expected 0 <= process_id < processes")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{given}: expected HOST:PORT")
+    return Cluster(address, processes, process_id)
+
+
+def _detected(timeout: float) -> Cluster | None:
+    """By JAX's own rules."""
+    # A shell in an allocation is one task, while SLURM_NTASKS, which JAX reads, counts those of the allocation.
+    if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        return None
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
+    except Exception as error:  # metadata servers, Kubernetes: each raises its own
+        raise UserError(
+            f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
+            "--processes and --process_id, or --processes=1"
+        ) from error
+    address, processes, process_id, local_devices = found
+    if processes is None and given:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={given}: --coordinator, --processes and --process_id are needed too")
+    return Cluster(address, processes, process_id, local_devices) if processes and processes > 1 else None
