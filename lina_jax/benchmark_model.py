@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lina_jax import flops, generate, hlo, measure, mesh, metrics, programs, roofline, state
+from lina_jax import config_checks, flops, generate, hlo, measure, mesh, metrics, programs, roofline, state
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.measure import Row
+from lina_jax.models import tiles
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.programs import Compiled
 from lina_jax.state import Program
@@ -30,7 +31,9 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
     """A row for each global batch size: the step of training on cached latents and features, which are noise here."""
     for size in batches or [config.batch_size]:
         with _that_fits(size):
-            yield _train(dataclasses.replace(config, batch_size=size), runs)
+            config = dataclasses.replace(config, batch_size=size)
+            config_checks.check_run(config)
+            yield _train(config, runs)
 
 
 def _train(config: Config, runs: int) -> Row:
@@ -61,7 +64,8 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 
     Parameters are noise, and so are text features: encoding prompts is left out.
     """
-    default = max(SAMPLED, mesh.batch_parts(mesh.build(config.mesh)))
+    parts = mesh.batch_parts(mesh.build(config.mesh))
+    default = parts * math.ceil(SAMPLED / parts)
     for images in batches or [default]:
         with _that_fits(images):
             yield _sample(config, images, runs, autoencoder)
@@ -144,7 +148,8 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
     name = "attention" if backward else "attention_forward"
     for kind, timing in timings.items():
         row = _named(name, dataclasses.replace(model, attention=kind))
-        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype, "attention_kernel": sizes.kernel}
+        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype}
+        row |= {"attention_kernel": _kernel(sizes.kernel if kind == "linear" else "xla")}
         row["shapes"] = {"batch": batch, "tokens": sizes.tokens, "width": sizes.width, "heads": sizes.heads}
         row |= timing.fields() | {"tokens_per_s": batch * sizes.tokens / timing.median}
         row |= measure.efficiency(needed[kind], timing.median, metrics.peak_flops(Config()))
@@ -237,7 +242,14 @@ def _settings(config: Config, devices: Mesh) -> Row:
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "dtype": config.model.dtype,
         "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
+        "attention_kernel": _kernel(config.model.attention_kernel),
     }
+
+
+def _kernel(asked: str) -> str:
+    """What runs: where there is no kernel for a device, XLA's path."""
+    return asked if tiles.device() else "xla"
 
 
 def _shapes(model: ModelConfig) -> Row:

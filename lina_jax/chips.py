@@ -58,7 +58,12 @@ CHIPS: Mapping[str, Chip] = {
 }  # fmt: skip
 
 
+_SLOWER_BOARDS = ("NVL", "PCIe")  # how names of H100 and H200 of less power end, whose peaks are not these
+
+
 def of_kind(device_kind: str) -> Chip | None:
     """The chip that a device says it is, None where unknown."""
+    if device_kind.endswith(_SLOWER_BOARDS):
+        return None
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)}
     return known[max(known, key=len)] if known else None

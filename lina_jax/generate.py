@@ -152,7 +152,8 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
         uniforms = jax.random.uniform(order, (config.image_tokens,))
         return jnp.argsort(uniforms), jax.random.normal(noise, (config.image_tokens, config.token_dim))
 
-    return jax.vmap(one)(images)
+    order, noise = jax.vmap(one)(images)
+    return constrain(order, "batch", None), constrain(noise, "batch", None, None)
 
 
 def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
@@ -172,9 +173,9 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
 
     def program(params, frozen, condition, images, seed, weights):
         order, noise = image_draws(seed, images, config.model)
-        order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
         condition = plan.condition(weights, condition)
-        return to_pixels(decode(plan.model(params, frozen), condition, order, noise, steps), plan, weights)
+        model = plan.model(plan.narrowed(params, frozen), frozen)
+        return to_pixels(decode(model, condition, order, noise, steps), plan, weights)
 
     return plan.jit(program, plan.encoders.weights)
 
@@ -200,7 +201,6 @@ class Stepper:
 
         def begin(guided, params, frozen, condition, images, seed, temperature, weights):
             order, noise = image_draws(seed, images, config.model)
-            order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
             condition = plan.condition(weights, condition)
             draws = prepare(plan.model(params, frozen), condition, order, temperature * noise, guided=guided)
             return constrain(jnp.zeros_like(noise), "batch", None, None), draws, plan.narrowed(params, frozen)
@@ -247,9 +247,8 @@ def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
 
     def program(params, frozen, condition, images, seed, weights):
         order, noise = image_draws(seed, images, config.model)
-        order, noise = constrain(order, "batch", None), constrain(noise, "batch", None, None)
         condition = plan.condition(weights, condition)
-        tokens = decode(plan.model(params, frozen), condition, order, noise, steps)
+        tokens = decode(plan.model(plan.narrowed(params, frozen), frozen), condition, order, noise, steps)
         rank = jnp.argsort(order, axis=1)[..., None]
         return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), plan, weights), made)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from lina_jax.errors import UserError
 
@@ -26,7 +27,8 @@ COMPARED = (
 )  # fmt: skip
 
 
-SETUP = ("overrides", "dtype", "mesh", "remat", "attention_kernel", "device")  # in which rows of one call may differ
+# In which rows of one call may differ.
+SETUP = ("overrides", "dtype", "mesh", "remat", "scan_layers", "attention_kernel", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Timing:
 def in_turns(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Timing]:
     """Time `runs` runs of each side's call, which returns arrays to wait for.
 
-    What is made at first calls is left out. The sides take turns, so that they all see the same neighbours.
+    What is made at first calls is left out. The sides take turns, so that they all see the same neighbours. All
+    processes of a run make as many calls as process 0, whatever their own clocks say.
     """
     calls = {}
     for name, call in sides.items():
         _run(call, 1)
-        calls[name] = max(1, math.ceil(RUN_S / max(_run(call, 1)[0], 1e-9)))
+        wanted = max(1, math.ceil(RUN_S / max(_run(call, 1)[0], 1e-9)))
+        calls[name] = int(multihost_utils.broadcast_one_to_all(wanted))
     taken = {name: [] for name in sides}
     for _ in range(runs):
         for name, call in sides.items():

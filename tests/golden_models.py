@@ -1,5 +1,6 @@
 """Fixtures of the whole model: loss and gradients, sampling runs, the AdamW and EMA trajectory."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,8 +64,10 @@ class Imported(NamedTuple):
     frozen: dict
 
 
-def load(workdir: Path) -> Imported:
+def load(workdir: Path, **changes) -> Imported:
+    """The model of a workdir, with changed fields of its config that leave its arrays as they are."""
     config = load_config(workdir)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     plan = state.blueprint(config, mesh.holding(config.model))
     weights = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan)[:2]
     trained, frozen = jax.device_put(weights, jax.devices()[0])

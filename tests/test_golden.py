@@ -13,6 +13,7 @@ from pipelines import WEIGHTS, given_config, write_pipeline
 from safetensors.numpy import load_file
 
 from lina_jax import convert
+from lina_jax.models import tiles
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
@@ -76,6 +77,23 @@ def test_golden(name, imported):
         assert part, f"unknown kind of fixture: {name}"
         part(case)
     assert not case.left, f"recorded but not checked: {sorted(case.left)}"
+
+
+# How runs compute the same where it is faster, or needs less memory.
+PATHS = [
+    ("transformer_c2i", {"scan_layers": False}),
+    ("transformer_t2i_hires", {"scan_layers": False, "remat": "full"}),
+    ("transformer_t2i", {"remat": "dots"}),
+    ("transformer_variant_linear6", {"attention_kernel": "pallas", "remat": "dots"}),
+    ("sample_c2i_cfg", {"scan_layers": False, "attention_kernel": "pallas"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), [path for path in PATHS if path[0] in CASES], ids=str)
+def test_golden_in_other_paths(name, changes, imported):
+    case = Case(name)
+    with tiles.interpreted("tpu" if "attention_kernel" in changes else ""):
+        runner_of(name, WHOLE_MODELS)(case, golden_models.load(imported(case), **changes))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if runner_of(name, WHOLE_MODELS)])

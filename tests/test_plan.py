@@ -62,8 +62,9 @@ def test_devices_are_known_by_what_they_call_themselves(kind, name):
     assert chips.of_kind(kind) is CHIPS[name]
 
 
-def test_an_unknown_device_has_no_peak():
-    assert chips.of_kind("cpu") is None
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe"])
+def test_an_unknown_device_has_no_peak(kind):
+    assert chips.of_kind(kind) is None
 
 
 def program(text: str) -> hlo.Module:

@@ -184,7 +184,7 @@ class LINA(nnx.Module):
         z = self.encode_image(tokens, draws.mask, draws.most_visible, c)
         noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
         # One embedding per entry of the table and one projection of z per token, shared by the repeats.
-        times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas)).astype(self.dtype)[draws.timestep]
+        times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))[draws.timestep].astype(self.dtype)
         return self.head(noisy, times, self.head.embed.condition(z))
 
     def token_losses(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
