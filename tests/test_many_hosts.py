@@ -203,6 +203,16 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     assert set(quality.METRICS) < set(score["quality"])
 
 
+def test_a_benchmark_of_two_processes_makes_the_same_calls_in_both(file, start, tmp_path):
+    """Of which the clock of one suggests ten times as many; waiting for calls that do not come would not end."""
+    for process in range(2):
+        (tmp_path / str(process)).mkdir()
+        longer = f"\n\nfrom lina_jax import measure\n\nmeasure.RUN_S *= {10**process}\n"
+        (tmp_path / str(process) / file.name).write_text(file.read_text() + longer)
+    flags = f"--config={file.name}", "--repeats=2"
+    succeed(start("benchmark", 2, "train", *flags, cwd=lambda process: tmp_path / str(process)))
+
+
 def test_two_processes_make_up_for_a_measurement(two, file, start, tmp_path):
     """As after a kill at the last step."""
     workdir = tmp_path / "run"
