@@ -11,14 +11,14 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lina_jax import mesh as mesh_lib
 from lina_jax import optim
 from lina_jax.config import Config, EmaConfig
 from lina_jax.encoders import Encoders
-from lina_jax.mesh import constrain
+from lina_jax.mesh import constrain, gathered
 from lina_jax.models import flow, vae
 from lina_jax.models.draws import draw, latent_noise
 from lina_jax.models.layers import Frozen, over_variables, patchify
@@ -70,18 +70,25 @@ class Blueprint:
     def model(self, params: Tree, frozen: Tree) -> LINA:
         return nnx.merge(self.graphdef, params, frozen)
 
-    def narrowed(self, params: Tree, frozen: Tree) -> Tree:
-        """The parameters, the matrices of stacks in the model's dtype: for programs that read them many times."""
+    def sampling_params(self, params: Tree, frozen: Tree) -> Tree:
+        """The parameters as programs read them that sample, many times over.
+
+        Matrices of stacks are in the model's dtype. Those of the head, which every Euler step reads and which are few,
+        are whole along `fsdp`: there is less to compute in such a step than to gather.
+        """
         dtype = jnp.dtype(self.config.model.dtype)
 
-        def narrow(variable: nnx.Variable) -> jax.Array:
+        def narrow(path: Path, variable: nnx.Variable) -> jax.Array:
             value, metadata = variable.get_value(), variable.get_metadata()
-            stacked = value.ndim > len(metadata["axes"])
-            if not (stacked and "matrix" in metadata) or value.dtype == dtype:
-                return value  # the caller's own array, no copy
-            return constrain(value.astype(dtype), None, *metadata["axes"])
+            if value.ndim == len(metadata["axes"]) or "matrix" not in metadata:
+                return value
+            axes = None, *metadata["axes"]
+            if value.dtype != dtype:  # else the caller's own array, no copy
+                value = constrain(value.astype(dtype), *axes)
+            return gathered(value, *axes) if path[0] == "head" else value
 
-        return nnx.to_pure_dict(over_variables(narrow, nnx.state(self.model(params, frozen), nnx.Param)))
+        variables = nnx.to_flat_state(nnx.state(self.model(params, frozen), nnx.Param))
+        return unflatten_dict({path: narrow(path, variable) for path, variable in variables})
 
     def condition(self, weights: Tree, batch: Batch) -> Condition:
         """What the model is conditioned on; captions as token ids go through the frozen text encoder."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from lina_jax import data, evaluate, generate, mesh, sample, state, validation
@@ -294,14 +295,21 @@ def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
     assert_equal_to_rounding(np.asarray(stepper.pixels(last)), images)
 
 
-def test_programs_of_single_steps_read_narrow_matrices_where_the_wide_ones_are(tiny, rough):
+def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(tiny, rough):
     plan = state.blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     run = rough(plan)
-    narrowed = plan.jit(plan.narrowed)(run.params, run.frozen)
-    pairs = list(zip(jax.tree.leaves(narrowed), jax.tree.leaves(run.params), strict=True))
-    assert all(narrow.sharding.is_equivalent_to(wide.sharding, wide.ndim) for narrow, wide in pairs)
-    matrices = [narrow.nbytes for narrow, wide in pairs if narrow.dtype == jnp.bfloat16]
-    assert 2 * sum(matrices) > 0.7 * sum(wide.nbytes for _, wide in pairs)
+    read = flatten_dict(plan.jit(plan.sampling_params)(run.params, run.frozen))
+    wide = flatten_dict(run.params)
+    assert read.keys() == wide.keys()
+    matrices = {path for path, array in read.items() if array.dtype == jnp.bfloat16}
+    assert 2 * sum(read[path].nbytes for path in matrices) > 0.7 * sum(array.nbytes for array in wide.values())
+    of_head = {path for path in matrices if path[0] == "head"}
+    assert of_head
+    assert all("fsdp" in str(wide[path].sharding.spec) for path in of_head)
+    assert all("fsdp" not in str(read[path].sharding.spec) for path in of_head)
+    assert all(
+        read[path].sharding.is_equivalent_to(wide[path].sharding, wide[path].ndim) for path in read.keys() - of_head
+    )
     stepper = generate.Stepper(plan)
     labels, numbers = {"label": np.tile(LABELS, 2)}, np.arange(8, dtype=np.int32)
     *_, last = stepper(run.params, run.frozen, labels, numbers, 0, stepper.schedule(plan.config.sample))

@@ -57,15 +57,16 @@ def test_gradients_are_those_of_the_definition(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_bfloat16_round_once(case):
+def test_bfloat16_is_rounded_once(case):
     ours, plain, shapes = CASES[case]
     rng = np.random.default_rng(1)
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
     wide = [x.astype(jnp.float32) for x in inputs]
     expected, pull_expected = jax.vjp(plain, *wide)
     direction = jnp.asarray(rng.standard_normal(expected.shape), jnp.bfloat16)
-    found = jax.vjp(ours, *inputs)[1](direction)
-    for a, b in zip(found, pull_expected(direction.astype(jnp.float32)), strict=True):
+    found, pull = jax.vjp(ours, *inputs)
+    wanted = (expected, *pull_expected(direction.astype(jnp.float32)))
+    for a, b in zip((found, *pull(direction)), wanted, strict=True):
         assert a.dtype == jnp.bfloat16
         distance = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
-        assert distance < 0.01, distance
+        assert distance < 0.0025, distance  # one rounding to 8 bits: 0.0017

@@ -24,7 +24,9 @@ def depthwise_convolution(rows: jax.Array, kernel: jax.Array, triton: str = "") 
     one pass, where XLA's grouped convolution takes minutes on CPUs. `triton`, compiled or interpreted, makes the
     gradient of the kernel.
     """
-    return sum(part * kernel[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
+    wide = kernel.astype(jnp.float32)
+    total = sum(part * wide[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
+    return total.astype(jnp.promote_types(rows.dtype, kernel.dtype))
 
 
 def _shifted(rows: jax.Array, size: int) -> dict[tuple[int, int], jax.Array]:
@@ -51,20 +53,21 @@ def _gradient(triton: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Arra
 
 def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
     """(B, k, k, D) float32: for each tap the sum of what it sees times the gradient."""
-    sums = [jnp.sum(part * gradient, axis=(1, 2), dtype=jnp.float32) for part in _shifted(rows, size).values()]
+    wide = gradient.astype(jnp.float32)
+    sums = [jnp.sum(part * wide, axis=(1, 2)) for part in _shifted(rows, size).values()]
     return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
 
 
 def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
     """The same, row after row of the image: XLA:CPU reduces tap by tap, and takes four to eight times as long."""
     height, width = gradient.shape[1:3]
+    rows, gradient = rows.astype(jnp.float32), gradient.astype(jnp.float32)
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
 
     def add_row(i, total):
         seen = jax.lax.dynamic_slice_in_dim(padded, i, size, axis=1)
         row = jax.lax.dynamic_slice_in_dim(gradient, i, 1, axis=1)
-        of_row = sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
-        return total + of_row.astype(jnp.float32)
+        return total + sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
 
     start = jnp.zeros((len(rows), size, size, rows.shape[3]), jnp.float32)
     return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
