@@ -1,4 +1,4 @@
-"""Many processes, one run: how they find each other, agree on what they run, and end together.
+"""Many processes, one run: how they start together, agree on what they run, and end together.
 
 `together()` is the frame of an entry point. Where flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the
 process is one of several, it starts jax.distributed; alone, nothing is different. docs/many_hosts.md tells the user's
