@@ -157,24 +157,24 @@ class Module:
         """How often a `while` runs its body; `unknown` where that depends on data."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return float(match[1])
-        test, values = self._test(_NAME.match(loop.attribute("condition"))[1])
+        comparison, values = self._comparison(_NAME.match(loop.attribute("condition"))[1])
         counter, limit = values if len(values) == 2 else (None, None)
-        if test.attribute("direction") != "LT" or limit is None or limit.opcode != "constant":
+        if comparison.attribute("direction") != "LT" or limit is None or limit.opcode != "constant":
             return unknown
         index = int(counter.attribute("index") or 0)
         start = self.computations[computation].get(loop.operands[0])
         first = _through(self.computations[computation], start.operands[index]) if start.opcode == "tuple" else None
         return float(limit.literal) - (float(first.literal) if first and first.opcode == "constant" else 0.0)
 
-    def _test(self, condition: str) -> tuple[Instruction, list[Instruction | None]]:
+    def _comparison(self, condition: str) -> tuple[Instruction, list[Instruction | None]]:
         """The root of a loop's condition, and its operands; of a fusion (GPUs) those of what is inside."""
         scope = self.computations[condition]
         root = next(i for i in scope.values() if i.root)
         values = [_through(scope, name) for name in root.operands]
         if root.opcode != "fusion":
             return root, values
-        test, inside = self._test(root.called[0])
-        return test, [values[int(i.literal)] if i and i.opcode == "parameter" else i for i in inside]
+        comparison, inside = self._comparison(root.called[0])
+        return comparison, [values[int(i.literal)] if i and i.opcode == "parameter" else i for i in inside]
 
     def work(self, instruction: Instruction, computation: str) -> Work:
         """The work of one instruction outside fusions; loops, branches and collectives are `roofline`'s to add up."""

@@ -27,7 +27,7 @@ COMPARED = (
 )  # fmt: skip
 
 
-# In which rows of one call may differ.
+# Fields that say how a row was set up: rows of one call may differ in them.
 SETUP = ("overrides", "dtype", "mesh", "remat", "scan_layers", "attention_kernel", "device")
 
 

@@ -73,8 +73,8 @@ class Blueprint:
     def sampling_params(self, params: Tree, frozen: Tree) -> Tree:
         """The parameters as programs read them that sample, many times over.
 
-        Matrices of stacks are in the model's dtype. Those of the head, which every Euler step reads and which are few,
-        are whole along `fsdp`: there is less to compute in such a step than to gather.
+        Matrices of stacks are in the model's dtype, and those of the head's stack, which every Euler step reads, whole
+        along `fsdp`: computing such a step takes less time than gathering them.
         """
         dtype = jnp.dtype(self.config.model.dtype)
 

@@ -173,8 +173,8 @@ def test_mistakes_are_one_line(run_module, arguments, message):
 
 
 # What the compiler counts in the programs of configs/bench.py on one CPU, as configured, loops by their trips: GFLOP of
-# matrix products, GB of memory traffic, GB of temporary memory (jax 0.10.2). Whoever makes
-# them smaller writes the smaller figures here: a test asks for it.
+# matrix products, GB of memory traffic, GB of temporary memory (jax 0.10.2). Whoever makes them smaller writes
+# the smaller figures here: the test asks for it.
 RECORDED = {
     "train": (623.4, 27.6, 3.32),
     "sample": (1102.9, 53.8, 0.091),

@@ -8,64 +8,17 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import flags
+from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, dataset, labels, one, open_records, png
 from PIL import Image
 
-from lina_jax import data, decode, reading, records, retry
+from lina_jax import data, decode, reading, retry
 from lina_jax.errors import UserError
-
-COUNT, SIZE, LENGTH = 20, (4, 6), 8
-
-
-def png(value, size=SIZE):
-    out = io.BytesIO()
-    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(out, "PNG")
-    return out.getvalue()
-
-
-def dataset(directory, **changed):
-    """Write COUNT records made of their index, with `changed` fields: i3={"caption": "other"}."""
-    with records.create(directory, "tiny", records.pixel_features()) as writer:
-        for i in range(COUNT):
-            record = {"image": png(i), "caption": f"nº {i}", "short_caption": "", "label": i, "key": str(i)}
-            writer.write("train", **record | changed.get(f"i{i}", {}))
-    return directory
-
-
-COLUMNS = [decode.Label(), decode.Pixels(SIZE), decode.Caption(LENGTH)]
-
-
-def open_records(*directories, num_classes=None, threads=2, **kwargs):
-    columns = [decode.Label(num_classes), decode.Pixels(SIZE), decode.Caption(LENGTH)]
-    splits = [reading.open_split(directory, "train") for directory in directories]
-    return data.Records(splits, columns, threads=threads, **kwargs)
-
-
-def one(source, index, **variant):
-    """A single record."""
-    arrays, notes = source.read([data.Wanted(0, index, decode.Variant(**variant))])
-    source.note(notes)
-    return {name: array[0] for name, array in arrays.items()}
-
-
-def block(process, processes):
-    """Rows of a process's part of batches of 8."""
-    size = 8 // processes
-    return range(process * size, (process + 1) * size)
-
-
-def batches(source, steps, **kwargs):
-    settings = {"global_batch": 8, "seed": 1, "start_step": 0, "prefetch": 4}
-    return list(islice(data.training_batches(source, **settings | kwargs), steps))
-
-
-def labels(source, steps, **kwargs):
-    return [batch["label"].tolist() for batch in batches(source, steps, **kwargs)]
 
 
 @pytest.fixture(scope="module")
@@ -325,112 +278,3 @@ def test_flips_are_by_chance_and_follow_from_seed_and_position(tmp_path):
     assert flipped(10, start_step=40) == whole[-80:]
     assert flipped(50, seed=2) != whole
     assert not any(flipped(4, flip=False))
-
-
-MOMENTS, ROWS, DIM = (4, 2, 3), 6, 5
-
-
-@pytest.fixture(scope="module")
-def latents_directory(tmp_path_factory):
-    """Records i of 1 + i rows of text and, where i is odd, one row of short text, all filled with i + 1."""
-    directory = tmp_path_factory.mktemp("data") / "latents"
-    with records.create(directory, "tiny", records.latent_features(MOMENTS, DIM)) as writer:
-        for i in range(9):
-            text, short = np.full((1 + i, DIM), i + 1, np.float16), np.full((i % 2, DIM), -i - 1, np.float16)
-            said = {"caption": "", "short_caption": "", "label": i, "key": ""}
-            writer.write("train", moments=np.full(MOMENTS, i, np.float16), text=text, short_text=short, **said)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def latents(latents_directory):
-    columns = [decode.Label(), decode.Moments(MOMENTS), decode.Features(ROWS, DIM)]
-    return data.Records([reading.open_split(latents_directory, "train")], columns, threads=2)
-
-
-def test_latents_are_padded_with_zeros(latents):
-    for _ in range(3):  # memory is used again
-        for batch in batches(latents, 20, global_batch=4):
-            assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
-                "label": (np.int32, (4,)),
-                "moments": (np.float16, (4, *MOMENTS)),
-                "text": (np.float16, (4, ROWS, DIM)),
-                "text_length": (np.int32, (4,)),
-            }
-            for label, moments, text, length in zip(
-                *(batch[n] for n in ("label", "moments", "text", "text_length")), strict=True
-            ):
-                assert (moments == label).all()
-                assert length == min(label + 1, ROWS)
-                assert (text[:length] == label + 1).all()
-                assert (text[length:] == 0).all()
-
-
-def test_batches_that_are_kept_stay_as_they_are(latents):
-    kept = batches(latents, 30, global_batch=4)
-    rows = [batch["text"][0] for batch in kept]  # views keep their memory too
-    labels_of = [int(batch["label"][0]) for batch in kept]
-    del kept
-    batches(latents, 30, global_batch=4)
-    assert all(row[0, 0] == label + 1 for row, label in zip(rows, labels_of, strict=True))
-
-
-def test_text_features_beyond_the_length_are_cut_and_counted(latents):
-    before = latents.truncated
-    assert one(latents, 7)["text_length"] == ROWS
-    assert latents.truncated == before + 1
-
-
-def test_short_text_features(latents):
-    record = one(latents, 3, short=True)
-    assert record["text_length"] == 1
-    assert (record["text"][0] == -4).all()
-    assert one(latents, 4, short=True)["text_length"] == 5
-
-
-def test_pictures_of_another_size_are_resized_on_request(tmp_path):
-    directory = dataset(tmp_path / "data", i5={"image": png(9, (40, 60))})
-    columns = [decode.Label(), decode.Pixels(SIZE, resize=True)]
-    source = data.Records([reading.open_split(directory, "train")], columns)
-    assert (one(source, 5)["image"] == 9).all()
-    assert source.skipped == 0
-
-
-@pytest.fixture(scope="module")
-def latent_config(tiny):
-    def make(path, **changes):
-        model = {"condition": "text", "text_encoder": "features", "text_dim": DIM, "text_length": ROWS}
-        model |= {"latent_channels": 2, "patch_size": 1, "image_grid": (2, 3)}
-        changes = {
-            name: model | value if name == "model" else value for name, value in ({"model": {}} | changes).items()
-        }
-        data_changes = {"path": str(path)} | changes.pop("data", {})
-        return tiny(autoencoder={"kind": "sdxl", "stride": 8}, data=data_changes, **changes)
-
-    return make
-
-
-def test_a_config_opens_latents(latent_config, latents_directory):
-    source = data.open_records(latent_config(latents_directory), "train")
-    assert one(source, 3)["text"].shape == (ROWS, DIM)
-    assert data.fixed_examples(source, 2)["moments"].shape == (2, *MOMENTS)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": {"flip": True}}, "data.flip=True: latents cannot be flipped"),
-        ({"model": {"image_grid": (3, 3)}}, r"holds latents of \(4, 2, 3\); .* need \(4, 3, 3\)"),
-        ({"model": {"text_dim": 8}}, "holds text features of 5; model.text_dim=8"),
-    ],
-)
-def test_latents_that_do_not_fit_the_config_are_refused(latent_config, latents_directory, changes, message):
-    with pytest.raises(UserError, match=message):
-        data.open_records(latent_config(latents_directory, **changes), "train")
-
-
-def test_pixels_and_latents_are_not_taken_for_each_other(latent_config, latents_directory, tiny, tmp_path):
-    with pytest.raises(UserError, match="holds pixels"):
-        data.open_records(latent_config(dataset(tmp_path / "data")), "train")
-    with pytest.raises(UserError, match=r"holds latents of \(4, 2, 3\); autoencoder.kind=identity trains on pixels"):
-        data.open_records(tiny(data={"path": str(latents_directory)}), "train")

@@ -20,9 +20,9 @@ GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256
 def depthwise_convolution(rows: jax.Array, kernel: jax.Array, triton: str = "") -> jax.Array:
     """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D) -> (B, h, w, D).
 
-    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products: compilers fuse it into
-    one pass, where XLA's grouped convolution takes minutes on CPUs. `triton`, compiled or interpreted, makes the
-    gradient of the kernel.
+    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products, in float32: compilers
+    fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs. `triton`, compiled or interpreted,
+    makes the gradient of the kernel.
     """
     wide = kernel.astype(jnp.float32)
     total = sum(part * wide[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())

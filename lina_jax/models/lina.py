@@ -183,7 +183,8 @@ class LINA(nnx.Module):
         c = self.encode_condition(condition)
         z = self.encode_image(tokens, draws.mask, draws.most_visible, c)
         noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
-        # One embedding per entry of the table and one projection of z per token, shared by the repeats.
+        # One embedding per entry of the table and one projection of z per token, shared by the repeats. Narrowed last:
+        # the gradient of an entry is a sum over many tokens, in float32.
         times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))[draws.timestep].astype(self.dtype)
         return self.head(noisy, times, self.head.embed.condition(z))
 
