@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's 
 device or link that failed; launchers restart on it), 130 interrupted (Ctrl-C).
 """
 
+import _thread
 import contextlib
 import errno
 import inspect
@@ -12,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -93,7 +95,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
         return 0
 
     # When one read of a checkpoint fails, orbax abandons the others; they would tell of it at length, each in its way.
-    sys.unraisablehook = _without_abandoned_reads
+    sys.unraisablehook = _of_errors_in_callbacks
     absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
@@ -157,8 +159,20 @@ def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
     return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
-def _without_abandoned_reads(unraisable) -> None:
-    """A hook that leaves out reports to an event loop that is closed by then, and coroutines that nobody awaits."""
+def _of_errors_in_callbacks(unraisable) -> None:
+    """A hook for errors that Python would print and forget: of finalizers, and of what runs with garbage collections.
+
+    Ctrl-C is heard a moment later; reports to an event loop that is closed by then, and coroutines that nobody awaits,
+    are left out.
+    """
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _thread.start_new_thread(_interrupt_again, ())
+        return
     closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
     if not (closed or inspect.iscoroutine(unraisable.object)):
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt_again() -> None:
+    time.sleep(0.05)  # at once, the interrupt would come before the callback is left
+    _thread.interrupt_main()

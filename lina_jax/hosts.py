@@ -5,6 +5,7 @@ process is one of several, it starts jax.distributed; alone, nothing is differen
 side.
 """
 
+import _thread
 import contextlib
 import ctypes
 import faulthandler
@@ -16,8 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -37,6 +38,7 @@ _said: int | None = None  # the exit code, as soon as this process has said why 
 # What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
+_WAKE_S = 0.5  # after which one that waits looks for signals
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -158,12 +160,27 @@ def meet(occasion: str) -> None:
 
 
 def _heeding_signals(wait: Callable[..., T], *args) -> T:
-    """The result of a wait in JAX's runtime, in a thread of its own: the main one could not be interrupted there."""
-    thread = ThreadPoolExecutor(1)
-    try:
-        return thread.submit(wait, *args).result()
-    finally:
-        thread.shutdown(wait=False)
+    """The result of a wait in JAX's runtime, in a thread of its own: the main one could not be interrupted there.
+
+    The main thread waits in C: an interrupt within locks that are written in Python, as those of executors are, may
+    leave them held for ever. And it wakes up now and then: a signal just before a wait in C does not end it.
+    """
+    ends: SimpleQueue = SimpleQueue()
+
+    def end() -> None:
+        try:
+            ends.put((wait(*args), None))
+        except Exception as error:
+            ends.put((None, error))
+
+    _thread.start_new_thread(end, ())
+    while True:
+        with contextlib.suppress(Empty):
+            result, error = ends.get(timeout=_WAKE_S)
+            break
+    if error:
+        raise error
+    return result
 
 
 def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool) -> None:

@@ -49,6 +49,10 @@ QUICKLY_COMPILED = {
 }
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
+# Programs for CPUs compile in half the time, here and in subprocesses: fusions go through XLA's older code (a jaxlib
+# that has it no more ignores the option), and a program is not split for threads, as other tests have the other cores.
+COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()  # read with the first device
 
 
 @pytest.fixture(scope="session", autouse=True)

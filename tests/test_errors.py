@@ -60,6 +60,30 @@ def test_an_end_is_one_line_and_a_code(argument, code, line):
     assert (result.returncode, result.stderr) == (code, line + "\n")
 
 
+UNHEARD = """
+import signal, threading
+from lina_jax import errors
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main(argv):
+    Finalized()
+    threading.Event().wait(30)
+
+errors.run(main)
+"""
+
+
+def test_ctrl_c_is_heard_where_python_would_forget_it():
+    """In finalizers, and in what jax runs with every garbage collection, errors are printed and go no further."""
+    result = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("argument", ["-h", "--help", "--helpfull"])
 def test_help_is_no_failure(argument):
     result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, timeout=60)
