@@ -1,10 +1,11 @@
 r"""The paper's study of linear attention: normalisation x convolution x gate x width, on one recipe.
 
 Argument: NORMALISATION-CONVOLUTION-GATE-WIDTH, for example division-conv-head-768, or softmax-WIDTH, or
-hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer softmax). NORMALISATION: division, subtraction.
-CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 32, 64, 96, 128 train
-`cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train `imagenet256_c2i.py`, all of them
-in batches of 768 (published: 2048, 1536, 768), so that as many steps are the same budget at each width.
+hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer softmax; every 2nd at WIDTH to 128). NORMALISATION:
+division, subtraction. CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 32,
+64, 96, 128 train `cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train
+`imagenet256_c2i.py`, all of them in batches of 768 (published: 2048, 1536, 768), so that as many steps are the same
+budget at each width.
 
 Expected (published, ImageNet 256, w768, 200k steps of 2048 images, no guidance, FID): division 13.1, subtraction 15.8,
 division + conv 9.1, subtraction + conv 9.0. As many images are 533k steps here.

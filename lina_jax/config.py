@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on latents (spec section 10)."""
+    """Pixels to latents. `identity` trains on pixels in [-1, 1]; the others on latents."""
 
     kind: str = "mar"  # identity | mar | sdxl
     path: str = ""  # its diffusers directory: to draw pictures, and to train from pixels; cached latents need none
@@ -91,7 +91,7 @@ class AutoencoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """The frozen text encoder, where model.text_encoder is features (spec section 11)."""
+    """The frozen text encoder, where model.text_encoder is features."""
 
     path: str = ""  # its Hugging Face directory: to draw from prompts, and to train from captions
 
@@ -103,7 +103,7 @@ class DataConfig:
     path: str = ""  # a directory or a bucket's URL; several as PATH=WEIGHT,PATH=WEIGHT
     train_split: str = "train"
     validation_split: str = "validation"
-    short_caption: float = 0.5  # chance of the short caption, where a record has one (spec section 9)
+    short_caption: float = 0.5  # chance of the short caption, where a record has one
     flip: bool = False  # exchange left and right of half of the pictures
     resize: bool = False  # pictures of another size; without it they are bad records
     cache: str = ""  # directory into which shards are copied before they are read; none: read in place
@@ -136,7 +136,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Random draws of one training step (paper section 3; spec sections 6, 7, 9)."""
+    """Random draws of one training step (paper section 3)."""
 
     repeat: int = 4
     mask_ratio_mean: float = 1.0
@@ -149,7 +149,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (published) or Muon, and the schedule (spec section 13). `clip_norm` 0 means no clipping.
+    """AdamW (published) or Muon, and the schedule. `clip_norm` 0 means no clipping.
 
     Under Muon `b1`, `b2` and `eps` are those of the AdamW that has the other arrays.
     """
@@ -180,7 +180,7 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Decoding (spec section 8). Guidance rises linearly from `guidance_min` to `guidance`, or stays constant."""
+    """Decoding. Guidance rises linearly from `guidance_min` to `guidance`, or stays constant."""
 
     steps: int = 64
     euler_steps: int = 25

@@ -1,4 +1,4 @@
-"""Set-by-set decoding: one compiled program from conditions to images, or one a step (spec section 8; paper 3.1)."""
+"""Set-by-set decoding: one compiled program from conditions to images, or one a step (paper section 3.1)."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Which arrays of other weights a new run takes: rules as data, and the published sets of them (spec section 14)."""
+"""Which arrays of other weights a new run takes: rules as data, and the published sets of them."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""AdamW as published (spec section 13), or Muon: schedule, weight decay, clipping. Frozen arrays never get here."""
+"""AdamW as published, or Muon: schedule, weight decay, clipping. Frozen arrays never get here."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -23,7 +23,7 @@ from lina_jax.state import Blueprint, Program
 
 Tree = Any
 
-# Sizes of the published autoencoders, for plans whose config names no directory (spec section 10).
+# Sizes of the published autoencoders, for plans whose config names no directory.
 AUTOENCODERS = {
     "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=encoders.SDXL_SCALING),
     "mar": VaeConfig(

@@ -1,4 +1,4 @@
-"""Published pipeline directories: what is in them, and the config that they mean (spec sections 1, 15, 19).
+"""Published pipeline directories: what is in them, and the config that they mean.
 
 What is known of a model comes from several places: the shapes of its tensors, config.json, model_index.json. Each says
 what it knows, and every contradiction is named.

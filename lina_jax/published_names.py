@@ -1,4 +1,4 @@
-"""Published names of models, and what the published code can compute (spec sections 1, 4, 19)."""
+"""Published names of models, and what the published code can compute."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -19,7 +19,7 @@ from lina_jax.errors import UserError
 from lina_jax.models import vae
 from lina_jax.sources.base import Example, Reject
 
-TEXT_LENGTH = 256  # tokens of a caption that are kept (spec section 11)
+TEXT_LENGTH = 256  # tokens of a caption that are kept, as published
 _TEXT_ROWS = 80  # of both captions together, as a rule; shards of latents are sized by it
 _BUCKET = 64  # text is padded to a multiple of so many tokens: a few programs, little waste
 

@@ -21,8 +21,8 @@ from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.models import sequence
 
-# Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has the
-# one comparison with a measurement. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
+# Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has
+# comparisons with measurements. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
 ATTAINED = {
     "tpu": {"matmul": 0.92, "vector": 0.7, "memory": 0.9, "link": 0.9},
     "cuda": {"matmul": 0.72, "vector": 0.7, "memory": 0.9, "link": 0.8},

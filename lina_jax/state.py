@@ -215,7 +215,7 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
 def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
     """Data tokens (B, N, p*p*C) float32 in the space that is learned, and the condition.
 
-    Latents are drawn anew in each step (spec section 10): `noise_of(shape)` gives their noise (B, *shape). `weights`
+    Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights`
     are those of the plan's encoders, for batches that have pixels or token ids in place of moments or features.
     """
     config = plan.config

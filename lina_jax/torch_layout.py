@@ -1,4 +1,4 @@
-"""Published PyTorch state dicts: tables of names and layouts that drive both directions (spec sections 10, 11, 15)."""
+"""Published PyTorch state dicts: tables of names and layouts that drive both directions."""
 
 import dataclasses
 from collections import defaultdict

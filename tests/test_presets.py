@@ -28,7 +28,7 @@ def text(side: int, width: int = 1536, **variant) -> ModelConfig:
     )  # fmt: skip
 
 
-# Parameters (all, trainable) of the published models; spec section 15.
+# Parameters (all, trainable) of the published models.
 TABLE = {
     "c2i w768 head": (W768, {}, 363_190_288, 362_349_328),
     "c2i w1024 head": (W1024, {}, 644_685_840, 643_302_416),

@@ -1,4 +1,4 @@
-"""Linear and softmax attention: one module, its variant chosen by fields (spec section 4; paper section 3.2).
+"""Linear and softmax attention: one module, its variant chosen by fields (paper section 3.2).
 
 Sequences are stored shard by shard (see `sequence`); the plain order where the mesh does not cut them.
 """

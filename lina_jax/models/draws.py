@@ -1,4 +1,4 @@
-"""The random draws of one training step, each a function of (seed, step, example) alone (spec sections 6, 7, 9, 17).
+"""The random draws of one training step, each a function of (seed, step, example) alone.
 
 Keyed by example, they are the same on any mesh, for any number of hosts and for any split into micro-batches.
 """

@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, interpolation, time grids of the sampler (spec sections 7 and 8; paper section 3.1).
+"""Flow matching: noise levels, interpolation, time grids of the sampler (paper section 3.1).
 
 sigma = 1 is pure noise, sigma = 0 the data; x_sigma = sigma * noise + (1 - sigma) * data; the velocity is noise - data.
 """
@@ -34,8 +34,7 @@ def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Arra
 def euler_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     """The sampler's noise levels (steps + 1,), float32, from 1 to 0.
 
-    The grid ends at the already shifted last table entry and is then shifted as a whole: published behaviour (spec
-    section 16.13).
+    The grid ends at the already shifted last table entry and is then shifted as a whole, as in the published code.
     """
     last = shifted(np.asarray(1 / TRAIN_TIMESTEPS), shift)
     return np.append(shifted(np.linspace(1.0, last, steps), shift), 0.0).astype(np.float32)

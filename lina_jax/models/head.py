@@ -1,4 +1,4 @@
-"""The diffusion head: an MLP per token that predicts the flow's velocity (spec section 5; paper section 3.1)."""
+"""The diffusion head: an MLP per token that predicts the flow's velocity (paper section 3.1)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Patches, positions, linear maps, norms and the embeddings of conditions (spec sections 2 and 4).
+"""Patches, positions, linear maps, norms and the embeddings of conditions.
 
 Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
 `axes`, the logical names of its axes (see `mesh.RULES`), `decay=False` where weight decay must leave it alone, and
@@ -31,7 +31,7 @@ def over_variables(function: Callable[[nnx.Variable], object], state: nnx.State)
 
 
 def uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for weights and biases alike (spec section 12)."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for weights and biases alike, as published."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):

@@ -205,7 +205,7 @@ def unconditional(config: ModelConfig, like: Condition) -> Condition:
 
 
 def drop_conditions(config: ModelConfig, condition: Condition, drop: jax.Array) -> Condition:
-    """Replace the conditions where `drop` (B,) by the unconditional one (spec section 9)."""
+    """Replace the conditions where `drop` (B,) by the unconditional one."""
     if config.condition == "class":
         return {"label": jnp.where(drop, config.num_classes, condition["label"])}
     return {**condition, "text_length": jnp.where(drop, 0, condition["text_length"])}

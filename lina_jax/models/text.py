@@ -1,4 +1,4 @@
-"""Frozen text encoders: token ids to features (spec section 11)."""
+"""Frozen text encoders: token ids to features."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Transformer blocks and scanned stacks of them (spec section 4)."""
+"""Transformer blocks and scanned stacks of them."""
 
 import dataclasses
 from itertools import groupby

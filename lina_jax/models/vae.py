@@ -1,4 +1,4 @@
-"""KL autoencoders: images to moments of latents and back (spec section 10).
+"""KL autoencoders: images to moments of latents and back.
 
 Images are float in [-1, 1] and latents unscaled unless a name says otherwise; both are NHWC. Weights are published and
 never trained.
