@@ -107,6 +107,7 @@ with_restarts() {
   while [ -z "$stopped" ]; do
     "$@" &
     child=$!
+    if [ -n "$stopped" ]; then kill -TERM "$child" || true; fi # asked before it was known whom to tell
     while
       code=0 interrupted=''
       wait "$child" || code=$?

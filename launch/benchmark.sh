@@ -55,10 +55,14 @@ if [ -n "$dry_run" ]; then lines=/dev/null; fi
 # attempt COMMAND...: run it, or note that it failed.
 attempt() {
   printf '%s\n' "$*" >&2
-  [ -n "$dry_run" ] || timeout 1800 "$@" || {
+  if [ -n "$dry_run" ]; then return; fi
+  local code=0
+  timeout --foreground 1800 "$@" || code=$? # in the foreground, so that Ctrl-C reaches it
+  if [ "$code" -eq 130 ]; then exit 130; fi
+  if [ "$code" -ne 0 ]; then
     failed+=("$*")
     return 1
-  }
+  fi
 }
 # measured COMMAND...: add the lines that it prints to the file.
 measured() { attempt "$python" -m lina_jax.benchmark "$@" >>"$lines"; }

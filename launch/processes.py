@@ -65,6 +65,8 @@ class Processes:
                 setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE],
             )
             self.running[process] = number
+        if self.stopped:  # and who was started last may not have heard
+            self._end(signal.SIGTERM)
         failed = RESTART if self.stopped else 0
         while self.running:
             process, status = os.wait()

@@ -70,14 +70,14 @@ class Copy:
                     f"{len(missing)} of the {len(names)} shards in {self._source} are missing: {missing[0]}"
                 )
             wanted = [name for name in names if not self._has(name, sizes[name])]
-            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-                copies = [pool.submit(self._fetch, name, sizes[name]) for name in wanted]
-                done = concurrent.futures.as_completed(copies)
-                try:
-                    for copy in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
-                        copy.result()
-                finally:  # after a failure there is no point in the rest
-                    pool.shutdown(cancel_futures=True)
+            pool = concurrent.futures.ThreadPoolExecutor(threads)
+            copies = [pool.submit(self._fetch, name, sizes[name]) for name in wanted]
+            done = concurrent.futures.as_completed(copies)
+            try:
+                for copy in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
+                    copy.result()
+            finally:  # after a failure, and after Ctrl-C, there is no point in the rest, and none in waiting for it
+                pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -5,6 +5,10 @@ Nothing about the position is saved, and any number of processes sees the same g
 
 import functools
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -288,8 +292,22 @@ def training_batches(
     batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(at_once, ahead))
     if workers:
         each = max(1, prefetch // workers)
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=each))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
+        batches = batches.mp_prefetch(options, worker_init_fn=_live_as_long_as_the_parent)
     return _noted(records, iter(batches))
+
+
+def _live_as_long_as_the_parent(number: int, count: int) -> None:
+    """A worker's start: it ends when its parent does, however that is, and with no signal meant for the parent."""
+    del number, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterator[Arrays]:

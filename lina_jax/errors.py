@@ -11,6 +11,7 @@ import errno
 import inspect
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -175,4 +176,4 @@ def _of_errors_in_callbacks(unraisable) -> None:
 
 def _interrupt_again() -> None:
     time.sleep(0.05)  # at once, the interrupt would come before the callback is left
-    _thread.interrupt_main()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # a true signal ends a wait in C

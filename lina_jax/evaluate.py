@@ -35,6 +35,7 @@ from lina_jax import (
     image_sources,
     pictures,
     places,
+    preemption,
     quality,
     reference,
     report,
@@ -126,6 +127,7 @@ def drawn(
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    preemption.leave_when_asked()
     with hosts.together(config_file.given_flags()):
         _main(flags.FLAGS)
 

@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 from lina_jax import chips
 from lina_jax.config import Config
@@ -35,7 +37,11 @@ class Writer:
             before = self.path.read_bytes() if self.path.exists() else b""
             if before and not before.endswith(b"\n"):  # a kill cut the last line
                 self._append("\n")
-            self._events = SummaryWriter(str(workdir / "events"), flush_secs=10)
+            events = workdir / "events"
+            with self._writing(events):
+                events.mkdir(exist_ok=True)
+                # Not a SummaryWriter: when a write of its thread fails, whoever hands it more events waits for ever.
+                self._events = EventsWriter(str(events / "events"))
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if self._active:
@@ -43,24 +49,35 @@ class Writer:
             finite = {name: value for name, value in values.items() if np.isfinite(value)}
             # JSON has no NaN: what is not finite is there, as null.
             self._append(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
-            for name, value in finite.items():
-                self._events.add_scalar(name, value, step)
+            self._show(step, [summary.scalar(name, value) for name, value in finite.items()])
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """image (H, W, 3) uint8."""
         if self._active:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._show(step, [summary.image(name, image, dataformats="HWC")])
 
     def close(self) -> None:
         if self._active:
-            self._events.close()
+            with self._writing(self.path.parent / "events"):
+                self._events.close()
 
     def _append(self, line: str) -> None:
+        with self._writing(self.path), self.path.open("a") as lines:  # and close: before, a mounted bucket has nothing
+            lines.write(line)
+
+    def _show(self, step: int, summaries: list) -> None:
+        """To TensorBoard."""
+        with self._writing(self.path.parent / "events"):
+            for each in summaries:
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=each))
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
         try:
-            with self.path.open("a") as lines:  # and close: in a mounted bucket nothing is there before
-                lines.write(line)
+            yield
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}") from error
+            raise UserError(f"cannot write {path}: {error}") from error
 
 
 class Throughput:

@@ -178,4 +178,5 @@ def serve(blocks: gr.Blocks, door: socket.socket) -> None:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     print(f"http://{'localhost' if host == '127.0.0.1' else host}:{port}  (Ctrl-C ends)", flush=True)
-    thread.join()
+    while thread.is_alive():
+        thread.join(0.5)  # a signal just before a wait without an end would not end it

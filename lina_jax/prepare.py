@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import errors, images, pictures, records, shapes, units
+from lina_jax import config_file, errors, hosts, images, pictures, preemption, records, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
 from lina_jax.sources.base import Example, Fields, Reject, Source
@@ -344,12 +344,13 @@ def define_flags() -> None:
         "process_index", None, "this process, of those that share the work; default: SLURM's, or alone"
     )
     flags.DEFINE_integer("process_count", None, "processes that share the work; default: SLURM's, or one")
-    flags.DEFINE_bool("distributed", False, "share the work among the processes of jax.distributed (pods)")
+    flags.DEFINE_bool("distributed", False, "share the work among the processes of jax.distributed, which end together")
     flags.DEFINE_string("preview", None, "PNG file for a contact sheet of what was written")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    preemption.leave_when_asked()
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing: the directory of the dataset to make")
@@ -358,15 +359,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out={values.out}: shards are written as local files; name a disk or a mounted bucket")
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
-    if values.distributed:
-        try:
-            # Shares end at different times, and no process is to be stopped for another's longer share.
-            jax.distributed.initialize(shutdown_timeout_seconds=7 * 24 * 3600)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--distributed: {error}") from error
-        share = Share(jax.process_index(), jax.process_count())
+    if values.distributed or values.coordinator:
+        # Who has done its share waits for the others at the end, a day at most.
+        with hosts.together(config_file.given_flags()):
+            if jax.process_count() == 1:
+                print("no other process is known of: this one prepares all", file=sys.stderr)
+            _prepare(values, settings, Share(jax.process_index(), jax.process_count()))
     else:
-        share = the_share(values.process_index, values.process_count)
+        _prepare(values, settings, the_share(values.process_index, values.process_count))
+
+
+def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None:
     totals = prepare(values.out, settings, values.max_reject_fraction, share)
     if totals is None:
         return
@@ -381,4 +384,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
+    hosts.define_flags()
     errors.run(main)

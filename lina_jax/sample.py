@@ -292,11 +292,6 @@ def _main(values: flags.FlagValues) -> None:
     images = sampler(params, frozen, conditions, values.seed)
     if jax.process_index() != 0:
         return
-    for i, image in enumerate(images):
-        pictures.save(_picture(out, i), image)
-    for stale in earlier[len(images) :]:
-        stale.unlink(missing_ok=True)
-    pictures.save(out / "grid.png", pictures.grid(images, [str(c) for c in conditions]))
     record = {
         "workdir": str(workdir),
         "checkpoint": step,
@@ -305,7 +300,13 @@ def _main(values: flags.FlagValues) -> None:
         "conditions": conditions,
         "sample": dataclasses.asdict(settings),
     }
-    (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n")
+    # In this order: whenever it is killed, no picture lies beside settings that it was not made with.
+    for old in (*earlier, out / "grid.png"):
+        old.unlink(missing_ok=True)
+    places.write_json(out / "settings.json", record)
+    for i, image in enumerate(images):
+        pictures.save(_picture(out, i), image)
+    pictures.save(out / "grid.png", pictures.grid(images, [str(c) for c in conditions]))
     print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, together in {out / 'grid.png'}")
 
 

@@ -97,9 +97,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
-    # Left from right to left: whatever ends the run, a save that is under way is finished, and SIGTERM waits for it.
-    with notice, closing(checkpoints), closing(writer), progress, watchdog:
-        try:
+    try:
+        # Left from right to left: whatever ends the run, a save that is under way is finished, and SIGTERM waits for it.
+        with notice, closing(checkpoints), closing(writer), progress, watchdog:
             with throughput.paused():
                 _measure(measurements, overdue, first, run, writer, checkpoints)
             for step in range(first + 1, config.steps + 1):
@@ -129,9 +129,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                             raise _preempted(step)
                         _measure(measurements, due, step, run, writer, checkpoints)
             profile(config, workdir, first, config.steps + 1)
-        except KeyboardInterrupt:
-            step = checkpoints.latest_step()
-            raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
+    except KeyboardInterrupt:
+        step = max((int(path.name) for path in saved_checkpoints(workdir)), default=0)
+        raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
     _conclude(config, workdir, config.steps)
     return run
 

@@ -201,6 +201,34 @@ def test_worker_processes_give_the_same_batches(tmp_path):
             np.testing.assert_array_equal(array, processes[name])
 
 
+def test_workers_end_with_their_parent_and_not_by_its_signals(tmp_path):
+    """Whoever waits for the end of what the parent printed waits for them, too: they hold the same pipe."""
+    code = f"""
+import multiprocessing, os, signal, sys, time
+from absl import flags
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from lina_jax import data
+import test_data
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    source = test_data.open_records({str(dataset(tmp_path / "data"))!r})
+    running = data.training_batches(source, global_batch=6, seed=1, start_step=0, workers=1)
+    next(running)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    for _ in range(20):
+        next(running)
+    print("ended", flush=True)
+    os._exit(3)
+"""
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (3, "ended\n"), result.stderr
+
+
 def test_real_processes_make_the_same_global_batches(tmp_path):
     """One, two and four of them, each a Python of its own; the last two begin where the first stopped."""
     directories = [dataset(tmp_path / "a"), dataset(tmp_path / "b", i3={"image": b"no image"})]

@@ -72,7 +72,7 @@ class Finalized:
 
 def main(argv):
     Finalized()
-    threading.Event().wait(30)
+    threading.Event().wait(300)
 
 errors.run(main)
 """

@@ -203,6 +203,17 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     assert set(quality.METRICS) < set(score["quality"])
 
 
+def test_two_processes_prepare_what_one_prepares(start, tmp_path):
+    settings = Settings(resolution=8, train=48, validation=8)
+    prepare(tmp_path / "one", settings)
+    flags = "--source=shapes", "--resolution=8", "--train=48", "--validation=8", f"--out={tmp_path / 'two'}"
+    succeed(start("prepare", 2, "--distributed", *flags))
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
 def test_a_benchmark_of_two_processes_makes_the_same_calls_in_both(file, start, tmp_path):
     """Of which the clock of one suggests ten times as many; waiting for calls that do not come would not end."""
     for process in range(2):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import threading
 
@@ -97,6 +98,19 @@ def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
     assert identical(whole(restored), run)
     shards = restored.params["patch_embed"]["kernel"].addressable_shards
     assert shards[0].data.size * 2 == restored.params["patch_embed"]["kernel"].size
+
+
+def test_events_that_cannot_be_written_end_the_run(tmp_path):
+    """At once: a thread that failed to write would leave those waiting who bring more."""
+    writer = metrics.Writer(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"^cannot write {tmp_path}/events: "):
+            writer.image(1, "picture", np.zeros((8, 8, 3), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
 
 
 def test_kept_checkpoints(finished, config):
