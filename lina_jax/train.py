@@ -98,7 +98,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
     try:
-        # Left from right to left: whatever ends the run, a save that is under way is finished, and SIGTERM waits for it.
+        # Left from right to left: whatever ends the run, a save under way is finished, and SIGTERM waits for it.
         with notice, closing(checkpoints), closing(writer), progress, watchdog:
             with throughput.paused():
                 _measure(measurements, overdue, first, run, writer, checkpoints)
