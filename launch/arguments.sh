@@ -5,8 +5,9 @@
 #   launch/WHERE.sh [--dry-run] --name=RUN [--OPTION=VALUE ...] -- COMMAND...
 #
 # COMMAND is an entry point of lina_jax with its arguments (train, sample, evaluate, prepare, convert, benchmark, plan)
-# or any other command line; local.sh, which adds flags, takes those alone that run in many processes. Each option can come from the environment instead: LINA_ZONE=... for --zone=... . An
-# option's variable has its name; what a launcher gives it before `read_arguments` is its default.
+# or any other command line; local.sh, which adds flags, takes those alone that run in many processes. Each option can
+# come from the environment instead: LINA_ZONE=... for --zone=... . An option's variable has its name; what a launcher
+# gives it before `read_arguments` is its default.
 
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -107,7 +108,7 @@ with_restarts() {
   while [ -z "$stopped" ]; do
     "$@" &
     child=$!
-    if [ -n "$stopped" ]; then kill -TERM "$child" || true; fi # asked before it was known whom to tell
+    if [ -n "$stopped" ]; then stop "$stopped"; fi # asked before it was known whom to tell
     while
       code=0 interrupted=''
       wait "$child" || code=$?

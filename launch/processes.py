@@ -45,7 +45,7 @@ class Processes:
     def __init__(self, name: str, grace: float):
         self.name, self.grace = name, grace
         self.running: dict[int, int] = {}  # id of the system -> number in the run
-        self.stopped = False
+        self.stopped = 0  # the signal that asked for it
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGALRM, self._kill)
@@ -65,8 +65,8 @@ class Processes:
                 setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE],
             )
             self.running[process] = number
-        if self.stopped:  # and who was started last may not have heard
-            self._end(signal.SIGTERM)
+        if self.stopped:  # which the one that was started last may not have heard
+            self._end(self.stopped)
         failed = RESTART if self.stopped else 0
         while self.running:
             process, status = os.wait()
@@ -85,7 +85,7 @@ class Processes:
         print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
     def _stop(self, number: int, _) -> None:
-        self.stopped = True
+        self.stopped = number
         self._end(number)
 
     def _end(self, number: int) -> None:

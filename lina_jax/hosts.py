@@ -38,7 +38,6 @@ _said: int | None = None  # the exit code, as soon as this process has said why 
 # What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
-_WAKE_S = 0.5  # after which one that waits looks for signals
 _PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
 
 
@@ -176,7 +175,7 @@ def _heeding_signals(wait: Callable[..., T], *args) -> T:
     _thread.start_new_thread(end, ())
     while True:
         with contextlib.suppress(Empty):
-            result, error = ends.get(timeout=_WAKE_S)
+            result, error = ends.get(timeout=roll_call.WAKE_S)
             break
     if error:
         raise error

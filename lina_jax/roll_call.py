@@ -12,7 +12,7 @@ from lina_jax.cluster import Cluster
 from lina_jax.errors import LinkFailed, UserError
 
 _GREETING = "lina_jax"
-_WAKE_S = 0.5  # after which one that waits looks for signals
+WAKE_S = 0.5  # after which one that waits looks for signals
 _PATIENCE_S = 5.0  # with one that called and says nothing
 
 
@@ -39,7 +39,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
         except OSError as error:
             raise UserError(f"process 0 cannot listen at port {port} of {cluster.address}: {error.strerror}") from error
         while len(here) < cluster.processes - 1 and not mistake and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(min(left, _WAKE_S))
+            server.settimeout(min(left, WAKE_S))
             try:
                 caller = present.enter_context(server.accept()[0])
                 caller.settimeout(_PATIENCE_S)
