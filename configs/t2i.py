@@ -1,14 +1,18 @@
-r"""Text to image at 256, 512 and 1024 px, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630).
+r"""Text to image, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630), and two sizes beyond.
 
 Presets:  256    16 x 16 tokens, learning rate 2e-4, batch 768  (published: 48 GPUs x 16)
           512    32 x 32 tokens, learning rate 1e-4, batch 192  (48 x 4)
           1024   64 x 64 tokens, learning rate 5e-5, batch 48   (48 x 1)
+          2048   128 x 128 tokens, learning rate 5e-5, batch 16  (not published, never trained: a place to begin)
+          4096   256 x 256 tokens, learning rate 5e-5, batch 4   (not published either)
 Latents of the SDXL autoencoder (stride 8, 4 channels) in patches of 2; captions as the last hidden states of Phi-2, 256
-tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29 TFLOP an image; 1.9, 1.5, 1.4 PFLOP a step.
+tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29, 116, 461 TFLOP an image; 1.9, 1.5, 1.4, 1.9, 1.8 PFLOP a
+step.
 
 Each size starts from the EMA of the one before, at step 565k of 256 px and step 600k of 512 px, its KV gates anew (how
 long 1024 px was trained is not published); 256 px from NOVA (softmax attention, 1024 px), but for attention. Gates
-interpolated from the smaller grid instead: --config.init_from.rules=interpolate.
+interpolated from the smaller grid instead: --config.init_from.rules=interpolate. From 2048 px on an image is cut over
+several devices (docs/sharding.md): as many as the batch leaves for it.
 
 Expected (paper): GenEval 0.74 overall at 1024 px, with 128 decoding steps and guidance 7.
 Data:     python -m lina_jax.prepare --source=webdataset --input='SHARDS/*.tar' --resolution=256 --validation=10000 \
@@ -23,11 +27,11 @@ From NOVA, before them, and then the first with --config.init_from.path=runs/nov
 
 from lina_jax.config import default
 
-GRID = {"256": 16, "512": 32, "1024": 64}
-LEARNING_RATE = {"256": 2e-4, "512": 1e-4, "1024": 5e-5}
-BATCH = {"256": 768, "512": 192, "1024": 48}
-STEPS = {"256": 565_000, "512": 600_000, "1024": 600_000}
-BEFORE = {"256": "", "512": "runs/t2i256", "1024": "runs/t2i512"}
+GRID = {"256": 16, "512": 32, "1024": 64, "2048": 128, "4096": 256}
+LEARNING_RATE = {"256": 2e-4, "512": 1e-4, "1024": 5e-5, "2048": 5e-5, "4096": 5e-5}
+BATCH = {"256": 768, "512": 192, "1024": 48, "2048": 16, "4096": 4}
+STEPS = {"256": 565_000, "512": 600_000, "1024": 600_000, "2048": 600_000, "4096": 600_000}
+BEFORE = {"256": "", "512": "runs/t2i256", "1024": "runs/t2i512", "2048": "runs/t2i1024", "4096": "runs/t2i2048"}
 
 
 def get_config(preset="256"):

@@ -27,7 +27,10 @@ need name
 [ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
 whole processes 1
 whole grace 0
-if [ -n "$port" ]; then whole port 1; fi
+if [ -n "$port" ]; then
+  whole port 1
+  [ "$port" -lt 65536 ] || refuse "--port=$port: expected a number up to 65535"
+fi
 if [ -z "$accelerator" ]; then
   if nvidia-smi -L >/dev/null 2>&1; then accelerator=gpu; else accelerator=cpu; fi
 fi

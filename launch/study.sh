@@ -35,9 +35,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 dir='' normalizations=division,subtraction convolutions=none,conv gates=none widths=128 others='' seeds=0
 evaluate='' index='' slurm='' gpus=1
-given=()
+given=() command=''
 for argument; do
-  if [ "$argument" != --dry-run ]; then given+=("$argument"); fi
+  if [ "$argument" = -- ]; then command=yes; fi
+  case $command$argument in
+    --dry-run | --dry_run) ;;
+    *) given+=("$argument") ;;
+  esac
 done
 read_arguments \
   "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time grace" "$@"

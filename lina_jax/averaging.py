@@ -80,6 +80,8 @@ def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, 
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     steps = [s for s in checkpoints.steps() if step is None or s <= step]
+    if not checkpoints.steps():
+        raise UserError(f"no checkpoint in {checkpoints.directory}")
     if not steps or (step is not None and steps[-1] != step):
         raise UserError(f"no checkpoint of step {step} in {workdir}: there are {checkpoints.steps()}")
     snapshots = []

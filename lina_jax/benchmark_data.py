@@ -1,5 +1,6 @@
 """What `benchmark data` measures: batches of training against the same machine without this code."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -16,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image, ImageOps
 
-from lina_jax import data, decode, reading, records
+from lina_jax import data, decode, places, reading, records
 from lina_jax.measure import Row
 
 MOMENTS, TEXT_DIM, TEXT_LENGTH = (8, 32, 32), 2560, 256
@@ -243,8 +244,9 @@ def _multiply(directory: Path, shards: int) -> None:
     (split,) = info["splits"]
     if len(split["shardLengths"]) == shards:
         return
-    (first,) = directory.glob("*.array_record*")
+    (first,) = directory.glob("*.array_record-00000-of-00001")
     for i in range(shards):
-        os.link(first, directory / f"tiny-train.array_record-{i:05d}-of-{shards:05d}")
+        with contextlib.suppress(FileExistsError):  # of a call that was killed
+            os.link(first, directory / f"tiny-train.array_record-{i:05d}-of-{shards:05d}")
     split["shardLengths"] = [str(PER_SHARD)] * shards
-    path.write_text(json.dumps(info))
+    places.write_json(path, info)

@@ -18,10 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 
 from lina_jax import config as config_lib
-from lina_jax import integrity, places
+from lina_jax import errors, hosts, integrity, places
 from lina_jax.config import CheckpointConfig, Config
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
@@ -202,13 +201,16 @@ class Checkpoints:
                     _check_shapes(folder / name, there[name], tree)
             args = {name: _arguments(tree, partial) for name, tree in trees.items()}
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-        except (UserError, jax.errors.JaxRuntimeError):  # the latter: no memory
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the latter: no memory on a device
             raise
         except Exception as error:  # what orbax raises of unreadable data is no narrower
             cause = error
             while cause.__cause__:
                 cause = cause.__cause__
+            cause = _of_the_system(cause) or cause
             reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # in brackets: how it was read
+            if errors.storage_failed(cause):
+                raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
             if jax.process_count() > 1:  # others may have read it, so that all of them have to start again
                 raise UserError(
                     f"checkpoint {step} in {self.directory} cannot be read ({reason}); if it is damaged, remove it"
@@ -231,7 +233,11 @@ class Checkpoints:
             for step in steps:
                 before = len(list(self._aside.glob(f"{step}.*")))
                 os.rename(self.directory / str(step), self._aside / f"{step}.{before}")
-        multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
+        # Whoever listed one of them still would not save it when the run comes to its step again.
+        hosts.check_shared(
+            f"damaged checkpoints in {self.directory}",
+            lambda: sorted({int(path.name) for path in saved_checkpoints(self.directory.parent)} & set(steps)),
+        )
         self._manager.reload()
 
     def _record_digests(self) -> None:
@@ -276,10 +282,16 @@ class _NamedFailure:
                 raise reason
         elif isinstance(error, Exception) and not isinstance(error, UserError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-            if number := re.search(r" \[os_error_code='?(\d+)", first):  # before it stands where and what, at length
-                first = first[: number.start()].rpartition(": ")[2]
-                error = OSError(int(number[1]), first)
+            if system := _of_the_system(error):
+                first, error = system.strerror, system
             raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The error of the operating system that tensorstore tells of, after where and what, at length."""
+    if number := re.search(r" \[os_error_code='?(\d+)", first := str(error).strip().partition("\n")[0]):
+        return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2])
+    return None
 
 
 def _weights(ema: bool) -> Callable[[bool], Sequence[str]]:

@@ -18,6 +18,8 @@ import ml_collections
 from lina_jax import config_checks
 from lina_jax.errors import UserError
 
+TIME_FEATURES = 256  # cosines and sines by which a time is told, as published
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -128,11 +128,17 @@ def check_run(config: "Config") -> None:
         raise UserError(
             f"sample.annealing_min={sample.annealing_min}: more than sample.euler_steps={sample.euler_steps}"
         )
-    if config.batch_size % optim.accumulate:
-        raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
+    check_micro_batches(config)
     if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
         raise UserError(
             f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
         )
     if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("mesh: only one axis can be -1")
+
+
+def check_micro_batches(config: "Config") -> None:
+    """Also of a batch that was chosen after the config was made. Raises UserError."""
+    accumulate = config.optim.accumulate
+    if config.batch_size % accumulate:
+        raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={accumulate}")

@@ -169,8 +169,8 @@ def to_stablehlo(
 
     `autoencoder` and `text_encoder` are directories to use in place of those in the config.
     """
-    if unknown := sorted(set(platforms) - set(export_program.PLATFORMS)) or not platforms:
-        raise UserError(f"--platforms: {unknown or 'none'}: allowed are {', '.join(export_program.PLATFORMS)}")
+    if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
+        raise UserError(f"--platforms={','.join(platforms)}: allowed are {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
     config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
     if lacking := sample.cannot_draw(config):

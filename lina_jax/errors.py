@@ -51,7 +51,7 @@ class LinkFailed(Exception):
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(line, exit code) of an error that is no bug."""
     match error:
-        case UserError() | OSError() if _storage_failed(error):
+        case UserError() | OSError() if storage_failed(error):
             return f"error: {error}; run the same command again", RUN_AGAIN
         case UserError() | OSError():  # OSError: a full disk, a place that cannot be written or read
             return f"error: {error}", 2
@@ -66,7 +66,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _storage_failed(error: BaseException | None) -> bool:
+def storage_failed(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is one that passes; a TimeoutError is of reads that stalled."""
     while error:
         if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):

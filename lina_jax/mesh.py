@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lina_jax import places
-from lina_jax.config import Config, MeshConfig, ModelConfig
+from lina_jax import config_checks, places
+from lina_jax.config import TIME_FEATURES, Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
 # From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once a
@@ -94,9 +94,12 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 def holding(model: ModelConfig) -> Mesh:
     """A mesh to hold weights without a batch: cut over the devices here where widths allow it, else on one of them."""
     devices = jax.local_devices()
-    if model.width % len(devices) or model.head_width % len(devices):
-        devices = devices[:1]
-    return build(MeshConfig(data=1, fsdp=len(devices)), devices)
+    mesh = build(MeshConfig(data=1, fsdp=len(devices)), devices)
+    try:
+        check_model(model, mesh)
+    except UserError:
+        return build(MeshConfig(), devices[:1])
+    return mesh
 
 
 def nodes(devices: Sequence[jax.Device]) -> list[int]:
@@ -156,6 +159,7 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
 
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError when a batch, the heads, a width or the tokens cannot be cut as the table says."""
+    config_checks.check_micro_batches(config)
     _divides(mesh, "batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, batch_parts(mesh))
     check_model(config.model, mesh)
 
@@ -166,6 +170,7 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     _divides(mesh, "model.heads", model.heads, size["tensor"])
     for name, width in (("model.width", model.width), ("model.head_width", model.head_width)):
         _divides(mesh, name, width, size["fsdp"] * size["tensor"])
+    _divides(mesh, "the number of features of a time", TIME_FEATURES, size["fsdp"])
     _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
     _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0

@@ -66,9 +66,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
     plan = state.blueprint(config, devices, encoders)
     measurements = periodic.Measurements(plan, valid_records, workdir)
+    hosts.check_shared(f"checkpoints in {workdir}", lambda: sorted(int(p.name) for p in saved_checkpoints(workdir)))
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
-    hosts.check_shared(f"checkpoints in {workdir}", lambda: sorted(int(p.name) for p in saved_checkpoints(workdir)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()

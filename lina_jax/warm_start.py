@@ -63,11 +63,14 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
 
     def choose(there: Shapes) -> Flat:
         decisions.update(decide(asked, (plan.config.model, here), (theirs.model, there)))
-        return {
+        taken = {
             path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=shapes[path].sharding)
             for path, decision in decisions.items()
             if decision.action in ("loaded", "recomputed")
         }
+        if not taken:
+            raise UserError(f"init_from.path={donor}: the rules of init_from take none of its {len(there)} arrays")
+        return taken
 
     checkpoints = Checkpoints(donor, theirs.checkpoint, create=False)
     step = None if asked.checkpoint < 0 else asked.checkpoint

@@ -18,7 +18,7 @@ PRESETS = {
     "shapes_t2i": (),
     "cifar10_c2i": ("tiny", "w384"),
     "imagenet256_c2i": ("w768", "w1024", "w1536"),
-    "t2i": ("256", "512", "1024"),
+    "t2i": ("256", "512", "1024", "2048", "4096"),
     "bench": ("linear", "softmax"),
     "ablation": (
         "division-none-dynamic-64",

@@ -113,6 +113,7 @@ def test_flags_go_before_the_environment(environment):
         ((None, 3, 1), "--coordinator=None .*: all three are needed, or none"),
         (("here:1", 3, 3), "--process_id=3: expected 0 <= process_id < processes"),
         (("here", 3, 1), "--coordinator=here .*: expected HOST:PORT"),
+        (("here:70000", 3, 1), "--coordinator=here:70000 .*: expected HOST:PORT, the port from 1 to 65535"),
     ],
 )
 def test_places_that_cannot_be_are_refused(given, message, environment):

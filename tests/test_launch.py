@@ -61,6 +61,8 @@ def test_a_dry_run_prints_what_runs(place, launch):
     assert (printed.returncode, done.returncode, pasted.returncode) == (0, 0, 0), done.stderr
     assert nothing == [] and calls == same_calls and len(calls) == {"tpu_pod": 5, "study": 2}.get(place, 1)
     assert done.stdout == pasted.stdout
+    also, _, _ = launch(LAUNCH / f"{place}.sh", "--dry_run", *words, **answer)
+    assert also.stdout == printed.stdout
 
 
 def test_a_tpu_pod_is_asked_for_by_topology(launch):

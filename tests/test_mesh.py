@@ -346,6 +346,7 @@ def test_slices_of_tpus_are_joined_by_replicas_alone():
         ({"batch_size": 12}, {"data": 8}, "batch_size / optim.accumulate=12 is not divisible by 8"),
         ({"batch_size": 12}, {"replica": 2, "data": 4}, "batch_size / optim.accumulate=12 is not divisible by 8"),
         ({"optim": {"accumulate": 2}}, {"fsdp": 2}, "batch_size / optim.accumulate=4 is not divisible by 8"),
+        ({"batch_size": 17, "optim": {"accumulate": 2}}, {"fsdp": 8}, "batch_size=17 is not divisible by optim.accum"),
         ({}, {"tensor": 8}, "model.heads=4 is not divisible by 8"),
         ({"model": {"head_width": 36}}, {"fsdp": 8}, "model.head_width=36 is not divisible by 8"),
         ({"model": {"width": 36}}, {"fsdp": 8}, "model.width=36 is not divisible by 8"),
@@ -356,9 +357,20 @@ def test_slices_of_tpus_are_joined_by_replicas_alone():
     ],
 )  # fmt: skip
 def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
+    config = tiny(**changes | {"batch_size": 8})
+    config = dataclasses.replace(config, batch_size=changes.get("batch_size", 8))  # as plans choose one
     with pytest.raises(UserError) as error:
-        mesh.check(tiny(**changes), mesh.build(MeshConfig(**sizes)))
+        mesh.check(config, mesh.build(MeshConfig(**sizes)))
     assert str(error.value).startswith(message)
+
+
+def test_weights_of_which_something_cannot_be_cut_are_held_by_one_device(tiny, monkeypatch):
+    """The features of a time are 256, whatever the widths."""
+    three, model = jax.devices()[:3], tiny(model={"width": 48, "head_width": 48}).model
+    with pytest.raises(UserError, match=r"^the number of features of a time=256 is not divisible by 3 devices"):
+        mesh.check_model(model, mesh.build(MeshConfig(data=1, fsdp=3), three))
+    monkeypatch.setattr(jax, "local_devices", lambda: three)
+    assert mesh.holding(model).size == 1
 
 
 def test_a_mesh_on_the_command_line():

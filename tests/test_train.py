@@ -1,6 +1,7 @@
 """A run that was interrupted ends like one that was not, failures leave workdirs whole."""
 
 import dataclasses
+import errno
 import importlib
 import itertools
 import json
@@ -12,12 +13,13 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 from lina_jax import mesh, metrics, preemption, state
 from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
-from lina_jax.errors import RUN_AGAIN, Preempted, TrainingDiverged, UserError
+from lina_jax.errors import RUN_AGAIN, Preempted, TrainingDiverged, UserError, ending
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
@@ -282,6 +284,27 @@ def test_a_run_with_a_damaged_checkpoint_ends_like_one_without(config, finished,
     flip_a_bit(tmp_path / "run" / "checkpoints" / "6")
     assert identical(whole(train(config, tmp_path / "run")), finished[1])
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3, 6]
+
+
+def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
+    config, finished, tmp_path, one_device, monkeypatch
+):
+    shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    said = "UNKNOWN: Error reading local file /d/1: Input/output error [os_error_code='5'] [tensorstore_spec='{}']"
+    for error in (OSError(errno.EIO, "Input/output error"), ValueError(said)):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "restore", fail)
+            with pytest.raises(
+                UserError, match=r"checkpoint 6 in .* cannot be read \(.*Input/output error\)"
+            ) as caught:
+                checkpoints.restore(state.blueprint(config, one_device))
+        assert ending(caught.value)[1] == RUN_AGAIN
+    assert checkpoints.steps() == [0, 3, 6]
 
 
 def test_damage_to_all_checkpoints_is_one_line_and_nothing_is_moved(config, finished, tmp_path, one_device):

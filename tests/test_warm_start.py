@@ -224,6 +224,7 @@ def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, t
         ({}, {"checkpoint": 7}, ["no checkpoint of step 7", "there are [5]"]),
         ({}, {"exclude": ["head/*", "haed/*"], "restart": ["gates"]},
          ["exclude: no array's name fits 'haed/*'", "restart: no array's name fits 'gates'"]),
+        ({}, {"exclude": ["*"]}, ["the rules of init_from take none of its "]),
         ({}, {"recompute": ["head/out/*"]}, ["head/out/bias: no gate, cannot be recomputed", "head/out/kernel: no"]),
         (LARGER, {}, ["decoder/runs/from_01/attention/key_scale: (1, 20, 4) there, (1, 80, 4) here",
                       "decoder/runs/from_01/attention/value_scale: (1, 20, 4) there"]),

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lina_jax.config import TIME_FEATURES
 from lina_jax.mesh import constrain
 from lina_jax.models.layers import MLP, LayerNorm, Linear, normal, standardize, zeros
 from lina_jax.models.transformer import apply_layers, stacked
 
-TIME_FREQUENCIES = 128
 ADAPTIVE_NORM_EPS = 1e-6
 
 
 def time_features(timesteps: jax.Array) -> jax.Array:
     """[cos(t f), sin(t f)] in float32. timesteps (...) in (0, 1000] -> (..., 256)."""
-    frequencies = np.exp(-np.arange(TIME_FREQUENCIES) * math.log(1e4) / TIME_FREQUENCIES).astype(np.float32)
+    count = TIME_FEATURES // 2
+    frequencies = np.exp(-np.arange(count) * math.log(1e4) / count).astype(np.float32)
     angles = timesteps[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -27,7 +28,7 @@ class TimeCondition(nnx.Module):
 
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
-            2 * TIME_FREQUENCIES, width, width, jax.nn.silu,
+            TIME_FEATURES, width, width, jax.nn.silu,
             rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), inner=False,
         )  # fmt: skip
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)

@@ -16,6 +16,8 @@ from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from lina_jax.config import TIME_FEATURES
+
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
 NORM_EPS = 1e-5
@@ -227,12 +229,13 @@ class TimeEmbed(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         # Evaluated once per step on one row: float32 whatever the activations are.
-        self.mlp = MLP(256, width, width, jax.nn.silu, rngs=rngs, dtype=jnp.float32, kind=Frozen)
+        self.mlp = MLP(TIME_FEATURES, width, width, jax.nn.silu, rngs=rngs, dtype=jnp.float32, kind=Frozen)
         self.norm = LayerNorm(width, kind=Frozen)
 
     def __call__(self, frames: int = 1) -> jax.Array:
         """(frames, D)."""
-        frequencies = 10_000.0 ** (-np.arange(128) / 128)
+        count = TIME_FEATURES // 2
+        frequencies = 10_000.0 ** (-np.arange(count) / count)
         angles = np.outer(np.arange(frames), frequencies)
         return self.norm(self.mlp(jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)))
 

@@ -231,7 +231,8 @@ class Transformer(nnx.Module):
         def last(x, block):
             return block(x, valid=valid, angles=angles, read=read)
 
-        for name in sorted(self.runs):
-            reads = last if read and name == max(self.runs) else None
+        names = sorted(self.runs, key=lambda name: int(name.removeprefix("from_")))
+        for name in names:
+            reads = last if read and name == names[-1] else None
             x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat, last=reads)
         return x
