@@ -33,6 +33,7 @@ from lina_jax import (
     geneval,
     hosts,
     image_sources,
+    integrity,
     pictures,
     places,
     preemption,
@@ -54,6 +55,7 @@ from lina_jax.quality import Quality
 from lina_jax.state import Blueprint, Tree
 from lina_jax.validation import Validation
 
+_WORK = ".measuring"  # in OUT, until the end: what is done, should the process be killed
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
 
 
@@ -170,7 +172,7 @@ def _main(values: flags.FlagValues) -> None:
     places.write_json(out / "score.json", result)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
-    shutil.rmtree(out / "work", ignore_errors=True)  # what a kill would have needed
+    shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
     print(json.dumps(result, indent=2))
 
 
@@ -227,6 +229,12 @@ class _Run:
             workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
         )
         self._weights = "raw" if values.raw else "ema"
+        self._origin = {  # by which pictures of these weights are known
+            "step": self.step,
+            "weights": self._weights,
+            "workdir": str(workdir),
+            "checkpoint": integrity.fingerprint(workdir / "checkpoints" / str(self.step)),
+        }
         config = self._plan.config
         if values.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
@@ -270,14 +278,13 @@ class _Run:
             seed=self._values.seed,
             images=self._values.geneval_images,
             per_device=self._values.per_device,
-            facts={"step": self.step, "weights": self._weights, "workdir": str(self._workdir)},
+            facts=self._origin,
         )
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         values = self._values
         compared = _reference(values, self._network, self._metrics, self._out, self._plan)
-        facts = {"step": self.step, "weights": self._weights, "workdir": str(self._workdir)}
-        source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=facts)
+        source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=self._origin)
         source.weights = self._drawing, self._frozen
         classes = self._config.model.condition == "class"
         found = quality.measure(
@@ -288,7 +295,7 @@ class _Run:
             count=values.number,
             per_device=values.per_device,
             wanted=self._metrics,
-            work=self._out / "work" / "samples",
+            work=self._out / _WORK / "samples",
             npz=Path(values.npz).expanduser() if values.npz else None,
             labels=np.arange(values.number) % self._config.model.num_classes if classes else None,
         )
@@ -320,7 +327,7 @@ def _reference(
         Path(values.reference).expanduser(),
         network,
         per_device=values.per_device,
-        work=out / "work" / "reference",
+        work=out / _WORK / "reference",
         images=bool(_OF_IMAGES & set(metrics)),
         split=values.reference_split,
         count=values.reference_number,
@@ -345,7 +352,7 @@ def _quality_of_files(
     compared = _reference(values, network, metrics, out, plan=None)
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
-        work=out / "work" / "samples",
+        work=out / _WORK / "samples",
     )  # fmt: skip
     return found, dict(compared.facts) if compared else None
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ class Done:
                 with np.load(self._file(number)) as arrays:
                     features = Features(arrays["pool"], arrays["spatial"], arrays["logits"])
                     yield Chunk(number * CHUNK, features, arrays["images"])
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise UserError(
                     f"{self._file(number)} is damaged ({error}): remove it to have it made again"
                 ) from error

@@ -27,6 +27,14 @@ def record(folder: Path) -> None:
     places.write_json(folder / DIGESTS, dict(sorted(digests.items())))
 
 
+def fingerprint(folder: Path) -> str:
+    """Of all that a checkpoint holds; "" of one without digests (of earlier versions)."""
+    try:
+        return f"{zlib.crc32((folder / DIGESTS).read_bytes()):08x}"
+    except FileNotFoundError:
+        return ""
+
+
 def damage(folder: Path, items: Collection[str]) -> str:
     """What is wrong with the files of these items, "" if nothing; the same in all processes, which share the work.
 

@@ -45,7 +45,7 @@ READERS = {
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
 _PREVIEWED = 36
-_SLURM = ("PROCID", "NTASKS", *(f"ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")))
+_SLURM = ("PROCID", "STEP_NUM_TASKS", *(f"ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")))
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -166,6 +166,8 @@ def prepare(
             raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
         summary = {"settings": settings.recorded(), "totals": totals}
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
+    except jax.errors.JaxRuntimeError:
+        raise
     except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, whose file another process has moved
         if done := finished(out, settings):  # another process was faster
             return done
@@ -320,7 +322,8 @@ def the_share(index: int | None, count: int | None) -> Share:
 def _slurm_share(environment: Mapping[str, str]) -> Share | None:
     """Tasks of a job step within the elements of a job array; None outside of SLURM."""
     value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
-    share = Share(value.get("PROCID", 0), value.get("NTASKS", 1))
+    # Not NTASKS, which a batch script and a shell see, too: they are one task, whatever the allocation has.
+    share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else Share()
     if "ARRAY_TASK_ID" in value:
         first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
         if value["ARRAY_TASK_MAX"] - first != (count - 1) * step:

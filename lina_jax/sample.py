@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from lina_jax import (
@@ -90,7 +90,10 @@ def encode_conditions(
     if model.text_encoder == "bytes":
         text, length = decode.encode_text(conditions, model.text_length)
     else:
-        text, length, _ = text_encoder.tokenize(conditions)
+        text, length, cut = text_encoder.tokenize(conditions)
+        if cut.any() and jax.process_index() == 0:
+            first = conditions[int(np.argmax(cut))]
+            logging.warning("only the first %d tokens are read of prompt %.60r", text.shape[1], first)
     return {"text": text, "text_length": length}
 
 
@@ -244,9 +247,11 @@ def check_seed(seed: int) -> None:
 
 
 def earlier_pictures(out: Path) -> list[Path]:
-    """What settings.json of an earlier call counts. Raises UserError when that file is not one of ours."""
+    """What settings.json of an earlier call counts. Raises UserError when file or pictures there are not ours."""
     settings = out / "settings.json"
     if not settings.exists():
+        if other := next((path for path in (out / "grid.png", _picture(out, 0)) if path.exists()), None):
+            raise UserError(f"--out={out}: {other.name} there is not of an earlier call, choose another place")
         return []
     try:
         count = len(json.loads(settings.read_text())["conditions"])

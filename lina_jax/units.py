@@ -85,9 +85,8 @@ class WorkDirectory:
 
         `truncated` tells, then, how many captions were cut.
         """
+        # What a process left that died here stays until the end: it may be of one that lives.
         place = self._place(number)
-        for left in self._units.glob(f"{place.name}.*"):  # of a process that died here
-            shutil.rmtree(left, ignore_errors=True)
         partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
         partial.mkdir()
         splits: dict[str, Shards] = {}
@@ -102,9 +101,8 @@ class WorkDirectory:
                     splits[split] = Shards(partial / split, shard_bytes)
                 splits[split].append(serialize(record))
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
-        places.write_json(
-            partial / "receipt.json", {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
-        )
+        receipt = {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
+        (partial / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
         with contextlib.suppress(OSError):  # another process was told to make the same unit, and was faster
             partial.rename(place)
         shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +146,7 @@ def clean(out: Path) -> None:
     """Remove what the work left in a finished dataset."""
     for left in (out / "units", *out.glob("assembling.*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in (out / "settings.json", *out.glob("*.json.*")):
+    for left in (out / "settings.json", *out.glob(".*.json.*.partial")):
         left.unlink(missing_ok=True)
 
 

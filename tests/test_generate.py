@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from PIL import Image
 
 from lina_jax import data, evaluate, generate, mesh, sample, state, validation
 from lina_jax.config import MeshConfig
+from lina_jax.encoders import Tokens
 from lina_jax.errors import UserError
 from lina_jax.models import flow
 
@@ -227,6 +229,19 @@ def test_a_place_with_settings_of_something_else_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(UserError, match=r"settings\.json there is not of an earlier call"):
         sample.earlier_pictures(tmp_path)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "00000.png").touch()
+    with pytest.raises(UserError, match=r"00000\.png there is not of an earlier call"):
+        sample.earlier_pictures(tmp_path)
+
+
+def test_a_prompt_that_is_cut_is_named(tiny_text, caplog):
+    def tokenize(prompts):
+        return Tokens(np.zeros((len(prompts), 3), np.int32), np.full(len(prompts), 3), np.array([False, True]))
+
+    config = tiny_text(model={"text_encoder": "features"})
+    sample.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
+    assert caplog.messages == ["only the first 3 tokens are read of prompt 'too long for it'"]
 
 
 def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):

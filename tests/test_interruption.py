@@ -159,7 +159,7 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
     ]  # fmt: skip
     process = run_module("evaluate", *options, f"--out={tmp_path / 'killed'}", start=True)
     try:
-        wait_for((tmp_path / "killed" / "work" / "samples" / "000000.npz").exists, process)
+        wait_for((tmp_path / "killed" / ".measuring" / "samples" / "000000.npz").exists, process)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

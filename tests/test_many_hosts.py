@@ -191,7 +191,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
         assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
             "0000.png", "0001.png", "0002.png",
         ]  # fmt: skip
-        assert not (out / "work").exists()
+        assert not (out / ".measuring").exists()
         with np.load(out / "samples.npz") as arrays:
             written.append(((out / "score.json").read_bytes(), arrays["arr_0"].tobytes()))
         shutil.rmtree(out)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ import pytest
 import test_sources
 from PIL import Image
 
-from lina_jax import example, reading, records
+from lina_jax import example, reading, records, units
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare, the_share
 
@@ -228,10 +229,11 @@ def array(**values) -> dict[str, str]:
     ("environment", "share"),
     [
         ({}, Share(0, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, Share(2, 8)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, Share(2, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Share(0, 1)),  # a batch script, or a shell
         (array(id=5, min=3, max=6, count=4), Share(2, 4)),
         (array(id=20, min=0, max=30, count=4, step=10), Share(2, 4)),
-        (array(id=1, min=0, max=3, count=4) | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Share(3, 8)),
+        (array(id=1, min=0, max=3, count=4) | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Share(3, 8)),
     ],
 )
 def test_a_process_finds_its_share(monkeypatch, environment, share):
@@ -270,6 +272,36 @@ def test_one_bad_tar_of_many_is_no_end(tmp_path, first):
     totals = prepare(tmp_path / "out", made, share=Share(3, 4))
     assert sum(totals["images"].values()) == 90
     assert sum(totals["rejected"].values()) == 1
+
+
+def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monkeypatch):
+    """The second begins and ends while the first is at work."""
+    prepare(tmp_path / "one", Settings(**SMALL))
+    inner = units.WorkDirectory.make
+
+    def make(work, number, source, items, made, *rest):
+        def slowly():
+            for i, record in enumerate(made):
+                if i == 1 and number == 0:
+                    monkeypatch.setattr(units.WorkDirectory, "make", inner)
+                    assert prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2)) is None
+                yield record
+
+        inner(work, number, source, items, slowly(), *rest)
+
+    monkeypatch.setattr(units.WorkDirectory, "make", make)
+    assert prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2)) is None
+    prepare(tmp_path / "out", Settings(**SMALL), share=Share(1, 2))
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
+
+    monkeypatch.setattr("lina_jax.prepare.record", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="device lost"):
+        prepare(tmp_path / "out", Settings(**SMALL))
 
 
 def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
@@ -317,7 +349,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, tars):
     last, codes = 0, []
     # Each run goes further than the one before; the last ones die while they assemble what is all made.
     while 0 not in codes:
-        last += random.randrange(5, 20)
+        last += random.randrange(3, 12)
         codes.append(subprocess.run(dying(tmp_path / "out", tars, last)).returncode)
     assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
     assert len(codes) > 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import zipfile
@@ -137,6 +138,15 @@ def test_an_interrupted_measurement_goes_on(source, measure, whole, tmp_path):
     assert min(again.made) == 24  # two chunks of 12 were done
     assert found.values == whole.values
     np.testing.assert_array_equal(found.images, whole.images)
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_file_of_features_that_is_cut_is_named(left, source, measure, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        measure(of=Killed(source(1), 30), work=tmp_path / "work")
+    os.truncate(tmp_path / "work" / "000001.npz", left)
+    with pytest.raises(UserError, match=r"000001\.npz is damaged .*: remove it to have it made again"):
+        measure(of=source(1), work=tmp_path / "work")
 
 
 @pytest.mark.parametrize(
@@ -386,8 +396,10 @@ def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
     flags = [f"--{name}={path}" for name, path in encoders.items()]
+    (workdir / "evaluation" / "work").mkdir(parents=True)  # somebody's own
     result = run_module("evaluate", f"--workdir={workdir}", "--raw", "--novalidation", *flags)
     assert result.returncode == 0, result.stderr
+    assert (workdir / "evaluation" / "work").is_dir()
     score = json.loads((workdir / "evaluation" / "score.json").read_text())
     assert score["weights"] == "raw"
     assert score["autoencoder"] | {"path": encoders["autoencoder"], "tile": 8} == score["autoencoder"]

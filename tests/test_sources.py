@@ -249,6 +249,42 @@ def test_metadata_may_be_csv(folder):
     assert reasons(source) == {"b.png": "caption is not UTF-8"}
 
 
+def test_a_comma_too_many_costs_a_row_of_csv(folder):
+    table = b"file_name,text\na.png,a cat, on a mat\nb.png,a dog\n"
+    source = folder({"a.png": png(1), "b.png": png(2), "metadata.csv": table}, Fields("", "text", "", ""))
+    assert reasons(source) == {"a.png": "more fields than columns"}
+    with pytest.raises(UserError, match=r"caption_column='title': not in metadata; it has file_name, text$"):
+        folder({}, Fields("", "title", "", ""))
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        ({"cat/a.png": b"a picture"}, {"cat/a.png": b"another picture"}),
+        (
+            {"metadata.jsonl": b'{"file_name": "a.png", "text": "a"}'},
+            {"metadata.jsonl": b'{"file_name": "a.png", "text": "b"}'},
+        ),
+    ],
+)
+def test_a_folder_that_changed_is_noticed(folder, files, changed):
+    fields = Fields("", "text" if "metadata.jsonl" in files else "", "", "")
+    assert folder(files, fields).contents == folder(files, fields).contents != folder(changed, fields).contents
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("", "missing label"),
+        (2.5, "label 2.5 is not a whole number"),
+        (np.array([1, 2]), "label array([1, 2]) is not a number"),
+    ],
+)
+def test_labels_that_are_none_are_named(label, reason):
+    assert base.checked("key", Fields(label="label"), b"image", None, None, label) == Reject("key", reason)
+    assert base.checked("key", Fields(label="label"), b"image", None, None, np.float32(2)).label == 2
+
+
 @pytest.mark.parametrize(
     ("files", "fields", "message"),
     [

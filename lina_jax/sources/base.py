@@ -106,12 +106,14 @@ def _caption(value: Any) -> str:
 
 
 def _label(value: Any, classes: int) -> int:
-    if value is None or value == "" or value == b"":
+    if value is None or (isinstance(value, str | bytes) and not value):
         raise Unusable("missing label")
     try:
         label = int(value)
     except (TypeError, ValueError, OverflowError):
         raise Unusable(f"label {value!r:.40} is not a number") from None
+    if isinstance(value, float | np.floating) and label != value:
+        raise Unusable(f"label {value!r:.40} is not a whole number")
     if label >= 2**63:
         raise Unusable(f"label {value!r:.40} is too large")
     if label < 0:

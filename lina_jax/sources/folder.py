@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -35,20 +36,20 @@ class FolderSource:
         self._fs, self._root = base.filesystem(directory)
         if not self._fs.isdir(self._root):
             raise UserError(f"--input={directory}: no such directory")
-        listed = _metadata(self._fs, self._root)
+        described = _metadata(self._fs, self._root)
         self.label_names: tuple[str, ...] = ()
-        if listed is None:
-            self._rows = self._classes(directory, fields)
+        if described is None:
+            self._rows, self.contents = self._classes(directory, fields)
             self._fields = Fields(image="file_name", label="label")
         else:
-            self._rows, self._fields = listed, fields._replace(image="file_name")
+            self._rows, digest = described
+            self.contents, self._fields = [digest], fields._replace(image="file_name")
             known = {column for row in self._rows for column in row.columns}
             if not (fields.caption or fields.label):
                 raise UserError(f"name --caption_column or --label_column: metadata has {', '.join(sorted(known))}")
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
-        self.contents = [row.path for row in self._rows]
         self.units = base.ranges(directory, len(self._rows), unit_items)
 
     @contextlib.contextmanager
@@ -58,18 +59,21 @@ class FolderSource:
             chunks = (rows[i : i + 4 * _READS] for i in range(0, len(rows), 4 * _READS))
             yield unit.count, (item for chunk in chunks for item in pool.map(self._item, chunk))
 
-    def _classes(self, directory: str, fields: Fields) -> list[_Row]:
+    def _classes(self, directory: str, fields: Fields) -> tuple[list[_Row], list[tuple[str, int]]]:
+        """The images, and the sizes of their files."""
         for name, column in fields._asdict().items():
             if column:
                 raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
-        found = sorted(path[len(self._root) :].lstrip("/") for path in self._fs.find(self._root))
-        paths = [path for path in found if not any(part.startswith(".") for part in path.split("/"))]
+        found = self._fs.find(self._root, detail=True)
+        sizes = {path[len(self._root) :].lstrip("/"): found[path]["size"] for path in sorted(found)}
+        paths = [path for path in sizes if not any(part.startswith(".") for part in path.split("/"))]
         self.label_names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
         if not self.label_names:
             raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
         number = {name: i for i, name in enumerate(self.label_names)}
         problems = {True: "", False: "not in a class folder"}
-        return [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in paths]
+        rows = [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in paths]
+        return rows, [(path, sizes[path]) for path in paths]
 
     def _item(self, row: _Row) -> Example | Reject:
         if row.problem:
@@ -88,18 +92,22 @@ class FolderSource:
         return base.checked(row.path, self._fields, image, *values, len(self.label_names))
 
 
-def _metadata(fs, root: str) -> list[_Row] | None:
+def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
+    """The rows of the metadata file, and its digest."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if fs.exists(f"{root}/{name}"):
-            rows, seen = [], set()
-            for i, columns in enumerate(parse(fs.cat_file(f"{root}/{name}"))):
+            rows, seen, content = [], set(), fs.cat_file(f"{root}/{name}")
+            for i, columns in enumerate(parse(content)):
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:
                     rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
                     continue
-                rows.append(_Row(path, columns, "duplicate key" if path in seen else ""))
+                if None in columns:  # of CSV: a comma too many
+                    rows.append(_Row(path, {}, "more fields than columns"))
+                else:
+                    rows.append(_Row(path, columns, "duplicate key" if path in seen else ""))
                 seen.add(path)
-            return rows
+            return rows, hashlib.sha256(content).hexdigest()
     return None
 
 

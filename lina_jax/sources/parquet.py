@@ -60,6 +60,8 @@ class ParquetSource:
         row, left = first, list(wanted)
         try:
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[c for c in self._fields if c]):
+                if not left:
+                    return
                 for i in range(batch.num_rows):
                     if row in keys:
                         left.pop(0)

@@ -40,7 +40,8 @@ class TfdsSource:
         self.label_names = tuple(label.names or ()) if isinstance(label, tfds.features.ClassLabel) else ()
         decoders = {fields.image: tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(self._split, decoders=decoders)
-        self.contents = [len(self._records)]
+        files = builder.info.splits[self._split].filepaths
+        self.contents = [(file.name, file.stat().length) for file in files]
         self.units = base.ranges(place, len(self._records), unit_items)
 
     @contextlib.contextmanager
