@@ -43,6 +43,7 @@ class Checkpoints:
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
             create=create,
+            cleanup_tmp_directories=create,  # of a save that was killed; whoever only reads leaves those of a run alone
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._record_digests),
         )
         self._manager = _Manager(self.directory, options=options)

@@ -286,6 +286,18 @@ def test_a_run_with_a_damaged_checkpoint_ends_like_one_without(config, finished,
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3, 6]
 
 
+def test_what_a_killed_save_left_is_removed_by_the_run_alone(config, finished, tmp_path, one_device):
+    shutil.copytree(finished[0], tmp_path / "run")
+    left = tmp_path / "run" / "checkpoints" / "5.orbax-checkpoint-tmp"
+    (left / "params").mkdir(parents=True)
+    reading = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    reading.restore_weights(state.blueprint(config, one_device))
+    reading.close()
+    assert left.is_dir()
+    train(dataclasses.replace(config, steps=7), tmp_path / "run")
+    assert not left.exists()
+
+
 def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
     config, finished, tmp_path, one_device, monkeypatch
 ):
