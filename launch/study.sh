@@ -35,7 +35,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 dir='' normalizations=division,subtraction convolutions=none,conv gates=none widths=128 others='' seeds=0
 evaluate='' index='' slurm='' gpus=1
-given=() command=''
+given=() command='' # all but --dry-run, unless it is the command's
 for argument; do
   if [ "$argument" = -- ]; then command=yes; fi
   case $command$argument in

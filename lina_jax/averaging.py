@@ -79,11 +79,8 @@ def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, 
         raise UserError(f"--ema_decay={decay}: must be between 0 and 1")
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    steps = [s for s in checkpoints.steps() if step is None or s <= step]
-    if not checkpoints.steps():
-        raise UserError(f"no checkpoint in {checkpoints.directory}")
-    if not steps or (step is not None and steps[-1] != step):
-        raise UserError(f"no checkpoint of step {step} in {workdir}: there are {checkpoints.steps()}")
+    last, *_ = checkpoints.candidates(step)
+    steps = [step for step in checkpoints.steps() if step <= last]
     snapshots = []
     for stored in steps:
         alone = checkpoints.imported(stored)

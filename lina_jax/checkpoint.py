@@ -173,7 +173,7 @@ class Checkpoints:
         hold the shapes that are read: `partial`, or else all, which must be there.
         """
         damaged: dict[int, str] = {}
-        for candidate in self._candidates(step):
+        for candidate in self.candidates(step):
             try:
                 items = self._restore(candidate, names(self.imported(candidate)), wanted, partial)
             except _Damaged as error:
@@ -218,7 +218,8 @@ class Checkpoints:
                 ) from error
             raise _Damaged(reason) from error
 
-    def _candidates(self, step: int | None) -> list[int]:
+    def candidates(self, step: int | None) -> list[int]:
+        """The step that is asked for, or all, the latest first. Raises UserError where there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
@@ -237,7 +238,7 @@ class Checkpoints:
         # Whoever listed one of them still would not save it when the run comes to its step again.
         hosts.check_shared(
             f"damaged checkpoints in {self.directory}",
-            lambda: sorted({int(path.name) for path in saved_checkpoints(self.directory.parent)} & set(steps)),
+            lambda: [step for step in saved_steps(self.directory.parent) if step in steps],
         )
         self._manager.reload()
 
@@ -290,9 +291,9 @@ class _NamedFailure:
 
 def _of_the_system(error: BaseException) -> OSError | None:
     """The error of the operating system that tensorstore tells of, after where and what, at length."""
-    if number := re.search(r" \[os_error_code='?(\d+)", first := str(error).strip().partition("\n")[0]):
-        return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2])
-    return None
+    first = str(error).strip().partition("\n")[0]
+    number = re.search(r" \[os_error_code='?(\d+)", first)
+    return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2]) if number else None
 
 
 def _weights(ema: bool) -> Callable[[bool], Sequence[str]]:
@@ -350,6 +351,11 @@ def is_imported(checkpoint: Path) -> bool:
 def saved_checkpoints(workdir: Path) -> list[Path]:
     """The folders of a workdir's checkpoints, whole or damaged, which is not looked at."""
     return [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of a workdir's checkpoints, whole or damaged, in order."""
+    return sorted(int(path.name) for path in saved_checkpoints(workdir))
 
 
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:

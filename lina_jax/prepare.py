@@ -313,14 +313,14 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
 def the_share(index: int | None, count: int | None) -> Share:
     """This process among those that prepare: from flags, else from SLURM, else alone."""
     if index is None and count is None:
-        return _slurm_share(os.environ) or Share()
+        return _slurm_share(os.environ)
     if index is None or count is None or not 0 <= index < count:
         raise UserError(f"--process_index={index} --process_count={count}: expected 0 <= index < count")
     return Share(index, count)
 
 
-def _slurm_share(environment: Mapping[str, str]) -> Share | None:
-    """Tasks of a job step within the elements of a job array; None outside of SLURM."""
+def _slurm_share(environment: Mapping[str, str]) -> Share:
+    """Tasks of a job step within the elements of a job array; all of it outside of SLURM."""
     value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
     # Not NTASKS, which a batch script and a shell see, too: they are one task, whatever the allocation has.
     share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else Share()
@@ -333,7 +333,7 @@ def _slurm_share(environment: Mapping[str, str]) -> Share | None:
             )
         element = (value["ARRAY_TASK_ID"] - first) // step
         share = Share(element * share.count + share.index, count * share.count)
-    return share if value else None
+    return share
 
 
 def define_flags() -> None:

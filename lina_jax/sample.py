@@ -10,6 +10,7 @@ earlier call, pictures that its settings.json counts are replaced, and those bey
 
 import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,9 +92,9 @@ def encode_conditions(
         text, length = decode.encode_text(conditions, model.text_length)
     else:
         text, length, cut = text_encoder.tokenize(conditions)
-        if cut.any() and jax.process_index() == 0:
-            first = conditions[int(np.argmax(cut))]
-            logging.warning("only the first %d tokens are read of prompt %.60r", text.shape[1], first)
+        if jax.process_index() == 0:
+            for prompt in dict.fromkeys(itertools.compress(conditions, cut)):
+                logging.warning("only the first %d tokens are read of prompt %.60r", text.shape[1], prompt)
     return {"text": text, "text_length": length}
 
 

@@ -41,7 +41,7 @@ from lina_jax import (
     state,
     warm_start,
 )
-from lina_jax.checkpoint import Checkpoints, check_config, saved_checkpoints, write_config
+from lina_jax.checkpoint import Checkpoints, check_config, saved_steps, write_config
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
@@ -66,7 +66,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
     plan = state.blueprint(config, devices, encoders)
     measurements = periodic.Measurements(plan, valid_records, workdir)
-    hosts.check_shared(f"checkpoints in {workdir}", lambda: sorted(int(p.name) for p in saved_checkpoints(workdir)))
+    hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -130,7 +130,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                         _measure(measurements, due, step, run, writer, checkpoints)
             profile(config, workdir, first, config.steps + 1)
     except KeyboardInterrupt:
-        step = max((int(path.name) for path in saved_checkpoints(workdir)), default=0)
+        step = max(saved_steps(workdir), default=0)
         raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
     _conclude(config, workdir, config.steps)
     return run

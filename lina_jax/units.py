@@ -102,7 +102,7 @@ class WorkDirectory:
                 splits[split].append(serialize(record))
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
         receipt = {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
-        (partial / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
+        (partial / "receipt.json").write_text(json.dumps(receipt))
         with contextlib.suppress(OSError):  # another process was told to make the same unit, and was faster
             partial.rename(place)
         shutil.rmtree(partial, ignore_errors=True)

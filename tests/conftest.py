@@ -31,6 +31,7 @@ QUICKLY_COMPILED = {
     "test_optim",
     "test_text",
     "test_train",
+    "test_failures",
     "test_interruption",
     "test_generate",
     "test_encoders",

@@ -90,7 +90,7 @@ def test_presets_are_the_published_models(preset, load_preset):
     assert parameters(load_preset(preset).model) == (total, trained)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "t2i:2048", "t2i:4096"])
 def test_the_train_step_of_a_preset_fits_together(preset, load_preset, one_device):
     """Shapes alone, nothing is computed. Fewer layers: they are scanned and all alike."""
     config = load_preset(preset)

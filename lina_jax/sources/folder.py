@@ -102,10 +102,10 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
                 if not isinstance(path, str) or not path:
                     rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
                     continue
+                problem = "duplicate key" if path in seen else ""
                 if None in columns:  # of CSV: a comma too many
-                    rows.append(_Row(path, {}, "more fields than columns"))
-                else:
-                    rows.append(_Row(path, columns, "duplicate key" if path in seen else ""))
+                    columns, problem = {}, "more fields than columns"
+                rows.append(_Row(path, columns, problem))
                 seen.add(path)
             return rows, hashlib.sha256(content).hexdigest()
     return None

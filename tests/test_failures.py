@@ -1,0 +1,72 @@
+"""What ends a training run by itself: losses that diverge, batches that do not come, logs that cannot be written."""
+
+import importlib
+import itertools
+import resource
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from lina_jax import metrics, state
+from lina_jax.checkpoint import Checkpoints
+from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
+from lina_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("train_on_one_device")
+
+
+@pytest.fixture(scope="module")
+def exploding(tiny_text):
+    """The first update throws the parameters so far away that every later loss overflows."""
+    return tiny_text(
+        steps=50, optim={"learning_rate": 1e30, "warmup_steps": 0, "max_skipped": 4}, checkpoint={"every": 2}
+    )
+
+
+def test_a_run_that_diverges_stops_and_leaves_a_finite_checkpoint(exploding, tmp_path, one_device):
+    with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite for 4 steps in a row \(optim.max_skipped\)"):
+        train(exploding, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, create=False)
+    restored = checkpoints.restore(state.blueprint(exploding, one_device))
+    assert (int(restored.step), int(restored.updates), int(restored.skipped)) == (4, 1, 3)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
+
+
+def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, monkeypatch):
+    """After three steps, of which the first compiles for longer than a step may take."""
+
+    class Ended(Exception):
+        pass
+
+    def stopping(*args):
+        yield from itertools.islice(batches(*args), 3)
+        ended.wait()
+        raise Ended
+
+    def leave(line, code):
+        said.append((line, code))
+        ended.set()
+
+    said, ended, batches = [], threading.Event(), importlib.import_module("lina_jax.train").device_batches
+    monkeypatch.setattr("lina_jax.train.device_batches", stopping)
+    monkeypatch.setattr("lina_jax.errors.leave", leave)
+    with pytest.raises(Ended):
+        train(tiny_text(step_timeout=0.5), tmp_path / "run")
+    line, code = said[0]
+    assert code == RUN_AGAIN
+    assert line.startswith("error: no step has ended for 0.5 s (step_timeout)")
+
+
+def test_events_that_cannot_be_written_end_the_run(tmp_path):
+    """At once: a thread that failed to write would leave those waiting who bring more."""
+    writer = metrics.Writer(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"^cannot write {tmp_path}/events: "):
+            writer.image(1, "picture", np.zeros((8, 8, 3), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
