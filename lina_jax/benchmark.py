@@ -21,6 +21,7 @@ Where two sides are compared they take turns.
 """
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from lina_jax.measure import Row
 
 def attention(values: flags.FlagValues) -> Iterator[Row]:
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if not values.tokens:
+        raise UserError("--tokens= names no number of tokens")
     for tokens in _numbers("tokens", values.tokens):
         sizes = benchmark_model.AttentionSizes(
             tokens, values.width, values.heads, values.dtype or default, values.attention_kernel
@@ -69,8 +72,10 @@ def data(values: flags.FlagValues) -> Iterator[Row]:
         values.seconds, values.repeats, values.batch_size, values.threads, values.prefetch, values.memory_batches
     )
     unknown = [part for part in values.parts if part not in benchmark_data.PARTS]
-    if unknown:
+    if unknown or not values.parts:
         raise UserError(f"--parts={','.join(unknown)}: allowed are {', '.join(benchmark_data.PARTS)}")
+    if not math.isfinite(values.seconds):
+        raise UserError(f"--seconds={values.seconds}: must be finite")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(values.out or temporary).expanduser()
         for part in values.parts:
@@ -148,7 +153,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("attention_kernel", "xla", ["xla", "pallas"], "of the linear layer; pallas on TPUs and GPUs")
     flags.DEFINE_list("parts", list(benchmark_data.PARTS), "what to measure")
     flags.DEFINE_string("out", None, "directory of the datasets of noise; default: a temporary one")
-    flags.DEFINE_float("seconds", 10.0, "for each measurement", lower_bound=0.0)
+    flags.DEFINE_float("seconds", 10.0, "for each measurement", lower_bound=0.001)
     flags.DEFINE_integer("batch_size", 64, "records of a batch", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "that read and decode", lower_bound=1)
     flags.DEFINE_integer("prefetch", 4, "batches kept ready", lower_bound=1)

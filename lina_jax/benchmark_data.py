@@ -105,14 +105,15 @@ def startup(out: Path, settings: Settings) -> list[Row]:
 def memory(out: Path, settings: Settings) -> list[Row]:
     """Resident memory over many batches."""
     batches = _batches(_tiny_records(_dataset(out / "tiny", _tiny)), settings)
-    resident, seconds, started = [], [], time.perf_counter()
-    for number in range(settings.memory_batches + 1):
-        next(batches)
-        if number * 10 % settings.memory_batches == 0:
-            resident.append(_resident_mb())
-            now = time.perf_counter()
-            seconds.append(10 * (now - started) / settings.memory_batches)
-            started = now
+    ends = [round(tenth * settings.memory_batches / 10) for tenth in range(11)]
+    next(batches)
+    resident, seconds = [_resident_mb()], []
+    for count in np.diff(ends):
+        started = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        seconds.append((time.perf_counter() - started) / count)
+        resident.append(_resident_mb())
     # The first tenth fills queues and allocators.
     growth = resident[-1] - resident[1]
     figures = {"batches": settings.memory_batches, "mb_by_tenth": resident, "growth_after_first_tenth_mb": growth}

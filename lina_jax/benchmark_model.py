@@ -83,7 +83,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     row = _named("sample", config.model) | _settings(config, devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
-        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": autoencoder,
+        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.last[0]),
     }  # fmt: skip
     row |= timing.fields() | {"images_per_s": images / timing.median}
     row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))
@@ -293,7 +293,7 @@ def _that_fits(batch: int) -> Iterator[None]:
     except programs.OutOfMemory as error:
         raise UserError(f"batch {batch} does not fit: {error}") from error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):  # the latter: CPUs
             raise
         raise UserError(f"batch {batch} does not fit: {str(error).splitlines()[0]}") from error
 

@@ -53,6 +53,8 @@ def check_value(name: str, value: Any) -> None:
             continue
         if not math.isfinite(number):
             raise UserError(f"{name}={value!r}: must be finite")
+        if isinstance(number, int) and abs(number) >= 2**31:  # programs count in 32 bits
+            raise UserError(f"{name}={value!r}: must be below 2**31")
         if number < 0 and name not in MAY_BE_NEGATIVE:
             raise UserError(f"{name}={value!r}: must not be negative")
         if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:
@@ -88,6 +90,13 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
             f"model.attention=softmax takes neither model.depthwise_conv={model.depthwise_conv} nor "
             f"model.kv_gate={model.kv_gate}: set them to False and none",
         )
+    if model.attention == "hybrid":
+        deepest = max(model.condition_depth, model.image_depth)
+        require(
+            model.softmax_period <= deepest,
+            f"model.attention=hybrid with model.softmax_period={model.softmax_period}: "
+            f"no stack has so many blocks (at most {deepest}), so that none is softmax",
+        )
     if model.rotary:
         head = model.width // model.heads
         require(
@@ -109,6 +118,12 @@ def check_run(config: "Config") -> None:
         raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
     if not 0 <= loss.mask_ratio_min < 1:
         raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
+    far = 4 * loss.mask_ratio_std
+    if not loss.mask_ratio_min - far <= loss.mask_ratio_mean <= 1 + far:  # drawn in float32, which has no tails
+        raise UserError(
+            f"loss.mask_ratio_mean={loss.mask_ratio_mean}: must lie within four loss.mask_ratio_std="
+            f"{loss.mask_ratio_std} of the ratios from loss.mask_ratio_min={loss.mask_ratio_min} to 1"
+        )
     if config.data.short_caption > 1:
         raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
     _ = config.data.datasets  # which names a path that cannot be read
@@ -117,8 +132,6 @@ def check_run(config: "Config") -> None:
             raise UserError(f"{name}={decay}: must be in [0, 1)")
     if config.init_from.checkpoint < -1:
         raise UserError(f"init_from.checkpoint={config.init_from.checkpoint}: must be a step, or -1 for the latest")
-    if config.seed >= 2**31:
-        raise UserError(f"seed={config.seed}: must be below 2**31")
     if config.eval.images == 1:
         raise UserError("eval.images=1: must be at least 2, or 0 for none")
     if config.eval.images and not config.eval.inception:

@@ -127,8 +127,15 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     """'--steps=many: expected a whole number' of absl's 'flag --steps=many: REASON'."""
     given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
-    name = given.removeprefix("--").partition("=")[0]
-    expected = _EXPECTED.get(flags.FLAGS[name].parser.flag_type()) if name in flags.FLAGS else None
+    name, _, value = given.removeprefix("--").partition("=")
+    if name not in flags.FLAGS:
+        return str(error)
+    parser = flags.FLAGS[name].parser
+    if isinstance(parser, flags.IntegerParser | flags.FloatParser):
+        with contextlib.suppress(TypeError, ValueError):
+            parser.convert(value)
+            return f"{given}: {error.__context__}"  # a number, beyond its bounds, which absl names
+    expected = _EXPECTED.get(parser.flag_type())
     return f"{given}: expected {expected}" if expected else str(error)
 
 

@@ -101,11 +101,12 @@ def condition(config: Config, mesh: Mesh, size: int) -> Tree:
 
 
 def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
-    """The published autoencoder of the config's kind, its parameters abstract, placed as `load_encoders` would."""
+    """The published autoencoder of the config's kind, for its latents, abstract and placed as `load_encoders` would."""
     kind = config.autoencoder.kind
     if kind == "identity":
         return Encoders()
-    sizes, dtype = AUTOENCODERS[kind], jnp.dtype(config.model.dtype)
+    sizes = dataclasses.replace(AUTOENCODERS[kind], latent_channels=config.model.latent_channels)
+    dtype = jnp.dtype(config.model.dtype)
     module = nnx.eval_shape(lambda: AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, variables = nnx.split(module)
 

@@ -55,6 +55,7 @@ class Validation:
         told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
             f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value
             for low, high, *sums in zip(edges, edges[1:], total.T, weight.T, strict=False)
+            if np.any(sums[1])  # of a noise level that no token has nothing is known
         }
         return {name: float(f"{value:.{_DIGITS}g}") for name, value in told.items() if value is not None}
 

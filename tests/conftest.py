@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import subprocess
@@ -54,6 +55,7 @@ jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a 
 # that has it no more ignores the option), and a program is not split for threads, as other tests have the other cores.
 COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()  # read with the first device
+gc.disable()  # traced programs are millions of objects, among which little is garbage: once a file is enough
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +65,12 @@ def compiled_programs(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_collection():
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

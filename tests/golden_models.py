@@ -181,14 +181,15 @@ def sample(case: Case, given: Imported) -> None:
         other = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), unconditional(config, condition))
         condition = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, other)
     copies = 2 if plan.guided else 1
-    encoded = model.encode_condition(condition)
+    encoded = jax.jit(model.encode_condition)(condition)
     case.check("outputs.c", encoded)
+    encode_image = jax.jit(model.encode_image, static_argnums=2)
     all_rank = np.tile(rank, (copies, 1))
     for i in range(len(plan.predicted)):
         if f"outputs.z_step{i}" not in case:
             continue
         count, before = plan.visible[i], jnp.tile(after(i - 1) if i else jnp.zeros_like(tokens), (copies, 1, 1))
-        case.check(f"outputs.z_step{i}", model.encode_image(before, all_rank >= count, int(count), encoded))
+        case.check(f"outputs.z_step{i}", encode_image(before, all_rank >= count, int(count), encoded))
 
 
 def train_steps(case: Case, given: Imported) -> None:

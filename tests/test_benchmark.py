@@ -21,10 +21,10 @@ def printed(result) -> list[dict]:
 
 
 def test_data_from_the_command_line(run_module, tmp_path):
-    (row,) = printed(run_module("benchmark", "data", f"--out={tmp_path}", "--parts=memory", "--memory_batches=20"))
+    (row,) = printed(run_module("benchmark", "data", f"--out={tmp_path}", "--parts=memory", "--memory_batches=21"))
     assert row.keys() >= FIELDS | {"records_per_s"}
     assert len(row["mb_by_tenth"]) == 11
-    assert (row["benchmark"], row["batches"], row["threads"]) == ("memory", 20, 2)
+    assert (row["benchmark"], row["runs"], row["batches"], row["threads"]) == ("memory", 9, 21, 2)
 
 
 def test_comparisons_and_startup(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_sampling_from_the_command_line(run_module, tiny, config_file):
 def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
     small = VaeConfig((32, 32), 1, latent_channels=4, scaling_factor=1.0)
     monkeypatch.setitem(programs.AUTOENCODERS, "sdxl", small)  # the published one takes long to compile
-    model, sample = {"latent_channels": 4, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}
+    model, sample = {"latent_channels": 8, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}  # other latents than its
     autoencoder = {"kind": "sdxl", "stride": 8}
     config = tiny(model=model, sample=sample, autoencoder=autoencoder, mesh={"data": 4, "fsdp": 2})
     (row,) = benchmark_model.sample(config, [], runs=1, autoencoder=True)
@@ -152,6 +152,12 @@ def test_a_batch_that_the_devices_cannot_share(tiny):
         list(benchmark_model.sample(tiny(), [6], runs=1, autoencoder=False))
     with pytest.raises(UserError, match=r"batch_size=6 is not divisible by optim.accumulate=4"):
         list(benchmark_model.train(tiny(optim={"accumulate": 4}), [6], runs=1))
+
+
+def test_a_batch_that_does_not_fit():
+    sizes = benchmark_model.AttentionSizes(20, 64, 2, "float32")
+    with pytest.raises(UserError, match="batch 10000000000 does not fit: "):
+        list(benchmark_model.attention(sizes, [10**10], runs=1))
 
 
 @pytest.mark.parametrize(

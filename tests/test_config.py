@@ -168,7 +168,10 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("model.image_grid", (1, 1), "model.image_grid=(1, 1): needs more than one token"),
         ("loss.condition_dropout", 1.0, "loss.condition_dropout=1.0: must be in [0, 1)"),
         ("loss.mask_ratio_min", 1.0, "loss.mask_ratio_min=1.0: must be in [0, 1)"),
+        ("loss.mask_ratio_mean", 2.1, "loss.mask_ratio_mean=2.1: must lie within four loss.mask_ratio_std=0.25 of the"),
+        ("loss.mask_ratio_mean", -0.4, "loss.mask_ratio_mean=-0.4: must lie within four loss.mask_ratio_std=0.25 of"),
         ("ema.decay", 1.0, "ema.decay=1.0: must be in [0, 1)"),
+        ("ema.every", 2**31, "ema.every=2147483648: must be below 2**31"),
         ("optim.b2", 1.5, "optim.b2=1.5: must be in [0, 1)"),
         ("init_from.rules", "larger", "init_from.rules='larger': allowed are all, nova, resolution, interpolate"),
         ("init_from.checkpoint", -2, "init_from.checkpoint=-2: must be a step, or -1 for the latest"),
@@ -202,6 +205,10 @@ PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
             "model.text_words=513: the padding table has 512 rows",
         ),
         ({"latent_channels": 4}, "model.latent_channels=4, autoencoder.stride=1: pixels"),
+        (
+            {"attention": "hybrid", "condition_depth": 2, "image_depth": 4},
+            "model.attention=hybrid with model.softmax_period=8: no stack has so many blocks (at most 4)",
+        ),
     ],
 )
 def test_combinations_that_do_not_exist_are_refused(pixels, model, message):

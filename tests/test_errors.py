@@ -13,7 +13,7 @@ PROGRAM = """
 import errno
 from absl import flags
 from lina_jax import errors
-flags.DEFINE_integer("count", 1, "")
+flags.DEFINE_integer("count", 1, "", lower_bound=1)
 flags.DEFINE_multi_integer("label", [], "")
 flags.DEFINE_float("share", 1.0, "")
 flags.DEFINE_bool("raw", False, "")
@@ -49,6 +49,7 @@ errors.run(main)
         ("--count=6", 2, "error: [Errno 28] No space left on device"),
         ("--count=7", 75, "error: cannot read a.arrayrecord; run the same command again"),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
+        ("--count=0", 2, "error: --count=0: 0 is not a positive integer"),
         ("--label=cat", 2, "error: --label=cat: expected a whole number"),
         ("--share=a: b", 2, "error: --share=a: b: expected a number"),
         ("--raw=maybe", 2, "error: --raw=maybe: expected true or false"),

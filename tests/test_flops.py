@@ -1,9 +1,11 @@
 """FLOPs counted from sizes are the matrix products that compilers find in the programs."""
 
+import dataclasses
+
 import pytest
 
 from lina_jax import flops, generate, hlo, programs, roofline
-from lina_jax.config import ModelConfig
+from lina_jax.config import LossConfig, ModelConfig
 
 # No convolution (compilers have no matrix product for it), and masks of which the padded number of visible tokens is
 # the mean. With 32,768 tokens in the head the table of 1,000 timesteps is little beside them: 0.5 % of the products of
@@ -38,6 +40,14 @@ def test_of_sampling(tiny, one_device):
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     found = compiled_flops(*programs.sampling_step(config, one_device, 8), unknown_trips=6)
     assert found == pytest.approx(8 * flops.sampling_flops(config.model, schedule), rel=0.01)
+
+
+def test_a_mask_ratio_may_be_all_but_fixed(tiny):
+    """So narrow a distribution that weights about its mean are no numbers but zeros."""
+    model, masks = tiny(model=SIZES).model, LossConfig(**MASKS)
+    fixed = dataclasses.replace(masks, mask_ratio_mean=0.85, mask_ratio_std=1e-6, mask_ratio_min=0.7)
+    near = dataclasses.replace(fixed, mask_ratio_std=1e-2)
+    assert flops.training_flops(model, fixed) == pytest.approx(flops.training_flops(model, near), rel=1e-3)
 
 
 def test_of_one_attention_layer():

@@ -242,6 +242,9 @@ def test_a_prompt_that_is_cut_is_named(tiny_text, caplog):
     config = tiny_text(model={"text_encoder": "features"})
     sample.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
     assert caplog.messages == ["only the first 3 tokens are read of prompt 'too long for it'"]
+    caplog.clear()
+    sample.encode_conditions(tiny_text(model={"text_length": 8}), ["a circle", "a square, too"])
+    assert caplog.messages == ["only the first 8 bytes are read of prompt 'a square, too'"]
 
 
 def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
@@ -367,6 +370,14 @@ def test_validation_does_not_depend_on_the_batch_size(validation_losses):
 def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
     eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
     assert validation_losses(6, eight) == validation_losses(6)
+
+
+def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
+    config, run = text_plan.config, rough(text_plan)
+    noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
+    plan = state.blueprint(noisy, text_plan.mesh)
+    told = validation.Validation(noisy, data.open_records(noisy, "validation")).losses(plan, run.params, run.frozen)
+    assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
 
 
 def test_the_error_of_a_mean_over_tokens_is_that_over_examples():

@@ -164,6 +164,13 @@ def test_no_image_has_more_visible_tokens_than_the_bound(many_draws, tiny):
     assert int(jnp.max(jnp.sum(~many_draws[0].mask, axis=1))) == most
 
 
+def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
+    """(1 - 0.9) 25 is 2.5, which ratios a little above their least would round to 3 in float32."""
+    config = LossConfig(mask_ratio_mean=0.9, mask_ratio_std=1e-5, mask_ratio_min=0.9)
+    count = jax.vmap(lambda key: visible_count(key, config, 25))(jax.random.split(jax.random.key(0), 16_384))
+    assert int(jnp.max(count)) == most_visible(config, 25) == 2
+
+
 def loss_and_gradient(plan, batch):
     """Of the training objective, without the optimiser, jitted."""
     config = plan.config

@@ -73,4 +73,5 @@ def visible_count(key: jax.Array, config: LossConfig, tokens: int) -> jax.Array:
     low = (config.mask_ratio_min - config.mask_ratio_mean) / config.mask_ratio_std
     high = (1.0 - config.mask_ratio_mean) / config.mask_ratio_std
     ratio = config.mask_ratio_mean + config.mask_ratio_std * jax.random.truncated_normal(key, low, high)
-    return jnp.round((1 - ratio) * tokens).astype(jnp.int32)
+    visible = jnp.round((1 - ratio) * tokens).astype(jnp.int32)
+    return jnp.minimum(visible, most_visible(config, tokens))  # which is rounded in float64
