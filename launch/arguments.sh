@@ -88,7 +88,7 @@ need() {
 
 # whole OPTION LEAST: refuse when the option is not a whole number of at least LEAST.
 whole() {
-  [[ ${!1} =~ ^[0-9]{1,9}$ ]] && [ "${!1}" -ge "$2" ] || refuse "--$1=${!1}: expected a whole number from $2"
+  [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "${!1}" -ge "$2" ] || refuse "--$1=${!1}: expected a whole number from $2"
 }
 
 # split_topology: --topology=v5e:16x16, as lina_jax.plan takes it, to `tpu_type` (v5litepod) and `shape` (16x16).

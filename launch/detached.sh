@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Start a worker that outlives this connection, or find it running; show its log; end with its exit code.
+# Start a worker that outlives this connection, or find it running; show its log; end with its exit code, or with 124
+# where it is at work after half an hour: gcloud tells of a worker that was lost only when all connections have ended.
 # usage: launch/detached.sh RUN ARGUMENTS...     (of worker.sh; RUN.pid, RUN.log and RUN.code are written here)
+#
+# A run that has ended is started anew where ../RUN.tgz, the code, has come since.
 set -euo pipefail
 run=$1
 shift
 
 running() { kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; }
-if ! running; then
+if ! running && ! [ "$run.code" -nt "../$run.tgz" ]; then
   rm -f "$run.code"
   touch "$run.log" # tail needs it at once
   setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" \
     >>"$run.log" 2>&1 </dev/null &
   echo $! >"$run.pid"
 fi
-tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log"
+timeout "${LINA_FOLLOW_SECONDS:-1800}" tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log" || true
+if running; then exit 124; fi
 exit "$(cat "$run.code" 2>/dev/null || echo 137)" # no code: it was killed

@@ -11,7 +11,7 @@
 #   --setup            shell command to run first
 #   --grace            seconds from SIGTERM to SIGKILL when a process has failed, default 120
 #   --max_restarts     how often to start all again when one asks for it (75) or was killed, default 100
-#   --dry-run          print the commands that would run, and end
+#   --dry-run          print the commands of the processes, and end; pasted, they run once, each on its own
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #
@@ -26,6 +26,7 @@ read_arguments "processes accelerator devices port grace" "$@"
 need name
 [ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
 whole processes 1
+[ -z "$devices" ] || whole devices 1
 whole grace 0
 if [ -n "$port" ]; then
   whole port 1
@@ -40,7 +41,7 @@ gpus=''
 case $accelerator in
   cpu) devices=${devices:-1} ;;
   gpu)
-    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)}
+    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || true
     count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
     devices=${devices:-$((count / processes))}
     [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||
@@ -48,7 +49,6 @@ case $accelerator in
     ;;
   *) refuse "--accelerator=$accelerator: expected cpu or gpu" ;;
 esac
-whole devices 1
 
 python=$(find_python)
 if [ -n "$dry_run" ]; then

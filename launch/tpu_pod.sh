@@ -17,7 +17,8 @@
 #
 # Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
 # command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, stalled,
-# or a peer is gone) or is killed by a signal. A preempted TPU VM disappears with its disk, and its queued resource is
+# or a peer is gone) or is killed by a signal; a worker whose machine started anew is found and started within half an
+# hour. A preempted TPU VM disappears with its disk, and its queued resource is
 # suspended for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a
 # bucket. Where gcloud itself fails, it is asked again. The TPU stays, and costs, when the run has ended: the last line
 # says how to delete it.
@@ -43,7 +44,7 @@ queue() { quoted "$1" "$name" "${where[@]}" "${@:2}"; }
 python='command -v python3.11 || { sudo add-apt-repository -y ppa:deadsnakes/ppa && '
 python+='sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }'
 prepare=${requirements:+$python}
-if [ -n "$setup" ]; then prepare+="${prepare:+ && }{ $setup; }"; fi
+if [ -n "$setup" ]; then prepare+="${prepare:+ && }{"$'\n'"$setup"$'\n'"}"; fi
 start="mkdir -p $name && cd $name && "
 start+="{ kill -0 \$(cat $name.pid 2>/dev/null) 2>/dev/null || tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
@@ -83,8 +84,9 @@ while :; do
   known=yes
   case \$state in
     NONE)
-      $tpus queued-resources $(queue create --node-id="$name" --type="$tpu_type" --topology="$shape" \
-        --runtime-version="${runtime_version:-$image}") $extra || {
+      # By gcloud's stable commands shapes can be chosen of v4 alone.
+      ${tpus/gcloud/gcloud alpha} queued-resources $(queue create --node-id="$name" --type="$tpu_type" \
+        --topology="$shape" --runtime-version="${runtime_version:-$image}") $extra || {
         code=\$?
         if [ \$attempts -eq 0 ]; then exit \$code; fi
         again "asking for a TPU ended with \$code"
@@ -93,8 +95,12 @@ while :; do
       ;;
     ACTIVE)
       if $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}"); then
-        $tpus tpu-vm $(queue ssh --worker=all --command="$start")
-        code=\$?
+        # 124: at work; now a worker that was lost meanwhile is started. A machine that is gone must not keep the connection.
+        code=124
+        while [ \$code -eq 124 ]; do
+          $tpus tpu-vm $(queue ssh --worker=all --ssh-flag=-oServerAliveInterval=30 --command="$start")
+          code=\$?
+        done
         if [ \$code -eq 0 ]; then break; fi
         # gcloud's own failures have the codes of mistakes, too: the run's are in a worker's record.
         if ! restarts_on \$code && $tpus tpu-vm $(queue ssh --worker=all --command="$record") |

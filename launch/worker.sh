@@ -24,9 +24,11 @@ finish() {
 }
 
 cd "$root"
+trap 'finish 75' TERM # preempted before there is a command that could save
 if [ -n "$setup" ]; then eval "$setup" || { echo "error: the set-up failed: $setup" >&2 && finish 1; }; fi
 if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish 1; fi
 accelerator_flags "$accelerator" || finish 2
+trap - TERM
 if [ "$max_restarts" -eq 0 ] && [ -z "$code_file" ]; then exec "${words[@]}"; fi
 
 code=0

@@ -18,7 +18,7 @@ class Chip:
     kinds: tuple[str, ...]  # what `jax.Device.device_kind` begins with
     peak_flops: float  # dense bf16
     vector_ops: float  # float32 operations outside matrix products; a multiply-add of a GPU is one
-    memory: float  # bytes of HBM
+    memory: float  # bytes of HBM that a program can have
     memory_bandwidth: float
     link: float  # TPU: of one link to one neighbour; GPU: of the device into its NVLink domain
     slow_link: float  # between slices or nodes, the share of one device
@@ -38,23 +38,29 @@ class Chip:
 
 # Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (peak, HBM, bandwidth, inter-chip interconnect), the
 # one-way rate of a link being the chip's total over both directions of all its links (v4: 6 x 2 x 50 GB/s, v5e:
-# 4 x 2 x 50, v5p: 6 x 2 x 100, v6e: 4 x 2 x 112, tpu7x: 1,200 GB/s a chip, 6 links, shared by its two devices), less a
-# tenth for v4, v5e and v5p, as "How to Scale Your Model" (Austin et al. 2025, chapter 2) has it. Vector units: cores x
-# 8 x 128 lanes x 4 at the clock rate (v6e, tpu7x: guessed by that of v5p). Between slices: a host's network card, 200
-# Gbit/s for four chips (v4, v5e, v5p), 400 (v6e, tpu7x). GPU: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM):
-# NVLink 3 and 4 have 300 and 450 GB/s one way; nodes have one network card a GPU, of 200 (A100) and 400 Gbit/s.
+# 4 x 2 x 50, v5p: 6 x 2 x 100, v6e: 4 x 2 x 100, tpu7x: 1,200 GB/s a chip, 6 links, shared by its two devices), less a
+# tenth but for tpu7x, as "How to Scale Your Model" (Austin et al. 2025, chapter 2) has it. Memory: where compilers for
+# these refuse a program (libtpu 0.0.42). Vector units: cores x 8 x 128 lanes x 4 at the clock rate (v6e, tpu7x: guessed
+# by that of v5p). Between slices: a host's network cards, 200 Gbit/s for four chips (v4, v5p) or eight (v5e), 400 for
+# four (v6e, tpu7x). GPU: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM): NVLink 3 and 4 have 300 and 450 GB/s
+# one way; nodes have one network card a GPU, of 200 (A100) and 400 Gbit/s. Memory: 92 % of what nvidia-smi tells
+# (81,920, 81,559 and 143,771 MiB), as launch/environment.sh gives it to XLA.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
-        ("TPU v4",), 275e12, 8.6e12, 32 * GIB, 1228 * GB, 45 * GB, 6.25 * GB, torus=3, wrap=4,
+        ("TPU v4",), 275e12, 8.6e12, 30.75 * GIB, 1228 * GB, 45 * GB, 6.25 * GB, torus=3, wrap=4,
         options={"chip_config_name": "megacore"},
     ),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 6.1e12, 16 * GIB, 819 * GB, 45 * GB, 6.25 * GB, torus=2, wrap=16),
-    "v5p": Chip(("TPU v5",), 459e12, 14.3e12, 95 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3, wrap=4),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 7.2e12, 32 * GIB, 1638 * GB, 112 * GB, 12.5 * GB, torus=2, wrap=16),
-    "tpu7x": Chip(("TPU7x",), 1153.5e12, 9e12, 96 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, torus=3, wrap=4),
-    "a100": Chip(("NVIDIA A100",), 312e12, 9.7e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, platform="cuda"),
-    "h100": Chip(("NVIDIA H100",), 989e12, 33.5e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, platform="cuda"),
-    "h200": Chip(("NVIDIA H200",), 989e12, 33.5e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, platform="cuda"),
+    "v5e": Chip(
+        ("TPU v5 lite", "TPU v5e"), 197e12, 6.1e12, 15.75 * GIB, 819 * GB, 45 * GB, 3.125 * GB, torus=2, wrap=16,
+    ),
+    "v5p": Chip(("TPU v5",), 459e12, 14.3e12, 95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3, wrap=4),
+    "v6e": Chip(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 7.2e12, 31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, torus=2, wrap=16,
+    ),
+    "tpu7x": Chip(("TPU7x",), 1153.5e12, 9e12, 94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, torus=3, wrap=4),
+    "a100": Chip(("NVIDIA A100",), 312e12, 9.7e12, 73.6 * GIB, 2039 * GB, 300 * GB, 25 * GB, platform="cuda"),
+    "h100": Chip(("NVIDIA H100",), 989e12, 33.5e12, 73.3 * GIB, 3350 * GB, 450 * GB, 50 * GB, platform="cuda"),
+    "h200": Chip(("NVIDIA H200",), 989e12, 33.5e12, 129.2 * GIB, 4800 * GB, 450 * GB, 50 * GB, platform="cuda"),
 }  # fmt: skip
 
 

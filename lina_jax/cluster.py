@@ -1,12 +1,13 @@
 """Which process this is, and among how many: from flags, or else from the environment."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax._src.clusters import ClusterEnv  # its rules for pods, Kubernetes, SLURM and Open MPI have no public name
 
-from lina_jax.errors import UserError
+from lina_jax.errors import LinkFailed, UserError
 
 
 class Cluster(NamedTuple):
@@ -21,7 +22,10 @@ class Cluster(NamedTuple):
 def the_cluster(
     address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
 ) -> Cluster | None:
-    """This process's place, from the three flags or else the environment; None: alone. Raises UserError."""
+    """This process's place, from the three flags or else the environment; None: alone.
+
+    Raises UserError, and LinkFailed where the environment may know it later.
+    """
     given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
     if processes == 1:
         return None
@@ -46,11 +50,21 @@ def _detected(timeout: float) -> Cluster | None:
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
     except Exception as error:  # metadata servers, Kubernetes: each raises its own
+        if isinstance(error, OSError) or "recognize coordinator address" in str(
+            error
+        ):  # requests' errors are of the former
+            raise LinkFailed(f"cannot tell yet which process this is: {error}") from error
         raise UserError(
             f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
             "--processes and --process_id, or --processes=1"
         ) from error
     address, processes, process_id, local_devices = found
+    number = os.environ.get("JOB_COMPLETION_INDEX")
+    if processes is None and number is not None and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            f"JOB_COMPLETION_INDEX={number}: in a pod of a Kubernetes job; to find the others JAX needs the package "
+            "kubernetes (or give --coordinator, --processes and --process_id; alone: --processes=1)"
+        )
     if processes is None and given:
         raise UserError(f"JAX_COORDINATOR_ADDRESS={given}: --coordinator, --processes and --process_id are needed too")
     return Cluster(address, processes, process_id, local_devices) if processes and processes > 1 else None

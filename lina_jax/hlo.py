@@ -299,7 +299,8 @@ def collective_bytes(instruction: Instruction, scope: dict[str, Instruction]) ->
     if instruction.opcode.startswith("reduce-scatter"):
         return sum(shape.bytes for name in instruction.operands for shape in scope[name].shapes)
     arrays = [shape for shape in instruction.shapes if shape.dims or shape.dtype not in ("u32", "s32")]
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results)
+    # (operands, results), where all-reduce-start has results alone.
+    if instruction.opcode.endswith("-start") and not instruction.opcode.startswith("all-reduce"):
         arrays = arrays[len(arrays) // 2 :]
     return sum(shape.bytes for shape in arrays)
 

@@ -53,15 +53,21 @@ def search(
 
     At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
 
-    Raises UserError where there are none.
+    Raises UserError where there are none, and what the compiler says where it takes none of them.
     """
     candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
     if not candidates:
         raise UserError("--search: by estimate no mesh and remat policy fit; take more chips or fewer images a chip")
-    tried, best = [], None
+    tried, best, refusal = [], None, None
     for number, candidate in enumerate(candidates[:compiles], 1):
         print(f"{number} of {min(compiles, len(candidates))}: {candidate}", file=sys.stderr, flush=True)
-        report = plan(apply(config, dataclasses.asdict(candidate), where.chips))
+        try:
+            report = plan(apply(config, dataclasses.asdict(candidate), where.chips))
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler has its limits
+            refusal, reason = error, str(error).splitlines()[0]
+            print(f"  refused: {reason}", file=sys.stderr, flush=True)
+            tried.append(dataclasses.asdict(candidate) | {"fits": False, "refused": reason})
+            continue
         mfu = report.get("predicted_mfu", 0.0)
         print(
             f"  {'fits' if report['fits'] else 'does not fit'}, {report['memory_bytes']['total'] / GIB:.1f} GiB, "
@@ -76,6 +82,8 @@ def search(
             best.get("images_per_s", 0),
         ):
             best = report
+    if best is None:
+        raise refusal
     return best | {"tried": tried}
 
 

@@ -52,6 +52,9 @@ def parse(text: str) -> Topology:
     if chip.torus:
         if len(shape) != chip.torus:
             raise UserError(f"--topology={text!r}: a slice of {name} has {chip.torus} dimensions, not {len(shape)}")
+        if chip.torus == 2 and max(shape) > chip.wrap:
+            pod = f"{chip.wrap}x{chip.wrap}"
+            raise UserError(f"--topology={text!r}: a slice of {name} has at most {pod} chips ({name}:{pod}*4: four)")
     elif len(shape) > 2 or slices > 1:
         raise UserError(f"--topology={text!r}: GPUs are {name}:GPUS or {name}:NODESxGPUS")
     elif len(shape) == 1:
@@ -71,9 +74,13 @@ def devices(topology: Topology) -> list[jax.Device]:
     if chip.torus:
         _require("libtpu", topology, "pip install 'lina_jax[tpu]'")
         os.environ.update(_TPU_ENVIRONMENT)
-        os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(xla_flags.of_tpu(topology.name)))
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(
+            [*xla_flags.of_tpu(topology.name), os.environ.get("LIBTPU_INIT_ARGS", "")]
+        )
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
+        if math.prod(topology.shape) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
     else:
         _require("jax_cuda12_plugin", topology, "pip install 'lina_jax[plan-gpu]'")
         os.environ["XLA_FLAGS"] = " ".join([*xla_flags.GPU, os.environ.get("XLA_FLAGS", "")])

@@ -1,8 +1,11 @@
 """How processes find each other: who takes part, by flags or the environment, and the roll call at the start."""
 
 import contextlib
+import importlib.util
 import os
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -75,6 +78,14 @@ SLURM = {
 }  # fmt: skip
 
 
+# The second of two slices, before there is a pod of the first.
+MULTISLICE = {
+    "JAX_FORCE_TPU_INIT": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "h0,h1", "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "run-slice-job-0-0.run.invalid:8081", "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}  # fmt: skip
+
+
 @pytest.fixture
 def environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "JAX_COORD", "OMPI_", "KUBERNETES_"))]:
@@ -97,6 +108,29 @@ def test_the_environment_says_who_takes_part(variables, cluster, environment):
     for name, value in variables.items():
         environment.setenv(name, value)
     assert the_cluster(None, None, None) == cluster
+
+
+def test_a_coordinator_that_has_no_name_yet_is_waited_for(environment):
+    """A pod of GKE has one when it is scheduled."""
+    program = (
+        "from lina_jax.cluster import the_cluster\nthe_cluster(None, None, None, 1)"  # JAX reads the first as it loads
+    )
+    for name, value in MULTISLICE.items():
+        environment.setenv(name, value)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("lina_jax.errors.LinkFailed: cannot tell yet which process this is: ")
+    assert "run-slice-job-0-0" in last
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kubernetes") is not None, reason="kubernetes is installed")
+@pytest.mark.filterwarnings("ignore:Kubernetes environment detected")
+def test_pods_of_a_job_do_not_run_each_alone(environment):
+    environment.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    environment.setenv("JOB_COMPLETION_INDEX", "1")
+    with pytest.raises(UserError, match=r"JOB_COMPLETION_INDEX=1: .* needs the package kubernetes"):
+        the_cluster(None, None, None)
+    assert the_cluster(None, 1, None) is None
 
 
 def test_flags_go_before_the_environment(environment):

@@ -23,7 +23,8 @@ CLOUD = """
 state = os.environ["HOME"] + "/state"
 now = open(state).read() if os.path.exists(state) else ""
 def become(now): open(state, "w").write(now)
-with open(os.environ["CALLS"]) as calls: nth = sum(json.loads(call)[4] == words[3] for call in calls)
+if words[0] == "alpha": del words[0]
+with open(os.environ["CALLS"]) as calls: nth = sum(words[3] in json.loads(call)[4:6] for call in calls)
 if nth in json.loads(os.environ.get("TROUBLE", "{}")).get(words[3], []): sys.exit("ERROR: the network")
 if words[3] == "describe": print(now) if now else sys.exit(f"ERROR: (gcloud.{'.'.join(words[:4])}) NOT_FOUND: no such")
 if "create" in words: become("ACTIVE")
@@ -40,6 +41,11 @@ if "ssh" in words:
     command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
     sys.exit(subprocess.run(["bash", "-c", command], cwd=os.environ["HOME"]).returncode)
 """
+
+
+def verbs_of(calls: list[list[str]]) -> list[str]:
+    """describe, create, scp, ... of gcloud [alpha] compute tpus THINGS VERB."""
+    return [call[5 if "alpha" in call else 4] for call in calls]
 
 
 PLACES = {
@@ -69,14 +75,16 @@ def test_a_tpu_pod_is_asked_for_by_topology(launch):
     _, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], SETUP, "--", *AWKWARD, ANSWER=CLOUD, PRETEND="yes")
     where = ["--zone=us-a", "--project=p"]
     tpus = ["gcloud", "compute", "tpus"]
-    create = [*tpus, "queued-resources", "create", "run-1", *where, "--node-id=run-1", "--type=v5litepod"]
-    assert calls[1] == [*create, "--topology=16x16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--network=n"]
+    create = ["queued-resources", "create", "run-1", *where, "--node-id=run-1", "--type=v5litepod", "--topology=16x16"]
+    image = "--runtime-version=v2-alpha-tpuv5-lite"
+    assert calls[1] == ["gcloud", "alpha", "compute", "tpus", *create, image, "--spot", "--network=n"]
     assert calls[3][:5] == [*tpus, "tpu-vm", "scp"] and "--worker=all" in calls[3]
-    assert calls[4][:-1] == [*tpus, "tpu-vm", "ssh", "run-1", *where, "--worker=all"]
+    alive = "--ssh-flag=-oServerAliveInterval=30"
+    assert calls[4][:-1] == [*tpus, "tpu-vm", "ssh", "run-1", *where, "--worker=all", alive]
     worker = shlex.split(calls[4][-1].removeprefix("--command="))
     assert worker[worker.index("--") + 1 :] == MODULE
     setup = next(word for word in worker if word.startswith("--setup="))
-    assert setup.endswith("&& { " + SETUP.removeprefix("--setup=") + "; }")
+    assert setup.endswith("&& {\n" + SETUP.removeprefix("--setup=") + "\n}")
 
 
 def test_gke_runs_the_command_of_the_image(launch):
@@ -95,7 +103,7 @@ def test_a_preempted_tpu_pod_is_made_anew_and_the_run_goes_on(first, launch):
     words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", again]
     result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD, **({"FIRST": first} if first else {}))
     assert result.returncode == 0, result.stderr
-    verbs = [call[4] for call in calls]
+    verbs = verbs_of(calls)
     assert verbs.count("create") == len(starts_on_pod(calls)) == (2 if first else 1)
     assert verbs.count("delete") == (1 if first else 0)
     assert (home / "runs").read_text().count("\n") == 3
@@ -127,8 +135,29 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
     environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps(trouble), **({"FIRST": first} if first else {})}
     result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
     assert result.returncode == 0 and "ERROR: the network" in result.stderr, result.stderr
-    assert [call[4] for call in calls].count("create") == (3 if first else 1)
+    assert verbs_of(calls).count("create") == (3 if first else 1)
     assert (home / "runs").read_text() == "\n"
+
+
+# The command waits for this.
+IN_THE_SECOND_ROUND = """
+if "ssh" in words:
+    go = os.environ["HOME"] + "/go"
+    if os.path.exists(go):
+        open(go, "w").close()
+        os.rename(go, go + "ne")
+    elif not os.path.exists(go + "ne"):
+        os.mkfifo(go)
+"""
+
+
+def test_a_worker_at_work_is_followed_in_rounds(launch):
+    """By which one that was lost is found: gcloud says nothing of it while another connection lasts."""
+    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo >>../runs; read <../go || true"]
+    environment = {"ANSWER": IN_THE_SECOND_ROUND + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
+    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
+    assert result.returncode == 0, result.stderr
+    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n"
 
 
 def test_a_gcloud_that_never_answers_ends_the_launcher(launch):
@@ -264,6 +293,8 @@ def test_a_slurm_job_that_is_cancelled_stays_so(launch):
         ("local", ["--name=r", "--processes=0"], "--processes=0"),
         ("local", ["--name=r", "--accelerator=abacus"], "abacus"),
         ("local", ["--name=r", "--accelerator=gpu", "--processes=3"], "2 GPUs"),
+        ("local", ["--name=r", "--accelerator=gpu", "--devices=x"], "--devices=x"),
+        ("local", ["--name=r", "--accelerator=gpu", "--processes=08"], "--processes=08"),
         ("local", ["--processes=2"], "--name"),
         ("local", ["--name=r", "--max_restarts=-1"], "--max_restarts=-1"),
     ],
@@ -272,6 +303,14 @@ def test_wrong_arguments_are_one_line(place, words, named, launch):
     result, calls, _ = launch(LAUNCH / f"{place}.sh", *words, "--", "train", CUDA_VISIBLE_DEVICES="0,1")
     assert (result.returncode, calls, result.stdout) == (2, [], "")
     assert re.fullmatch(r"error: [^\n]*\n", result.stderr) and named in result.stderr
+
+
+def test_no_gpu_is_one_line(launch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no driver >&2\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result, *_ = launch(LAUNCH / "local.sh", "--name=r", "--accelerator=gpu", "--", "train", PATH=path)
+    assert (result.returncode, result.stderr) == (2, "error: --accelerator=gpu: there is none\n")
 
 
 @pytest.mark.parametrize("place", [*PLACES, "local", "worker"])

@@ -120,6 +120,12 @@ def test_a_worker_passes_sigterm_on_and_does_not_restart(tmp_path, process):
     assert len((tmp_path / "0").read_text().splitlines()) == 1
 
 
+def test_a_worker_that_is_stopped_while_it_sets_up_asks_to_be_run_again(launch, tmp_path):
+    words = ["--accelerator=cpu", f"--code_file={tmp_path}/code", "--setup=kill -TERM $$; :", "--", "echo", "ran"]
+    result, _, _ = launch(LAUNCH / "worker.sh", *words)
+    assert (result.returncode, result.stdout) == (75, "") and (tmp_path / "code").read_text() == "75\n"
+
+
 def test_a_worker_takes_nothing_from_the_environment(launch):
     """sbatch passes on what was set for the launcher; the command may need it."""
     script = '"$0" --accelerator=cpu -- bash -c \'echo "$LINA_INDEX"; exit 75\''

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from lina_jax import chips, mesh, programs, topology
+from lina_jax import chips, mesh, programs, topology, xla_flags
 from lina_jax.chips import CHIPS
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -41,6 +41,7 @@ def test_a_topology_is_chips_in_a_shape(text, name, shape, slices, count):
         ("v5e:4x0", "expected CHIP:SHAPE"),
         ("v9:4x4", "'v9' is not known, only v4, v5e"),
         ("v5e:4x4x4", "a slice of v5e has 2 dimensions, not 3"),
+        ("v6e:32x32", "a slice of v6e has at most 16x16 chips (v6e:16x16*4: four)"),
         ("h200:2x8*2", "GPUs are h200:GPUS or h200:NODESxGPUS"),
         ("h200:4x1", "nodes of one GPU cannot be planned"),
     ],
@@ -108,13 +109,33 @@ def test_the_sampling_step_takes_what_the_plan_says(condition, tiny):
     assert images.shape == (16, *config.model.latent_size, 3)
 
 
-def run_plan(*args: str) -> subprocess.CompletedProcess:
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
-    command = [sys.executable, "-m", "lina_jax.plan", *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=500)
+
+
+def run_plan(*args: str) -> subprocess.CompletedProcess:
+    return python("-m", "lina_jax.plan", *args)
 
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs pip install 'lina_jax[tpu]'")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("place", ["v5e:1x1", "v6e:1x1"])
+def test_a_single_chip_is_a_slice(place):
+    done = python("-c", f"import jax\nfrom lina_jax.topology import *\nprint(len(devices(parse({place!r}))))")
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+@needs_libtpu
+def test_what_the_user_sets_of_libtpu_comes_after_what_the_project_sets():
+    program = (
+        "import os\nfrom lina_jax.topology import *\ndevices(parse('v5e:1x1'))\nprint(os.environ['LIBTPU_INIT_ARGS'])"
+    )
+    done = python("-c", program, LIBTPU_INIT_ARGS="--xla_tpu_scoped_vmem_limit_kib=16384")
+    assert done.stdout.split() == [*xla_flags.of_tpu("v5e"), "--xla_tpu_scoped_vmem_limit_kib=16384"]
 
 
 @needs_libtpu

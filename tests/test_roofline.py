@@ -155,6 +155,18 @@ def test_a_sum_over_the_mesh_is_an_all_reduce_over_its_axes(axis, along):
     assert found.collective_bytes == {along: {"all-reduce": 64 * 4}}
 
 
+def test_what_is_exchanged_while_others_compute_counts_once():
+    text = """ENTRY %main (p: f32[1024]) -> f32[1024] {
+  %p = f32[1024]{0} parameter(0)
+  %s = ((f32[1024]{0}), f32[1024]{0}) all-to-all-start(%p), replica_groups={{0,1,2,3}}
+  ROOT %d = f32[1024]{0} all-to-all-done(%s)
+}
+"""
+    module = hlo.Module(text)
+    scope = {i.name: i for i in module.instructions(module.entry)}
+    assert hlo.collective_bytes(scope["s"], scope) == 4096
+
+
 def test_a_gather_in_a_loop_counts_each_time():
     where = grid(data=1, fsdp=4, tensor=2)
     w = jax.device_put(jnp.ones((3, 64, 64)), NamedSharding(where, PartitionSpec(None, "fsdp")))

@@ -57,6 +57,26 @@ def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
     assert found((2, 2, 1), tight) == found((2, 2, 2), tight)
 
 
+@pytest.mark.parametrize("refused", [1, 2])
+def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
+    """Unless it refuses all."""
+    where, reports = topology.Topology("v5e", CHIPS["v5e"], (2, 4)), iter(range(2))
+
+    def plan(config):
+        if next(reports) >= 2 - refused:
+            raise UserError("more memory on chip than there is")
+        return {"fits": True, "memory_bytes": {"total": 1}, "predicted_mfu": 0.5}
+
+    def found():
+        return search.search(tiny(batch_size=16), where, jax.devices(), plan, compiles=2, fixed_batch=True)
+
+    if refused == 2:
+        with pytest.raises(UserError, match="memory on chip"):
+            found()
+    else:
+        assert [each["fits"] for each in found()["tried"]] == [True, False]
+
+
 def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
     slow = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory_bandwidth=1e6), (2, 4))
     first = search.ranked(tiny(batch_size=16), slow, jax.devices(), fixed_batch=True)[0]
