@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from lina_jax import mesh, state
+from lina_jax import mesh, sample, state
 from lina_jax.checkpoint import Checkpoints, write_config
 from lina_jax.config import Config, MeshConfig, default, freeze
 from lina_jax.prepare import Settings, prepare
@@ -43,6 +43,7 @@ QUICKLY_COMPILED = {
     "test_export",
     "test_describe",
     "test_golden",
+    "test_gradients",
     "test_warm_start",
     "test_averaging",
     "test_geneval",
@@ -145,6 +146,28 @@ def one_device():
 def train_on_one_device(monkeypatch, one_device):
     """`train` and its kin see a machine with one device."""
     monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+    """Runs of equal configs within a file share their programs: of a tiny run's time most goes into tracing them."""
+    programs = {}
+
+    def sharing(make):
+        def shared(plan: state.Blueprint):
+            if plan.encoders.weights:  # arrays that programs keep
+                return make(plan)
+            key = make, plan.config, plan.mesh
+            if key not in programs:
+                programs[key] = make(plan)
+            return programs[key]
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((state, "make_train_step"), (state, "make_eval_step"), (sample, "Stepper")):
+            patch.setattr(owner, name, sharing(getattr(owner, name)))
+        yield
 
 
 def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:

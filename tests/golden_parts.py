@@ -217,7 +217,7 @@ def rope(case: Case) -> None:
             "ids_pad": np.concatenate([np.broadcast_to(front, (batch, pad, 3)), gathered], axis=1),
         }.items():
             q = jnp.asarray(rearrange(case[f"{name}.{kind}.q"], "b h n d -> b n h d"))
-            rotated = layers.rotate(q, layers.rotary_angles(jnp.asarray(where), dim))
+            rotated = jax.jit(lambda q, at, dim=dim: layers.rotate(q, layers.rotary_angles(at, dim)))(q, where)
             case.check(f"outputs.{name}.{kind}.q", rearrange(rotated, "b n h d -> b h n d"))
 
 

@@ -41,17 +41,25 @@ CASES = {
 }
 
 
+def outcome(function, inputs, direction):
+    """The result and the gradient of each input."""
+
+    @jax.jit
+    def both(inputs, direction):
+        result, pull = jax.vjp(function, *inputs)
+        return result, *pull(direction)
+
+    return both(inputs, direction)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_definition(case):
     ours, plain, shapes = CASES[case]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):  # rounding shows nothing here: only a wrong formula would
         inputs = [jnp.asarray(2 * rng.standard_normal(shape)) for shape in shapes]
-        expected, pull_expected = jax.vjp(plain, *inputs)
-        found, pull = jax.vjp(ours, *inputs)
-        direction = jnp.asarray(rng.standard_normal(expected.shape))
-        pairs = zip((found, *pull(direction)), (expected, *pull_expected(direction)), strict=True)
-        for a, b in pairs:
+        direction = jnp.asarray(rng.standard_normal(jax.eval_shape(plain, *inputs).shape))
+        for a, b in zip(outcome(ours, inputs, direction), outcome(plain, inputs, direction), strict=True):
             # Statistics are kept in float32 whatever comes in.
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
 
@@ -61,12 +69,9 @@ def test_bfloat16_is_rounded_once(case):
     ours, plain, shapes = CASES[case]
     rng = np.random.default_rng(1)
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
-    wide = [x.astype(jnp.float32) for x in inputs]
-    expected, pull_expected = jax.vjp(plain, *wide)
-    direction = jnp.asarray(rng.standard_normal(expected.shape), jnp.bfloat16)
-    found, pull = jax.vjp(ours, *inputs)
-    wanted = (expected, *pull_expected(direction.astype(jnp.float32)))
-    for a, b in zip((found, *pull(direction)), wanted, strict=True):
+    direction = jnp.asarray(rng.standard_normal(jax.eval_shape(plain, *inputs).shape), jnp.bfloat16)
+    *wide, direction_wide = (x.astype(jnp.float32) for x in (*inputs, direction))
+    for a, b in zip(outcome(ours, inputs, direction), outcome(plain, wide, direction_wide), strict=True):
         assert a.dtype == jnp.bfloat16
         distance = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
         assert distance < 0.0025, distance  # one rounding to 8 bits: 0.0017

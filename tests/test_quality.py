@@ -32,6 +32,8 @@ from lina_jax.featurise import Network
 
 COUNT = 44
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():

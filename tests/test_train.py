@@ -20,7 +20,7 @@ from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_co
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
 from lina_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("train_on_one_device")
+pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
 DEADLINE_S = 240  # for a subprocess to get somewhere
 
 
