@@ -136,7 +136,7 @@ def work(process):
         for _ in range(5):
             assert not notice.reached()
         checkpoints = Checkpoints(pathlib.Path("run"), CheckpointConfig())
-        scalars, trees = [np.int32(1_000_000)] * 4, [{"a": np.ones(4)}] * 4
+        scalars, trees = [np.array(1_000_000, np.int32)] * 4, [{"a": np.ones(4)}] * 4
         checkpoints.save(TrainState(*scalars, *trees))
         checkpoints.close()
         os.kill(os.getpid(), signal.SIGTERM)
