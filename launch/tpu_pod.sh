@@ -18,10 +18,9 @@
 # Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
 # command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, stalled,
 # or a peer is gone) or is killed by a signal; a worker whose machine started anew is found and started within half an
-# hour. A preempted TPU VM disappears with its disk, and its queued resource is
-# suspended for good: the script deletes it, asks for another and starts there. The workdir must therefore be in a
-# bucket. Where gcloud itself fails, it is asked again. The TPU stays, and costs, when the run has ended: the last line
-# says how to delete it.
+# hour. A preempted TPU VM disappears with its disk, and its queued resource is suspended for good: the script deletes
+# it, asks for another and starts there. The workdir must therefore be in a bucket. Where gcloud itself fails, it is
+# asked again. The TPU stays, and costs, when the run has ended: the last line says how to delete it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -95,7 +94,7 @@ while :; do
       ;;
     ACTIVE)
       if $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}"); then
-        # 124: at work; now a worker that was lost meanwhile is started. A machine that is gone must not keep the connection.
+        # 124: at work; now a worker that was lost meanwhile is started. One that is gone must not keep the connection.
         code=124
         while [ \$code -eq 124 ]; do
           $tpus tpu-vm $(queue ssh --worker=all --ssh-flag=-oServerAliveInterval=30 --command="$start")

@@ -50,9 +50,8 @@ def _detected(timeout: float) -> Cluster | None:
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
     except Exception as error:  # metadata servers, Kubernetes: each raises its own
-        if isinstance(error, OSError) or "recognize coordinator address" in str(
-            error
-        ):  # requests' errors are of the former
+        # A server that does not answer (requests' errors are of the system's kind), a machine that has no name yet.
+        if isinstance(error, OSError) or "recognize coordinator address" in str(error):
             raise LinkFailed(f"cannot tell yet which process this is: {error}") from error
         raise UserError(
             f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
