@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import state
-from lina_jax.config import EmaConfig, LossConfig
+from lina_jax import mesh, state
+from lina_jax.config import EmaConfig, LossConfig, MeshConfig
 from lina_jax.models import flow
 from lina_jax.models.draws import draw, most_visible, visible_count
 from lina_jax.models.transformer import layer_runs
@@ -269,3 +269,12 @@ def test_a_hybrid_learns_in_every_stack(plan_of, rough, batch_of):
     for stack in ("condition_encoder", "encoder", "decoder"):
         kernel = grads[stack]["runs"]["from_01" if stack == "decoder" else "from_00"]["attention"]["qkv"]["kernel"]
         assert np.all(np.isfinite(kernel)) and np.any(kernel != 0), stack
+
+
+def test_a_save_compiles_nothing(tiny, rough, save_run, tmp_path, caplog):
+    """Also of arrays that all devices hold, of which each could write a part: cutting them takes a program a part."""
+    plan = state.blueprint(tiny(), mesh.build(MeshConfig()))
+    run = rough(plan)
+    with jax.log_compiles():
+        save_run(tmp_path / "run", plan, run)
+    assert not [line for line in caplog.messages if "XLA compilation" in line]
