@@ -3,13 +3,14 @@
 # where it is at work after half an hour: gcloud tells of a worker that was lost only when all connections have ended.
 # usage: launch/detached.sh RUN ARGUMENTS...     (of worker.sh; RUN.pid, RUN.log and RUN.code are written here)
 #
-# A run that has ended is started anew where ../RUN.tgz, the code, has come since.
+# A run that has ended is started anew where ../RUN.tgz, the code, has come since, or where it asks for that (75), as it
+# does when its machine is shut down.
 set -euo pipefail
 run=$1
 shift
 
 running() { kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; }
-if ! running && ! [ "$run.code" -nt "../$run.tgz" ]; then
+if ! running && { ! [ "$run.code" -nt "../$run.tgz" ] || [ "$(cat "$run.code")" = 75 ]; }; then
   rm -f "$run.code"
   touch "$run.log" # tail needs it at once
   setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" \

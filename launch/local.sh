@@ -41,7 +41,7 @@ gpus=''
 case $accelerator in
   cpu) devices=${devices:-1} ;;
   gpu)
-    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || true
+    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || gpus=''
     count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
     devices=${devices:-$((count / processes))}
     [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||

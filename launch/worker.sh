@@ -19,8 +19,10 @@ accelerator='' requirements='' code_file='' max_restarts=0 from_environment=''
 read_arguments "accelerator requirements code_file" "$@"
 
 finish() {
-  if [ -n "$code_file" ]; then echo "$1" >"$code_file"; fi
-  exit "$1"
+  local code=$1
+  if [ "$code" -eq 124 ]; then code=1; fi # of detached.sh it says that the run is at work
+  if [ -n "$code_file" ]; then echo "$code" >"$code_file"; fi
+  exit "$code"
 }
 
 cd "$root"

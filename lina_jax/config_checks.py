@@ -43,6 +43,8 @@ MAY_BE_NEGATIVE = frozenset({
     "autoencoder.shift_factor", "loss.mask_ratio_mean", "init_from.checkpoint",
 })  # fmt: skip
 
+COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # programs count in 32 bits
+
 
 def check_value(name: str, value: Any) -> None:
     """A field on its own, by its full name. Raises UserError."""
@@ -53,7 +55,7 @@ def check_value(name: str, value: Any) -> None:
             continue
         if not math.isfinite(number):
             raise UserError(f"{name}={value!r}: must be finite")
-        if isinstance(number, int) and abs(number) >= 2**31:  # programs count in 32 bits
+        if isinstance(number, int) and abs(number) >= 2**31 and not name.startswith(COUNTED_BY_HOSTS):
             raise UserError(f"{name}={value!r}: must be below 2**31")
         if number < 0 and name not in MAY_BE_NEGATIVE:
             raise UserError(f"{name}={value!r}: must not be negative")

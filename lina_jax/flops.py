@@ -100,5 +100,6 @@ def _mean_mask_ratio(loss: LossConfig) -> float:
     steps = 1000
     ratios = [loss.mask_ratio_min + (1 - loss.mask_ratio_min) * (i + 0.5) / steps for i in range(steps)]
     exponents = [-0.5 * ((r - loss.mask_ratio_mean) / loss.mask_ratio_std) ** 2 for r in ratios]
-    weights = [math.exp(exponent - max(exponents)) for exponent in exponents]  # of a narrow one all might be zero
+    largest = max(exponents)  # without it, all weights of a narrow one are zero
+    weights = [math.exp(exponent - largest) for exponent in exponents]
     return sum(r * w for r, w in zip(ratios, weights, strict=True)) / sum(weights)

@@ -111,9 +111,12 @@ def _compiled(
         "capacity": capacity,
     }
     estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, grid, unknown_trips=unknown_trips)
+    room = capacity - compiled.total
+    if where.chip.torus:
+        room = max(room, 0)  # compilers for TPUs refuse what does not fit, whatever the sum of its parts
     return {
-        "fits": bool(where.chip.torus) or compiled.total <= capacity,  # compilers for TPUs refuse what does not
-        "headroom_bytes": capacity - compiled.total,
+        "fits": room >= 0,
+        "headroom_bytes": room,
         "memory_bytes": memory,
         "compiled_flops": estimate.work.matmul_flops * grid.size,
         "hbm_bytes": estimate.work.traffic,

@@ -139,6 +139,30 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
     assert (home / "runs").read_text() == "\n"
 
 
+def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
+    """It ends with 75 then, which nobody hears."""
+    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { touch ../up; trap 'exit 75' TERM; read <../go; }"
+    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
+    environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
+    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
+    assert result.returncode == 0, result.stderr
+    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n\n"
+
+
+# Before the second round.
+SHUT_DOWN = """
+home = os.environ["HOME"]
+if "ssh" in words:
+    if not os.path.exists(home + "/go"):
+        os.mkfifo(home + "/go")
+    elif not os.path.exists(home + "/down"):
+        while not os.path.exists(home + "/up"): pass
+        open(home + "/down", "w").close()
+        os.kill(int(open(home + "/run-1/run-1.pid").read()), 15)
+        while not os.path.exists(home + "/run-1/run-1.code"): pass
+"""
+
+
 # The command waits for this.
 IN_THE_SECOND_ROUND = """
 if "ssh" in words:
@@ -306,7 +330,7 @@ def test_wrong_arguments_are_one_line(place, words, named, launch):
 
 
 def test_no_gpu_is_one_line(launch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no driver >&2\nexit 9\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no driver\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     result, *_ = launch(LAUNCH / "local.sh", "--name=r", "--accelerator=gpu", "--", "train", PATH=path)
