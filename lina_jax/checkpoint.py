@@ -33,7 +33,7 @@ ALONE = ("params", "frozen")  # of an import
 # Of an array that several devices hold whole each writes a slice; smaller ones cost more to cut, each by a program of
 # its own, than they save: the first save of a tiny model on eight devices took ten times as long.
 SMALLEST_SLICE_BYTES = 2**20
-CONCURRENT_GB = 96  # that a process reads or writes at once
+CONCURRENT_GB = 96  # that a process reads or writes at once; orbax's own for states
 
 
 class Checkpoints:
@@ -273,13 +273,11 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE_BYTES)),
     )
-
-    def handler() -> ocp.PyTreeCheckpointHandler:
-        return ocp.PyTreeCheckpointHandler(
-            type_handler_registry=kinds, save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB
-        )
-
-    return ocp.handlers.create_default_handler_registry(**{name: handler() for name in (*WEIGHTS, "progress")})
+    limits = {"save_concurrent_gb": CONCURRENT_GB, "restore_concurrent_gb": CONCURRENT_GB}
+    items = (*WEIGHTS, "progress")
+    return ocp.handlers.create_default_handler_registry(
+        **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=kinds, **limits) for name in items}
+    )
 
 
 class _Damaged(Exception):

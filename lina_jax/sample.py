@@ -90,11 +90,10 @@ def encode_conditions(
         return {"label": np.asarray(conditions, np.int32)}
     if model.text_encoder == "bytes":
         text, length = decode.encode_text(conditions, model.text_length)
-        cut = [len(prompt.encode()) > model.text_length for prompt in conditions]
+        unit, cut = "bytes", [len(prompt.encode()) > model.text_length for prompt in conditions]
     else:
-        text, length, cut = text_encoder.tokenize(conditions)
+        unit, (text, length, cut) = "tokens", text_encoder.tokenize(conditions)
     if jax.process_index() == 0:
-        unit = "bytes" if model.text_encoder == "bytes" else "tokens"
         for prompt in dict.fromkeys(itertools.compress(conditions, cut)):
             logging.warning("only the first %d %s are read of prompt %.60r", text.shape[1], unit, prompt)
     return {"text": text, "text_length": length}

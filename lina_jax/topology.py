@@ -52,7 +52,7 @@ def parse(text: str) -> Topology:
     if chip.torus:
         if len(shape) != chip.torus:
             raise UserError(f"--topology={text!r}: a slice of {name} has {chip.torus} dimensions, not {len(shape)}")
-        if chip.torus == 2 and max(shape) > chip.wrap:
+        if chip.torus == 2 and max(shape) > chip.wrap:  # only a whole pod's edge is closed
             pod = f"{chip.wrap}x{chip.wrap}"
             raise UserError(f"--topology={text!r}: a slice of {name} has at most {pod} chips ({name}:{pod}*4: four)")
     elif len(shape) > 2 or slices > 1:
@@ -79,7 +79,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         )
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
-        if math.prod(topology.shape) == 1:
+        if math.prod(topology.shape) == 1:  # libtpu takes a host to have four
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:
         _require("jax_cuda12_plugin", topology, "pip install 'lina_jax[plan-gpu]'")

@@ -181,7 +181,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
     assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
 
 
-COMPILERS = {"v5": "libtpu", "v6": "libtpu", "h2": "jax_cuda12_plugin"}
+COMPILERS = {"v5e:2x2": "libtpu", "v5p:2x2x1": "libtpu", "v6e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
 LARGE = {"width": 768, "heads": 8, "gate": "head", "dtype": jnp.bfloat16}  # heads of 96 channels
 LAYERS = {
     "large": LARGE,
@@ -209,18 +209,15 @@ def compiled_layer(place, condition_tokens=64, **fields):
         return lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
 
 
-@pytest.mark.parametrize(
-    ("place", "layer"),
-    # Kinds of TPUs differ in what they take of a kernel, not in its tiles: all for one of them will do.
-    [*itertools.product(["v5e:2x2", "h200:4"], LAYERS), ("v5p:2x2x1", "large"), ("v6e:2x2", "large")],
-)
+@pytest.mark.parametrize("place", COMPILERS)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_compilers_take_the_kernels(place, layer):
     """Two kernels, two for the gradients (and the convolution's on GPUs), and no products of heads.
 
     For tiles that the tokens do not fill, too.
     """
-    if not importlib.util.find_spec(compiler := COMPILERS[place[:2]]):
-        pytest.skip(f"needs {compiler}")
+    if not importlib.util.find_spec(COMPILERS[place]):
+        pytest.skip(f"needs {COMPILERS[place]}")
     program = compiled_layer(place, condition_tokens=64 if layer == "large" else 600, **LAYERS[layer])
     assert "bhde" not in program
     module = hlo.Module(program)

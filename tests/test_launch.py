@@ -139,16 +139,6 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
     assert (home / "runs").read_text() == "\n"
 
 
-def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
-    """It ends with 75 then, which nobody hears."""
-    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { touch ../up; trap 'exit 75' TERM; read <../go; }"
-    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
-    environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
-    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
-    assert result.returncode == 0, result.stderr
-    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n\n"
-
-
 # Before the second round.
 SHUT_DOWN = """
 home = os.environ["HOME"]
@@ -161,6 +151,16 @@ if "ssh" in words:
         os.kill(int(open(home + "/run-1/run-1.pid").read()), 15)
         while not os.path.exists(home + "/run-1/run-1.code"): pass
 """
+
+
+def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
+    """It ends with 75 then, which nobody hears."""
+    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { touch ../up; trap 'exit 75' TERM; read <../go; }"
+    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
+    environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
+    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
+    assert result.returncode == 0, result.stderr
+    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n\n"
 
 
 # The command waits for this.
