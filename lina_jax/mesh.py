@@ -232,6 +232,12 @@ def platform() -> str:
 portable = jax.make_user_context(default_value=False)
 
 
+def one_cpu() -> bool:
+    """Whether what is traced is meant for one CPU and nothing else."""
+    grid = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and not portable.value and (grid.empty or grid.size == 1)
+
+
 def by_platform(*args, default: Callable, **functions: Callable):
     """The one of `functions` (cpu, cuda, tpu) that `platform` asks for, or else `default`, of the arguments.
 

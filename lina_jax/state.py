@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lina_jax import mesh as mesh_lib
-from lina_jax import optim
+from lina_jax import optim, xla_flags
 from lina_jax.config import Config, EmaConfig
 from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain, gathered
@@ -273,7 +273,9 @@ def make_train_step(plan: Blueprint) -> Program:
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    return plan.jit(step, plan.encoders.weights, donate_argnums=0, out_shardings=(plan.shardings, None))
+    on_cpus = plan.mesh.devices.flat[0].platform == "cpu"
+    options = {"compiler_options": xla_flags.CPU_TRAINING} if on_cpus else {}
+    return plan.jit(step, plan.encoders.weights, donate_argnums=0, out_shardings=(plan.shardings, None), **options)
 
 
 def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 from lina_jax.config import TIME_FEATURES
+from lina_jax.mesh import one_cpu
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
@@ -51,6 +52,19 @@ def normal(std: float = 0.02) -> Initializer:
 
 
 zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+
+
+def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+    """x (..., *inputs), kernel (*inputs, *outputs) -> (..., *outputs); `contracted` is the number of axes of inputs.
+
+    One CPU multiplies two matrices: of tokens with several axes XLA writes a transposed copy for the kernel's gradient,
+    a seventh of a training step of configs/bench.py. Axes that a mesh cuts stay apart.
+    """
+    if not one_cpu():
+        return jnp.tensordot(x, kernel, contracted)
+    rows = x.reshape(-1, math.prod(kernel.shape[:contracted]))
+    y = rows @ kernel.reshape(rows.shape[-1], -1)
+    return y.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:])
 
 
 class Linear(nnx.Module):
@@ -93,12 +107,12 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x W."""
-        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+        return multiply(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
 
     def products(self, x: jax.Array) -> list[jax.Array]:
         """x W of each part of the outputs along their first axis, (..., *outputs[1:]), one after the other."""
         kernels = jnp.moveaxis(self.kernel[...].astype(self.dtype), self.contracted, 0)
-        return [jnp.tensordot(x.astype(self.dtype), kernel, self.contracted) for kernel in kernels]
+        return [multiply(x.astype(self.dtype), kernel, self.contracted) for kernel in kernels]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves."""
