@@ -17,7 +17,7 @@ from lina_jax import config_checks, flops, generate, hlo, measure, mesh, metrics
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.measure import Row
-from lina_jax.models import tiles
+from lina_jax.models import chunks, tiles
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.programs import Compiled
 from lina_jax.state import Program
@@ -56,7 +56,8 @@ def _train(config: Config, runs: int) -> Row:
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
     row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
     row |= measure.efficiency(needed, timing.median, _peak(config))
-    return row | _compiled(compiled, devices.size) | measure.memory()
+    most = chunks.most(config.batch_size // config.optim.accumulate * config.model.image_tokens)
+    return row | _compiled(compiled, devices.size, most) | measure.memory()
 
 
 def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:

@@ -244,8 +244,7 @@ def make_train_step(plan: Blueprint) -> Program:
     def loss_of(params, frozen, tokens, condition, draws, weight):
         model = by_image(plan.model(params, frozen), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
-        losses = model.token_losses(tokens, condition, draws, sigmas)
-        return jnp.sum(losses * draws.mask) / weight
+        return model.loss(tokens, condition, draws, sigmas) / weight
 
     def step(state: TrainState, batch: Batch, weights: Tree):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

@@ -103,8 +103,8 @@ def draws_of(case: Case, repeat: int, prefix: str = "") -> Draws:
 
 
 def loss_of(model: LINA, tokens, condition, draws: Draws):
-    losses = model.token_losses(tokens, condition, draws, flow.training_sigmas())
-    return jnp.sum(losses * draws.mask) / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
+    total = model.loss(tokens, condition, draws, flow.training_sigmas())
+    return total / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
 
 
 def transformer(case: Case, given: Imported) -> None:

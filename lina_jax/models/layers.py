@@ -67,6 +67,29 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     return y.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:])
 
 
+def spread(vector: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The vector (*outputs), or those of images, against `tokens` (..., *outputs).
+
+    On one CPU its gradient is a product with ones, a third of the time of XLA's sums over tokens.
+    """
+    vector = vector.astype(tokens.dtype)
+    return _repeated(tokens.shape, vector.shape, vector) if one_cpu() else vector
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _repeated(shape: tuple[int, ...], outputs: tuple[int, ...], vector: jax.Array) -> jax.Array:
+    del outputs
+    return jnp.broadcast_to(vector, shape)
+
+
+def _sum_of_tokens(shape: tuple[int, ...], outputs: tuple[int, ...], _, gradient: jax.Array) -> tuple[jax.Array]:
+    rows = gradient.reshape(-1, math.prod(outputs))
+    return ((jnp.ones((1, len(rows)), rows.dtype) @ rows).reshape(outputs),)
+
+
+_repeated.defvjp(lambda *args: (_repeated(*args), None), _sum_of_tokens)
+
+
 class Linear(nnx.Module):
     """y = x W + b, contracting the last len(inputs) axes of x with the first of W.
 
@@ -103,7 +126,8 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.product(x) + self.bias[...].astype(self.dtype)
+        y = self.product(x)
+        return y + spread(self.bias[...], y)
 
     def product(self, x: jax.Array) -> jax.Array:
         """x W."""
@@ -117,8 +141,8 @@ class Linear(nnx.Module):
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves."""
         parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
-        biases = jnp.moveaxis(self.bias[...].astype(self.dtype), parts, 0)
-        return [product + bias for product, bias in zip(self.products(x), biases, strict=True)]
+        biases = jnp.moveaxis(self.bias[...], parts, 0)
+        return [product + spread(bias, product) for product, bias in zip(self.products(x), biases, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -176,7 +200,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return standardize(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        y = standardize(x, self.eps)
+        return y * spread(self.scale[...], y) + spread(self.bias[...], y)
 
 
 class MLP(nnx.Module):

@@ -9,11 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from lina_jax.config import ModelConfig
-from lina_jax.mesh import constrain
-from lina_jax.models import flow, sequence
+from lina_jax.mesh import constrain, one_cpu
+from lina_jax.models import chunks, flow, sequence
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.draws import Draws
 from lina_jax.models.head import DiffusionHead
@@ -180,21 +181,56 @@ class LINA(nnx.Module):
 
         tokens (B, N, p*p*C) float32; sigmas (1000,) the table that draws.timestep (R, B, N) indexes.
         """
-        c = self.encode_condition(condition)
-        z = self.encode_image(tokens, draws.mask, draws.most_visible, c)
-        noisy = flow.interpolate(tokens, draws.noise, jnp.asarray(sigmas)[draws.timestep])
-        # One embedding per entry of the table and one projection of z per token, shared by the repeats. Narrowed last:
-        # the gradient of an entry is a sum over many tokens, in float32.
-        times = self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))[draws.timestep].astype(self.dtype)
-        return self.head(noisy, times, self.head.embed.condition(z))
+        z = self._encode(tokens, condition, draws)
+        return _velocities(self.head, self._times(sigmas), z, tokens, draws.noise, draws.timestep, sigmas)
 
     def token_losses(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
         """Squared velocity error of every token, mean over channels, (R, B, N) float32; only masked ones count."""
-        velocity = self.velocities(tokens, condition, draws, sigmas)
-        return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (draws.noise - tokens)), axis=-1)
+        return _squared_errors(self.velocities(tokens, condition, draws, sigmas), tokens, draws.noise)
+
+    def loss(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
+        """The sum of `token_losses` over the masked tokens. One CPU gives the head no others, and few at a time."""
+        if not one_cpu():
+            return jnp.sum(self.token_losses(tokens, condition, draws, sigmas) * draws.mask)
+        z = rearrange(self._encode(tokens, condition, draws), "b n d -> (b n) d")
+        tokens = rearrange(tokens, "b n c -> 1 (b n) c")
+        noise = rearrange(draws.noise, "r b n c -> r 1 (b n) c")
+        timestep = rearrange(draws.timestep, "r b n -> r 1 (b n)")
+        graph, weights = nnx.split(self.head)
+
+        def losses(shared, z, ids):
+            weights, times = shared
+            data = tokens[:, ids], noise[:, :, ids]
+            velocity = _velocities(nnx.merge(graph, weights), times, z[None], *data, timestep[:, :, ids], sigmas)
+            return jnp.sum(_squared_errors(velocity, *data), axis=(0, 1))
+
+        return chunks.total(losses, (weights, self._times(sigmas)), z, draws.mask.reshape(-1))
+
+    def _encode(self, tokens: jax.Array, condition: Condition, draws: Draws) -> jax.Array:
+        return self.encode_image(tokens, draws.mask, draws.most_visible, self.encode_condition(condition))
+
+    def _times(self, sigmas: np.ndarray) -> jax.Array:
+        """The head's embedding of each entry of the table, float32."""
+        return self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))
 
     def _angles(self, positions) -> jax.Array:
         return rotary_angles(jnp.asarray(positions), self.config.width // self.config.heads)
+
+
+def _velocities(
+    head: DiffusionHead, times: jax.Array, z: jax.Array,
+    tokens: jax.Array, noise: jax.Array, timestep: jax.Array, sigmas: np.ndarray,
+) -> jax.Array:  # fmt: skip
+    """(R, B, N, p*p*C), with `times` as the embedding of `sigmas`: one of each entry, one projection of z per token.
+
+    Narrowed last: the gradient of an entry is a sum over many tokens, in float32.
+    """
+    noisy = flow.interpolate(tokens, noise, jnp.asarray(sigmas)[timestep])
+    return head(noisy, times[timestep].astype(head.dtype), head.embed.condition(z))
+
+
+def _squared_errors(velocity: jax.Array, tokens: jax.Array, noise: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (noise - tokens)), axis=-1)
 
 
 def unconditional(config: ModelConfig, like: Condition) -> Condition:

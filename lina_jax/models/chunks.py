@@ -1,0 +1,53 @@
+"""Sums over tokens that never see each other: a CPU makes value and gradient of those few that its caches hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+TOKENS = 256  # of a chunk
+
+
+def most(rows: int) -> int:
+    """The chunks of a sum over all of so many rows."""
+    return -(-rows // TOKENS)
+
+
+def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The sum of function(shared, rows[ids], ids) (len(ids),) over the rows that are `chosen`; others are not computed.
+
+    rows (M, D), chosen (M,) bool. The gradient, of `shared` and `rows` alone, is made with the value, chunk by chunk:
+    nothing is kept for it, nothing computed twice. What `function` makes of a row must not depend on others.
+    """
+    size = min(TOKENS, len(rows))
+    order = jnp.argsort(~chosen, stable=True)
+    places = jnp.pad(order, (0, -len(rows) % size))
+    count = jnp.sum(chosen)
+
+    def with_gradient(shared: Tree, rows: jax.Array):
+        def chunk(i, carried):
+            value, of_shared, of_rows = carried
+            exists = i * size + jnp.arange(size) < count
+            ids = jax.lax.dynamic_slice(places, (i * size,), (size,))
+            ids = jnp.where(exists, ids, ids[0])  # there may be no number in rows that are not chosen
+
+            def part(shared, rows):
+                return jnp.sum(function(shared, rows, ids), where=exists)
+
+            more, gradients = jax.value_and_grad(part, argnums=(0, 1))(shared, rows[ids])
+            of_rows = jax.lax.dynamic_update_slice(of_rows, gradients[1], (i * size, 0))
+            return value + more, jax.tree.map(jnp.add, of_shared, gradients[0]), of_rows
+
+        nothing = jax.tree.map(jnp.zeros_like, shared), jnp.zeros((len(places), rows.shape[1]), rows.dtype)
+        value, of_shared, of_rows = jax.lax.fori_loop(0, (count + size - 1) // size, chunk, (jnp.zeros(()), *nothing))
+        return value, (of_shared, of_rows[jnp.argsort(order)])
+
+    @jax.custom_vjp
+    def value(shared, rows):
+        return with_gradient(shared, rows)[0]
+
+    value.defvjp(with_gradient, lambda gradient, factor: jax.tree.map(lambda x: factor.astype(x.dtype) * x, gradient))
+    return value(shared, rows)
