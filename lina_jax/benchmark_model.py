@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lina_jax import config_checks, flops, generate, hlo, measure, mesh, metrics, programs, roofline, state
+from lina_jax import config_checks, flops, generate, hlo, measure, mesh, metrics, programs, roofline, state, xla_flags
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.measure import Row
@@ -135,10 +135,11 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
         sizes.width, sizes.heads, condition_tokens=model.condition_tokens, grid=model.image_grid, dtype=sizes.dtype
     )
     linear = dataclasses.replace(one, conv_kernel=model.conv_kernel, gate=model.kv_gate, kernel=model.attention_kernel)
+    options = xla_flags.of_training(device.devices.flat[0].platform) if backward else {}
     compiled, calls = {}, {}
     for kind, layer in (("linear", linear), ("softmax", dataclasses.replace(one, kind="softmax"))):
         program, (params, *arrays) = _attention_program(layer, batch, device, backward=backward)
-        compiled[kind] = programs.compile_program(program, (params, *arrays), {})
+        compiled[kind] = programs.compile_program(program, (params, *arrays), options)
         calls[kind] = functools.partial(compiled[kind].executable, weights(params), *inputs(arrays, model))
     timings = measure.in_turns(calls, runs)
     needed = {

@@ -272,9 +272,13 @@ def make_train_step(plan: Blueprint) -> Program:
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    on_cpus = plan.mesh.devices.flat[0].platform == "cpu"
-    options = {"compiler_options": xla_flags.CPU_TRAINING} if on_cpus else {}
-    return plan.jit(step, plan.encoders.weights, donate_argnums=0, out_shardings=(plan.shardings, None), **options)
+    return plan.jit(
+        step,
+        plan.encoders.weights,
+        donate_argnums=0,
+        out_shardings=(plan.shardings, None),
+        compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform),
+    )
 
 
 def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):

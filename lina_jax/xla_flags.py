@@ -53,14 +53,19 @@ GPU = (
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=16777216",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )
-# Not flags of a process but options of one program: the training step, on CPUs. Together 1.1 times as fast (a step of
-# configs/bench.py, 2 cores with AVX-512); sampling is as fast without.
+# Not flags of a process but options of programs, those that make gradients on CPUs. Together 1.1 times as fast (a step
+# of configs/bench.py, 2 cores with AVX-512); sampling is as fast without.
 CPU_TRAINING = {
     # Matrix products by Eigen: YNNPACK's, the default, do 125 GFLOP/s where Eigen's do 145.
     "xla_cpu_experimental_ynn_fusion_type": "",
     # All of a vector register, where a processor has 512 bits; the default is 256.
     "xla_cpu_prefer_vector_width": "512",
 }
+
+
+def of_training(platform: str) -> dict[str, str]:
+    """Options of programs that make gradients, for cpu, gpu or tpu."""
+    return CPU_TRAINING if platform == "cpu" else {}
 
 
 def of_tpu(kind: str) -> tuple[str, ...]:
