@@ -2,9 +2,9 @@
 
 What is counted are the matrix products of the mathematics, and the depthwise convolutions, whatever the program does
 beside them (padding, recomputation). Of the loss that is the published one: the head predicts all tokens, also the
-visible ones, which have no weight (13 % of the head; without them a step of a large preset would count 2.6 to 3.6 %
-less). Embeddings, norms, gates and the autoencoder are left out. The MFU of training logs, of plans and of benchmarks
-rests on these numbers.
+visible ones, which have no weight and which one CPU leaves out (13 % of the head; without them a step of a large preset
+would count 2.6 to 3.6 % less). Embeddings, norms, gates and the autoencoder are left out. The MFU of training logs, of
+plans and of benchmarks rests on these numbers.
 """
 
 import math

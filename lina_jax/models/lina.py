@@ -37,7 +37,7 @@ Condition = dict[str, jax.Array]
 
 
 class LINA(nnx.Module):
-    """The whole network; `token_losses` trains it, `encode_condition`, `encode_image` and `head` sample from it."""
+    """The whole network; `loss` trains it, `encode_condition`, `encode_image` and `head` sample from it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c = self.config = config
