@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 Tree = Any
 
-TOKENS = 256  # of a chunk
+TOKENS = 256  # of a chunk, each with its repeats
 
 
 def most(rows: int) -> int:
@@ -32,7 +32,7 @@ def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) 
             value, of_shared, of_rows = carried
             exists = i * size + jnp.arange(size) < count
             ids = jax.lax.dynamic_slice(places, (i * size,), (size,))
-            ids = jnp.where(exists, ids, ids[0])  # there may be no number in rows that are not chosen
+            ids = jnp.where(exists, ids, ids[0])  # rows that are not chosen may hold NaN
 
             def part(shared, rows):
                 return jnp.sum(function(shared, rows, ids), where=exists)
@@ -45,9 +45,19 @@ def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) 
         value, of_shared, of_rows = jax.lax.fori_loop(0, (count + size - 1) // size, chunk, (jnp.zeros(()), *nothing))
         return value, (of_shared, of_rows[jnp.argsort(order)])
 
-    @jax.custom_vjp
-    def value(shared, rows):
-        return with_gradient(shared, rows)[0]
+    made = with_gradient(*jax.lax.stop_gradient((shared, rows)))
+    return _of_known_gradient(*made, (shared, rows))
 
-    value.defvjp(with_gradient, lambda gradient, factor: jax.tree.map(lambda x: factor.astype(x.dtype) * x, gradient))
-    return value(shared, rows)
+
+@jax.custom_vjp
+def _of_known_gradient(value: jax.Array, gradient: Tree, arguments: Tree) -> jax.Array:
+    """The value, whose gradient in the arguments is given."""
+    del gradient, arguments
+    return value
+
+
+_of_known_gradient.defvjp(
+    lambda value, gradient, arguments: (value, gradient),
+    # Narrowed last: a factor that is rounded would scale all gradients alike.
+    lambda gradient, factor: (factor, None, jax.tree.map(lambda x: (factor * x).astype(x.dtype), gradient)),
+)

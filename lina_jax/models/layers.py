@@ -68,7 +68,7 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
 
 
 def spread(vector: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The vector (*outputs), or those of images, against `tokens` (..., *outputs).
+    """The vector (*outputs), or on meshes those of images (B, 1, *outputs), against `tokens` (..., *outputs).
 
     On one CPU its gradient is a product with ones, a third of the time of XLA's sums over tokens.
     """

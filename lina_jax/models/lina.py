@@ -37,7 +37,7 @@ Condition = dict[str, jax.Array]
 
 
 class LINA(nnx.Module):
-    """The whole network; `loss` trains it, `encode_condition`, `encode_image` and `head` sample from it."""
+    """The whole network: `loss` trains, `token_losses` validates; `encode_condition`, `encode_image`, `head` sample."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c = self.config = config
