@@ -189,7 +189,7 @@ class LINA(nnx.Module):
         return _squared_errors(self.velocities(tokens, condition, draws, sigmas), tokens, draws.noise)
 
     def loss(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
-        """The sum of `token_losses` over the masked tokens. One CPU gives the head no others, and few at a time."""
+        """The sum of `token_losses` over masked tokens, float32. One CPU gives the head no others, and few at once."""
         if not one_cpu():
             return jnp.sum(self.token_losses(tokens, condition, draws, sigmas) * draws.mask)
         z = rearrange(self._encode(tokens, condition, draws), "b n d -> (b n) d")
@@ -221,9 +221,10 @@ def _velocities(
     head: DiffusionHead, times: jax.Array, z: jax.Array,
     tokens: jax.Array, noise: jax.Array, timestep: jax.Array, sigmas: np.ndarray,
 ) -> jax.Array:  # fmt: skip
-    """(R, B, N, p*p*C), with `times` as the embedding of `sigmas`: one of each entry, one projection of z per token.
+    """(R, B, N, p*p*C), from `times` (1000, r), the embedding of `sigmas`, and z (B, N, D), both shared by the repeats.
 
-    Narrowed last: the gradient of an entry is a sum over many tokens, in float32.
+    tokens (B, N, p*p*C); noise (R, B, N, p*p*C); timestep (R, B, N). `times` are narrowed last: the
+    gradient of an entry is a sum over many tokens, in float32.
     """
     noisy = flow.interpolate(tokens, noise, jnp.asarray(sigmas)[timestep])
     return head(noisy, times[timestep].astype(head.dtype), head.embed.condition(z))
