@@ -100,7 +100,7 @@ split_topology() {
 
 # with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
 # reaches it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and
-# `stopped` is the exit code that says so.
+# `stopped` is the exit code that says so: here where the signal itself ended it, too.
 with_restarts() {
   local code='' restarts=0
   trap 'stop 75' TERM
@@ -115,6 +115,7 @@ with_restarts() {
       [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
     do :; done
     child=''
+    if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=$stopped; fi # it was not yet heeding signals: nothing to save
     if [ -n "$stopped" ] || ! restarts_on "$code"; then break; fi
     if [ "$restarts" -ge "$max_restarts" ]; then
       if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, as many as were allowed" >&2; fi

@@ -75,6 +75,8 @@ class Processes:
             code = 128 - code if code < 0 else code
             if code:
                 self.report(f"process {number} ended with {code}")
+            if self.stopped == signal.SIGTERM and code == 128 + signal.SIGTERM:
+                code = RESTART  # it was not yet heeding signals, and has nothing to save
             if code and not failed:
                 failed = code
                 self._end(signal.SIGTERM)

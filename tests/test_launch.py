@@ -155,7 +155,7 @@ if "ssh" in words:
 
 def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
     """It ends with 75 then, which nobody hears."""
-    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { touch ../up; trap 'exit 75' TERM; read <../go; }"
+    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { trap 'exit 75' TERM; touch ../up; read <../go; }"
     words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
     environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
     result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)

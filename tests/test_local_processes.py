@@ -23,7 +23,8 @@ with open(here / me, "a") as starts:
 started = len((here / me).read_text().splitlines())
 mine = todo[me][min(started, len(todo[me])) - 1]
 for number, code in {signal.SIGTERM: 75, signal.SIGINT: 130}.items():
-    signal.signal(number, signal.SIG_IGN if mine == "deaf" else lambda *_, code=code: os._exit(code))
+    heed = {"deaf": signal.SIG_IGN, "loading": signal.SIG_DFL}.get(mine, lambda *_, code=code: os._exit(code))
+    signal.signal(number, heed)
 if len(todo) == 2:
     with contextlib.suppress(FileExistsError):
         os.mkfifo(here / f"meet{started}")
@@ -88,16 +89,21 @@ def test_a_process_that_does_not_end_is_killed(launch, process):
     assert result.returncode == 2 and "process 0 ended with 137" in result.stderr
 
 
+@pytest.mark.parametrize(("state", "ends_with"), [("wait", {}), ("loading", {75: 143})])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_signals_reach_all_local_processes(number, code, tmp_path, process):
-    """They save and end; nothing is restarted, for the machine or its user wants an end."""
-    command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=["wait"], _1=["wait"])]
+def test_signals_reach_all_local_processes(number, code, state, ends_with, tmp_path, process):
+    """They save and end; nothing is restarted, for the machine or its user wants an end.
+
+    Those that are still importing die of the signal: they have nothing to save.
+    """
+    command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=[state], _1=[state])]
     env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         launcher.send_signal(number)
         _, lines = launcher.communicate(timeout=30)
     assert launcher.returncode == code
+    code = ends_with.get(code, code)
     assert sorted(lines.splitlines()) == [f"run-1: process {each} ended with {code}" for each in range(2)]
 
 
@@ -107,9 +113,10 @@ def test_gpus_are_shared_out(launch):
     assert re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", result.stdout) == ["3,5", "6,7"]
 
 
-def test_a_worker_passes_sigterm_on_and_does_not_restart(tmp_path, process):
+@pytest.mark.parametrize("state", ["wait", "loading"])
+def test_a_worker_passes_sigterm_on_and_does_not_restart(state, tmp_path, process):
     words = ["--accelerator=cpu", "--max_restarts=5", f"--code_file={tmp_path}/code", "--"]
-    command = ["bash", str(LAUNCH / "worker.sh"), *words, *process(_0=["wait"])]
+    command = ["bash", str(LAUNCH / "worker.sh"), *words, *process(_0=[state])]
     command += ["--process_id=0", "--processes=1", "--coordinator=none"]
     env = os.environ | {"HOME": str(tmp_path)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
