@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import nnx
 from golden_case import GOLDEN, Case
 
@@ -46,11 +47,12 @@ def kernels(core, q, k, v, gates, bias):
 
 def plain(core, q, k, v, gates, bias):
     q, k, v = (x + row.reshape(len(x), 1, *x.shape[2:]) for x, row in zip((q, k, v), bias.swapaxes(0, 1), strict=True))
+    q, k, v, gates = (jnp.moveaxis(x, -2, 1) for x in (q, k, v, gates[..., None]))
     q, k = jax.nn.relu(q) + core.relu_eps, jax.nn.relu(k) + core.relu_eps
-    k_normalizer = k * gates[:, :, 2, :, None] if gates.shape[2] == 3 else None
+    k_normalizer = k * gates[:, :, :, 2] if gates.shape[3] == 3 else None
     function = attention.division_attention if core.division else attention.subtraction_attention
-    result = function(q, k * gates[:, :, 0, :, None], k_normalizer, v * gates[:, :, 1, :, None])
-    return result.reshape(*q.shape[:2], -1)
+    result = function(q, k * gates[:, :, :, 0], k_normalizer, v * gates[:, :, :, 1])
+    return rearrange(result, "b h n d -> b n (h d)")
 
 
 def inputs(length, width, dtype=jnp.float32, gates=2):
@@ -163,7 +165,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
     plain = attention.division_attention
 
     def of_few(q, k, *others):
-        assert q.shape[1] < k.shape[1]
+        assert q.shape[2] < k.shape[2]
         return plain(q, k, *others)
 
     def draw(kernel, devices):

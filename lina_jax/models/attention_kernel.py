@@ -57,19 +57,19 @@ def linear_attention(
     """`attention.division_attention` (or subtraction) of the features of q and k and what the gates leave of k and v.
 
     `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3, H d) of them; `bias` (1 or B, 3, H d) is still
-    to be added. `gates` of keys in the state, of keys in the normaliser (the same object where they are the same) and
-    of values: (1 or B, N, H or 1) or None. `valid` (B, N) or None. -> (B, N, H d).
+    to be added. `gates` of keys, of values and, where it is another, of keys in the normaliser: (1 or B, N, H or 1) or
+    None. `valid` (B, N) or None. -> (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
     """
     batch, length = projected[0].shape[:2]
     dtype = projected[0].dtype
-    key, normalizer, value = gates
+    key, value, normalizer = gates
     gates = [
         jnp.ones((batch, length, heads), dtype)
         if gate is None
         else jnp.broadcast_to(gate.astype(dtype), (batch, length, heads))
-        for gate in ((key, value) if normalizer is key else (key, value, normalizer))
+        for gate in ((key, value) if normalizer is None else (key, value, normalizer))
     ]
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, *bias.shape[1:]))
     kernels = {"division": division, "relu_eps": relu_eps, "normalizer_eps": normalizer_eps}

@@ -135,11 +135,17 @@ class Linear(nnx.Module):
 
     def products(self, x: jax.Array) -> list[jax.Array]:
         """x W of each part of the outputs along their first axis, (..., *outputs[1:]), one after the other."""
-        kernels = jnp.moveaxis(self.kernel[...].astype(self.dtype), self.contracted, 0)
-        return [multiply(x.astype(self.dtype), kernel, self.contracted) for kernel in kernels]
+        kernel = self.kernel[...].astype(self.dtype)
+        part = functools.partial(jax.lax.index_in_dim, kernel, axis=self.contracted, keepdims=False)
+        return [multiply(x.astype(self.dtype), part(i), self.contracted) for i in range(kernel.shape[self.contracted])]
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves."""
+        """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves.
+
+        But on one CPU, of few tokens: there to cut the kernel costs more.
+        """
+        if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(self.kernel.shape[: self.contracted]):
+            return list(jnp.moveaxis(self(x), self.contracted - self.kernel.ndim, 0))
         parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
         biases = jnp.moveaxis(self.bias[...], parts, 0)
         return [product + spread(bias, product) for product, bias in zip(self.products(x), biases, strict=True)]

@@ -166,13 +166,14 @@ class LINA(nnx.Module):
         encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
             angles = sequence.arrange(origin, angles)
-        if only is None:
-            _, z = sequence.separate(self.decoder(encoded, angles=angles), conditions)
+
+        def read(x):
+            image = sequence.separate(x, conditions)[1]
+            return image if only is None else sequence.take(image, only)
+
+        if only is None and not (one_cpu() and not self.config.scan_layers):
+            z = read(self.decoder(encoded, angles=angles))  # of training: all blocks alike, in scans and kernels
         else:
-
-            def read(x):
-                return sequence.take(sequence.separate(x, conditions)[1], only)
-
             z = self.decoder(encoded, angles=angles, read=read)
         return self.image_norm(z)
 

@@ -1,6 +1,7 @@
 """Transformer blocks and scanned stacks of them."""
 
 import dataclasses
+import functools
 from itertools import groupby
 
 import jax
@@ -46,8 +47,7 @@ def apply_layers(
 ) -> jax.Array:
     """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
 
-    `last` stands for `body` in the last layer; its result may have another shape. It is for sampling: nothing of it is
-    made again for a gradient.
+    `last` stands for `body` in the last layer; its result may have another shape.
     Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
     With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
     between TPUs, unless remat is "full" (which asks for memory, not speed).
@@ -56,7 +56,8 @@ def apply_layers(
     chosen = _written_back if ahead else _is_matrix
     step, last = _gathering(body, chosen), last and _gathering(last, chosen)
     if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
+        again = functools.partial(jax.checkpoint, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
+        step, last = again(step), last and again(last)
     if ahead:
         return _gathering_ahead(step, x, layers, last)
     if scan and not last:
