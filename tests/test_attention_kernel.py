@@ -47,12 +47,14 @@ def kernels(core, q, k, v, gates, bias):
 
 def plain(core, q, k, v, gates, bias):
     q, k, v = (x + row.reshape(len(x), 1, *x.shape[2:]) for x, row in zip((q, k, v), bias.swapaxes(0, 1), strict=True))
-    q, k, v, gates = (jnp.moveaxis(x, -2, 1) for x in (q, k, v, gates[..., None]))
+    order = attention.order()
+    q, k, v = (rearrange(x, f"b n h d -> b {order} d") for x in (q, k, v))
+    gates = rearrange(gates, f"b n g h -> g b {order} 1")
     q, k = jax.nn.relu(q) + core.relu_eps, jax.nn.relu(k) + core.relu_eps
-    k_normalizer = k * gates[:, :, :, 2] if gates.shape[3] == 3 else None
+    k_normalizer = k * gates[2] if len(gates) == 3 else None
     function = attention.division_attention if core.division else attention.subtraction_attention
-    result = function(q, k * gates[:, :, :, 0], k_normalizer, v * gates[:, :, :, 1])
-    return rearrange(result, "b h n d -> b n (h d)")
+    result = function(q, k * gates[0], k_normalizer, v * gates[1])
+    return rearrange(result, f"b {order} d -> b n (h d)")
 
 
 def inputs(length, width, dtype=jnp.float32, gates=2):
@@ -165,7 +167,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
     plain = attention.division_attention
 
     def of_few(q, k, *others):
-        assert q.shape[2] < k.shape[2]
+        assert q.size < k.size
         return plain(q, k, *others)
 
     def draw(kernel, devices):
@@ -221,7 +223,7 @@ def test_compilers_take_the_kernels(place, layer):
     if not importlib.util.find_spec(COMPILERS[place]):
         pytest.skip(f"needs {COMPILERS[place]}")
     program = compiled_layer(place, condition_tokens=64 if layer == "large" else 600, **LAYERS[layer])
-    assert "bhde" not in program
+    assert "b h d e" not in program
     module = hlo.Module(program)
     kernels = [
         module.work(instruction, computation)
