@@ -144,9 +144,9 @@ class Linear(nnx.Module):
 
         But on one CPU, of few tokens: there to cut the kernel costs more.
         """
-        if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(self.kernel.shape[: self.contracted]):
-            return list(jnp.moveaxis(self(x), self.contracted - self.kernel.ndim, 0))
         parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
+        if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(x.shape[-self.contracted :]):
+            return list(jnp.moveaxis(self(x), parts, 0))
         biases = jnp.moveaxis(self.bias[...], parts, 0)
         return [product + spread(bias, product) for product, bias in zip(self.products(x), biases, strict=True)]
 

@@ -171,10 +171,10 @@ class LINA(nnx.Module):
             image = sequence.separate(x, conditions)[1]
             return image if only is None else sequence.take(image, only)
 
-        if only is None and not (one_cpu() and not self.config.scan_layers):
-            z = read(self.decoder(encoded, angles=angles))  # of training: all blocks alike, in scans and kernels
-        else:
+        if only is not None or (one_cpu() and not self.config.scan_layers):
             z = self.decoder(encoded, angles=angles, read=read)
+        else:  # in training scans and kernels want all blocks alike
+            z = read(self.decoder(encoded, angles=angles))
         return self.image_norm(z)
 
     def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
