@@ -5,8 +5,9 @@ python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [
 
 Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory of
 a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
-alone on stdout, the table goes to stderr. --search tries remat policies, meshes and batch sizes. A config that does not
-fit is an answer, not an error. Needs `pip install 'lina_jax[tpu]'`; docs/planning.md says what the figures mean.
+alone on stdout, the table goes to stderr. --search tries remat policies (on GPUs also unrolled layers and kernels of
+attention), meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install
+'lina_jax[tpu]'`; docs/planning.md says what the figures mean.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         "devices": len(devices),
         "mesh": dict(grid.shape),
         "batch_size": config.batch_size,
-        "remat": config.model.remat,
+        **{name: getattr(config.model, name) for name in search.LAYERS},
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
@@ -143,6 +144,7 @@ def table(report: Report, detail: int = 0) -> str:
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
         f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
         f"remat {report['remat']}, {report['parameters']:,} trained parameters",
+        *(["recommended: " + " ".join(report["overrides"])] if "overrides" in report else []),
         "",
         "train step",
         *_rows(report, detail),
@@ -241,6 +243,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("json", False, "print one JSON object on stdout, the table on stderr")
     flags.DEFINE_bool("sampling", True, "compile the sampling step too")
     flags.DEFINE_integer("detail", 0, "costliest collectives and instructions to name", lower_bound=0)
-    flags.DEFINE_bool("search", False, "try remat policies, meshes and batch sizes, and recommend one of each")
+    flags.DEFINE_bool("search", False, "try ways to run layers, meshes and batch sizes; recommend one")
     flags.DEFINE_integer("search_compiles", 6, "most programs that a search compiles", lower_bound=1)
     errors.run(main)

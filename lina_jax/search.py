@@ -1,4 +1,4 @@
-"""Which remat policy, mesh and batch size suit a topology: guessed by memory and arithmetic, settled by compiling."""
+"""Which way of running layers, mesh and batch size suit a topology: guessed by arithmetic, settled by compiling."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import jax
 
 from lina_jax import flops, mesh, programs, state
 from lina_jax.chips import Chip
-from lina_jax.config import Config, ModelConfig
+from lina_jax.config import Config, ModelConfig, flatten
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
 
@@ -24,12 +24,18 @@ RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done aga
 KEPT = {"none": 26, "dots": 11, "full": 1}
 AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
 AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidate has sizes for; `data` takes the rest
+LAYERS = ("remat", "scan_layers", "attention_kernel")  # of the model: how layers run
+# Of scan_layers and attention_kernel: how often GPUs pass over a layer's tokens more than with the best, as planned for
+# a stack of decoder layers on H200 (docs/performance.md, "On GPUs"). On TPUs neither is worth a search.
+PASSES = {(True, "xla"): 245, (True, "pallas"): 75, (False, "xla"): 170, (False, "pallas"): 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     per_chip: int
     remat: str
+    scan_layers: bool
+    attention_kernel: str
     replica: int
     fsdp: int
     sequence: int
@@ -37,7 +43,8 @@ class Candidate:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-        return f"{self.per_chip} images a chip, remat {self.remat}, {axes}"
+        layers = f"layers {'scanned' if self.scan_layers else 'unrolled'}, attention by {self.attention_kernel}"
+        return f"{self.per_chip} images a chip, remat {self.remat}, {layers}, {axes}"
 
 
 def search(
@@ -50,6 +57,8 @@ def search(
     fixed_batch: bool,
 ) -> dict[str, Any]:
     """The report of the fastest config that fits (or of the last one tried), with `recommended` and `tried`.
+
+    And with `overrides`, the flags that make the recommended of `config`.
 
     At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
 
@@ -77,6 +86,7 @@ def search(
         )
         tried.append(dataclasses.asdict(candidate) | {"fits": report["fits"], "predicted_mfu": mfu})
         report["recommended"] = dataclasses.asdict(candidate)
+        report["overrides"] = overrides(config, report["recommended"], where.chips)
         if best is None or (report["fits"], report.get("images_per_s", 0)) > (
             best["fits"],
             best.get("images_per_s", 0),
@@ -92,7 +102,7 @@ def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> C
     return dataclasses.replace(
         config,
         batch_size=config.batch_size if chips is None else chosen["per_chip"] * chips,
-        model=dataclasses.replace(config.model, remat=chosen["remat"]),
+        model=dataclasses.replace(config.model, **{name: chosen[name] for name in LAYERS}),
         mesh=dataclasses.replace(config.mesh, data=-1, **{axis: chosen[axis] for axis in AXES}),
     )
 
@@ -114,8 +124,8 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
         except UserError as refusal:
             refusals.append(refusal)
             continue
-        for per_chip, remat in itertools.product(sizes, RECOMPUTED):
-            candidate = Candidate(per_chip, remat, **cut)
+        for per_chip, remat, layers in itertools.product(sizes, RECOMPUTED, _ways(config.model, where.chip)):
+            candidate = Candidate(per_chip, remat, *layers, **cut)
             trial = apply(config, dataclasses.asdict(candidate), where.chips)
             try:
                 mesh.check(trial, grid)
@@ -132,20 +142,42 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
+def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
+    """The flags that make a candidate of the config; among them always its batch (--batch_per_chip may set it)."""
+    given, made = flatten(config), flatten(apply(config, chosen, chips))
+    return [f"--config.{name}={made[name]}" for name in made if name == "batch_size" or made[name] != given[name]]
+
+
+def _ways(model: ModelConfig, chip: Chip) -> list[tuple[bool, str]]:
+    """Of running layers (scan_layers, attention_kernel): as the model has it; on GPUs unrolled, too."""
+    given = (model.scan_layers, model.attention_kernel)
+    kernels = ("xla",) if model.attention == "softmax" else ("xla", "pallas")
+    return sorted({given} | {(False, kernel) for kernel in kernels}) if chip.platform == "cuda" else [given]
+
+
 def _activations(config: Config, candidate: Candidate, chip: Chip, images: float) -> float:
     """Bytes of one device's activations, of so many images a device: what blocks keep, and the widest block's own.
 
     Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
     has a part of all the group's images.
     """
-    model, width = config.model, config.model.width * 2
-    condition, image = model.condition_tokens, model.image_tokens
-    text = model.text_tokens if model.condition == "text" else 1
-    blocks = model.condition_depth * (text + condition) + model.image_depth * (condition + image)
-    head = config.loss.repeat * image * model.head_width * 2
-    kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
-    working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
+    model = config.model
+    head = config.loss.repeat * model.image_tokens * model.head_width * 2
+    kept = KEPT[candidate.remat] * (_streams(model) + model.head_depth * head)
+    longest = model.condition_tokens + max(model.image_tokens, _texts(model))
+    working = 2 * KEPT["none"] * max(longest * model.width * 2, head)
     return _ahead(candidate, chip) * _weights(model) + images * (kept + working) / config.optim.accumulate
+
+
+def _texts(model: ModelConfig) -> int:
+    """Tokens of a prompt or class."""
+    return model.text_tokens if model.condition == "text" else 1
+
+
+def _streams(model: ModelConfig) -> int:
+    """Bytes of one image's tokens, those of all layers together (were all of them visible)."""
+    condition = model.condition_depth * (_texts(model) + model.condition_tokens)
+    return 2 * model.width * (condition + model.image_depth * (model.condition_tokens + model.image_tokens))
 
 
 def _ahead(candidate: Candidate, chip: Chip) -> float:
@@ -158,7 +190,7 @@ def _weights(model: ModelConfig) -> float:
 
 
 def _seconds_an_image(config: Config, candidate: Candidate, chip: Chip, images: float, held: float) -> float:
-    """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
+    """Of a device with so many images, roughly: arithmetic, passes over tokens, its update, half of what axes move."""
     model, layers = config.model, config.model.condition_depth + config.model.image_depth
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
     weights = _weights(model)
@@ -172,7 +204,8 @@ def _seconds_an_image(config: Config, candidate: Candidate, chip: Chip, images: 
     states = 4 * candidate.sequence * (model.width // model.heads + 1) * model.width * 4 * layers / links
     moved = gathered / images + (candidate.tensor > 1) * summed + (candidate.sequence > 1) * states
     update = 2 * held / chip.memory_bandwidth / images  # read and written
-    return work + update + 0.5 * moved
+    passes = PASSES[candidate.scan_layers, candidate.attention_kernel] if chip.platform == "cuda" else 0
+    return work + passes * _streams(model) / chip.memory_bandwidth + update + 0.5 * moved
 
 
 def _powers(most: int) -> list[int]:

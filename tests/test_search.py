@@ -7,6 +7,7 @@ import pytest
 
 from lina_jax import search, topology
 from lina_jax.chips import CHIPS
+from lina_jax.config import flatten
 from lina_jax.errors import UserError
 
 
@@ -75,6 +76,38 @@ def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
             found()
     else:
         assert [each["fits"] for each in found()["tried"]] == [True, False]
+
+
+def test_on_gpus_a_search_unrolls_layers_and_tries_kernels_where_attention_is_linear(tiny):
+    def ways(name, **model):
+        where = topology.Topology(name, CHIPS[name], (2, 4))
+        found = search.ranked(
+            tiny(batch_size=16, model={"scan_layers": True} | model), where, jax.devices(), fixed_batch=True
+        )
+        return dict.fromkeys((candidate.scan_layers, candidate.attention_kernel) for candidate in found)
+
+    assert list(ways("h200")) == [(False, "pallas"), (False, "xla"), (True, "xla")]  # the fewest passes first
+    assert list(ways("h200", attention="softmax", kv_gate="none", depthwise_conv=False)) == [
+        (False, "xla"),
+        (True, "xla"),
+    ]
+    assert list(ways("v5e")) == [(True, "xla")]
+
+
+def test_what_a_search_recommends_is_told_as_flags_of_training(tiny):
+    where, planned = topology.Topology("h200", CHIPS["h200"], (1, 8)), []
+    given = tiny(batch_size=16, model={"heads": 1, "scan_layers": True})
+
+    def plan(config):
+        planned.append(flatten(config))
+        return {"fits": True, "memory_bytes": {"total": 1}}
+
+    report = search.search(given, where, jax.devices(), plan, compiles=1, fixed_batch=True)
+    flags = dict(flag.removeprefix("--config.").split("=") for flag in report["overrides"])
+    assert {"batch_size", "model.scan_layers", "model.attention_kernel"} <= flags.keys()
+    assert {name: str(value) for name, value in planned[0].items()} == (
+        {name: str(value) for name, value in flatten(given).items()} | flags
+    )
 
 
 def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
