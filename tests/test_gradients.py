@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
+from lina_jax.models import attention
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import gelu, standardize
 
@@ -29,6 +31,15 @@ def convolution_of_gpus(rows, kernel):
     return depthwise_convolution(rows, kernel, "compiled" if jax.default_backend() == "gpu" else "interpreted")
 
 
+def state(k, v):
+    """The state of attention, of keys and values (B, H, N, d), made in the order of axes that is in use."""
+    return attention._outer_sum(*(rearrange(a, f"b h n d -> b {attention.order()} d") for a in (k, v))).astype(k.dtype)
+
+
+def plain_state(k, v):
+    return jnp.einsum("b h n d, b h n e -> b h d e", k, v)
+
+
 CASES = {
     "standardize": (lambda x: standardize(x, 1e-5), plain_standardize, [(3, 7, 40)]),
     "gelu": (gelu, lambda x: jax.nn.gelu(x, approximate=False), [(5, 33)]),
@@ -38,7 +49,17 @@ CASES = {
     "convolution 3, GPUs": (convolution_of_gpus, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
     # More tokens and channels than one program has.
     "convolution 5, GPUs": (convolution_of_gpus, plain_convolutions, [(2, 24, 20, 40), (2, 1, 5, 5, 40)]),
+    "state, h n": (state, plain_state, [(2, 3, 7, 5), (2, 3, 7, 4)]),
+    "state, n h": (state, plain_state, [(2, 3, 7, 5), (2, 3, 7, 4)]),
 }
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    name, _, order = request.param.partition(", ")
+    if name == "state":
+        monkeypatch.setattr(attention, "order", lambda: order)
+    return CASES[request.param]
 
 
 def outcome(function, inputs, direction):
@@ -52,9 +73,8 @@ def outcome(function, inputs, direction):
     return both(inputs, direction)
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_definition(case):
-    ours, plain, shapes = CASES[case]
+    ours, plain, shapes = case
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):  # rounding shows nothing here: only a wrong formula would
         inputs = [jnp.asarray(2 * rng.standard_normal(shape)) for shape in shapes]
@@ -64,9 +84,8 @@ def test_gradients_are_those_of_the_definition(case):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_rounded_once(case):
-    ours, plain, shapes = CASES[case]
+    ours, plain, shapes = case
     rng = np.random.default_rng(1)
     inputs = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
     direction = jnp.asarray(rng.standard_normal(jax.eval_shape(plain, *inputs).shape), jnp.bfloat16)

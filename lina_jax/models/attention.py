@@ -5,6 +5,7 @@ Sequences are stored shard by shard (see `sequence`); the plain order where the 
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import by_platform, constrain, one_cpu, platform
+from lina_jax.mesh import by_platform, constrain, one_cpu, platform, portable
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.layers import Linear, rotate, uniform
@@ -103,11 +104,13 @@ class Attention(nnx.Module):
         def by_head(a, tokens="tokens"):
             return rearrange(constrain(a, "batch", tokens, "heads"), "b n (h d) -> b n h d", h=self.config.heads)
 
-        q, k, v = map(by_head, self.qkv.split(x))
         q_angles = angles
-        if read:  # what is not used above is not computed
-            q = by_head(self.qkv.split(read(x))[0], None)
+        if read:
+            q = by_head(self.qkv.part(0, read(x)), None)
+            k, v = (by_head(self.qkv.part(i, x)) for i in (1, 2))
             q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (len(x), *angles.shape[1:])))
+        else:
+            q, k, v = map(by_head, self.qkv.split(x))
         return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
 
     def _by_kernels(self, x, valid, angles):
@@ -137,36 +140,31 @@ class Attention(nnx.Module):
     def _core(self, q, k, v, gates, valid):
         """(B, N, H, d) of arrays (B, N, H, d) and gates (.., N, H or 1), the tokens of one shard."""
         q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
-        key_gate, value_gate, normalizer_gate = (
-            g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates
-        )
+        gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
-        k_normalizer = None if normalizer_gate is None else _gated(k, normalizer_gate)
+        k_normalizer = None if gates.normalizer is None else _gated(k, gates.normalizer)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
-        out = core(q, _gated(k, key_gate), k_normalizer, _gated(v, value_gate), valid)
+        out = core(q, _gated(k, gates.key), k_normalizer, _gated(v, gates.value), valid)
         return rearrange(out, f"b {order()} d -> b n h d")
 
     @property
     def _relu_eps(self) -> float:
         return RELU_EPS if self.config.normalization == "division" else 0.0
 
-    def _gates(self, x: jax.Array):
-        """Factors (.., N, H or 1) of keys, of values, and of keys in the normaliser if it is another.
-
-        None where there is none.
-        """
+    def _gates(self, x: jax.Array) -> "Gates":
+        """Factors (1 or B, N, H or 1)."""
         kind = self.config.gate
         if kind == "dynamic":
             key, value = (
                 jnp.exp(jax.nn.log_sigmoid(gate(x).astype(jnp.float32)) / GATE_TEMPERATURE)
                 for gate in (self.key_gate, self.value_gate)
             )
-            return key, value, None
+            return Gates(key, value)
         if kind == "decoupled":
-            return tuple(map(self._by_token, (self.key_scale_gamma, self.value_scale, self.key_scale_tau)))
+            return Gates(*map(self._by_token, (self.key_scale_gamma, self.value_scale, self.key_scale_tau)))
         key = self._by_token(self.key_scale) if kind in ("head", "shared", "key") else None
         value = self._by_token(self.value_scale) if kind in ("head", "shared", "value") else None
-        return key, value, None
+        return Gates(key, value)
 
     def _by_token(self, gate: nnx.Param) -> jax.Array:
         """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1 or B, Nc + N, H or 1)."""
@@ -196,6 +194,14 @@ class Attention(nnx.Module):
         return sequence.by_shard(own, whole=(1, 2))(*arrays)
 
 
+class Gates(NamedTuple):
+    """Factors of tokens; None where there is none."""
+
+    key: jax.Array | None
+    value: jax.Array | None
+    normalizer: jax.Array | None = None  # of keys in the normaliser, where it is another than `key`
+
+
 GATE_NAMES = {
     "head": ("key_scale", "value_scale"),
     "shared": ("key_scale", "value_scale"),
@@ -208,10 +214,10 @@ GATE_NAMES = {
 def order() -> str:
     """Of the axes between images and channels in what linear attention multiplies: "h n" on CPUs, else "n h".
 
-    Of any order but heads first XLA:CPU copies each operand, number by number. Other compilers choose layouts
-    themselves; of heads first they plan longer steps (a stack on a v5e by 2 %, t2i 256 on h200:8 by 1 %).
+    Of any order but heads first XLA:CPU copies each operand, number by number. The compilers for TPUs and GPUs choose
+    layouts themselves; of heads first they plan longer steps (a stack on a v5e by 2 %, t2i 256 on h200:8 by 1 %).
     """
-    return "h n" if platform() == "cpu" else "n h"
+    return "h n" if platform() == "cpu" and not portable.value else "n h"
 
 
 def _token_axis() -> int:
@@ -224,13 +230,15 @@ def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
 
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
-    """The einsum, accumulated in float32."""
+    """The einsum, accumulated in float32; "..." is `order`. Accelerators multiply in the dtype of the first array."""
+    pattern = pattern.replace("...", order())
 
-    def product(*arrays):
-        return jnp.einsum(pattern, *arrays, preferred_element_type=jnp.float32)
+    def product(first, *others):
+        others = (a.astype(first.dtype) for a in others)
+        return jnp.einsum(pattern, first, *others, preferred_element_type=jnp.float32)
 
     def widened(*arrays):
-        return product(*(a.astype(jnp.float32) for a in arrays))
+        return jnp.einsum(pattern, *(a.astype(jnp.float32) for a in arrays))
 
     # XLA's CPU backend lacks some bfloat16 products with float32 results (seen in jax 0.10.2); widening is exact.
     return by_platform(*arrays, cpu=widened, default=product)
@@ -242,15 +250,14 @@ def _outer_sum(k: jax.Array, v: jax.Array) -> jax.Array:
 
     With gradients whose numbers lie as those of the arguments: JAX's own, (B, H, d, N), must be turned over.
     """
-    return _summed(f"b {order()} d, b {order()} e -> b h d e", k, v)
+    return _summed("b ... d, b ... e -> b h d e", k, v)
 
 
 def _outer_sum_gradient(arrays, gradient):
     k, v = arrays
-    gradient = gradient.astype(k.dtype)
     return (
-        _summed(f"b {order()} e, b h d e -> b {order()} d", v, gradient).astype(k.dtype),
-        _summed(f"b {order()} d, b h d e -> b {order()} e", k, gradient).astype(v.dtype),
+        _summed("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
+        _summed("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
     )
 
 
@@ -260,16 +267,28 @@ _outer_sum.defvjp(lambda k, v: (_outer_sum(k, v), (k, v)), _outer_sum_gradient)
 def _token_sum(x: jax.Array) -> jax.Array:
     """(B, `order`, d) -> (B, H, d), float32."""
     if one_cpu():  # as layers.spread
-        return _summed(f"b {order()} d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
+        return _summed("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
     return jnp.sum(x, axis=_token_axis(), dtype=jnp.float32)
+
+
+def _found(q: jax.Array, state: jax.Array) -> jax.Array:
+    """What queries find in a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
+    return _summed("b ... d, b h d e -> b ... e", q, state)
+
+
+def _along(q: jax.Array, mean: jax.Array) -> jax.Array:
+    """q . mean, float32: (B, `order`, d), (B, H, d) -> (B, `order`)."""
+    return _summed("b ... d, b h d -> b ...", q, mean)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
     """1 / (number of tokens), against a (B, H, d) sum, and the factor (B, `order`, 1) that removes absent tokens."""
-    share = sequence.share(valid, k.shape[_token_axis()])
+    tokens = _token_axis()
+    share = sequence.share(valid, k.shape[tokens])
     if valid is None:
         return share, None
-    return share[:, None, None], rearrange(valid, f"b n -> b {order().replace('h', '1')} 1").astype(k.dtype)
+    heads, channels = 3 - tokens, 3
+    return share[:, None, None], jnp.expand_dims(valid, (heads, channels)).astype(k.dtype)
 
 
 def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
@@ -284,9 +303,8 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     k_normalizer = k if k_normalizer is None else k_normalizer
     state, sum_k = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer)))
     state, mean_k = state * jnp.expand_dims(scale, -1), sum_k * scale
-    numerator = _summed(f"b {order()} d, b h d e -> b {order()} e", q, state.astype(q.dtype))
-    normalizer = _summed(f"b {order()} d, b h d -> b {order()}", q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
-    return (numerator / normalizer[..., None]).astype(q.dtype)
+    normalizer = _along(q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
+    return (_found(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
 
 
 def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
@@ -299,9 +317,9 @@ def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     s = q.shape[-1] ** -0.5
     state, sum_k, sum_v = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer), _token_sum(v)))
     state, mean_k, mean_v = state * (s * jnp.expand_dims(scale, -1)), sum_k * (s * scale), sum_v * scale
-    weight = 1.0 - _summed(f"b {order()} d, b h d -> b {order()}", q, mean_k.astype(q.dtype))
-    numerator = _summed(f"b {order()} d, b h d e -> b {order()} e", q, state.astype(q.dtype))
-    return (numerator + weight[..., None] * jnp.expand_dims(mean_v, _token_axis())).astype(q.dtype)
+    weight = 1.0 - _along(q, mean_k.astype(q.dtype))
+    mean_v = jnp.expand_dims(mean_v, _token_axis())
+    return (_found(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
 
 
 def softmax_attention(q, k, v, valid=None) -> jax.Array:

@@ -70,10 +70,11 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
 def spread(vector: jax.Array, tokens: jax.Array) -> jax.Array:
     """The vector (*outputs), or on meshes those of images (B, 1, *outputs), against `tokens` (..., *outputs).
 
-    On one CPU its gradient is a product with ones, a third of the time of XLA's sums over tokens.
+    On one CPU the gradient of the first is a product with ones, a third of the time of XLA's sums over tokens.
     """
     vector = vector.astype(tokens.dtype)
-    return _repeated(tokens.shape, vector.shape, vector) if one_cpu() else vector
+    same_for_all = vector.shape == tokens.shape[tokens.ndim - vector.ndim :]
+    return _repeated(tokens.shape, vector.shape, vector) if one_cpu() and same_for_all else vector
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -135,20 +136,28 @@ class Linear(nnx.Module):
 
     def products(self, x: jax.Array) -> list[jax.Array]:
         """x W of each part of the outputs along their first axis, (..., *outputs[1:]), one after the other."""
+        return [self._product_of(i, x) for i in range(self.kernel[...].shape[self.contracted])]
+
+    def _product_of(self, part: int, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
-        part = functools.partial(jax.lax.index_in_dim, kernel, axis=self.contracted, keepdims=False)
-        return [multiply(x.astype(self.dtype), part(i), self.contracted) for i in range(kernel.shape[self.contracted])]
+        kernel = jax.lax.index_in_dim(kernel, part, axis=self.contracted, keepdims=False)
+        return multiply(x.astype(self.dtype), kernel, self.contracted)
+
+    def part(self, part: int, x: jax.Array) -> jax.Array:
+        """One part of the output alone, (..., *outputs[1:])."""
+        product = self._product_of(part, x)
+        # Its axis is counted from the last: biases may be those of each image.
+        bias = jnp.moveaxis(self.bias[...], self.contracted - self.kernel[...].ndim, 0)[part]
+        return product + spread(bias, product)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """The parts of the output. To cut one product, and to join its gradient again, costs more than it saves.
+        """All parts of the output. To cut one product, and to join its gradient again, costs more than it saves.
 
         But on one CPU, of few tokens: there to cut the kernel costs more.
         """
-        parts = self.contracted - self.kernel[...].ndim  # counted from the last axis: biases may be those of each image
         if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(x.shape[-self.contracted :]):
-            return list(jnp.moveaxis(self(x), parts, 0))
-        biases = jnp.moveaxis(self.bias[...], parts, 0)
-        return [product + spread(bias, product) for product, bias in zip(self.products(x), biases, strict=True)]
+            return list(jnp.moveaxis(self(x), self.contracted - self.kernel[...].ndim, 0))
+        return [self.part(i, x) for i in range(self.kernel[...].shape[self.contracted])]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,0 +1,61 @@
+"""Linear maps and vectors against tokens: ways chosen by size and shape give the same values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lina_jax.models.layers import Linear, spread
+
+WIDTH, PARTS = 16, 3
+
+
+def outcome(function, *arrays):
+    """Values, and gradients of one and the same sum of them."""
+
+    def summed(*arrays):
+        found = function(*arrays)
+        return jnp.sum(jnp.sin(found)), found
+
+    (_, found), gradients = jax.jit(jax.value_and_grad(summed, range(len(arrays)), has_aux=True))(*arrays)
+    return [found, *gradients]
+
+
+def assert_equal(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return Linear(WIDTH, (PARTS, WIDTH), ("embed", "parts", "heads"), rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("tokens", [WIDTH // 4, 4 * WIDTH])
+def test_parts_of_few_and_of_many_tokens_are_those_of_the_whole(tokens, linear):
+    graph, state = nnx.split(linear)
+    x = jax.random.normal(jax.random.key(0), (2, tokens // 2, WIDTH))
+
+    def whole(state, x):
+        return nnx.merge(graph, state)(x)
+
+    def split(state, x):
+        return jnp.stack(nnx.merge(graph, state).split(x), axis=2)
+
+    def each(state, x):
+        return jnp.stack([nnx.merge(graph, state).part(i, x) for i in range(PARTS)], axis=2)
+
+    wanted = jax.tree.leaves(outcome(whole, state, x))
+    for way in (split, each):
+        assert_equal(jax.tree.leaves(outcome(way, state, x)), wanted)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 1, 5)], ids=["one", "of tokens", "of images"])
+def test_vectors_are_added_as_broadcasting_says(shape):
+    keys = jax.random.split(jax.random.key(0))
+    vector, tokens = (jax.random.normal(key, shape) for key, shape in zip(keys, (shape, (2, 3, 5)), strict=True))
+    assert_equal(
+        outcome(lambda v, x: x + spread(v, x), vector, tokens),
+        outcome(lambda v, x: x + v, vector, tokens),
+    )
