@@ -250,6 +250,13 @@ def by_platform(*args, default: Callable, **functions: Callable):
     return functions.get("cuda" if known == "gpu" else known, default)(*args)
 
 
+def gradients_cross_nodes() -> bool:
+    """Whether gradients are summed within nodes of GPUs and then between them, as on meshes that are chosen."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    between = shape.get("replica", 1) * shape.get("data", 1)
+    return platform() == "gpu" and between > 1 and shape.get("fsdp", 1) > 1
+
+
 def loops_gather_late() -> bool:
     """Whether an iteration has to wait for weights that it needs at once.
 

@@ -45,6 +45,7 @@ class Collective:
     exposed: float  # what the program waits for it in a step
     source: str
     name: str
+    far: bool  # between slices or nodes
 
 
 @dataclasses.dataclass
@@ -177,7 +178,8 @@ class _Walk:
 
     def run(self, computation: str, times: float) -> float:
         """Seconds of one execution; what is counted is multiplied by `times`."""
-        clock = free = copier = 0.0  # now; when the links, and the copy engine, are free
+        clock = copier = 0.0  # now; when the copy engine is free
+        free = {False: 0.0, True: 0.0}  # when the links are: those within slices and nodes, and (True) between them
         flying: dict[str, tuple[float, Collective]] = {}
         copied: dict[str, float] = {}
         scope = self._module.computations[computation]
@@ -200,8 +202,8 @@ class _Walk:
             elif (found := self._collective(instruction, scope, times)) is not None:
                 phase, key, collective = found
                 if phase == "start":
-                    free = max(clock, free) + collective.seconds
-                    flying[key] = free, collective
+                    free[collective.far] = max(clock, free[collective.far]) + collective.seconds
+                    flying[key] = free[collective.far], collective
                 elif phase == "done" and key in flying:
                     finish, collective = flying.pop(key)
                     wait = max(0.0, finish - clock)
@@ -210,8 +212,8 @@ class _Walk:
                 elif phase == "at once":
                     # What is fused with it runs beside it.
                     compute = self._compute(instruction, computation, times)
-                    free = max(clock, free) + collective.seconds
-                    wait = max(0.0, free - clock - compute)
+                    free[collective.far] = max(clock, free[collective.far]) + collective.seconds
+                    wait = max(0.0, free[collective.far] - clock - compute)
                     clock += compute + wait
                     self._count(collective, wait, times)
                 else:
@@ -282,8 +284,9 @@ class _Walk:
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
         seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
-        source = self._module.source(inner)
-        return phase, key, Collective(kind, self._axes(groups), size, times, seconds, 0.0, source, instruction.name)
+        far = any(len({self._nodes[i] for i in group}) > 1 for group in groups)
+        axes, source, name = self._axes(groups), self._module.source(inner), instruction.name
+        return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, far)
 
     def _seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
         members, nodes = [self._devices[i] for i in group], [self._nodes[i] for i in group]

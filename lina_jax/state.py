@@ -240,6 +240,10 @@ def make_train_step(plan: Blueprint) -> Program:
     config, optimizer = plan.config, plan.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
+    devices = list(plan.mesh.devices.flat)
+    options = xla_flags.of_training(
+        devices[0].platform, nodes=len(set(mesh_lib.nodes(devices))), scanned=config.model.scan_layers
+    )
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
         model = by_image(plan.model(params, frozen), len(tokens))
@@ -277,7 +281,7 @@ def make_train_step(plan: Blueprint) -> Program:
         plan.encoders.weights,
         donate_argnums=0,
         out_shardings=(plan.shardings, None),
-        compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform),
+        compiler_options=options,
     )
 
 

@@ -53,18 +53,29 @@ GPU = (
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=16777216",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )
-# Not flags of a process but options of programs, those that make gradients on CPUs. Together 1.1 times as fast (a step
-# of configs/bench.py, 2 cores with AVX-512); sampling is as fast without.
+# Not flags of a process but options of programs, those that make gradients.
+# On CPUs: together 1.1 times as fast (a step of configs/bench.py, 2 cores with AVX-512); sampling is as fast without.
 CPU_TRAINING = {
     # Matrix products by Eigen: YNNPACK's, the default, do 125 GFLOP/s where Eigen's do 145.
     "xla_cpu_experimental_ynn_fusion_type": "",
     # All of a vector register, where a processor has 512 bits; the default is 256.
     "xla_cpu_prefer_vector_width": "512",
 }
+# On several nodes of GPUs, where layers are not scanned (docs/planning.md has what it is worth). Scanned ones take 3 %
+# longer with these; on one node unrolled ones, too, by a tenth.
+GPU_NODES = {
+    # A collective within nodes and one between them are under way at once; the default is one.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    # A sum waits for the gradients of few layers (`transformer.apply_layers` has it end in time).
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 8_388_608,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 8_388_608,
+}
 
 
-def of_training(platform: str) -> dict[str, str]:
-    """Options of programs that make gradients, for cpu, gpu or tpu."""
+def of_training(platform: str, *, nodes: int = 1, scanned: bool = True) -> dict[str, str | int]:
+    """Options of programs that make gradients, for cpu, gpu or tpu, on so many slices or nodes."""
+    if platform == "gpu" and nodes > 1 and not scanned:
+        return GPU_NODES
     return CPU_TRAINING if platform == "cpu" else {}
 
 

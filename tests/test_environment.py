@@ -9,6 +9,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 
 from lina_jax import xla_flags
@@ -48,6 +49,21 @@ def test_jaxlib_knows_the_gpu_flags():
         [sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True, text=True
     )
     assert count > 0 and result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [xla_flags.CPU_TRAINING, xla_flags.GPU_NODES], ids=["CPUs", "GPUs"])
+def test_jaxlib_knows_the_options_of_training(options):
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+def test_options_of_gpus_on_several_nodes_are_for_layers_that_are_not_scanned():
+    chosen = {
+        (nodes, scanned): xla_flags.of_training("gpu", nodes=nodes, scanned=scanned)
+        for nodes in (1, 2)
+        for scanned in (True, False)
+    }
+    assert chosen.pop((2, False)) == xla_flags.GPU_NODES
+    assert set(map(len, chosen.values())) == {0}
 
 
 COMPILE = """

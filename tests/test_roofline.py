@@ -250,6 +250,33 @@ def test_all_devices_wait_for_the_slowest_group_of_a_collective(monkeypatch):
     assert seconds("{{0,1},{3,4}}") == across
 
 
+TWO_AT_ONCE = """
+ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  %a = bf16[1024,1024]{1,0} all-reduce-start(%p), replica_groups=FIRST, to_apply=%add
+  %b = bf16[1024,1024]{1,0} all-reduce-start(%p), replica_groups=SECOND, to_apply=%add
+  %a_done = bf16[1024,1024]{1,0} all-reduce-done(%a)
+  ROOT %b_done = bf16[1024,1024]{1,0} all-reduce-done(%b)
+}
+"""
+
+
+def test_collectives_within_and_between_nodes_have_links_of_their_own(monkeypatch):
+    monkeypatch.setattr(mesh, "nodes", lambda devices: [device.id // 4 for device in devices])  # two nodes
+    near, far = "{{0,1,2,3},{4,5,6,7}}", "{{0,4},{1,5},{2,6},{3,7}}"
+
+    def took(first, second):
+        module = hlo.Module(TWO_AT_ONCE.replace("FIRST", first).replace("SECOND", second))
+        found = roofline.estimate(module, CHIP, grid())
+        return found.seconds, [each.seconds for each in found.collectives]
+
+    for kind in (near, far):
+        seconds, each = took(kind, kind)
+        assert seconds == pytest.approx(sum(each))
+    seconds, each = took(near, far)
+    assert seconds == pytest.approx(max(each))
+
+
 PREFETCH = """
 ENTRY %main (p: bf16[1024,1024]) -> bf16[512,1024] {
   %p = bf16[1024,1024]{1,0} parameter(0)

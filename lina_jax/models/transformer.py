@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
+from lina_jax.mesh import batch_parts, constrain, gathered, gradients_cross_nodes, loops_gather_late
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
@@ -42,6 +42,9 @@ REMAT_POLICIES = {
 }
 
 
+LAYERS_TO_SUM = 3  # behind the backward passes of how many layers a gradient is summed between nodes
+
+
 def apply_layers(
     body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str, ahead: bool | None = None, last=None
 ) -> jax.Array:
@@ -56,8 +59,8 @@ def apply_layers(
     chosen = _written_back if ahead else _is_matrix
     step, last = _gathering(body, chosen), last and _gathering(last, chosen)
     if remat != "none":
-        again = functools.partial(jax.checkpoint, prevent_cse=not scan, policy=REMAT_POLICIES[remat])
-        step, last = again(step), last and again(last)
+        again = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
+        step, last = again(step, prevent_cse=not scan), last and again(last)
     if ahead:
         return _gathering_ahead(step, x, layers, last)
     if scan and not last:
@@ -70,10 +73,29 @@ def apply_layers(
 
     if scan:  # by index, as a part of the layers would be a copy of them
         x = jax.lax.scan(lambda x, i: (step(x, layer(i)), None), x, jnp.arange(alike))[0]
-    else:
-        for i in range(alike):
-            x = step(x, layer(i))
-    return last(x, layer(alike)) if last else x
+        return last(x, layer(alike)) if last else x
+    each = [layer(i) for i in range(count)]
+    for i in range(alike):
+        if gradients_cross_nodes() and i + LAYERS_TO_SUM < count:
+            x, each[i + LAYERS_TO_SUM] = _summed_by_then(x, each[i + LAYERS_TO_SUM])
+        x = step(x, each[i])
+    return last(x, each[alike]) if last else x
+
+
+def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
+    """Both as they are. On the way back the gradient of x is not passed on before that of a later `layer` is summed.
+
+    XLA:GPU would put all sums between nodes after the backward pass, where nothing is left to compute meanwhile.
+    """
+    graph, matrices, rest = nnx.split(layer, _is_matrix, ...)
+
+    @jax.custom_vjp
+    def together(x, matrices):
+        return x, matrices
+
+    together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+    x, matrices = together(x, matrices)
+    return x, nnx.merge(graph, matrices, rest)
 
 
 def _gathering(body, chosen):
