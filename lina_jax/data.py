@@ -7,6 +7,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from lina_jax import decode, example, order, reading
 from lina_jax.config import Config
 from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
-from lina_jax.errors import UserError
+from lina_jax.errors import LinkFailed, UserError
 from lina_jax.reading import Split
 from lina_jax.retry import Progress, patiently
 
@@ -277,6 +278,8 @@ def training_batches(
 
     `prefetch` batches are kept ready, by threads of this process or by `workers` processes with threads of their own.
     Every epoch has an order of its own, and may end within a batch.
+
+    Raises LinkFailed where a signal killed a worker (SIGKILL, as on a host out of memory).
     """
     ahead = 1 if workers else prefetch
     # Each thread a block of its own, as far as memory allows: threads that share one wait for each other at its end.
@@ -311,9 +314,14 @@ def _live_as_long_as_the_parent(number: int, count: int) -> None:
 
 
 def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterator[Arrays]:
-    for arrays, notes in batches:
-        records.note(notes)
-        yield arrays
+    try:
+        for arrays, notes in batches:
+            records.note(notes)
+            yield arrays
+    except RuntimeError as error:  # grain's, which names the exit code: a signal's is negative
+        if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
+            raise LinkFailed(f"a process that reads data was killed by signal {killed[1]}") from None
+        raise
 
 
 def fixed_examples(records: Records, count: int) -> Arrays:

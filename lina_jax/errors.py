@@ -1,8 +1,8 @@
 """How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
 
 Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
-(EX_TEMPFAIL: preempted, a step that stalled, storage that failed, another process that is gone, in many processes a
-device or link that failed; launchers restart on it), 130 interrupted (Ctrl-C).
+(EX_TEMPFAIL: preempted, a step that stalled, storage that failed, another process or a worker that is gone, in many
+processes a device or link that failed; launchers restart on it), 130 interrupted (Ctrl-C).
 """
 
 import _thread
@@ -45,7 +45,7 @@ class Preempted(Exception):
 
 
 class LinkFailed(Exception):
-    """A device failed, or a link between processes; the same command goes on from the last checkpoint. Exit code 75."""
+    """A device, a link between processes or one that reads data failed; the same command goes on. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:

@@ -3,7 +3,10 @@
 import io
 import json
 import logging
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +21,7 @@ from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, datas
 from PIL import Image
 
 from lina_jax import data, decode, reading, retry
-from lina_jax.errors import UserError
+from lina_jax.errors import LinkFailed, UserError
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,18 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     for threads, processes in zip(runs[0], runs[2], strict=True):
         for name, array in threads.items():
             np.testing.assert_array_equal(array, processes[name])
+
+
+def test_a_worker_that_was_killed_is_no_bug_but_asks_for_a_restart(tmp_path):
+    flags.FLAGS.mark_as_parsed()
+    source = open_records(dataset(tmp_path / "data"))
+    running = data.training_batches(source, global_batch=6, seed=1, start_step=0, workers=1)
+    next(running)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(LinkFailed, match="a process that reads data was killed by signal 9"):
+        while True:
+            next(running)
 
 
 def test_workers_end_with_their_parent_and_not_by_its_signals(tmp_path):
