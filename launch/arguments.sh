@@ -100,7 +100,7 @@ split_topology() {
 
 # with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
 # reaches it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and
-# `stopped` is the exit code that says so: here where the signal itself ended it, too.
+# where it died of that its exit code is `stopped` (75, of Ctrl-C 130); else it is its own.
 with_restarts() {
   local code='' restarts=0
   trap 'stop 75' TERM
@@ -135,7 +135,7 @@ stop() {
 
 # sbatch_with OPTIONS LINES COMMAND: a program that submits the job `name` of COMMAND, an srun, with OPTIONS beside
 # --extra and LINES of #SBATCH. srun's tasks get SIGTERM before the time limit; when `restarts_on` its exit code, the
-# highest of theirs, the job requeues itself.
+# highest of theirs, the job requeues itself, and so it does when they alone were told to end.
 sbatch_with() {
   cat <<END
 sbatch ${1:+$1 }$extra <<'END_OF_JOB'
@@ -155,6 +155,8 @@ stopped=
 trap 'stopped=yes' TERM
 $3
 code=\$?
+# A SIGTERM of which only the tasks learned was the warning before the time limit; some were still importing.
+if [ \$code -eq 143 ] && [ -z "\$stopped" ]; then code=75; fi
 if ! restarts_on \$code || [ -n "\$stopped" ]; then exit \$code; fi
 restarts=\${SLURM_RESTART_COUNT:-0}
 if [ "\$restarts" -ge $max_restarts ]; then

@@ -273,9 +273,10 @@ def test_launchers_restart_on_the_same_codes(launch):
 
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
-    [(75, 0, True), (137, 3, True), (75, 100, False), (0, 0, False), (2, 0, False), (143, 0, False)],
+    [(75, 0, True), (137, 3, True), (143, 0, True), (75, 100, False), (0, 0, False), (2, 0, False), (130, 0, False)],
 )
 def test_a_slurm_job_requeues_itself_when_it_was_preempted_or_killed(code, restarts, requeued, launch):
+    """143: tasks that were still importing when SIGTERM warned them of the time limit."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     [batch] = batches_of(launch, "slurm")
     result, calls, _ = launch(batch, ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
@@ -292,11 +293,12 @@ def test_a_job_of_an_array_requeues_itself_alone(launch):
     assert calls[1:] == [["scontrol", "requeue", "7_3"]]
 
 
-def test_a_slurm_job_that_is_cancelled_stays_so(launch):
+@pytest.mark.parametrize("code", [75, 143])
+def test_a_slurm_job_that_is_cancelled_stays_so(code, launch):
     """scancel tells the batch shell, too."""
-    answer = 'if name == "srun": import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit(75)'
+    answer = f'if name == "srun": import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit({code})'
     result, calls, _ = launch(batches_of(launch, "slurm")[0], ANSWER=answer, SLURM_JOB_ID="7")
-    assert result.returncode == 75 and [call[0] for call in calls] == ["srun"]
+    assert result.returncode == code and [call[0] for call in calls] == ["srun"]
 
 
 @pytest.mark.parametrize(
