@@ -100,7 +100,7 @@ split_topology() {
 
 # with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
 # reaches it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and
-# where it died of that its exit code is `stopped` (75, of Ctrl-C 130); else it is its own.
+# a command that the signal killed (143) counts as `stopped` (75, of Ctrl-C 130); any other keeps its exit code.
 with_restarts() {
   local code='' restarts=0
   trap 'stop 75' TERM

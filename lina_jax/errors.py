@@ -45,7 +45,7 @@ class Preempted(Exception):
 
 
 class LinkFailed(Exception):
-    """A device, a link between processes or one that reads data failed; the same command goes on. Exit code 75."""
+    """A device, a link or a process that reads data failed; the same command goes on from a save. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:

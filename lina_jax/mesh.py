@@ -119,6 +119,15 @@ def nodes(devices: Sequence[jax.Device]) -> list[int]:
     return slices
 
 
+def sums_cross_nodes(mesh: Mesh) -> bool:
+    """Whether gradients are summed within nodes of GPUs and then between them: each `fsdp` group is in one node."""
+    devices = list(mesh.devices.flat)
+    node_of = np.array(nodes(devices)).reshape(mesh.devices.shape)
+    groups = np.moveaxis(node_of, AXES.index("fsdp"), -1)
+    several = devices[0].platform == "gpu" and node_of.min() < node_of.max()
+    return several and mesh.shape["fsdp"] > 1 and bool((groups == groups[..., :1]).all())
+
+
 def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     shape, node_of = tuple(sizes.values()), nodes(devices)
     if devices[0].platform != "tpu":
@@ -248,13 +257,6 @@ def by_platform(*args, default: Callable, **functions: Callable):
         return jax.lax.platform_dependent(*args, default=default, **functions)
     known = platform()
     return functions.get("cuda" if known == "gpu" else known, default)(*args)
-
-
-def gradients_cross_nodes() -> bool:
-    """Whether gradients are summed within nodes of GPUs and then between them, as on meshes that are chosen."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    between = shape.get("replica", 1) * shape.get("data", 1)
-    return platform() == "gpu" and between > 1 and shape.get("fsdp", 1) > 1
 
 
 def loops_gather_late() -> bool:

@@ -144,7 +144,7 @@ def table(report: Report, detail: int = 0) -> str:
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
         f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
         f"remat {report['remat']}, {report['parameters']:,} trained parameters",
-        *(["recommended: " + " ".join(report["overrides"])] if "overrides" in report else []),
+        *_recommended(report),
         "",
         "train step",
         *_rows(report, detail),
@@ -167,6 +167,12 @@ def table(report: Report, detail: int = 0) -> str:
                 f"compiled {made['compiled_flops'] / 1e12:,.0f} T",
             ]
     return "\n".join(rows)
+
+
+def _recommended(report: Report) -> list[str]:
+    if "overrides" not in report:
+        return []
+    return [("recommended: " if report["fits"] else "nothing fits, nearest: ") + " ".join(report["overrides"])]
 
 
 def _rows(part: Report, detail: int) -> list[str]:

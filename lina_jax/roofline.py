@@ -45,7 +45,7 @@ class Collective:
     exposed: float  # what the program waits for it in a step
     source: str
     name: str
-    far: bool  # between slices or nodes
+    links: tuple[str, ...]  # that it uses: "near", within slices and nodes, and "far", between them
 
 
 @dataclasses.dataclass
@@ -164,6 +164,13 @@ def _torus_rate(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]
     return rate or chip.link, HOP * max(hops, 1.0)
 
 
+def _occupy(free: dict[str, float], now: float, collective: Collective) -> float:
+    """When it ends that starts once its links are free; they are taken until then."""
+    end = max([now, *(free[link] for link in collective.links)]) + collective.seconds
+    free.update(dict.fromkeys(collective.links, end))
+    return end
+
+
 class _Walk:
     def __init__(self, module: hlo.Module, chip: Chip, mesh: Mesh, unknown_trips: float):
         self._module, self._chip, self._mesh, self._unknown = module, chip, mesh, unknown_trips
@@ -179,7 +186,7 @@ class _Walk:
     def run(self, computation: str, times: float) -> float:
         """Seconds of one execution; what is counted is multiplied by `times`."""
         clock = copier = 0.0  # now; when the copy engine is free
-        free = {False: 0.0, True: 0.0}  # when the links are: those within slices and nodes, and (True) between them
+        free = {"near": 0.0, "far": 0.0}  # when the links are
         flying: dict[str, tuple[float, Collective]] = {}
         copied: dict[str, float] = {}
         scope = self._module.computations[computation]
@@ -202,8 +209,8 @@ class _Walk:
             elif (found := self._collective(instruction, scope, times)) is not None:
                 phase, key, collective = found
                 if phase == "start":
-                    free[collective.far] = max(clock, free[collective.far]) + collective.seconds
-                    flying[key] = free[collective.far], collective
+                    finish = _occupy(free, clock, collective)
+                    flying[key] = finish, collective
                 elif phase == "done" and key in flying:
                     finish, collective = flying.pop(key)
                     wait = max(0.0, finish - clock)
@@ -212,8 +219,7 @@ class _Walk:
                 elif phase == "at once":
                     # What is fused with it runs beside it.
                     compute = self._compute(instruction, computation, times)
-                    free[collective.far] = max(clock, free[collective.far]) + collective.seconds
-                    wait = max(0.0, free[collective.far] - clock - compute)
+                    wait = max(0.0, _occupy(free, clock, collective) - clock - compute)
                     clock += compute + wait
                     self._count(collective, wait, times)
                 else:
@@ -284,13 +290,17 @@ class _Walk:
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
         seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
-        far = any(len({self._nodes[i] for i in group}) > 1 for group in groups)
         axes, source, name = self._axes(groups), self._module.source(inner), instruction.name
-        return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, far)
+        return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, self._links(groups))
 
     def _seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
         members, nodes = [self._devices[i] for i in group], [self._nodes[i] for i in group]
         return collective_seconds(kind, size, members, nodes, self._chip, self._extent)
+
+    def _links(self, groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        spanned = [(len(group), len({self._nodes[i] for i in group})) for group in groups]
+        near, far = any(members > nodes for members, nodes in spanned), any(nodes > 1 for _, nodes in spanned)
+        return ("near",) * near + ("far",) * far
 
     def _axes(self, groups: Sequence[Sequence[int]]) -> str:
         """Mesh axes along which the members of a group differ."""

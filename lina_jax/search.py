@@ -12,6 +12,7 @@ from lina_jax import flops, mesh, programs, state
 from lina_jax.chips import Chip
 from lina_jax.config import Config, ModelConfig, flatten
 from lina_jax.errors import UserError
+from lina_jax.models import tiles
 from lina_jax.topology import Topology
 
 GIB = 2**30
@@ -25,9 +26,6 @@ KEPT = {"none": 26, "dots": 11, "full": 1}
 AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
 AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidate has sizes for; `data` takes the rest
 LAYERS = ("remat", "scan_layers", "attention_kernel")  # of the model: how layers run
-# Of scan_layers and attention_kernel: how often GPUs pass over a layer's tokens more than with the best, as planned for
-# a stack of decoder layers on H200 (docs/performance.md, "On GPUs"). On TPUs neither is worth a search.
-PASSES = {(True, "xla"): 245, (True, "pallas"): 75, (False, "xla"): 170, (False, "pallas"): 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +54,9 @@ def search(
     compiles: int,
     fixed_batch: bool,
 ) -> dict[str, Any]:
-    """The report of the fastest config that fits (or of the last one tried), with `recommended` and `tried`.
+    """The report of the fastest config that fits, or else of the fastest, with `recommended` and `tried`.
 
-    And with `overrides`, the flags that make the recommended of `config`.
+    And with `overrides`, the flags that make of `config` what is recommended.
 
     At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
 
@@ -110,6 +108,9 @@ def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> C
 def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
     """Candidates that by estimate fit and that the mesh allows, those of most images a second first.
 
+    Ways of running layers take turns, best first: kernels have yet to run on a GPU, and it helps to know what to do
+    without.
+
     Raises UserError where the mesh allows none, with what it says of the one that cuts least.
     """
     known = max(1, config.batch_size // where.chips)
@@ -124,8 +125,10 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
         except UserError as refusal:
             refusals.append(refusal)
             continue
-        for per_chip, remat, layers in itertools.product(sizes, RECOMPUTED, _ways(config.model, where.chip)):
-            candidate = Candidate(per_chip, remat, *layers, **cut)
+        near = where.chip.torus or fsdp * sequence * tensor <= where.shape[1]
+        link = where.chip.link if near else where.chip.slow_link
+        for per_chip, remat in itertools.product(sizes, RECOMPUTED):
+            candidate = Candidate(per_chip, remat, config.model.scan_layers, config.model.attention_kernel, **cut)
             trial = apply(config, dataclasses.asdict(candidate), where.chips)
             try:
                 mesh.check(trial, grid)
@@ -136,10 +139,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
                 held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
             if size + _activations(trial, candidate, where.chip, images) < FULL * where.chip.memory:
-                found.append((_seconds_an_image(trial, candidate, where.chip, images, size), candidate))
+                found.append((_seconds_an_image(trial, candidate, where.chip, link, images, size), candidate))
     if not held:
         raise UserError(f"--search: no mesh is possible: {refusals[0]}")
-    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+    ways = [dict(zip(LAYERS[1:], way, strict=True)) for way in _ways(config.model, where.chip)]
+    by_speed = [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+    return [dataclasses.replace(candidate, **way) for candidate in by_speed for way in ways]
 
 
 def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
@@ -149,10 +154,12 @@ def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
 
 
 def _ways(model: ModelConfig, chip: Chip) -> list[tuple[bool, str]]:
-    """Of running layers (scan_layers, attention_kernel): as the model has it; on GPUs unrolled, too."""
+    """Of running layers (scan_layers, attention_kernel), best first: as the model has it; on GPUs unrolled, too."""
     given = (model.scan_layers, model.attention_kernel)
-    kernels = ("xla",) if model.attention == "softmax" else ("xla", "pallas")
-    return sorted({given} | {(False, kernel) for kernel in kernels}) if chip.platform == "cuda" else [given]
+    if chip.platform != "cuda":
+        return [given]
+    kernels = model.attention != "softmax" and model.width // model.heads <= tiles.GPU_LANES[1]
+    return list(dict.fromkeys([*[(False, "pallas")] * kernels, (False, "xla"), given]))
 
 
 def _activations(config: Config, candidate: Candidate, chip: Chip, images: float) -> float:
@@ -161,23 +168,14 @@ def _activations(config: Config, candidate: Candidate, chip: Chip, images: float
     Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
     has a part of all the group's images.
     """
-    model = config.model
-    head = config.loss.repeat * model.image_tokens * model.head_width * 2
-    kept = KEPT[candidate.remat] * (_streams(model) + model.head_depth * head)
-    longest = model.condition_tokens + max(model.image_tokens, _texts(model))
-    working = 2 * KEPT["none"] * max(longest * model.width * 2, head)
+    model, width = config.model, config.model.width * 2
+    condition, image = model.condition_tokens, model.image_tokens
+    text = model.text_tokens if model.condition == "text" else 1
+    blocks = model.condition_depth * (text + condition) + model.image_depth * (condition + image)
+    head = config.loss.repeat * image * model.head_width * 2
+    kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
+    working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
     return _ahead(candidate, chip) * _weights(model) + images * (kept + working) / config.optim.accumulate
-
-
-def _texts(model: ModelConfig) -> int:
-    """Tokens of a prompt or class."""
-    return model.text_tokens if model.condition == "text" else 1
-
-
-def _streams(model: ModelConfig) -> int:
-    """Bytes of one image's tokens, those of all layers together (were all of them visible)."""
-    condition = model.condition_depth * (_texts(model) + model.condition_tokens)
-    return 2 * model.width * (condition + model.image_depth * (model.condition_tokens + model.image_tokens))
 
 
 def _ahead(candidate: Candidate, chip: Chip) -> float:
@@ -189,12 +187,14 @@ def _weights(model: ModelConfig) -> float:
     return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 
-def _seconds_an_image(config: Config, candidate: Candidate, chip: Chip, images: float, held: float) -> float:
-    """Of a device with so many images, roughly: arithmetic, passes over tokens, its update, half of what axes move."""
+def _seconds_an_image(
+    config: Config, candidate: Candidate, chip: Chip, link: float, images: float, held: float
+) -> float:
+    """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
     model, layers = config.model, config.model.condition_depth + config.model.image_depth
     work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
     weights = _weights(model)
-    links = chip.link * (2 if chip.torus else 1)
+    links = link * (2 if chip.torus else 1)
     # Gathered forward and backward, and the gradient scattered; or the gradient summed.
     gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - _ahead(candidate, chip))
     if chip.torus and model.width // candidate.fsdp % TILE:
@@ -204,8 +204,7 @@ def _seconds_an_image(config: Config, candidate: Candidate, chip: Chip, images: 
     states = 4 * candidate.sequence * (model.width // model.heads + 1) * model.width * 4 * layers / links
     moved = gathered / images + (candidate.tensor > 1) * summed + (candidate.sequence > 1) * states
     update = 2 * held / chip.memory_bandwidth / images  # read and written
-    passes = PASSES[candidate.scan_layers, candidate.attention_kernel] if chip.platform == "cuda" else 0
-    return work + passes * _streams(model) / chip.memory_bandwidth + update + 0.5 * moved
+    return work + update + 0.5 * moved
 
 
 def _powers(most: int) -> list[int]:

@@ -23,7 +23,7 @@ from lina_jax.models import flow, vae
 from lina_jax.models.draws import draw, latent_noise
 from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
-from lina_jax.models.transformer import by_image
+from lina_jax.models.transformer import by_image, sums_in_time
 
 Tree = Any
 Path = tuple[str, ...]  # of an array in a tree
@@ -240,15 +240,15 @@ def make_train_step(plan: Blueprint) -> Program:
     config, optimizer = plan.config, plan.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
-    devices = list(plan.mesh.devices.flat)
-    options = xla_flags.of_training(
-        devices[0].platform, nodes=len(set(mesh_lib.nodes(devices))), scanned=config.model.scan_layers
-    )
+    # Of hybrids the runs of equal layers are short.
+    unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
+    in_time = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
         model = by_image(plan.model(params, frozen), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
-        return model.loss(tokens, condition, draws, sigmas) / weight
+        with sums_in_time(in_time):
+            return model.loss(tokens, condition, draws, sigmas) / weight
 
     def step(state: TrainState, batch: Batch, weights: Tree):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -281,7 +281,7 @@ def make_train_step(plan: Blueprint) -> Program:
         plan.encoders.weights,
         donate_argnums=0,
         out_shardings=(plan.shardings, None),
-        compiler_options=options,
+        compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform, in_time=in_time),
     )
 
 

@@ -7,6 +7,7 @@ read off programs compiled for pods that were not there (a scanned, rematerialis
 0.0.42 for 16 chips, jaxlib 0.10.2 for 8 H200). Speed on the real thing has yet to be measured.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -61,22 +62,25 @@ CPU_TRAINING = {
     # All of a vector register, where a processor has 512 bits; the default is 256.
     "xla_cpu_prefer_vector_width": "512",
 }
-# On several nodes of GPUs, where layers are not scanned (docs/planning.md has what it is worth). Scanned ones take 3 %
-# longer with these; on one node unrolled ones, too, by a tenth.
+# On several nodes of GPUs, with sums of gradients that end in time (`transformer.sums_in_time`; docs/planning.md says
+# what both are worth in plans). Scanned layers take 3 % longer with these, unrolled ones on one node a tenth.
 GPU_NODES = {
     # A collective within nodes and one between them are under way at once; the default is one.
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
-    # A sum waits for the gradients of few layers (`transformer.apply_layers` has it end in time).
+    # A sum waits for the gradients of few layers.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 8_388_608,
     "xla_gpu_all_reduce_combine_threshold_bytes": 8_388_608,
 }
 
 
-def of_training(platform: str, *, nodes: int = 1, scanned: bool = True) -> dict[str, str | int]:
-    """Options of programs that make gradients, for cpu, gpu or tpu, on so many slices or nodes."""
-    if platform == "gpu" and nodes > 1 and not scanned:
-        return GPU_NODES
-    return CPU_TRAINING if platform == "cpu" else {}
+def of_training(platform: str, *, in_time: bool = False) -> dict[str, str | int]:
+    """Options of programs that make gradients, for cpu, gpu or tpu; of those with sums `in_time` between nodes of GPUs.
+
+    They would override XLA_FLAGS: what somebody set there is left out.
+    """
+    options = CPU_TRAINING if platform == "cpu" else GPU_NODES if in_time else {}
+    set_here = {flag.split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in GPU}
+    return {name: value for name, value in options.items() if f"--{name}" not in set_here}
 
 
 def of_tpu(kind: str) -> tuple[str, ...]:

@@ -56,14 +56,12 @@ def test_jaxlib_knows_the_options_of_training(options):
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
-def test_options_of_gpus_on_several_nodes_are_for_layers_that_are_not_scanned():
-    chosen = {
-        (nodes, scanned): xla_flags.of_training("gpu", nodes=nodes, scanned=scanned)
-        for nodes in (1, 2)
-        for scanned in (True, False)
-    }
-    assert chosen.pop((2, False)) == xla_flags.GPU_NODES
-    assert set(map(len, chosen.values())) == {0}
+def test_options_of_training_give_way_to_flags_that_somebody_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", " ".join(xla_flags.GPU))  # as launchers do
+    assert xla_flags.of_training("gpu", in_time=True) == xla_flags.GPU_NODES
+    monkeypatch.setenv("XLA_FLAGS", " ".join([*xla_flags.GPU, "--xla_gpu_all_reduce_combine_threshold_bytes=1"]))
+    left = xla_flags.of_training("gpu", in_time=True)
+    assert xla_flags.GPU_NODES.keys() - left.keys() == {"xla_gpu_all_reduce_combine_threshold_bytes"}
 
 
 COMPILE = """

@@ -332,6 +332,21 @@ def test_nodes_of_gpus_need_no_replica_and_fsdp_stays_in_a_node(sizes):
         assert all(len({chip.slice_index for chip in block}) == 1 for block in blocks)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "nodes", "crossing"),
+    [
+        ({"data": 2, "fsdp": 4}, 2, True),
+        ({"replica": 2, "data": 1, "fsdp": 2, "sequence": 2}, 2, True),
+        ({"data": 1, "fsdp": 8}, 2, False),  # one sum, over all
+        ({"data": 8, "fsdp": 1}, 2, False),
+        ({"data": 2, "fsdp": 4}, 1, False),
+    ],
+    ids=str,
+)
+def test_gradients_are_summed_between_nodes_where_fsdp_stays_in_them(sizes, nodes, crossing):
+    assert mesh.sums_cross_nodes(mesh.build(MeshConfig(**sizes), chips(nodes, 8))) == crossing
+
+
 def test_slices_of_tpus_are_joined_by_replicas_alone():
     devices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
     blocks = mesh.build(MeshConfig(replica=2, data=1, fsdp=4), devices).devices

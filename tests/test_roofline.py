@@ -275,6 +275,9 @@ def test_collectives_within_and_between_nodes_have_links_of_their_own(monkeypatc
         assert seconds == pytest.approx(sum(each))
     seconds, each = took(near, far)
     assert seconds == pytest.approx(max(each))
+    for kind in (near, far):  # all devices exchange over both
+        seconds, each = took(kind, "{{0,1,2,3,4,5,6,7}}")
+        assert seconds == pytest.approx(sum(each))
 
 
 PREFETCH = """

@@ -81,17 +81,16 @@ def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
 def test_on_gpus_a_search_unrolls_layers_and_tries_kernels_where_attention_is_linear(tiny):
     def ways(name, **model):
         where = topology.Topology(name, CHIPS[name], (2, 4))
-        found = search.ranked(
-            tiny(batch_size=16, model={"scan_layers": True} | model), where, jax.devices(), fixed_batch=True
-        )
-        return dict.fromkeys((candidate.scan_layers, candidate.attention_kernel) for candidate in found)
+        config = tiny(batch_size=16, model={"scan_layers": True} | model)
+        found = search.ranked(config, where, jax.devices(), fixed_batch=True)
+        return [(candidate.scan_layers, candidate.attention_kernel) for candidate in found[:4]]
 
-    assert list(ways("h200")) == [(False, "pallas"), (False, "xla"), (True, "xla")]  # the fewest passes first
-    assert list(ways("h200", attention="softmax", kv_gate="none", depthwise_conv=False)) == [
-        (False, "xla"),
-        (True, "xla"),
-    ]
-    assert list(ways("v5e")) == [(True, "xla")]
+    kernels, unrolled, scanned = (False, "pallas"), (False, "xla"), (True, "xla")
+    assert ways("h200") == [kernels, unrolled, scanned, kernels]
+    softmax = {"attention": "softmax", "kv_gate": "none", "depthwise_conv": False}
+    for without_kernels in (softmax, {"width": 288, "heads": 2}):  # heads of 144 channels are too wide
+        assert ways("h200", **without_kernels) == [unrolled, scanned] * 2
+    assert ways("v5e") == [scanned] * 4
 
 
 def test_what_a_search_recommends_is_told_as_flags_of_training(tiny):

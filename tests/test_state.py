@@ -44,6 +44,16 @@ def test_accumulation_changes_nothing(plan, plan_of, train_step, rough, batch_of
     assert int(run.updates) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "barriers"), [({}, 2), ({"scan_layers": True}, 0), ({"attention": "hybrid", "softmax_period": 4}, 0)]
+)
+def test_sums_between_nodes_end_in_time_where_layers_are_unrolled(changes, barriers, plan_of, batch_of, monkeypatch):
+    monkeypatch.setattr(mesh, "sums_cross_nodes", lambda _: True)
+    plan = plan_of(model={"image_depth": 8, "condition_depth": 1, "scan_layers": False, "remat": "none"} | changes)
+    program = state.make_train_step(plan).lower(plan.shapes, batch_of(plan.config)).as_text()
+    assert program.count("optimization_barrier") == barriers  # each half has four layers
+
+
 @pytest.fixture(scope="module")
 def poisoned(plan, rough):
     """A state with one infinite parameter."""

@@ -85,20 +85,39 @@ def test_the_block_of_chosen_tokens_keeps_what_others_do(remat, scan):
     assert few < 1.01 * whole  # not made again, 1.3 and 2.8 times as much
 
 
-def test_gradients_that_cross_nodes_are_waited_for_layer_by_layer(monkeypatch):
-    """So that compilers cannot leave all of them to the end; nothing else changes."""
+def test_sums_in_time_are_of_the_layers_three_behind(monkeypatch):
+    class Numbers(nnx.Module):
+        def __init__(self):
+            self.number = nnx.Param(jnp.arange(5.0))
+
+    def body(x, layer):
+        return layer.number[...]  # x of a layer is the number of the one before
+
+    waited = []
+
+    def record(x, later):
+        waited.append((float(x) + 1, float(later.number[...])))
+        return x, later
+
+    monkeypatch.setattr(transformer, "_summed_by_then", record)
+    with transformer.sums_in_time(True):
+        transformer.apply_layers(body, jnp.float32(-1), Numbers(), scan=False, remat="none", last=body)
+    assert waited == [(0, 3), (1, 4)]
+
+
+def test_sums_in_time_change_no_number():
     depth = transformer.LAYERS_TO_SUM + 2
     graph, params = nnx.split(Transformer(AttentionConfig(WIDTH, 4), depth, 2, scan=False, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, 6, WIDTH))
 
-    def lowered():
-        gradient = jax.grad(lambda params, x: jnp.sum(jnp.sin(nnx.merge(graph, params)(x))), (0, 1))
-        return jax.jit(gradient).lower(params, x)
+    def lowered(in_time):
+        def loss(params, x):
+            with transformer.sums_in_time(in_time):
+                return jnp.sum(jnp.sin(nnx.merge(graph, params)(x)))
 
-    plain = lowered()
-    monkeypatch.setattr(transformer, "gradients_cross_nodes", lambda: True)
-    linked = lowered()
-    barriers = [program.as_text().count("optimization_barrier") for program in (plain, linked)]
-    assert barriers == [0, 2]  # of the two first layers
-    for a, b in zip(*(jax.tree.leaves(program.compile()(params, x)) for program in (plain, linked)), strict=True):
+        return jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
+
+    programs = [lowered(in_time) for in_time in (False, True)]
+    assert [program.as_text().count("optimization_barrier") for program in programs] == [0, 2]
+    for a, b in zip(*(jax.tree.leaves(program.compile()(params, x)) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())

@@ -70,7 +70,7 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
 def spread(vector: jax.Array, tokens: jax.Array) -> jax.Array:
     """The vector (*outputs), or on meshes those of images (B, 1, *outputs), against `tokens` (..., *outputs).
 
-    On one CPU the gradient of the first is a product with ones, a third of the time of XLA's sums over tokens.
+    On one CPU the gradient of one vector for all is a product with ones, a third of the time of XLA's sums over tokens.
     """
     vector = vector.astype(tokens.dtype)
     same_for_all = vector.shape == tokens.shape[tokens.ndim - vector.ndim :]

@@ -173,7 +173,7 @@ class LINA(nnx.Module):
 
         if only is not None or (one_cpu() and not self.config.scan_layers):
             z = self.decoder(encoded, angles=angles, read=read)
-        else:  # a scan wants all blocks alike, and kernels the tokens of all; on meshes of CPUs it was not tried
+        else:  # a scan wants all blocks alike, and kernels the tokens of all; else it was not tried
             z = read(self.decoder(encoded, angles=angles))
         return self.image_norm(z)
 

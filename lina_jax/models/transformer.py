@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import batch_parts, constrain, gathered, gradients_cross_nodes, loops_gather_late
+from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
@@ -42,7 +42,9 @@ REMAT_POLICIES = {
 }
 
 
-LAYERS_TO_SUM = 3  # behind the backward passes of how many layers a gradient is summed between nodes
+# sums_in_time(True): gradients are summed between nodes of GPUs, behind the backward passes of so many layers each.
+sums_in_time = jax.make_user_context(default_value=False)
+LAYERS_TO_SUM = 3
 
 
 def apply_layers(
@@ -76,16 +78,17 @@ def apply_layers(
         return last(x, layer(alike)) if last else x
     each = [layer(i) for i in range(count)]
     for i in range(alike):
-        if gradients_cross_nodes() and i + LAYERS_TO_SUM < count:
-            x, each[i + LAYERS_TO_SUM] = _summed_by_then(x, each[i + LAYERS_TO_SUM])
+        later = i + LAYERS_TO_SUM
+        if sums_in_time.value and later < count:
+            x, each[later] = _summed_by_then(x, each[later])
         x = step(x, each[i])
     return last(x, each[alike]) if last else x
 
 
 def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
-    """Both as they are. On the way back the gradient of x is not passed on before that of a later `layer` is summed.
+    """Both as they are; on the way back the gradient of x waits for the sum of that of a later `layer`.
 
-    XLA:GPU would put all sums between nodes after the backward pass, where nothing is left to compute meanwhile.
+    XLA:GPU would leave all sums between nodes to the end of the backward pass, where nothing is computed meanwhile.
     """
     graph, matrices, rest = nnx.split(layer, _is_matrix, ...)
 
