@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax._src.clusters import ClusterEnv  # its rules for pods, Kubernetes, SLURM and Open MPI have no public name
 
-from lina_jax.errors import LinkFailed, UserError
+from lina_jax.errors import PartFailed, UserError
 
 
 class Cluster(NamedTuple):
@@ -24,7 +24,7 @@ def the_cluster(
 ) -> Cluster | None:
     """This process's place, from the three flags or else the environment; None: alone.
 
-    Raises UserError, and LinkFailed where the environment may know it later.
+    Raises UserError, and PartFailed where the environment may know it later.
     """
     given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
     if processes == 1:
@@ -52,7 +52,7 @@ def _detected(timeout: float) -> Cluster | None:
     except Exception as error:  # metadata servers, Kubernetes: each raises its own
         # A server that does not answer (requests' errors are of the system's kind), a machine that has no name yet.
         if isinstance(error, OSError) or "recognize coordinator address" in str(error):
-            raise LinkFailed(f"cannot tell yet which process this is: {error}") from error
+            raise PartFailed(f"cannot tell yet which process this is: {error}") from error
         raise UserError(
             f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
             "--processes and --process_id, or --processes=1"

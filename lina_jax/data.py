@@ -22,7 +22,7 @@ from lina_jax import decode, example, order, reading
 from lina_jax.config import Config
 from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
-from lina_jax.errors import LinkFailed, UserError
+from lina_jax.errors import PartFailed, UserError
 from lina_jax.reading import Split
 from lina_jax.retry import Progress, patiently
 
@@ -279,7 +279,7 @@ def training_batches(
     `prefetch` batches are kept ready, by threads of this process or by `workers` processes with threads of their own.
     Every epoch has an order of its own, and may end within a batch.
 
-    Raises LinkFailed where a signal killed a worker (SIGKILL, as on a host out of memory).
+    Raises PartFailed where a signal killed a worker (SIGKILL, as on a host out of memory).
     """
     ahead = 1 if workers else prefetch
     # Each thread a block of its own, as far as memory allows: threads that share one wait for each other at its end.
@@ -320,7 +320,7 @@ def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterato
             yield arrays
     except RuntimeError as error:  # grain's, which names the exit code: a signal's is negative
         if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
-            raise LinkFailed(f"a process that reads data was killed by signal {killed[1]}") from None
+            raise PartFailed(f"a process that reads data was killed by signal {killed[1]}") from None
         raise
 
 

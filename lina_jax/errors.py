@@ -44,8 +44,8 @@ class Preempted(Exception):
     """Training was asked to stop and has saved; the same command goes on. Exit code 75."""
 
 
-class LinkFailed(Exception):
-    """A device, a link or a process that reads data failed; the same command goes on from a save. Exit code 75."""
+class PartFailed(Exception):
+    """A device failed, a link, or a process that reads data; the same command goes on from a save. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:
@@ -59,7 +59,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
             return f"error: {error}", 1
         case Preempted():
             return f"preempted; {error}", RUN_AGAIN
-        case LinkFailed():
+        case PartFailed():
             return f"error: {error}; run the same command again", RUN_AGAIN
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130

@@ -28,7 +28,7 @@ from jax._src import distributed  # its key-value store, which has no public nam
 import lina_jax
 from lina_jax import errors, roll_call
 from lina_jax.cluster import Cluster, the_cluster
-from lina_jax.errors import RUN_AGAIN, LinkFailed, Preempted, UserError
+from lina_jax.errors import RUN_AGAIN, PartFailed, Preempted, UserError
 
 T = TypeVar("T")
 _END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
@@ -83,7 +83,7 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
             # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end
             # of this time, in `_follow` or `_aborted`.
             time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
-            error = LinkFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
+            error = PartFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
         _end_all(cluster, error)
     _disconnect(follower)
     if preempted:
@@ -200,7 +200,7 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
     except ValueError as error:
         raise UserError(f"cannot start jax.distributed at {cluster.address}: {error}") from error
     except RuntimeError as error:  # one that came to the roll call has gone since
-        raise LinkFailed(f"cannot start jax.distributed at {cluster.address}: {error}") from error
+        raise PartFailed(f"cannot start jax.distributed at {cluster.address}: {error}") from error
 
 
 def _disconnect(follower: threading.Thread) -> None:

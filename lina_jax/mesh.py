@@ -120,7 +120,7 @@ def nodes(devices: Sequence[jax.Device]) -> list[int]:
 
 
 def sums_cross_nodes(mesh: Mesh) -> bool:
-    """Whether gradients are summed within nodes of GPUs and then between them: each `fsdp` group is in one node."""
+    """Whether gradients are summed within nodes of GPUs, then between them: no `fsdp` group spans several."""
     devices = list(mesh.devices.flat)
     node_of = np.array(nodes(devices)).reshape(mesh.devices.shape)
     groups = np.moveaxis(node_of, AXES.index("fsdp"), -1)

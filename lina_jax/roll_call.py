@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection
 
 from lina_jax.cluster import Cluster
-from lina_jax.errors import LinkFailed, UserError
+from lina_jax.errors import PartFailed, UserError
 
 _GREETING = "lina_jax"
 WAKE_S = 0.5  # after which one that waits looks for signals
@@ -19,7 +19,7 @@ _PATIENCE_S = 5.0  # with one that called and says nothing
 def hold(cluster: Cluster, timeout: float) -> None:
     """Returns when all have come; `timeout`: seconds.
 
-    Raises, in all that came, LinkFailed that names who did not (a late machine is nobody's mistake), and UserError
+    Raises, in all that came, PartFailed that names who did not (a late machine is nobody's mistake), and UserError
     where numbers do not fit.
     """
     deadline = time.monotonic() + timeout
@@ -32,7 +32,7 @@ def hold(cluster: Cluster, timeout: float) -> None:
 def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
     port = int(cluster.address.rpartition(":")[2])
     callers, here = [], {}  # all that called; by number, those that wait
-    mistake: UserError | LinkFailed | None = None
+    mistake: UserError | PartFailed | None = None
     with contextlib.ExitStack() as present:
         try:
             server = present.enter_context(_listen(port))
@@ -62,7 +62,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
         missing = set(range(1, cluster.processes)) - here.keys()
         if missing and not mistake:
             absent = f"{_listed(missing)} of {cluster.processes}"
-            mistake = LinkFailed(f"{absent} did not come within {timeout:g} s (--connect_timeout)")
+            mistake = PartFailed(f"{absent} did not come within {timeout:g} s (--connect_timeout)")
         verdict = [type(mistake).__name__, str(mistake)] if mistake else []
         for caller in callers:
             with contextlib.suppress(OSError):
@@ -98,11 +98,11 @@ def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
         else:
             if greeting == _GREETING and verdict:
                 kind, reason = verdict
-                raise {"UserError": UserError, "LinkFailed": LinkFailed}[kind](reason)
+                raise {"UserError": UserError, "PartFailed": PartFailed}[kind](reason)
             if greeting == _GREETING:
                 return
         time.sleep(0.1)  # it has not started yet
-    raise LinkFailed(
+    raise PartFailed(
         f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
     )
 

@@ -165,7 +165,7 @@ def _torus_rate(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]
 
 
 def _occupy(free: dict[str, float], now: float, collective: Collective) -> float:
-    """When it ends that starts once its links are free; they are taken until then."""
+    """When a collective ends, in seconds: it starts once its links are `free`, and takes them until then."""
     end = max([now, *(free[link] for link in collective.links)]) + collective.seconds
     free.update(dict.fromkeys(collective.links, end))
     return end
@@ -209,8 +209,7 @@ class _Walk:
             elif (found := self._collective(instruction, scope, times)) is not None:
                 phase, key, collective = found
                 if phase == "start":
-                    finish = _occupy(free, clock, collective)
-                    flying[key] = finish, collective
+                    flying[key] = _occupy(free, clock, collective), collective
                 elif phase == "done" and key in flying:
                     finish, collective = flying.pop(key)
                     wait = max(0.0, finish - clock)

@@ -154,7 +154,7 @@ def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
 
 
 def _ways(model: ModelConfig, chip: Chip) -> list[tuple[bool, str]]:
-    """Of running layers (scan_layers, attention_kernel), best first: as the model has it; on GPUs unrolled, too."""
+    """Of running layers (scan_layers, attention_kernel), best first: on GPUs unrolled, then as the model has it."""
     given = (model.scan_layers, model.attention_kernel)
     if chip.platform != "cuda":
         return [given]

@@ -3,8 +3,9 @@
 `python lina_jax/xla_flags.py tpu|gpu` prints those for this machine: `launch/environment.sh` gives them to runs, as
 LIBTPU_INIT_ARGS and XLA_FLAGS, and `plan` to its compilers. XLA ends a process over a flag that it does not know, so
 tests hold these against the installed jaxlib and libtpu. What is said of the effect of flags for TPUs and GPUs was
-read off programs compiled for pods that were not there (a scanned, rematerialised, fully sharded train step; libtpu
-0.0.42 for 16 chips, jaxlib 0.10.2 for 8 H200). Speed on the real thing has yet to be measured.
+read off programs compiled for pods that were not there (fully sharded train steps, scanned unless it says otherwise;
+libtpu 0.0.42 for 16 chips, jaxlib 0.10.2 for 8 H200 and for several such nodes). Speed on the real thing has yet to be
+measured.
 """
 
 import os

@@ -21,7 +21,7 @@ from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, datas
 from PIL import Image
 
 from lina_jax import data, decode, reading, retry
-from lina_jax.errors import LinkFailed, UserError
+from lina_jax.errors import PartFailed, UserError
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_a_worker_that_was_killed_is_no_bug_but_asks_for_a_restart(tmp_path):
     next(running)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(LinkFailed, match="a process that reads data was killed by signal 9"):
+    with pytest.raises(PartFailed, match="a process that reads data was killed by signal 9"):
         while True:
             next(running)
 

@@ -143,12 +143,14 @@ class Linear(nnx.Module):
         kernel = jax.lax.index_in_dim(kernel, part, axis=self.contracted, keepdims=False)
         return multiply(x.astype(self.dtype), kernel, self.contracted)
 
+    def _parts_first(self, y: jax.Array) -> jax.Array:
+        """An output (..., *outputs), or the bias (that of each image may be its own), its parts ahead of all else."""
+        return jnp.moveaxis(y, self.contracted - self.kernel[...].ndim, 0)
+
     def part(self, part: int, x: jax.Array) -> jax.Array:
         """One part of the output alone, (..., *outputs[1:])."""
         product = self._product_of(part, x)
-        # Its axis is counted from the last: biases may be those of each image.
-        bias = jnp.moveaxis(self.bias[...], self.contracted - self.kernel[...].ndim, 0)[part]
-        return product + spread(bias, product)
+        return product + spread(self._parts_first(self.bias[...])[part], product)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """All parts of the output. To cut one product, and to join its gradient again, costs more than it saves.
@@ -156,7 +158,7 @@ class Linear(nnx.Module):
         But on one CPU, of few tokens: there to cut the kernel costs more.
         """
         if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(x.shape[-self.contracted :]):
-            return list(jnp.moveaxis(self(x), self.contracted - self.kernel[...].ndim, 0))
+            return list(self._parts_first(self(x)))
         return [self.part(i, x) for i in range(self.kernel[...].shape[self.contracted])]
 
 
