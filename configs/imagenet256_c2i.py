@@ -26,7 +26,7 @@ def get_config(preset="w768"):
     width = int(preset.removeprefix("w"))
     config = default()
     config.batch_size = BATCH[preset]
-    config.model.update(width=width, heads=HEADS[preset], head_width=width, remat="dots")
+    config.model.update(width=width, heads=HEADS[preset], head_width=width)
     config.mesh.fsdp = 1 if preset == "w768" else 0
     config.data.path = "data/imagenet256"
     config.data.threads = 16

@@ -43,7 +43,7 @@ def get_config(preset="256"):
     config.batch_size = BATCH[preset]
     config.model.update(condition="text", text_encoder="features", text_length=256, text_dim=2560)
     config.model.update(latent_channels=4, patch_size=2, image_grid=(side, side), condition_grid=(side // 2, side // 2))
-    config.model.update(width=1536, heads=16, head_width=1536, remat="dots")
+    config.model.update(width=1536, heads=16, head_width=1536)
     config.autoencoder.update(kind="sdxl", stride=8, scaling_factor=0.13025)
     config.optim.learning_rate = LEARNING_RATE[preset]
     config.init_from.update(path=BEFORE[preset], rules="nova" if preset == "256" else "resolution")

@@ -13,7 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lina_jax import config_checks, flops, generate, hlo, measure, mesh, metrics, programs, roofline, state, xla_flags
+from lina_jax import (
+    config_checks,
+    execution,
+    flops,
+    generate,
+    hlo,
+    measure,
+    mesh,
+    metrics,
+    programs,
+    roofline,
+    state,
+    xla_flags,
+)
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.measure import Row
@@ -52,7 +65,7 @@ def _train(config: Config, runs: int) -> Row:
     if skipped := int(run.skipped):
         raise RuntimeError(f"{skipped} of {int(run.step)} steps had no update: loss or gradient was not finite")
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
-    row = _named("train", config.model) | _settings(config, devices)
+    row = _named("train", config.model) | _settings(plan.config, devices)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
     row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
     row |= measure.efficiency(needed, timing.median, _peak(config))
@@ -81,7 +94,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.last))
     (timing,) = measure.in_turns({"sample": lambda: compiled.executable(*arguments)}, runs).values()
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
-    row = _named("sample", config.model) | _settings(config, devices)
+    row = _named("sample", config.model) | _settings(execution.for_sampling(config, devices), devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
         "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.last[0]),
@@ -243,8 +256,7 @@ def _settings(config: Config, devices: Mesh) -> Row:
     return measure.machine() | {
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "dtype": config.model.dtype,
-        "remat": config.model.remat,
-        "scan_layers": config.model.scan_layers,
+        **execution.of(config.model),
         "attention_kernel": _kernel(config.model.attention_kernel),
     }
 

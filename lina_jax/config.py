@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from lina_jax import config_checks
 from lina_jax.errors import UserError
@@ -45,7 +46,7 @@ class ModelConfig:
     head_width: int = 768
     head_depth: int = 6
     attention: str = "linear"  # linear | softmax | hybrid
-    attention_kernel: str = "xla"  # xla | pallas (on TPUs and GPUs; elsewhere xla): the core of linear attention
+    attention_kernel: str = "auto"  # auto | xla | pallas (on TPUs and GPUs): the core of linear attention
     softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
     normalization: str = "division"  # division | subtraction
     depthwise_conv: bool = True
@@ -53,8 +54,9 @@ class ModelConfig:
     kv_gate: str = "head"  # none | head | shared | key | value | decoupled | dynamic
     rotary: bool = False
     dtype: str = "bfloat16"  # of activations; parameters are always float32
-    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs)
-    scan_layers: bool = True  # False unrolls them: slower to compile, faster on CPUs for a few layers
+    # How layers run, and what of them is kept for the gradient; "auto" and None: as suits the devices (execution.py).
+    remat: str = "auto"  # auto | none | dots (keep matrix products) | full (keep layer inputs)
+    scan_layers: bool | None = None  # False unrolls them: slower to compile, faster on CPUs for a few layers
 
     @property
     def image_tokens(self) -> int:
@@ -297,7 +299,18 @@ FREE_ON_RESUME = (
 
 def default() -> ml_collections.ConfigDict:
     """Every field with its default, as the locked ConfigDict that a file in `configs/` edits and flags override."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()), convert_dict=True).lock()
+    return ml_collections.ConfigDict(_editable(Config()), convert_dict=True).lock()
+
+
+def _editable(config: Any) -> dict[str, Any]:
+    """Fields as they are; of those that are None their type is kept, for flags."""
+    hints, fields = typing.get_type_hints(type(config)), {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            fields[name] = _editable(value)
+        else:
+            fields[name] = config_dict.placeholder(_given(hints[name])) if value is None else value
+    return fields
 
 
 def freeze(given: Mapping[str, Any]) -> Config:
@@ -377,6 +390,10 @@ def _build(kind: type, given: Any, prefix: str) -> Any:
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
     """The value as the field's type; ints pass as floats and lists as tuples, nothing else is converted."""
+    if isinstance(hint, types.UnionType):  # bool | None
+        if value is None:
+            return None
+        hint = _given(hint)
     if isinstance(hint, types.GenericAlias):  # tuple[int, int], tuple[str, ...]
         args = typing.get_args(hint)
         kind, length = args[0], None if args[-1] is Ellipsis else len(args)
@@ -389,3 +406,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if type(value) is not hint:
         raise UserError(f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
     return value
+
+
+def _given(hint: Any) -> type:
+    """bool of bool | None."""
+    return typing.get_args(hint)[0]

@@ -34,6 +34,7 @@ from lina_jax import (
     describe,
     encoders,
     errors,
+    execution,
     export,
     export_program,
     mesh,
@@ -176,7 +177,7 @@ def to_stablehlo(
     if lacking := sample.cannot_draw(config):
         raise UserError(lacking)
     one = mesh.build(MeshConfig(), jax.local_devices()[:1])
-    plan = state.blueprint(config, one, encoders.load_encoders(config, one))
+    plan = state.blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     kind = checkpoints.kind(step, ema=ema)

@@ -21,7 +21,20 @@ import jax
 from absl import flags
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, errors, flops, generate, hlo, mesh, programs, roofline, search, state, topology
+from lina_jax import (
+    config_file,
+    errors,
+    execution,
+    flops,
+    generate,
+    hlo,
+    mesh,
+    programs,
+    roofline,
+    search,
+    state,
+    topology,
+)
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
@@ -48,7 +61,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         "devices": len(devices),
         "mesh": dict(grid.shape),
         "batch_size": config.batch_size,
-        **{name: getattr(config.model, name) for name in search.LAYERS},
+        **execution.of(blueprint.config.model),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
@@ -143,7 +156,8 @@ def table(report: Report, detail: int = 0) -> str:
         f"{report['topology']}: {report['chips']} chips, mesh "
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
         f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
-        f"remat {report['remat']}, {report['parameters']:,} trained parameters",
+        f"{report['parameters']:,} trained parameters",
+        execution.described(**{name: report[name] for name in execution.FIELDS}),
         *_recommended(report),
         "",
         "train step",

@@ -8,24 +8,16 @@ from typing import Any
 
 import jax
 
-from lina_jax import flops, mesh, programs, state
+from lina_jax import execution, flops, mesh, programs, state
 from lina_jax.chips import Chip
-from lina_jax.config import Config, ModelConfig, flatten
+from lina_jax.config import Config, flatten
 from lina_jax.errors import UserError
-from lina_jax.models import tiles
 from lina_jax.topology import Topology
 
 GIB = 2**30
 TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
-FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
-# Arrays of a token's width that a block keeps for the backward pass: dots keeps what matrix products (query, key,
-# value, projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what
-# lies between them.
-KEPT = {"none": 26, "dots": 11, "full": 1}
 AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
 AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidate has sizes for; `data` takes the rest
-LAYERS = ("remat", "scan_layers", "attention_kernel")  # of the model: how layers run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +33,7 @@ class Candidate:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-        layers = f"layers {'scanned' if self.scan_layers else 'unrolled'}, attention by {self.attention_kernel}"
-        return f"{self.per_chip} images a chip, remat {self.remat}, {layers}, {axes}"
+        return f"{self.per_chip} images a chip, {execution.described(**execution.of(self))}, {axes}"
 
 
 def search(
@@ -100,7 +91,7 @@ def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> C
     return dataclasses.replace(
         config,
         batch_size=config.batch_size if chips is None else chosen["per_chip"] * chips,
-        model=dataclasses.replace(config.model, **{name: chosen[name] for name in LAYERS}),
+        model=dataclasses.replace(config.model, **{name: chosen[name] for name in execution.FIELDS}),
         mesh=dataclasses.replace(config.mesh, data=-1, **{axis: chosen[axis] for axis in AXES}),
     )
 
@@ -108,8 +99,8 @@ def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> C
 def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
     """Candidates that by estimate fit and that the mesh allows, those of most images a second first.
 
-    Ways of running layers take turns, best first: kernels have yet to run on a GPU, and it helps to know what to do
-    without.
+    Ways of running layers, which the sort leaves in their order, take turns: kernels have yet to run on a GPU, and it
+    helps to know what to do without.
 
     Raises UserError where the mesh allows none, with what it says of the one that cuts least.
     """
@@ -117,6 +108,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     sizes = [known] if fixed_batch else sorted({known} | {2**n for n in range(7)})
     replica = where.slices if config.mesh.replica == 1 else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
+    ways = execution.ways(config.model, where.chip)
     held, found, refusals = {}, [], []
     for sequence, tensor, fsdp in itertools.product((1, 2, 4), (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
@@ -127,8 +119,8 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             continue
         near = where.chip.torus or fsdp * sequence * tensor <= where.shape[1]
         link = where.chip.link if near else where.chip.slow_link
-        for per_chip, remat in itertools.product(sizes, RECOMPUTED):
-            candidate = Candidate(per_chip, remat, config.model.scan_layers, config.model.attention_kernel, **cut)
+        for per_chip, remat, way in itertools.product(sizes, execution.RECOMPUTED, ways):
+            candidate = Candidate(per_chip, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate), where.chips)
             try:
                 mesh.check(trial, grid)
@@ -138,13 +130,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             if (fsdp, tensor) not in held:
                 held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
-            if size + _activations(trial, candidate, where.chip, images) < FULL * where.chip.memory:
+            ahead = _ahead(candidate, where.chip) * execution.weights(trial.model)
+            if size + ahead + execution.activations(trial, images) < execution.FULL * where.chip.memory:
                 found.append((_seconds_an_image(trial, candidate, where.chip, link, images, size), candidate))
     if not held:
         raise UserError(f"--search: no mesh is possible: {refusals[0]}")
-    ways = [dict(zip(LAYERS[1:], way, strict=True)) for way in _ways(config.model, where.chip)]
-    by_speed = [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
-    return [dataclasses.replace(candidate, **way) for candidate in by_speed for way in ways]
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
 def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
@@ -153,38 +144,8 @@ def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
     return [f"--config.{name}={made[name]}" for name in made if name == "batch_size" or made[name] != given[name]]
 
 
-def _ways(model: ModelConfig, chip: Chip) -> list[tuple[bool, str]]:
-    """Of running layers (scan_layers, attention_kernel), best first: on GPUs unrolled, then as the model has it."""
-    given = (model.scan_layers, model.attention_kernel)
-    if chip.platform != "cuda":
-        return [given]
-    kernels = model.attention != "softmax" and model.width // model.heads <= tiles.GPU_LANES[1]
-    return list(dict.fromkeys([*[(False, "pallas")] * kernels, (False, "xla"), given]))
-
-
-def _activations(config: Config, candidate: Candidate, chip: Chip, images: float) -> float:
-    """Bytes of one device's activations, of so many images a device: what blocks keep, and the widest block's own.
-
-    Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
-    has a part of all the group's images.
-    """
-    model, width = config.model, config.model.width * 2
-    condition, image = model.condition_tokens, model.image_tokens
-    text = model.text_tokens if model.condition == "text" else 1
-    blocks = model.condition_depth * (text + condition) + model.image_depth * (condition + image)
-    head = config.loss.repeat * image * model.head_width * 2
-    kept = KEPT[candidate.remat] * (blocks * width + model.head_depth * head)
-    working = 2 * KEPT["none"] * max((condition + max(image, text)) * width, head)
-    return _ahead(candidate, chip) * _weights(model) + images * (kept + working) / config.optim.accumulate
-
-
 def _ahead(candidate: Candidate, chip: Chip) -> float:
     return AHEAD if chip.torus and candidate.fsdp > 1 and candidate.remat != "full" else 0.0
-
-
-def _weights(model: ModelConfig) -> float:
-    """Bytes of all blocks' matrices as they are gathered."""
-    return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 
 def _seconds_an_image(
@@ -192,8 +153,9 @@ def _seconds_an_image(
 ) -> float:
     """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
     model, layers = config.model, config.model.condition_depth + config.model.image_depth
-    work = flops.training_flops(model, config.loss) * (1 + RECOMPUTED[candidate.remat]) / (0.7 * chip.peak_flops)
-    weights = _weights(model)
+    again = execution.RECOMPUTED[candidate.remat]
+    work = flops.training_flops(model, config.loss) * (1 + again) / (0.7 * chip.peak_flops)
+    weights = execution.weights(model)
     links = link * (2 if chip.torus else 1)
     # Gathered forward and backward, and the gradient scattered; or the gradient summed.
     gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - _ahead(candidate, chip))

@@ -14,9 +14,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from lina_jax import execution, optim, xla_flags
 from lina_jax import mesh as mesh_lib
-from lina_jax import optim, xla_flags
-from lina_jax.config import Config, EmaConfig
+from lina_jax.config import Config, EmaConfig, ModelConfig
 from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain, gathered
 from lina_jax.models import flow, vae
@@ -58,6 +58,7 @@ class Blueprint:
     config: Config
     mesh: Mesh
     graphdef: nnx.GraphDef
+    sampling_graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
     decayed: Tree  # bools like params
@@ -69,6 +70,10 @@ class Blueprint:
 
     def model(self, params: Tree, frozen: Tree) -> LINA:
         return nnx.merge(self.graphdef, params, frozen)
+
+    def sampler(self, params: Tree, frozen: Tree) -> LINA:
+        """The same with layers as programs that sample run them (`execution.for_sampling`)."""
+        return nnx.merge(self.sampling_graphdef, params, frozen)
 
     def sampling_params(self, params: Tree, frozen: Tree) -> Tree:
         """The parameters as programs read them that sample, many times over.
@@ -151,9 +156,13 @@ class Program:
 
 
 def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
-    """The plan of a run; `encoders` where it trains from pixels, or draws pictures, with frozen ones."""
-    model = nnx.eval_shape(lambda: LINA(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params, frozen = nnx.split(model, nnx.Param, Frozen)
+    """The plan of a run; `encoders` where it trains from pixels, or draws pictures, with frozen ones.
+
+    How layers run is settled in its config.
+    """
+    config, sampled = execution.settled(config, mesh), execution.for_sampling(config, mesh)
+    graphdef, params, frozen = _abstract(config.model)
+    sampling_graphdef = graphdef if sampled.model == config.model else _abstract(sampled.model)[0]
 
     def with_sharding(variable):
         shape = variable.get_value().shape
@@ -170,7 +179,11 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
-    return Blueprint(config, mesh, graphdef, optimizer, shapes, decayed, encoders or Encoders())
+    return Blueprint(config, mesh, graphdef, sampling_graphdef, optimizer, shapes, decayed, encoders or Encoders())
+
+
+def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: LINA(model, rngs=nnx.Rngs(0))), nnx.Param, Frozen)
 
 
 def _matrix_axes(variable: nnx.Variable) -> tuple | None:

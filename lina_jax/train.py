@@ -31,7 +31,9 @@ from lina_jax import (
     config_file,
     data,
     errors,
+    execution,
     hosts,
+    kernel_check,
     mesh,
     metrics,
     periodic,
@@ -69,6 +71,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
+    kernel_check.check(plan.config.model)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
@@ -221,6 +224,7 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
     print(table, file=sys.stderr)
     print(
         f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
+        f"{execution.described(**execution.of(plan.config.model))}; "
         + (f"going on from step {first}" if first else "starting")
         + f" to step {config.steps}",
         file=sys.stderr,

@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import nnx
 from golden_case import GOLDEN, Case
 
-from lina_jax import generate, hlo, mesh, state, topology
+from lina_jax import generate, hlo, kernel_check, mesh, state, topology
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import attention, attention_kernel, tiles
@@ -115,6 +115,21 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
     ours, others = (distance(outcome(function, core, arguments, direction)) for function in (kernels, plain))
     for a, b in zip(ours, others, strict=True):
         assert a < 1.25 * b, (ours, others)
+
+
+@on_each_device
+def test_a_run_relies_on_kernels_that_agree_with_the_plain_path(device, tiny, monkeypatch):
+    model = tiny(model={"attention_kernel": "pallas"}).model
+    monkeypatch.setattr(kernel_check, "SIDE", 8)
+    kernel_check.check(model)  # no kernels here, nothing is compared
+    with tiles.interpreted(device):
+        kernel_check.check(model)
+        monkeypatch.setattr(Core, "features", lambda core, x: x)
+        with pytest.raises(UserError, match=r"attention_kernel=pallas: on cpu its results differ .* by up to \d"):
+            kernel_check.check(model)
+        monkeypatch.setattr(Core, "features", lambda core, x: jnp.nan * x)
+        with pytest.raises(UserError, match="by up to nan%"):
+            kernel_check.check(model)
 
 
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)
