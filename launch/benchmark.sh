@@ -97,19 +97,15 @@ else
   if [ -z "$dry_run" ]; then devices=$("$python" -c 'import jax; print(jax.device_count())'); fi
   for kernel in xla pallas; do
     measured attention --tokens=320,1280,5120 --batches=8 --attention_kernel=$kernel || true
-    sweep train configs/imagenet256_c2i.py:w1536 16 32 64 128 -- --config.model.attention_kernel=$kernel
+    sweep train configs/imagenet256_c2i.py:w1536 8 16 32 64 128 -- --config.model.attention_kernel=$kernel
     sweep train configs/t2i.py:256 8 16 32 64 -- --config.model.attention_kernel=$kernel
-    sweep train configs/t2i.py:512 4 8 16 32 -- --config.model.attention_kernel=$kernel
+    sweep train configs/t2i.py:512 2 4 8 16 32 -- --config.model.attention_kernel=$kernel
     sweep train configs/t2i.py:1024 1 2 4 8 -- --config.model.attention_kernel=$kernel
   done
   if [ "$accelerator" = gpu ]; then
-    # What plans best (docs/performance.md).
-    flags=(--config.model.attention_kernel=pallas --config.model.scan_layers=False --config.model.remat=none)
-    sweep train configs/imagenet256_c2i.py:w1536 8 16 32 64 -- "${flags[@]}"
-    sweep train configs/t2i.py:256 8 16 32 -- "${flags[@]}"
-    sweep train configs/t2i.py:512 2 4 8 16 -- "${flags[@]}"
-    sweep train configs/t2i.py:1024 1 2 4 -- "${flags[@]}"
-    sweep sample configs/t2i.py:1024 1 8 -- "${flags[@]}" --autoencoder --repeats=3
+    # What unrolled layers are worth, and what they cost to compile.
+    sweep train configs/t2i.py:256 8 32 -- --config.model.scan_layers=True --config.model.remat=dots
+    sweep sample configs/t2i.py:1024 1 -- --config.model.scan_layers=False --autoencoder --repeats=3
   fi
   sweep sample configs/t2i.py:1024 1 8 -- --autoencoder --repeats=3
 fi
