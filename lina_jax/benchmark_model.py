@@ -19,6 +19,7 @@ from lina_jax import (
     flops,
     generate,
     hlo,
+    kernel_check,
     measure,
     mesh,
     metrics,
@@ -52,6 +53,7 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 def _train(config: Config, runs: int) -> Row:
     devices = mesh.of(config)
     plan = state.blueprint(config, devices)
+    kernel_check.check(plan.config.model)
     program, (shapes, batch) = programs.train_step(config, devices)
     compiled = programs.compile_program(program, (shapes, batch), {})
     run, batch = plan.start(weights(shapes.params), weights(shapes.frozen)), inputs(batch, config.model)
@@ -88,13 +90,15 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     devices = _devices(config, images)
     mesh.check_model(config.model, devices)
+    settled = execution.for_inference(config, devices)
+    kernel_check.check(settled.model)
     program, arguments = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
     compiled = programs.compile_program(program, arguments, {})
     params, frozen, *rest = arguments
     arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.last))
     (timing,) = measure.in_turns({"sample": lambda: compiled.executable(*arguments)}, runs).values()
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
-    row = _named("sample", config.model) | _settings(execution.for_sampling(config, devices), devices)
+    row = _named("sample", config.model) | _settings(settled, devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
         "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.last[0]),

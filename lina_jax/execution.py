@@ -6,21 +6,23 @@ Remat, scans and kernels change nothing beyond rounding, so that a run may go on
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lina_jax import chips
-from lina_jax.chips import Chip
 from lina_jax.config import Config, ModelConfig
 from lina_jax.models import tiles
 from lina_jax.models.draws import most_visible
 
 FIELDS = ("remat", "scan_layers", "attention_kernel")  # of the model
 OPEN = ("auto", None)  # of these: as suits the devices
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # of the work, done again in the backward pass
-# Arrays of a token's width that a block keeps for the backward pass, and that there are beside them: dots keeps what
-# matrix products (query, key, value, projection, four of the hidden layer, one more) and convolutions give, and the
-# block's input; none also what lies between them. With kernels: fitted to what is planned for GPUs.
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # by each policy, of the work, in the backward pass
+# Arrays of a token's width that a block keeps for the backward pass. dots keeps what matrix products (query, key,
+# value, projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what
+# lies between them. And those that the widest block has while it works.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
+# The same with kernels, fitted to what is planned for GPUs.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 
@@ -28,41 +30,44 @@ FULL = 0.92  # of the memory: what an estimate may fill; compilers need some roo
 def settled(config: Config, mesh: Mesh) -> Config:
     """The config with a choice for each of FIELDS that it leaves open, for the devices of a mesh.
 
-    GPUs keep for the gradient as much as by estimate fits. TPUs, and GPUs that `chips` does not know, keep what matrix
-    products give, CPUs everything.
+    GPUs keep for the gradient as much as by estimate fits. TPUs keep what matrix products give, and so do GPUs that do
+    not tell their memory; CPUs keep everything.
     """
-    device = mesh.devices.flat[0]
-    chip = chips.of_kind(device.device_kind)
-    config = _filled(config, **ways(config.model, chip)[0])
-    if device.platform == "gpu" and chip:
-        sharded = mesh.shape["fsdp"] * mesh.shape["tensor"]
-        held = _state_bytes(config.model) / sharded + weights(config.model)
-        trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
-        images = config.batch_size / mesh.size
-        return next((c for c in trials if held + activations(c, images) < FULL * chip.memory), trials[-1])
-    return _filled(config, remat="none" if device.platform == "cpu" else "dots")
+    platform = mesh.devices.flat[0].platform
+    config = _filled(config, **ways(config.model, platform)[0])
+    memory = _memory(mesh) if platform == "gpu" else 0.0
+    if not memory:
+        return _filled(config, remat="none" if platform == "cpu" else "dots")
+    room = FULL * memory - _state_bytes(config.model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
+    images = config.batch_size / mesh.size
+    return next((c for c in trials if activations(c, images) + weights(c.model) < room), trials[-1])
 
 
-def for_sampling(config: Config, mesh: Mesh) -> Config:
+def for_inference(config: Config, mesh: Mesh) -> Config:
     """`settled`, but GPUs scan, too: unrolled, what samples takes 2 % less time and five times as much to compile."""
     return _filled(_filled(config, scan_layers=True), **of(settled(config, mesh).model))
 
 
 def for_all_platforms(config: Config) -> Config:
     """The config with the choices of a program that runs anywhere."""
-    return _filled(config, remat="none", **ways(config.model, None)[0])
+    return _filled(config, remat="none", **ways(config.model, "cpu")[0])
 
 
-def ways(model: ModelConfig, chip: Chip | None) -> list[dict[str, Any]]:
-    """Choices of scan_layers and attention_kernel for a chip, best first, that agree with what the model sets."""
-    gpu = chip is not None and chip.platform == "cuda"
-    kernels = ["xla"]
-    if gpu and model.attention != "softmax" and model.width // model.heads <= tiles.GPU_LANES[1]:
-        kernels = ["pallas", "xla"]
-    if model.attention_kernel not in OPEN:
-        kernels = [model.attention_kernel]
-    scan = not gpu if model.scan_layers in OPEN else model.scan_layers
+def ways(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
+    """Choices of scan_layers and attention_kernel for a platform, best first, that agree with what the model sets."""
+    channels = model.width // model.heads
+    # More of float32 exceeds the shared memory of an A100.
+    most = tiles.GPU_LANES[1] if model.dtype == "bfloat16" else tiles.GPU_LANES[1] // 2
+    kernels = ["pallas"] if platform == "gpu" and model.attention != "softmax" and channels <= most else []
+    kernels = [*kernels, "xla"] if model.attention_kernel in OPEN else [model.attention_kernel]
+    scan = platform != "gpu" if model.scan_layers in OPEN else model.scan_layers
     return [{"scan_layers": scan, "attention_kernel": kernel} for kernel in kernels]
+
+
+def policies(model: ModelConfig) -> list[str]:
+    """Of remat, those that agree with what the model sets."""
+    return list(RECOMPUTED) if model.remat in OPEN else [model.remat]
 
 
 def described(remat: str, scan_layers: bool, attention_kernel: str) -> str:
@@ -80,25 +85,45 @@ def activations(config: Config, images: float) -> float:
     Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
     has a part of all the group's images.
     """
-    model, width = config.model, config.model.width * 2
+    model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens
     text = model.text_tokens if model.condition == "text" else 1
-    encoded = 2 * condition + most_visible(config.loss, image) + image  # by both halves
-    blocks = model.condition_depth * (text + condition) + model.image_depth // 2 * encoded
-    head = config.loss.repeat * image * model.head_width * 2
+    visible, half = most_visible(config.loss, image), model.image_depth // 2
+    stacks = (model.condition_depth, text + condition), (half, condition + visible), (half, condition + image)
+    width = model.width * size
+    head = config.loss.repeat * image * model.head_width * size
     kept, working = (KEPT, WORKING) if model.attention_kernel == "xla" else (KEPT_WITH_KERNELS, WORKING_WITH_KERNELS)
-    kept = kept[model.remat] * (blocks * width + model.head_depth * head)
-    return images * (kept + working * max((condition + max(image, text)) * width, head)) / config.optim.accumulate
+    blocks = sum(depth * tokens for depth, tokens in stacks) * width
+    total = kept[model.remat] * (blocks + model.head_depth * head)
+    if model.remat == "none":  # scores of softmax, in the model's dtype and in float32
+        softmax = {"linear": 0.0, "softmax": 1.0, "hybrid": 1 / model.softmax_period}[model.attention]
+        total += softmax * sum(depth * tokens**2 for depth, tokens in stacks) * model.heads * (size + 4)
+    return images * (total + working * max((condition + max(image, text)) * width, head)) / config.optim.accumulate
 
 
 def weights(model: ModelConfig) -> float:
     """Bytes of all blocks' matrices as they are gathered."""
-    return 2 * 12 * model.width**2 * (model.condition_depth + model.image_depth)
+    return jnp.dtype(model.dtype).itemsize * _numbers(model)
 
 
 def _state_bytes(model: ModelConfig) -> float:
     """Of blocks' matrices, float32: parameters, gradients, two moments, EMA."""
-    return 5 * 2 * weights(model)
+    return 5 * 4 * _numbers(model)
+
+
+def _numbers(model: ModelConfig) -> float:
+    return 12 * model.width**2 * (model.condition_depth + model.image_depth)
+
+
+def _memory(mesh: Mesh) -> float:
+    """Bytes that programs of a GPU have: as the device says, or where it is not there, as `chips` does; 0: unknown."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    try:
+        told = own[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # of a device that is not there
+        told = {}
+    chip = chips.of_kind(own[0].device_kind)
+    return told.get("bytes_limit", chip.memory if chip else 0.0)
 
 
 def _filled(config: Config, **choices: Any) -> Config:

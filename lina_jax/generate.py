@@ -174,7 +174,7 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
     def program(params, frozen, condition, images, seed, weights):
         order, noise = image_draws(seed, images, config.model)
         condition = plan.condition(weights, condition)
-        model = plan.sampler(plan.sampling_params(params, frozen), frozen)
+        model = plan.inference(plan.sampling_params(params, frozen), frozen)
         return to_pixels(decode(model, condition, order, noise, steps), plan, weights)
 
     return plan.jit(program, plan.encoders.weights)
@@ -202,11 +202,11 @@ class Stepper:
         def begin(guided, params, frozen, condition, images, seed, temperature, weights):
             order, noise = image_draws(seed, images, config.model)
             condition = plan.condition(weights, condition)
-            draws = prepare(plan.sampler(params, frozen), condition, order, temperature * noise, guided=guided)
+            draws = prepare(plan.inference(params, frozen), condition, order, temperature * noise, guided=guided)
             return constrain(jnp.zeros_like(noise), "batch", None, None), draws, plan.sampling_params(params, frozen)
 
         def step(shape, params, frozen, tokens, draws, inputs):
-            tokens = advance(plan.sampler(params, frozen), tokens, draws, inputs, shape)
+            tokens = advance(plan.inference(params, frozen), tokens, draws, inputs, shape)
             return constrain(tokens, "batch", None, None)
 
         self._config = config
@@ -248,7 +248,7 @@ def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
     def program(params, frozen, condition, images, seed, weights):
         order, noise = image_draws(seed, images, config.model)
         condition = plan.condition(weights, condition)
-        tokens = decode(plan.sampler(plan.sampling_params(params, frozen), frozen), condition, order, noise, steps)
+        tokens = decode(plan.inference(plan.sampling_params(params, frozen), frozen), condition, order, noise, steps)
         rank = jnp.argsort(order, axis=1)[..., None]
         return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), plan, weights), made)
 

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
-from lina_jax import data, example, generate, images, reading, sample
+from lina_jax import data, example, execution, generate, images, reading, sample
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, DataConfig, SampleConfig
 from lina_jax.data import Records
@@ -54,6 +54,7 @@ class Drawn:
         self._program = generate.make_sampler(plan, settings)
         # A workdir and a step alone do not say which autoencoder decodes, nor how.
         made_by = {name: dataclasses.asdict(getattr(plan.config, name)) for name in PIXELS}
+        made_by["model"] = {k: v for k, v in made_by["model"].items() if k not in execution.FIELDS}
         self.facts = {"seed": seed, "sample": vars(settings), **made_by, **facts}
         self.weights: tuple[Tree, Tree] = ({}, {})
 

@@ -240,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
             fixed_batch=values.batch_per_chip is not None,
         )
         if values.sampling and report["fits"]:
-            best = search.apply(config, report["recommended"], where.chips)
+            best = search.recommended(config, report["recommended"], where.chips, devices)
             report["sampling"] = _sampling(best, where, mesh.of(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)

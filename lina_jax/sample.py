@@ -26,6 +26,7 @@ from lina_jax import (
     encoders,
     errors,
     hosts,
+    kernel_check,
     mesh,
     metrics,
     pictures,
@@ -186,6 +187,7 @@ def load(
     devices = mesh.build(config.mesh)
     mesh.check_model(config.model, devices)
     plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
+    kernel_check.check(plan.config.model)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step

@@ -75,7 +75,7 @@ def search(
         )
         tried.append(dataclasses.asdict(candidate) | {"fits": report["fits"], "predicted_mfu": mfu})
         report["recommended"] = dataclasses.asdict(candidate)
-        report["overrides"] = overrides(config, report["recommended"], where.chips)
+        report["overrides"] = overrides(config, recommended(config, report["recommended"], where.chips, devices))
         if best is None or (report["fits"], report.get("images_per_s", 0)) > (
             best["fits"],
             best.get("images_per_s", 0),
@@ -108,7 +108,8 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     sizes = [known] if fixed_batch else sorted({known} | {2**n for n in range(7)})
     replica = where.slices if config.mesh.replica == 1 else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
-    ways = execution.ways(config.model, where.chip)
+    policies = execution.policies(config.model)
+    ways = execution.ways(config.model, "tpu" if where.chip.torus else "gpu")
     held, found, refusals = {}, [], []
     for sequence, tensor, fsdp in itertools.product((1, 2, 4), (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
@@ -119,7 +120,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             continue
         near = where.chip.torus or fsdp * sequence * tensor <= where.shape[1]
         link = where.chip.link if near else where.chip.slow_link
-        for per_chip, remat, way in itertools.product(sizes, execution.RECOMPUTED, ways):
+        for per_chip, remat, way in itertools.product(sizes, policies, ways):
             candidate = Candidate(per_chip, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate), where.chips)
             try:
@@ -138,9 +139,17 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def overrides(config: Config, chosen: dict[str, Any], chips: int) -> list[str]:
-    """The flags that make a candidate of the config; among them always its batch (--batch_per_chip may set it)."""
-    given, made = flatten(config), flatten(apply(config, chosen, chips))
+def recommended(config: Config, chosen: dict[str, Any], chips: int, devices: Sequence[jax.Device]) -> Config:
+    """`apply`, with fields left open where they would become what was chosen: sampling has its own way then."""
+    made = apply(config, chosen, chips)
+    left = dataclasses.replace(made, model=config.model)
+    settled = execution.settled(left, mesh.of(left, devices))
+    return left if execution.of(settled.model) == execution.of(made.model) else made
+
+
+def overrides(config: Config, recommendation: Config) -> list[str]:
+    """The flags that make this of the config; among them always its batch (--batch_per_chip may set it)."""
+    given, made = flatten(config), flatten(recommendation)
     return [f"--config.{name}={made[name]}" for name in made if name == "batch_size" or made[name] != given[name]]
 
 

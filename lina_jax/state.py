@@ -58,7 +58,7 @@ class Blueprint:
     config: Config
     mesh: Mesh
     graphdef: nnx.GraphDef
-    sampling_graphdef: nnx.GraphDef
+    inference_graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
     decayed: Tree  # bools like params
@@ -71,9 +71,9 @@ class Blueprint:
     def model(self, params: Tree, frozen: Tree) -> LINA:
         return nnx.merge(self.graphdef, params, frozen)
 
-    def sampler(self, params: Tree, frozen: Tree) -> LINA:
-        """The same with layers as programs that sample run them (`execution.for_sampling`)."""
-        return nnx.merge(self.sampling_graphdef, params, frozen)
+    def inference(self, params: Tree, frozen: Tree) -> LINA:
+        """The same with layers as programs without gradients run them (`execution.for_inference`)."""
+        return nnx.merge(self.inference_graphdef, params, frozen)
 
     def sampling_params(self, params: Tree, frozen: Tree) -> Tree:
         """The parameters as programs read them that sample, many times over.
@@ -160,9 +160,9 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
 
     How layers run is settled in its config.
     """
-    config, sampled = execution.settled(config, mesh), execution.for_sampling(config, mesh)
+    config, inference = execution.settled(config, mesh), execution.for_inference(config, mesh)
     graphdef, params, frozen = _abstract(config.model)
-    sampling_graphdef = graphdef if sampled.model == config.model else _abstract(sampled.model)[0]
+    inference_graphdef = graphdef if inference.model == config.model else _abstract(inference.model)[0]
 
     def with_sharding(variable):
         shape = variable.get_value().shape
@@ -179,7 +179,7 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
-    return Blueprint(config, mesh, graphdef, sampling_graphdef, optimizer, shapes, decayed, encoders or Encoders())
+    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, decayed, encoders or Encoders())
 
 
 def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -363,7 +363,7 @@ def make_eval_step(plan: Blueprint) -> Program:
         key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no training step has this number
         tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
-        losses = plan.model(params, frozen).token_losses(tokens, condition, draws, sigmas)
+        losses = plan.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
         level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * NOISE_LEVELS).astype(jnp.int32), 0, NOISE_LEVELS - 1)
         bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]

@@ -67,11 +67,11 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
     plan = state.blueprint(config, devices, encoders)
+    hosts.check_same("layers", execution.of(plan.config.model))
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
     mesh.cache_programs(workdir / "compiled")
-    kernel_check.check(plan.config.model)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     run = checkpoints.restore(plan) if resumed else begun or plan.init()
@@ -81,6 +81,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         checkpoints.close()
         _conclude(config, workdir, first)
         return run
+    kernel_check.check(plan.config.model)
     write_config(workdir, config)
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")

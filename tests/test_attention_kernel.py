@@ -118,18 +118,36 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
 
 
 @on_each_device
-def test_a_run_relies_on_kernels_that_agree_with_the_plain_path(device, tiny, monkeypatch):
-    model = tiny(model={"attention_kernel": "pallas"}).model
+@pytest.mark.parametrize("variant", [{}, {"kv_gate": "dynamic", "rotary": True}], ids=["plain", "dynamic and rotary"])
+def test_kernels_that_agree_with_the_plain_path_pass_the_check_of_a_run(variant, device, tiny, monkeypatch):
     monkeypatch.setattr(kernel_check, "SIDE", 8)
-    kernel_check.check(model)  # no kernels here, nothing is compared
+    model = tiny(model={"attention_kernel": "pallas", "dtype": "bfloat16", "width": 128, "heads": 4} | variant).model
     with tiles.interpreted(device):
         kernel_check.check(model)
-        monkeypatch.setattr(Core, "features", lambda core, x: x)
-        with pytest.raises(UserError, match=r"attention_kernel=pallas: on cpu its results differ .* by up to \d"):
-            kernel_check.check(model)
-        monkeypatch.setattr(Core, "features", lambda core, x: jnp.nan * x)
-        with pytest.raises(UserError, match="by up to nan%"):
-            kernel_check.check(model)
+
+
+def broken(features):
+    def compute(core, x):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nand more")
+
+    return {"wrong": lambda core, x: x, "nan": lambda core, x: jnp.nan * x, "failing": compute}[features]
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        ("wrong", r"differs from XLA's products by \d"),
+        ("nan", "differs from XLA's products by nan%"),
+        ("failing", "does not compile or run: INTERNAL: no such instruction \\("),
+    ],
+)
+def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, tiny, monkeypatch):
+    monkeypatch.setattr(kernel_check, "SIDE", 8)
+    monkeypatch.setattr(Core, "features", broken(features))
+    config = tiny(model={"attention_kernel": "pallas"})
+    kernel_check.check(config.model)  # no kernels here, nothing is compared
+    with tiles.interpreted("gpu"), pytest.raises(UserError, match=f"attention_kernel=pallas: on cpu it {reason}"):
+        kernel_check.check(config.model)
 
 
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)

@@ -53,7 +53,7 @@ def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
         candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
         return [dataclasses.replace(candidate, per_chip=0) for candidate in candidates]
 
-    tight = 5e5
+    tight = 1e6
     assert 0 < len(found((2, 2, 1), tight)) < len(found((2, 2, 1), 1e12))
     assert found((2, 2, 1), tight) == found((2, 2, 2), tight)
 
@@ -104,6 +104,16 @@ def test_what_a_search_recommends_is_told_as_flags_of_training(tiny):
     assert {name: str(value) for name, value in planned[0].items()} == (
         {name: str(value) for name, value in flatten(given).items()} | flags
     )
+
+
+def test_a_search_leaves_alone_what_a_config_sets_and_open_what_devices_choose_so(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
+    found = search.ranked(tiny(batch_size=16, model={"remat": "full"}), where, jax.devices(), fixed_batch=True)
+    assert {candidate.remat for candidate in found} == {"full"}
+    given = tiny(batch_size=16, model={"scan_layers": None})  # on the CPUs that stand for chips here: remat none
+    for candidate in search.ranked(given, where, jax.devices(), fixed_batch=True):
+        made = search.recommended(given, dataclasses.asdict(candidate), where.chips, jax.devices())
+        assert made.model.remat == ("auto" if candidate.remat == "none" else candidate.remat)
 
 
 def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
