@@ -46,7 +46,6 @@ class ModelConfig:
     head_width: int = 768
     head_depth: int = 6
     attention: str = "linear"  # linear | softmax | hybrid
-    attention_kernel: str = "auto"  # auto | xla | pallas (on TPUs and GPUs): the core of linear attention
     softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
     normalization: str = "division"  # division | subtraction
     depthwise_conv: bool = True
@@ -54,9 +53,10 @@ class ModelConfig:
     kv_gate: str = "head"  # none | head | shared | key | value | decoupled | dynamic
     rotary: bool = False
     dtype: str = "bfloat16"  # of activations; parameters are always float32
-    # How layers run, and what of them is kept for the gradient; "auto" and None: as suits the devices (execution.py).
+    # How layers run, which changes nothing beyond rounding; "auto" and None: as suits the devices (execution.py).
     remat: str = "auto"  # auto | none | dots (keep matrix products) | full (keep layer inputs)
-    scan_layers: bool | None = None  # False unrolls them: slower to compile, faster on CPUs for a few layers
+    scan_layers: bool | None = None  # False unrolls them: slower to compile, faster on GPUs, and of few layers on CPUs
+    attention_kernel: str = "auto"  # auto | xla | pallas (on TPUs and GPUs): the core of linear attention
 
     @property
     def image_tokens(self) -> int:

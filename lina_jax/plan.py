@@ -94,6 +94,7 @@ def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Repor
     steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     euler = float(steps.euler_steps.mean())
     made = _compiled("sampling step", program, arguments, where, grid, memory, unknown_trips=euler)
+    made |= execution.of(execution.for_inference(config, grid).model)
     if seconds := made.pop("predicted_step_s", None):
         needed = images * flops.sampling_flops(config.model, steps)
         made |= {
@@ -157,10 +158,9 @@ def table(report: Report, detail: int = 0) -> str:
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
         f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
         f"{report['parameters']:,} trained parameters",
-        execution.described(**{name: report[name] for name in execution.FIELDS}),
         *_recommended(report),
         "",
-        "train step",
+        f"train step: {_layers(report)}",
         *_rows(report, detail),
     ]
     if "predicted_mfu" in report:
@@ -172,7 +172,7 @@ def table(report: Report, detail: int = 0) -> str:
             f"  {report['steps']:,} steps  {report['days']:.1f} days, {report['chip_hours']:,.0f} chip-hours",
         ]
     if made := report.get("sampling"):
-        rows += ["", "sampling step", *_rows(made, detail)]
+        rows += ["", f"sampling step: {_layers(made)}", *_rows(made, detail)]
         if "predicted_s" in made:
             rows += [
                 f"  {made['images']} images     {made['predicted_s']:.2f} s, {made['images_per_s']:,.1f} images/s, "
@@ -181,6 +181,10 @@ def table(report: Report, detail: int = 0) -> str:
                 f"compiled {made['compiled_flops'] / 1e12:,.0f} T",
             ]
     return "\n".join(rows)
+
+
+def _layers(part: Report) -> str:
+    return execution.described(**{name: part[name] for name in execution.FIELDS})
 
 
 def _recommended(report: Report) -> list[str]:

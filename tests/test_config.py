@@ -107,6 +107,16 @@ def test_a_config_survives_json(pixels):
     assert freeze(json.loads(json.dumps(pixels))) == freeze(pixels)
 
 
+def test_what_is_open_can_be_set_to_its_type_alone(pixels):
+    open_fields = default().model
+    assert open_fields.scan_layers is None
+    open_fields.scan_layers = False
+    with pytest.raises(TypeError):
+        open_fields.scan_layers = "yes"
+    for value in (None, True, False):
+        assert freeze(change(pixels, model={"scan_layers": value})).model.scan_layers is value
+
+
 def test_integers_pass_as_floats_and_lists_as_tuples(pixels):
     config = freeze(
         change(pixels, optim={"learning_rate": 1}, model={"image_grid": [4, 6]}, log={"preview_prompts": ["a"]})
@@ -148,6 +158,7 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("model.width", 768.0, "model.width=768.0: expected int, got float"),
         ("model.width", True, "model.width=True: expected int, got bool"),
         ("optim.learning_rate", True, "optim.learning_rate=True: expected float, got bool"),
+        ("model.scan_layers", "auto", "model.scan_layers='auto': expected bool, got str"),
         ("model.image_grid", 16, "model.image_grid=16: expected 2 values of type int"),
         ("model.image_grid", (16, 16, 16), "model.image_grid=(16, 16, 16): expected 2 values of type int"),
         ("model.image_grid", (16, 1.5), "model.image_grid=1.5: expected int, got float"),
@@ -276,9 +287,10 @@ def test_the_number_of_steps_belongs_to_a_cosine_schedule(pixels):
     [
         (["--config.modle.width=1"], "unknown config field modle.width (did you mean model?)"),
         (["--config.model.width=wide"], "--config.model.width=wide: expected a whole number"),
+        (["--config.model.width=32", "--config.model.scan_layers=some"], "expected true or false"),
         (["--config.data.path=no/such/place"], "no/such/place"),
     ],
-    ids=["unknown field", "bad type", "missing data"],
+    ids=["unknown field", "bad type", "bad type of an open field", "missing data"],
 )
 def test_the_command_line_says_what_is_wrong_in_one_line(run_module, tmp_path, overrides, message):
     workdir = tmp_path / "run"
