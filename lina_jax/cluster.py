@@ -36,7 +36,7 @@ def the_cluster(
     if not 0 <= process_id < processes:
         raise UserError(f"{given}: expected 0 <= process_id < processes")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"{given}: expected HOST:PORT, the port from 1 to 65535")
     return Cluster(address, processes, process_id)
 

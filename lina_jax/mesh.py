@@ -148,7 +148,7 @@ def parse(text: str) -> MeshConfig:
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.removeprefix("-").isdigit():
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise UserError(f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes {', '.join(AXES)}")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)

@@ -14,6 +14,8 @@ from lina_jax.errors import UserError
 
 def check(flag: str, directory: Path) -> None:
     """Raises UserError, naming the flag, unless `directory` can be made or is there and can be written."""
+    if directory.parts[:1] and directory.parts[0].endswith(":"):  # gs://BUCKET, of which a Path keeps one slash
+        raise UserError(f"--{flag}={directory}: a URL; mount the bucket and give a directory (docs/pods.md)")
     nearest = _nearest(directory)
     if not nearest.is_dir():
         raise UserError(f"--{flag}={directory}: {nearest} is not a directory")

@@ -147,12 +147,12 @@ def compile_program(program: Program, arguments: tuple, options: Mapping[str, ob
 
 def _out_of_memory(message: str) -> OutOfMemory | None:
     """Of 'Used 19.75G of 15.75G hbm', or '... (143.31G) exceeds available HBM (95.74G)'."""
-    number = r"([\d.]+)([KMGT]?)"
+    number = r"([\d.]+)([KMGTP]?)"
     match = re.search(rf"Used {number} of {number} hbm", message)
     match = match or re.search(rf"\({number}\) exceeds available HBM \({number}\)", message)
     if not match:
         return None
-    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
     return OutOfMemory(float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]])
 
 

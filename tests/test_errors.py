@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,8 @@ def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkey
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=rf"^--out={path}: {tmp_path}/file is not a directory"):
             places.check("out", path)
+    with pytest.raises(UserError, match=r"^--out=gs:/bucket/run: a URL; mount the bucket"):
+        places.check("out", Path("gs://bucket/run"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match=rf"^--out={tmp_path}/new: {tmp_path} cannot be written"):
         places.check("out", tmp_path / "new")

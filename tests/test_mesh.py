@@ -393,7 +393,7 @@ def test_a_mesh_on_the_command_line():
     assert mesh.parse("") == MeshConfig()
 
 
-@pytest.mark.parametrize("text", ["sequnce=4", "sequence", "sequence=four", "4"])
+@pytest.mark.parametrize("text", ["sequnce=4", "sequence", "sequence=four", "sequence=²", "4"])
 def test_a_mesh_that_cannot_be_read_is_named(text):
     with pytest.raises(UserError, match=f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes replica, data, fsdp"):
         mesh.parse(text)
