@@ -72,7 +72,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known here.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
-    fit the slices of a TPU.
+    fit the slices of a TPU, or JAX finds no layout of them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -136,7 +136,11 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         return np.array([devices[i] for i in order], object).reshape(shape)
     slices = len(set(node_of))
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
+            product = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
+            raise UserError(f"mesh: JAX finds no layout of {product} on this slice; set another mesh.fsdp") from error
     if sizes["replica"] % slices:
         raise UserError(f"mesh.replica={sizes['replica']}: {slices} slices need a multiple of {slices}")
     inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))

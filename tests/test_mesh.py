@@ -1,6 +1,7 @@
 """Eight devices compute what one computes, whatever the mesh, and hold only their parts."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -414,3 +415,15 @@ def test_a_platform_is_chosen_when_tracing_or_where_an_export_runs():
         exported = jax.export.export(jax.jit(either), platforms=("cpu", "tpu"))(x)
     assert exported.call(x) == 2
     assert "add" in exported.mlir_module() and "subtract" in exported.mlir_module()
+
+
+def test_a_slice_for_which_jax_finds_no_layout_is_one_line(monkeypatch):
+    """As of 4 x 4 x 20 chips of v5p with fsdp of 32 (jax 0.10)."""
+
+    def fail(*_, **__):
+        raise TypeError("int() argument must be a string, not 'NoneType'")
+
+    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", fail)
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=0, id=number) for number in range(8)]
+    with pytest.raises(UserError, match=r"^mesh: JAX finds no layout of replica=1 x data=2 x fsdp=4 .* set another"):
+        mesh.build(MeshConfig(fsdp=4), devices)
