@@ -85,7 +85,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
-    product = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
+    product = _product(sizes)
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh: {product} does not make {len(devices)} devices")
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -139,12 +139,17 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
-            product = " x ".join(f"{axis}={n}" for axis, n in sizes.items())
-            raise UserError(f"mesh: JAX finds no layout of {product} on this slice; set another mesh.fsdp") from error
+            raise UserError(
+                f"mesh: JAX finds no layout of {_product(sizes)} on this slice; set another mesh.fsdp"
+            ) from error
     if sizes["replica"] % slices:
         raise UserError(f"mesh.replica={sizes['replica']}: {slices} slices need a multiple of {slices}")
     inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={n}" for axis, n in sizes.items())
 
 
 def parse(text: str) -> MeshConfig:
