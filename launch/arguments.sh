@@ -47,10 +47,7 @@ read_arguments() {
   done
   while [ $# -gt 0 ]; do
     case $1 in
-      -h | --help)
-        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-        exit 0
-        ;;
+      -h | --help) usage ;;
       --dry-run | --dry_run) dry_run=yes ;;
       --)
         shift
@@ -93,9 +90,23 @@ whole() {
 
 # split_topology: --topology=v5e:16x16, as lina_jax.plan takes it, to `tpu_type` (v5litepod) and `shape` (16x16).
 split_topology() {
-  [[ $topology =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]+(x[0-9]+){1,2})$ ]] ||
-    refuse "--topology=$topology: expected v4, v5e, v5p, v6e or tpu7x and a shape, as in v5e:16x16 or v5p:4x4x4"
+  local edge='[1-9][0-9]{0,2}'
+  [[ $topology =~ ^(v5e|v6e):($edge(x$edge){1})$ || $topology =~ ^(v4|v5p|tpu7x):($edge(x$edge){2})$ ]] ||
+    refuse "--topology=$topology: expected v5e or v6e and two edges, as in v5e:16x16, or v4, v5p or tpu7x and three," \
+      "as in v5p:4x4x4 (several slices: launch/gke.sh --slices=N)"
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
+}
+
+# setting_up OPTION...: make `words` the set-up, in a shell of its own, and then this script with these options and the
+# command, without --setup. What the set-up exports and which limits it sets, they see; nothing else of it.
+setting_up() {
+  local option given=()
+  for option; do given+=("--$option=${!option}"); done
+  words=(bash -c "trap 'exit 75' TERM # preempted before there is a command that could save
+{
+$setup
+} || { echo 'error: the set-up failed' >&2 && exit 1; }
+exec \"\$@\"" bash env -u LINA_SETUP "$root/launch/${0##*/}" "${given[@]}" -- "${words[@]}")
 }
 
 # with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
@@ -131,6 +142,14 @@ with_restarts() {
 stop() {
   stopped=$1 interrupted=yes
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+
+# batch_limits: refuse a --time that is none of sbatch's forms, and a --grace beyond what its --signal takes.
+batch_limits() {
+  [[ $time =~ ^([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|)$ ]] ||
+    refuse "--time=$time: expected MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"
+  whole grace 0
+  [ "$grace" -le 65535 ] || refuse "--grace=$grace: SLURM takes up to 65535 seconds"
 }
 
 # sbatch_with OPTIONS LINES COMMAND: a program that submits the job `name` of COMMAND, an srun, with OPTIONS beside

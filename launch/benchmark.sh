@@ -17,6 +17,7 @@ cd "$root"
 accelerator='' out='' python='' dry_run=''
 for argument; do
   case $argument in
+    -h | --help) usage ;;
     --accelerator=* | --out=* | --python=*) printf -v "$(sed 's/^--//; s/=.*//' <<<"$argument")" %s "${argument#*=}" ;;
     --dry-run | --dry_run) dry_run=yes ;;
     *)

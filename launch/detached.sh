@@ -9,7 +9,8 @@ set -euo pipefail
 run=$1
 shift
 
-running() { kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; }
+# After a restart of the machine, another process may have the number.
+running() { grep -qzxFe "--code_file=$PWD/$run.code" "/proc/$(cat "$run.pid" 2>/dev/null)/cmdline" 2>/dev/null; }
 if ! running && { ! [ "$run.code" -nt "../$run.tgz" ] || [ "$(cat "$run.code")" = 75 ]; }; then
   rm -f "$run.code"
   touch "$run.log" # tail needs it at once

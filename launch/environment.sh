@@ -7,6 +7,12 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# usage: print the comment that the script which was started begins with, and end.
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit 0
+}
+
 # find_python: $PYTHON, or the first Python on the path that runs and is new enough.
 find_python() {
   local candidate

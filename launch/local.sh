@@ -32,6 +32,10 @@ if [ -n "$port" ]; then
   whole port 1
   [ "$port" -lt 65536 ] || refuse "--port=$port: expected a number up to 65535"
 fi
+if [ -n "$setup" ] && [ -z "$dry_run" ]; then
+  setting_up name processes accelerator devices port grace max_restarts
+  exec "${words[@]}"
+fi
 if [ -z "$accelerator" ]; then
   if nvidia-smi -L >/dev/null 2>&1; then accelerator=gpu; else accelerator=cpu; fi
 fi
@@ -41,7 +45,7 @@ gpus=''
 case $accelerator in
   cpu) devices=${devices:-1} ;;
   gpu)
-    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || gpus=''
+    gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || gpus=''
     count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
     devices=${devices:-$((count / processes))}
     [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||
@@ -54,8 +58,6 @@ python=$(find_python)
 if [ -n "$dry_run" ]; then
   echo "source $(quoted "$root/launch/environment.sh") && accelerator_flags $accelerator"
   if [ -n "$setup" ]; then printf '%s\n' "$setup"; fi
-elif [ -n "$setup" ]; then
-  eval "$setup" || refuse "the set-up failed: $setup"
 fi
 exec "$python" "$root/launch/processes.py" --name="$name" --processes="$processes" --devices="$devices" --gpus="$gpus" \
   --port="${port:-0}" --grace="$grace" --max_restarts="$max_restarts" ${dry_run:+--dry_run} -- "${words[@]}"

@@ -3,6 +3,7 @@
 # usage: launch/quickstart.sh [--config.any.field=value ...]     (extra arguments go to training)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if [[ " $* " =~ " -h "|" --help " ]]; then usage; fi
 cd "$root"
 started=$SECONDS
 stage() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$1"; }

@@ -31,7 +31,7 @@ need name nodes
 whole nodes 1
 whole gpus_per_node 1
 whole cpus_per_task 1
-whole grace 0
+batch_limits
 
 worker=$(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"} -- "${words[@]}")
 [[ $worker != *$'\n'* ]] || refuse "the command and --setup must be one line each"

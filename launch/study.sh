@@ -47,7 +47,7 @@ read_arguments \
   "dir normalizations convolutions gates widths others seeds evaluate index slurm gpus partition time grace" "$@"
 need name dir
 whole gpus 1
-whole grace 0
+batch_limits
 cd "$root"
 
 runs=()

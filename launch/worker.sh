@@ -2,14 +2,15 @@
 # What every machine of a run does: set-up, flags of its accelerator, the command. The other launchers call it; it is
 # also what the images of launch/Dockerfile start.
 #
-# usage: launch/worker.sh --accelerator=tpu|gpu|cpu [--setup=COMMAND] [--requirements=EXTRA] [--max_restarts=N]
-#                         [--code_file=FILE] -- COMMAND...
+# usage: launch/worker.sh [--dry-run] --accelerator=tpu|gpu|cpu [--setup=COMMAND] [--requirements=EXTRA]
+#                         [--max_restarts=N] [--code_file=FILE] -- COMMAND...
 #
 #   --setup          shell command to run first (mount a bucket, load modules); what it exports, the command sees
 #   --requirements   make the environment .venv with this extra of pyproject.toml (tpu, cuda) and use it
 #   --max_restarts   start the command again that often when it was preempted, stalled, or killed by a signal; not
 #                    after a SIGTERM, which is passed on. Default 0: the command takes this script's place
 #   --code_file      write the last exit code there
+#   --dry-run        print what would run, and end; pasted, the command runs once
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -25,12 +26,23 @@ finish() {
   exit "$code"
 }
 
+if [ -n "$dry_run" ]; then
+  echo "cd $(quoted "$root")${setup:+$'\n'$setup}"
+  echo "source launch/environment.sh${requirements:+ && make_environment .venv $(quoted "$requirements")}" \
+    "&& accelerator_flags $(quoted "$accelerator")"
+  quoted "${words[@]}"
+  exit
+fi
 cd "$root"
-trap 'finish 75' TERM # preempted before there is a command that could save
-if [ -n "$setup" ]; then eval "$setup" || { echo "error: the set-up failed: $setup" >&2 && finish 1; }; fi
-if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish 1; fi
-accelerator_flags "$accelerator" || finish 2
-trap - TERM
+if [ -n "$setup" ]; then
+  setting_up accelerator requirements max_restarts
+  max_restarts=0 # which the inner one counts
+else
+  trap 'finish 75' TERM # as while setting up
+  if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish 1; fi
+  accelerator_flags "$accelerator" || finish 2
+  trap - TERM
+fi
 if [ "$max_restarts" -eq 0 ] && [ -z "$code_file" ]; then exec "${words[@]}"; fi
 
 code=0

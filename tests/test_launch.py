@@ -308,6 +308,9 @@ def test_a_slurm_job_that_is_cancelled_stays_so(code, launch):
         ("tpu_pod", ["--name=r", "--zone=z", "--topology=tpu7x:2x2x1"], "launch/gke.sh"),
         ("tpu_pod", ["--name=r", "--topology=v5e:4x4"], "--zone"),
         ("tpu_pod", ["--name=R_1", "--zone=z", "--topology=v5e:4x4"], "--name=R_1"),
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5e:4x4x4"], "two edges"),
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5p:4x0x4"], "--topology=v5p:4x0x4"),
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5p:4x4x4*2"], "launch/gke.sh --slices"),
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c"], "--image"),
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--slices=0"], "--slices=0"),
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c", "--image=i", "--setup=a\nb"], "one line"),
@@ -315,6 +318,8 @@ def test_a_slurm_job_that_is_cancelled_stays_so(code, launch):
         ("slurm", ["--name=r", "--nodes=2", "--cpus_per_task=0"], "--cpus_per_task=0"),
         ("slurm", ["--name=r", "--node=2"], "--node"),
         ("slurm", ["--name=r", "--nodes"], "--nodes"),
+        ("slurm", ["--name=r", "--nodes=2", "--time=24 hours"], "--time=24 hours"),
+        ("slurm", ["--name=r", "--nodes=2", "--grace=65536"], "65535"),
         ("slurm", ["--name=r", "--nodes=2", "train"], "'train'"),
         ("local", ["--name=r", "--processes=0"], "--processes=0"),
         ("local", ["--name=r", "--accelerator=abacus"], "abacus"),
@@ -331,12 +336,22 @@ def test_wrong_arguments_are_one_line(place, words, named, launch):
     assert re.fullmatch(r"error: [^\n]*\n", result.stderr) and named in result.stderr
 
 
-def test_no_gpu_is_one_line(launch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no driver\nexit 9\n")
+@pytest.mark.parametrize(
+    ("answer", "visible"), [("echo no driver; exit 9", {}), ("echo 0", {"CUDA_VISIBLE_DEVICES": ""})]
+)
+def test_no_gpu_is_one_line(answer, visible, launch, tmp_path):
+    """Somebody who hides all of them has none."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    result, *_ = launch(LAUNCH / "local.sh", "--name=r", "--accelerator=gpu", "--", "train", PATH=path)
+    result, *_ = launch(LAUNCH / "local.sh", "--name=r", "--accelerator=gpu", "--", "train", PATH=path, **visible)
     assert (result.returncode, result.stderr) == (2, "error: --accelerator=gpu: there is none\n")
+
+
+@pytest.mark.parametrize("place", ["quickstart", "benchmark"])
+def test_scripts_that_take_a_while_can_be_asked_what_they_do(place, launch):
+    result, _, _ = launch(LAUNCH / f"{place}.sh", "--help")
+    assert result.returncode == 0 and f"usage: launch/{place}.sh" in result.stdout
 
 
 @pytest.mark.parametrize("place", [*PLACES, "local", "worker"])

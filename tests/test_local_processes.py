@@ -139,3 +139,32 @@ def test_a_worker_takes_nothing_from_the_environment(launch):
     settings = {"LINA_MAX_RESTARTS": "3", "LINA_SETUP": "exit 9", "LINA_REQUIREMENTS": "tpu", "LINA_INDEX": "5"}
     result, _, _ = launch(script.replace("$0", str(LAUNCH / "worker.sh")), **settings)
     assert (result.returncode, result.stdout) == (75, "5\n")
+
+
+# Names of the launchers' own, one that is not set, a limit, and what is to be seen.
+CARELESS = "root=/nowhere words=none name=none devices=9; : $unset; ulimit -n 100; cd /; export SEEN=yes"
+SEEN = ["bash", "-c", "echo $SEEN $(ulimit -n) $LINA_SETUP"]
+
+
+def test_a_set_up_changes_nothing_of_the_launcher(launch, tmp_path):
+    words = ["--accelerator=cpu", f"--code_file={tmp_path}/code", f"--setup={CARELESS}", "--", *SEEN]
+    result, _, _ = launch(LAUNCH / "worker.sh", *words)
+    assert (result.stdout, result.stderr, (tmp_path / "code").read_text()) == ("yes 100\n", "", "0\n")
+
+    local = [*LOCAL, "--processes=1", "--", *SEEN]
+    result, _, _ = launch(LAUNCH / "local.sh", *local, LINA_SETUP=CARELESS)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "yes 100\n", "")
+
+
+@pytest.mark.parametrize(("setup", "code"), [("false", 1), ("exit 7", 7)])
+def test_a_set_up_that_fails_ends_a_worker_for_good(setup, code, launch, tmp_path):
+    words = ["--accelerator=cpu", "--max_restarts=3", f"--code_file={tmp_path}/code", f"--setup=echo one; {setup}"]
+    result, _, _ = launch(LAUNCH / "worker.sh", *words, "--", "echo", "ran")
+    assert (result.returncode, result.stdout, (tmp_path / "code").read_text()) == (code, "one\n", f"{code}\n")
+
+
+def test_a_dry_run_of_a_worker_prints_what_runs(launch):
+    words = ["--accelerator=cpu", f"--setup={CARELESS.replace('cd /;', '')}", "--", *SEEN]
+    printed, _, _ = launch(LAUNCH / "worker.sh", "--dry-run", *words)
+    assert "ulimit" in printed.stdout
+    assert launch(printed.stdout)[0].stdout == launch(LAUNCH / "worker.sh", *words)[0].stdout == "yes 100\n"
