@@ -11,7 +11,7 @@
 #   --setup            shell command to run first
 #   --grace            seconds from SIGTERM to SIGKILL when a process has failed, default 120
 #   --max_restarts     how often to start all again when one asks for it (75) or was killed, default 100
-#   --dry-run          print the commands of the processes, and end; pasted, they run once, each on its own
+#   --dry-run          print the commands of the processes, and end; as a script they run once
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #

@@ -10,7 +10,7 @@
 #   --max_restarts   start the command again that often when it was preempted, stalled, or killed by a signal; not
 #                    after a SIGTERM, which is passed on. Default 0: the command takes this script's place
 #   --code_file      write the last exit code there
-#   --dry-run        print what would run, and end; pasted, the command runs once
+#   --dry-run        print what would run, and end; as a script the command runs once
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 

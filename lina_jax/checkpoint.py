@@ -48,7 +48,9 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             create=create,
             cleanup_tmp_directories=create,  # of a save that was killed; whoever only reads leaves those of a run alone
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._record_digests),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=int(config.timeout) or hosts.PATIENCE_S, post_finalization_callback=self._record_digests
+            ),
         )
         self._manager = _Manager(self.directory, options=options, handler_registry=_handlers())
 
@@ -359,8 +361,7 @@ def _progress(state: TrainState) -> dict[str, Tree]:
 
 def is_imported(checkpoint: Path) -> bool:
     """Whether a checkpoint holds weights alone."""
-    # Of a damaged checkpoint of a run, one of the two is there still.
-    return checkpoint.is_dir() and not any((checkpoint / name).exists() for name in ("ema", "progress"))
+    return checkpoint.is_dir() and not {"ema", "progress"} & integrity.items(checkpoint)
 
 
 def saved_checkpoints(workdir: Path) -> list[Path]:

@@ -213,6 +213,7 @@ class CheckpointConfig:
     every: int = 5_000
     keep_last: int = 3
     keep_every: int = 0  # also keep each step divisible by this; 0: none
+    timeout: float = 1800.0  # seconds after which a save has stalled and the process ends, to be run again; 0: never
 
 
 @dataclasses.dataclass(frozen=True)

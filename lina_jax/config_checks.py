@@ -7,7 +7,7 @@ from lina_jax import init_rules
 from lina_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lina_jax.config import AutoencoderConfig, Config, ModelConfig
+    from lina_jax.config import AutoencoderConfig, Config, MeshConfig, ModelConfig
 
 CHOICES = {
     "model.condition": ("class", "text"),
@@ -34,8 +34,8 @@ MAY_BE_ZERO = frozenset({
     "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
     "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
-    "checkpoint.keep_every", "eval.every", "eval.batch_size", "eval.images", "eval.images_every", "log.every",
-    "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
+    "checkpoint.keep_every", "checkpoint.timeout", "eval.every", "eval.batch_size", "eval.images", "eval.images_every",
+    "log.every", "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
     "model.condition_depth", "data.short_caption", "data.workers", "step_timeout",
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset({
@@ -148,8 +148,13 @@ def check_run(config: "Config") -> None:
         raise UserError(
             f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
         )
-    if list(vars(config.mesh).values()).count(-1) > 1:
-        raise UserError("mesh: only one axis can be -1")
+    check_mesh(config.mesh)
+
+
+def check_mesh(mesh: "MeshConfig") -> None:
+    """Raises UserError where it leaves more than one axis to be inferred."""
+    if len(inferred := [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]) > 1:
+        raise UserError(f"{' and '.join(inferred)} are -1: only one axis can be inferred, set the other")
 
 
 def check_micro_batches(config: "Config") -> None:

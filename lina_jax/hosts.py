@@ -38,7 +38,7 @@ _said: int | None = None  # the exit code, as soon as this process has said why 
 # What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
-_PATIENCE_MS = 24 * 3600 * 1000  # for processes that live: those that do not are noticed by their heartbeats
+PATIENCE_S = 24 * 3600  # for processes that live: those that do not are noticed by their heartbeats
 
 
 def define_flags() -> None:
@@ -59,8 +59,8 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
     """
     values = flags.FLAGS
     for name in ("connect_timeout", "heartbeat_timeout"):
-        if not values[name].value > 0:
-            raise UserError(f"--{name}={values[name].value}: must be positive")
+        if not 0 < values[name].value <= PATIENCE_S:
+            raise UserError(f"--{name}={values[name].value}: expected seconds, at most {PATIENCE_S}")
     cluster = the_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
     if cluster is None:
         yield
@@ -119,7 +119,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} differs from process 0: {'; '.join(differing[:3])}{more} "
             "(all processes must run the same command with the same code and data)"
         )
-    _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
+    _heeding_signals(client.wait_at_barrier, key, 1000 * PATIENCE_S)
 
 
 def check_shared(what: str, look: Callable[[], Any]) -> None:
@@ -140,7 +140,7 @@ def check_shared(what: str, look: Callable[[], Any]) -> None:
                 "shared directory"
             )
         time.sleep(0.2)
-    _heeding_signals(client.wait_at_barrier, key, _PATIENCE_MS)
+    _heeding_signals(client.wait_at_barrier, key, 1000 * PATIENCE_S)
 
 
 def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
@@ -148,14 +148,14 @@ def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
     client = distributed.global_state.client
     if jax.process_index() == 0:
         client.key_value_set(key, json.dumps(what()))
-    return json.loads(_heeding_signals(client.blocking_key_value_get, key, _PATIENCE_MS))
+    return json.loads(_heeding_signals(client.blocking_key_value_get, key, 1000 * PATIENCE_S))
 
 
 def meet(occasion: str) -> None:
     """Returns when all processes have come here, which may take a day. An occasion has a name of its own."""
     client = distributed.global_state.client
     if client is not None:
-        _heeding_signals(client.wait_at_barrier, f"lina_jax/meet/{occasion}", _PATIENCE_MS)
+        _heeding_signals(client.wait_at_barrier, f"lina_jax/meet/{occasion}", 1000 * PATIENCE_S)
 
 
 def _heeding_signals(wait: Callable[..., T], *args) -> T:
@@ -237,7 +237,7 @@ def _follow(cluster: Cluster) -> None:
     """End this process when another one says that it ends."""
     try:
         process, line, code = json.loads(
-            distributed.global_state.client.blocking_key_value_get(_END, _PATIENCE_MS * 365)
+            distributed.global_state.client.blocking_key_value_get(_END, 365 * 1000 * PATIENCE_S)
         )
     except jax.errors.JaxRuntimeError:  # disconnected
         return

@@ -27,6 +27,17 @@ def record(folder: Path) -> None:
     places.write_json(folder / DIGESTS, dict(sorted(digests.items())))
 
 
+def items(folder: Path) -> set[str]:
+    """The items that a checkpoint was saved with, whatever is left of them.
+
+    Those that are there of one without digests, or with digests that cannot be read.
+    """
+    try:
+        return {name.partition("/")[0] for name in json.loads((folder / DIGESTS).read_text())}
+    except (OSError, ValueError, TypeError):
+        return {path.name for path in folder.iterdir()}
+
+
 def fingerprint(folder: Path) -> str:
     """Of all that a checkpoint holds; "" of one without digests (of earlier versions)."""
     try:

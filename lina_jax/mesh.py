@@ -49,6 +49,8 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
         mesh = build(config.mesh, devices)
         check(config, mesh)
         return mesh
+    if config.mesh.replica > 0:
+        _check_slices(config.mesh.replica, devices)
     refusals = {}
     for parts in range(1, len(devices) + 1):
         try:
@@ -65,11 +67,16 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     raise UserError(f"{refusals.get('config') or refusals['mesh']}; no mesh.sequence helps")
 
 
+class NoLayout(UserError):
+    """JAX finds none of a mesh on a slice."""
+
+
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
 
-    `fsdp` of 0 is chosen: with `data` -1 as many of the devices that the other axes leave as divide WHOLE_TILES and are
-    in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known here.
+    `fsdp` of 0 is chosen: with `data` or `replica` -1 as many of the devices that the other axes leave as divide
+    WHOLE_TILES, are in one slice or node (`nodes`) and of which JAX finds a layout, else all of them. `sequence` of 0
+    is 1, as no batch is known here.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
     fit the slices of a TPU, or JAX finds no layout of them.
@@ -77,18 +84,40 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     sizes["sequence"] = sizes["sequence"] or 1
-    if sizes["fsdp"] == 0:
-        left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
-        node_of = nodes(devices)
-        near = max(1, node_of.count(node_of[0]) // max(1, sizes["sequence"] * sizes["tensor"]))
-        sizes["fsdp"] = math.gcd(left, WHOLE_TILES, near) if sizes["data"] == -1 else left
+    if sizes["fsdp"] != 0:
+        return _mesh(sizes, devices)
+    left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
+    if -1 not in (sizes["data"], sizes["replica"]):
+        return _mesh(sizes | {"fsdp": left}, devices)
+    node_of = nodes(devices)
+    near = max(1, node_of.count(node_of[0]) // max(1, sizes["sequence"] * sizes["tensor"]))
+    fsdp = math.gcd(left, WHOLE_TILES, near)
+    while True:
+        try:
+            return _mesh(sizes | {"fsdp": fsdp}, devices)
+        except NoLayout:
+            if fsdp == 1:
+                raise
+            fsdp //= 2
+
+
+def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """Of these sizes, of which one may be -1."""
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
-    product = _product(sizes)
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh: {product} does not make {len(devices)} devices")
+        raise UserError(f"mesh: {_product(sizes)} does not make {len(devices)} devices")
+    _check_slices(sizes["replica"], devices)
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_slices(replica: int, devices: Sequence[jax.Device]) -> None:
+    slices = len(set(nodes(devices))) if devices[0].platform == "tpu" else 1
+    if replica % slices:
+        raise UserError(
+            f"mesh.replica={replica}: {slices} slices need a multiple of {slices} (--config.mesh.replica={slices})"
+        )
 
 
 def holding(model: ModelConfig) -> Mesh:
@@ -139,11 +168,9 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
-            raise UserError(
+            raise NoLayout(
                 f"mesh: JAX finds no layout of {_product(sizes)} on this slice; set another mesh.fsdp"
             ) from error
-    if sizes["replica"] % slices:
-        raise UserError(f"mesh.replica={sizes['replica']}: {slices} slices need a multiple of {slices}")
     inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
@@ -154,13 +181,17 @@ def _product(sizes: dict[str, int]) -> str:
 
 def parse(text: str) -> MeshConfig:
     """'fsdp=2,sequence=4' as a config; the axes that are not named are the defaults. Raises UserError."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise UserError(f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes {', '.join(AXES)}")
+        if axis in sizes:
+            raise UserError(f"--mesh={text}: {axis} stands there twice")
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    config = MeshConfig(**sizes)
+    config_checks.check_mesh(config)
+    return config
 
 
 def cache_programs(directory: Path) -> None:

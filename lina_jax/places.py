@@ -1,13 +1,17 @@
 """Where results go: looked at before work is done for nothing, and never seen half-written."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from absl import logging
 
 from lina_jax.errors import UserError
 
@@ -39,6 +43,26 @@ def check_renames(flag: str, directory: Path) -> None:
     finally:
         for path in (before, after):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def lock(flag: str, directory: Path) -> TextIO:
+    """An open file that keeps other processes of this machine (on NFS: of any) from locking `directory`, until closed.
+
+    The system frees it when the process ends, however it does. Raises UserError, naming the flag and who is there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / "lock").open("a+")
+    try:
+        # Of the process, not of the open file: those that read data for it do not keep it when they live on.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"--{flag}={directory}: another run is at work there ({file.read().strip()})") from None
+    except OSError as error:
+        logging.warning("%s cannot be locked (%s): see to it that no other run works there", directory, error.strerror)
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
 
 
 def writable(directory: Path) -> bool:

@@ -22,6 +22,7 @@ from absl import flags
 
 from lina_jax import config as config_lib
 from lina_jax import (
+    config_checks,
     config_file,
     errors,
     execution,
@@ -234,6 +235,7 @@ def main(argv: Sequence[str]) -> None:
     devices = topology.devices(where)
     if values.batch_per_chip is not None:
         config = dataclasses.replace(config, batch_size=values.batch_per_chip * where.chips)
+        config_checks.check_value("batch_size", config.batch_size)
     if values.search:
         report = search.search(
             config,
@@ -244,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
             fixed_batch=values.batch_per_chip is not None,
         )
         if values.sampling and report["fits"]:
-            best = search.recommended(config, report["recommended"], where.chips, devices)
+            best = search.recommended(config, report["recommended"], devices)
             report["sampling"] = _sampling(best, where, mesh.of(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)

@@ -76,7 +76,7 @@ def heed() -> None:
 class Watchdog:
     """Ends the process, with the stacks of its threads, when the next step does not end within so many seconds.
 
-    A context. It starts with the first `restart`, when the first step is compiled. 0 s: never.
+    A context. It starts with the first `restart`, when the first step is compiled, or `allowing`. 0 s: never.
     """
 
     def __init__(self, seconds: float):
@@ -90,22 +90,30 @@ class Watchdog:
         return self
 
     def __exit__(self, *error):
-        self._set(None, is_open=False)
+        self._set(0.0, "", is_open=False)
 
     def restart(self) -> None:
         """A step has ended, or begins: it has its full time."""
-        self._set(time.monotonic() + self._seconds if self._seconds else None)
+        self._set(self._seconds, f"no step has ended for {self._seconds:g} s (step_timeout)")
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what takes its own time; afterwards the next step has its full time."""
-        self._set(None)
+    def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
+        """Work that has a time of its own, and what is said when that is over; then the next step has its full time.
+
+        After an error the time goes on, for what ends the run.
+        """
+        self._set(seconds, otherwise)
         yield
         self.restart()
 
-    def _set(self, deadline: float | None, *, is_open: bool = True) -> None:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """For what may take any time."""
+        return self.allowing(0.0, "")
+
+    def _set(self, seconds: float, otherwise: str, *, is_open: bool = True) -> None:
         with self._changed:
-            self._deadline, self._open = deadline, is_open
+            self._deadline = time.monotonic() + seconds if seconds else None
+            self._otherwise, self._open = otherwise, is_open
             self._changed.notify()
 
     def _watch(self) -> None:
@@ -115,8 +123,7 @@ class Watchdog:
                 if left is not None and left <= 0:
                     faulthandler.dump_traceback()
                     errors.leave(
-                        f"error: no step has ended for {self._seconds:g} s (step_timeout), the stacks of all threads "
-                        "stand above; run the same command again",
+                        f"error: {self._otherwise}, the stacks of all threads stand above; run the same command again",
                         errors.RUN_AGAIN,
                     )
                 self._changed.wait(left)

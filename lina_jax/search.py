@@ -22,7 +22,7 @@ AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidat
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    per_chip: int
+    batch_size: int
     remat: str
     scan_layers: bool
     attention_kernel: str
@@ -33,7 +33,7 @@ class Candidate:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-        return f"{self.per_chip} images a chip, {execution.described(**execution.of(self))}, {axes}"
+        return f"batch {self.batch_size}, {execution.described(**execution.of(self))}, {axes}"
 
 
 def search(
@@ -60,7 +60,7 @@ def search(
     for number, candidate in enumerate(candidates[:compiles], 1):
         print(f"{number} of {min(compiles, len(candidates))}: {candidate}", file=sys.stderr, flush=True)
         try:
-            report = plan(apply(config, dataclasses.asdict(candidate), where.chips))
+            report = plan(apply(config, dataclasses.asdict(candidate)))
         except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler has its limits
             refusal, reason = error, str(error).splitlines()[0]
             print(f"  refused: {reason}", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ def search(
         )
         tried.append(dataclasses.asdict(candidate) | {"fits": report["fits"], "predicted_mfu": mfu})
         report["recommended"] = dataclasses.asdict(candidate)
-        report["overrides"] = overrides(config, recommended(config, report["recommended"], where.chips, devices))
+        report["overrides"] = overrides(config, recommended(config, report["recommended"], devices))
         if best is None or (report["fits"], report.get("images_per_s", 0)) > (
             best["fits"],
             best.get("images_per_s", 0),
@@ -86,11 +86,11 @@ def search(
     return best | {"tried": tried}
 
 
-def apply(config: Config, chosen: dict[str, Any], chips: int | None = None) -> Config:
+def apply(config: Config, chosen: dict[str, Any]) -> Config:
     """The config with a candidate's choices."""
     return dataclasses.replace(
         config,
-        batch_size=config.batch_size if chips is None else chosen["per_chip"] * chips,
+        batch_size=chosen["batch_size"],
         model=dataclasses.replace(config.model, **{name: chosen[name] for name in execution.FIELDS}),
         mesh=dataclasses.replace(config.mesh, data=-1, **{axis: chosen[axis] for axis in AXES}),
     )
@@ -104,14 +104,17 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
 
     Raises UserError where the mesh allows none, with what it says of the one that cuts least.
     """
-    known = max(1, config.batch_size // where.chips)
-    sizes = [known] if fixed_batch else sorted({known} | {2**n for n in range(7)})
+    sizes = {config.batch_size}
+    if not fixed_batch:  # from an image a chip on; where `sequence` cuts images, from one for as many chips as share it
+        sizes |= {where.chips * images for images in _powers(64)}
+        sizes |= {where.chips // parts for parts in _powers(where.chips)}
     replica = where.slices if config.mesh.replica == 1 else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
     ways = execution.ways(config.model, "tpu" if where.chip.torus else "gpu")
     held, found, refusals = {}, [], []
-    for sequence, tensor, fsdp in itertools.product((1, 2, 4), (1, 2, 4), widths):
+    rows = _powers(config.model.image_grid[0])
+    for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
         try:
             grid = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
@@ -120,9 +123,9 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             continue
         near = where.chip.torus or fsdp * sequence * tensor <= where.shape[1]
         link = where.chip.link if near else where.chip.slow_link
-        for per_chip, remat, way in itertools.product(sizes, policies, ways):
-            candidate = Candidate(per_chip, remat, **way, **cut)
-            trial = apply(config, dataclasses.asdict(candidate), where.chips)
+        for batch, remat, way in itertools.product(sorted(sizes), policies, ways):
+            candidate = Candidate(batch, remat, **way, **cut)
+            trial = apply(config, dataclasses.asdict(candidate))
             try:
                 mesh.check(trial, grid)
             except UserError as refusal:
@@ -139,9 +142,9 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def recommended(config: Config, chosen: dict[str, Any], chips: int, devices: Sequence[jax.Device]) -> Config:
+def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.Device]) -> Config:
     """`apply`, with fields left open where they would become what was chosen: sampling has its own way then."""
-    made = apply(config, chosen, chips)
+    made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
     settled = execution.settled(left, mesh.of(left, devices))
     return left if execution.of(settled.model) == execution.of(made.model) else made

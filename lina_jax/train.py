@@ -6,16 +6,18 @@ Run the same command again and it goes on from the last checkpoint; Ctrl-C stops
 after saving (exit code 75). In many processes (docs/many_hosts.md) only the first writes logs and pictures. WORKDIR
 holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
 events/, previews/, compiled/ programs, measuring/ (pictures' features, until they are measured), init_from.json where
-the run started from other weights (config.init_from) and, at the end, loss.png.
+the run started from other weights (config.init_from), lock (one run at a time) and, at the end, loss.png.
 
 Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
 """
 
 import bisect
+import contextlib
+import functools
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -71,6 +73,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
+    alone = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
@@ -101,11 +104,23 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
+    seconds = config.checkpoint.timeout
+    timely = functools.partial(watchdog.allowing, seconds, f"a save has taken {seconds:g} s (checkpoint.timeout)")
+
+    def save() -> None:
+        with timely():
+            checkpoints.save(run)
+
+    def finish() -> None:
+        with timely():
+            checkpoints.close()
+
     try:
         # Left from right to left: whatever ends the run, a save under way is finished, and SIGTERM waits for it.
-        with notice, closing(checkpoints), closing(writer), progress, watchdog:
+        with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress:
+            end.callback(finish)
             with throughput.paused():
-                _measure(measurements, overdue, first, run, writer, checkpoints)
+                _measure(measurements, overdue, first, run, writer, save)
             for step in range(first + 1, config.steps + 1):
                 profile(config, workdir, first, step)
                 batch = next(batches)
@@ -126,12 +141,13 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 if saving or due:
                     _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
-                    with watchdog.paused(), throughput.paused():
+                    with throughput.paused():
                         if saving:
-                            checkpoints.save(run)
+                            save()
                         if preempted:
                             raise _preempted(step)
-                        _measure(measurements, due, step, run, writer, checkpoints)
+                        with watchdog.paused():
+                            _measure(measurements, due, step, run, writer, save)
             profile(config, workdir, first, config.steps + 1)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
@@ -201,7 +217,7 @@ def _measure(
     step: int,
     run: state.TrainState,
     writer: metrics.Writer,
-    checkpoints: Checkpoints,
+    save: Callable[[], None],
 ) -> None:
     """Measure these after a step. Raises Preempted when the run is to stop meanwhile: what is missing comes later."""
     if not names:
@@ -209,7 +225,7 @@ def _measure(
     try:
         measurements.take(names, step, run, writer)
     except Preempted:
-        checkpoints.save(run)
+        save()
         raise _preempted(step) from None
     hosts.meet(f"measured {step}")  # process 0 works alone at the end, longer than a collective waits for it
 

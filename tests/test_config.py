@@ -251,7 +251,7 @@ def test_a_cosine_schedule_must_outlast_its_warmup(pixels):
 
 
 def test_only_one_mesh_axis_is_inferred(pixels):
-    with pytest.raises(UserError, match="mesh: only one axis can be -1"):
+    with pytest.raises(UserError, match=r"mesh.data and mesh.fsdp are -1: only one axis can be inferred"):
         freeze(change(pixels, mesh={"data": -1, "fsdp": -1}))
 
 

@@ -2,14 +2,16 @@
 
 import importlib
 import itertools
+import os
 import resource
+import socket
 import threading
 
 import jax
 import numpy as np
 import pytest
 
-from lina_jax import metrics, state
+from lina_jax import integrity, metrics, places, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
 from lina_jax.train import train
@@ -57,6 +59,38 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
     line, code = said[0]
     assert code == RUN_AGAIN
     assert line.startswith("error: no step has ended for 0.5 s (step_timeout)")
+
+
+@pytest.mark.parametrize("stuck", [0, 2], ids=["when_the_next_is_due", "at_the_end"])
+def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypatch):
+    """As on storage that no longer answers. The last has nothing after it that would wait."""
+
+    def record(folder):
+        if folder.name.startswith(f"{stuck}."):
+            ended.wait()
+        whole(folder)
+
+    def leave(line, code):
+        said.append((line, code))
+        ended.set()
+
+    said, ended, whole = [], threading.Event(), integrity.record
+    monkeypatch.setattr(integrity, "record", record)
+    monkeypatch.setattr("lina_jax.errors.leave", leave)
+    train(tiny_text(steps=2, checkpoint={"every": 1, "timeout": 0.5}), tmp_path / "run")
+    line, code = said[0]
+    assert code == RUN_AGAIN and line.startswith(
+        "error: a save has taken 0.5 s (checkpoint.timeout), the stacks of all"
+    )
+
+
+def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp_path):
+    file, workdir = config_file(tiny_text(steps=1)), tmp_path / "run"
+    with places.lock("workdir", workdir):
+        result = run_module("train", f"--config={file}", f"--workdir={workdir}")
+    assert result.returncode == 2 and [path.name for path in workdir.iterdir()] == ["lock"]
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    assert result.stderr.splitlines()[-1] == f"error: --workdir={workdir}: another run is at work there ({here})"
 
 
 def test_events_that_cannot_be_written_end_the_run(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from lina_jax import mesh
@@ -150,8 +151,16 @@ def test_slices_of_tpus_are_joined_by_replicas_alone():
     devices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
     blocks = mesh.build(MeshConfig(replica=2, data=1, fsdp=4), devices).devices
     assert [{chip.slice_index for chip in block.flat} for block in blocks] == [{0}, {1}]
-    with pytest.raises(UserError, match=r"mesh.replica=1: 2 slices need a multiple of 2"):
-        mesh.build(MeshConfig(data=8), devices)
+    inferred = mesh.build(MeshConfig(replica=-1, data=1, fsdp=0), devices)
+    assert (inferred.shape["replica"], inferred.shape["fsdp"]) == (2, 4)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 0, "sequence": 0}], ids=str)
+def test_slices_without_replicas_are_refused_with_what_helps(sizes, tiny):
+    devices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
+    with pytest.raises(UserError) as error:
+        mesh.of(tiny(batch_size=8, mesh=sizes), devices)
+    assert str(error.value) == "mesh.replica=1: 2 slices need a multiple of 2 (--config.mesh.replica=2)"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +205,33 @@ def test_a_mesh_on_the_command_line():
 def test_a_mesh_that_cannot_be_read_is_named(text):
     with pytest.raises(UserError, match=f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes replica, data, fsdp"):
         mesh.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fsdp=2,fsdp=4", "--mesh=fsdp=2,fsdp=4: fsdp stands there twice"),
+        ("fsdp=-1", "mesh.data and mesh.fsdp are -1: only one axis can be inferred, set the other"),
+    ],
+)
+def test_a_mesh_on_the_command_line_that_says_too_much_is_named(text, message):
+    with pytest.raises(UserError) as error:
+        mesh.parse(text)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("most", "made"), [(4, 4), (1, 1)])
+def test_fsdp_of_zero_is_one_for_which_jax_finds_a_layout(most, made, monkeypatch):
+    """Of 4 x 4 x 20 chips of v5p it finds none with 32 (jax 0.10)."""
+
+    def arrange(shape, devices, **_):
+        if shape[mesh.AXES.index("fsdp")] > most:
+            raise TypeError("int() argument must be a string, not 'NoneType'")
+        return np.array(devices, object).reshape(shape)
+
+    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", arrange)
+    shape = mesh.build(MeshConfig(fsdp=0), [TpuChip(i, 0, 0) for i in range(8)]).shape
+    assert (shape["data"], shape["fsdp"]) == (8 // made, made)
 
 
 def test_a_slice_for_which_jax_finds_no_layout_is_one_line(monkeypatch):

@@ -14,7 +14,7 @@ from lina_jax.errors import UserError
 def test_a_search_tries_what_fits_by_estimate_and_leaves_a_fixed_batch_alone(tiny):
     where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
     candidates = search.ranked(tiny(batch_size=16), where, jax.devices(), fixed_batch=True)
-    assert {candidate.per_chip for candidate in candidates} == {2}
+    assert {candidate.batch_size for candidate in candidates} == {16}
     assert {candidate.remat for candidate in candidates} == {"none", "dots", "full"}
     small = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory=1e3), (2, 4))
     assert search.ranked(tiny(batch_size=16), small, jax.devices(), fixed_batch=True) == []
@@ -27,6 +27,15 @@ def test_a_search_cuts_images_as_far_as_their_rows_and_tokens_allow(name, tiny):
         config = tiny(batch_size=8, model={"condition_grid": condition_grid, "heads": 1})
         candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
         assert {candidate.sequence for candidate in candidates} == parts
+
+
+def test_a_search_tries_batches_of_less_than_an_image_a_chip_where_images_are_cut(tiny):
+    where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
+    found = search.ranked(tiny(batch_size=8, model={"heads": 1}), where, jax.devices(), fixed_batch=False)
+    whole = {8 * 2**n for n in range(7)}
+    for sequence, least in ((1, set()), (2, {4}), (4, {2, 4})):
+        sizes = {each.batch_size for each in found if (each.sequence, each.tensor) == (sequence, 1)}
+        assert sizes == whole | least
 
 
 def test_a_search_makes_a_replica_of_a_slice_but_leaves_those_that_are_set(tiny):
@@ -50,8 +59,7 @@ def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
 
     def found(shape, memory):
         where = topology.Topology("tpu7x", dataclasses.replace(CHIPS["tpu7x"], memory=memory), shape)
-        candidates = search.ranked(config, where, jax.devices(), fixed_batch=True)
-        return [dataclasses.replace(candidate, per_chip=0) for candidate in candidates]
+        return search.ranked(config, where, jax.devices(), fixed_batch=True)
 
     tight = 1e6
     assert 0 < len(found((2, 2, 1), tight)) < len(found((2, 2, 1), 1e12))
@@ -112,7 +120,7 @@ def test_a_search_leaves_alone_what_a_config_sets_and_open_what_devices_choose_s
     assert {candidate.remat for candidate in found} == {"full"}
     given = tiny(batch_size=16, model={"scan_layers": None})  # on the CPUs that stand for chips here: remat none
     for candidate in search.ranked(given, where, jax.devices(), fixed_batch=True):
-        made = search.recommended(given, dataclasses.asdict(candidate), where.chips, jax.devices())
+        made = search.recommended(given, dataclasses.asdict(candidate), jax.devices())
         assert made.model.remat == ("auto" if candidate.remat == "none" else candidate.remat)
 
 

@@ -237,17 +237,24 @@ def forget_digests_and_cut(folder):
         os.truncate(file, 100)
 
 
+def lose_all_but_weights(folder):
+    """Which then looks like a checkpoint of weights alone."""
+    for item in ("ema", "progress"):
+        shutil.rmtree(folder / item)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda folder: shutil.rmtree(folder / "params"), "params/_METADATA is missing"),
         (lambda folder: (folder / "progress" / "manifest.ocdbt").unlink(), "progress/manifest.ocdbt is missing"),
+        (lose_all_but_weights, "ema/_METADATA is missing"),
         (cut, "has another size than was saved"),
         (flip_a_bit, "has other bytes than were saved"),
         (lambda folder: os.truncate(folder / "digests.json", 100), "digests.json cannot be read"),
         (forget_digests_and_cut, "OUT_OF_RANGE"),
     ],
-    ids=["params", "manifest", "cut", "bit", "digests", "unrecorded"],
+    ids=["params", "manifest", "weights", "cut", "bit", "digests", "unrecorded"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config, finished, tmp_path, one_device, damage, reason, caplog
