@@ -52,6 +52,7 @@ def alone(config_of, one_device, rough, batch_of):
         ("text", {"data": 1, "fsdp": 2, "tensor": 4}),
         ("class", {"replica": 2, "data": 1, "fsdp": 2, "sequence": 2}),
         ("text", {"data": 1, "sequence": 4, "tensor": 2}),
+        ("text", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
     ],
     ids=str,
 )

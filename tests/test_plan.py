@@ -138,6 +138,62 @@ def test_what_the_user_sets_of_libtpu_comes_after_what_the_project_sets():
     assert done.stdout.split() == [*xla_flags.of_tpu("v5e"), "--xla_tpu_scoped_vmem_limit_kib=16384"]
 
 
+# (topology, preset): the axes of the mesh that has several devices along them, at the published batch.
+MESHES = {
+    ("v5e:16x16", "imagenet256_c2i:w1536"): {"data": 8, "fsdp": 32},
+    ("v5e:16x16", "t2i:512"): {"data": 2, "fsdp": 32, "sequence": 4},
+    ("v5e:16x16", "t2i:4096"): {"fsdp": 4, "sequence": 64},
+    ("v5p:4x4x4", "t2i:256"): {"data": 2, "fsdp": 32},
+    ("v5p:4x4x4", "t2i:1024"): {"fsdp": 16, "sequence": 4},
+    ("v5p:4x4x4", "t2i:2048"): {"fsdp": 16, "sequence": 4},
+    ("v5p:4x4x4*2", "t2i:1024"): {"replica": 2, "fsdp": 8, "sequence": 8},
+    ("v5p:8x8x16", "t2i:256"): {"data": 8, "fsdp": 32, "sequence": 4},
+}
+MESH_OF = """
+import dataclasses, json, runpy, sys
+from lina_jax import config, mesh, topology
+for place, preset in json.loads(sys.argv[1]):
+    file, name = preset.split(":")
+    chosen, where = config.freeze(runpy.run_path(f"configs/{file}.py")["get_config"](name)), topology.parse(place)
+    axes = dataclasses.replace(chosen.mesh, replica=where.slices)
+    shape = mesh.of(dataclasses.replace(chosen, mesh=axes), topology.devices(where)).shape
+    print(json.dumps({axis: size for axis, size in shape.items() if size > 1}))
+"""
+
+
+@needs_libtpu
+def test_presets_find_their_meshes_on_slices():
+    done = python("-c", MESH_OF, json.dumps(list(MESHES)))
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(MESHES, map(json.loads, done.stdout.splitlines()), strict=True)) == MESHES
+
+
+@needs_libtpu
+def test_a_search_recommends_flags_and_plans_samples_with_them(tiny, config_file):
+    where = (f"--config={config_file(tiny(batch_size=8))}", "--topology=v5e:2x2")
+    done = run_plan(*where, "--search", "--search_compiles=1", "--batch_per_chip=2", "--detail=1")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1: batch 8, remat" in done.stderr and " fits, " in done.stderr
+    _, _, recommended, _, train, *rows = done.stdout.splitlines()
+    assert recommended.startswith("recommended: --config.batch_size=8 ") and train.startswith("train step: remat ")
+    sampling = next(number for number, row in enumerate(rows) if row.startswith("sampling step: remat none"))
+    for part in (rows[:sampling], rows[sampling:]):
+        assert sum(" GFLOP, " in row for row in part) == 1  # the costliest instruction
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs pip install 'lina_jax[plan-gpu]'")
+def test_both_steps_of_a_model_compile_for_a_node_of_gpus(tiny, config_file):
+    open_fields = {"remat": "auto", "scan_layers": None, "attention_kernel": "auto"}
+    config = tiny(model={"dtype": "bfloat16", **open_fields}, batch_size=16)
+    done = run_plan(f"--config={config_file(config)}", "--topology=h200:8", "--config.mesh.fsdp=8", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] and report["sampling"]["fits"] and report["collective_bytes"]["fsdp"]
+    layers = [(part["remat"], part["scan_layers"], part["attention_kernel"]) for part in (report, report["sampling"])]
+    assert layers == [("none", False, "pallas"), ("none", True, "pallas")]
+    assert 0 < report["predicted_mfu"] < 1
+
+
 @needs_libtpu
 def test_the_step_of_a_model_compiles_for_a_tpu_and_json_stands_alone(tiny, config_file):
     config = tiny(model={"scan_layers": True}, batch_size=8)
