@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run everything that proves the code base: lint, format, tests. Meant for twenty minutes on two CPU cores.
-# usage: [LINA_TEST_EXTRAS=test,tpu] launch/test.sh [pytest arguments]
-# With the extra tpu, programs are compiled for TPU pods as well; there need be none.
+# usage: [LINA_TEST_EXTRAS=test,tpu,plan-gpu] launch/test.sh [pytest arguments]
+# With the extras tpu and plan-gpu, programs are compiled for TPU pods and GPUs as well; there need be none.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
