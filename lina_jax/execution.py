@@ -27,18 +27,18 @@ KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 
 
-def settled(config: Config, mesh: Mesh) -> Config:
+def settled(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     """The config with a choice for each of FIELDS that it leaves open, for the devices of a mesh.
 
-    GPUs keep for the gradient as much as by estimate fits. TPUs keep what matrix products give, and so do GPUs that do
-    not tell their memory; CPUs keep everything.
+    `encoders` are bytes that each device holds of frozen ones. GPUs keep for the gradient as much as by estimate fits.
+    TPUs keep what matrix products give, and so do GPUs that do not tell their memory; CPUs keep everything.
     """
     platform = mesh.devices.flat[0].platform
     config = _filled(config, **ways(config.model, platform)[0])
     memory = _memory(mesh) if platform == "gpu" else 0.0
     if not memory:
         return _filled(config, remat="none" if platform == "cpu" else "dots")
-    room = FULL * memory - _state_bytes(config.model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    room = FULL * memory - encoders - _state_bytes(config.model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
     images = config.batch_size / mesh.size
     return next((c for c in trials if activations(c, images) + weights(c.model) < room), trials[-1])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -248,6 +249,11 @@ def spec(*names: str | None) -> PartitionSpec:
 
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*names))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, abstract or not."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

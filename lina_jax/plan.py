@@ -67,7 +67,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
     program, arguments = programs.train_step(config, grid)
-    memory = programs.state_bytes(blueprint) | {"batch": programs.device_bytes(arguments[1])}
+    memory = programs.state_bytes(blueprint) | {"batch": mesh.device_bytes(arguments[1])}
     report |= _compiled("train step", program, arguments, where, grid, memory)
     if seconds := report.get("predicted_step_s"):
         total = config.steps * seconds
@@ -88,9 +88,9 @@ def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Repor
     program, arguments = programs.sampling_step(config, grid, images)
     weights, frozen, *inputs = arguments
     memory = {
-        "params": programs.device_bytes((weights, frozen)),
-        "autoencoder": programs.device_bytes(program.last),
-        "batch": programs.device_bytes(inputs),
+        "params": mesh.device_bytes((weights, frozen)),
+        "autoencoder": mesh.device_bytes(program.last),
+        "batch": mesh.device_bytes(inputs),
     }
     steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     euler = float(steps.euler_steps.mean())

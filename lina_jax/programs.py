@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -160,15 +159,10 @@ def state_bytes(plan: Blueprint) -> dict[str, int]:
     """Bytes that one device holds of the state, by kind."""
     shapes = plan.shapes
     return {
-        "params": device_bytes(shapes.params) + device_bytes(shapes.frozen),
-        "optimizer": device_bytes(shapes.opt_state),
-        "ema": device_bytes(shapes.ema),
+        "params": mesh_lib.device_bytes(shapes.params) + mesh_lib.device_bytes(shapes.frozen),
+        "optimizer": mesh_lib.device_bytes(shapes.opt_state),
+        "ema": mesh_lib.device_bytes(shapes.ema),
     }
-
-
-def device_bytes(tree: Tree) -> int:
-    """Bytes that one device holds of a tree of abstract arrays."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _batched(mesh: Mesh, size: int, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -160,7 +160,9 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
 
     How layers run is settled in its config.
     """
-    config, inference = execution.settled(config, mesh), execution.for_inference(config, mesh)
+    encoders = encoders or Encoders()
+    inference = execution.for_inference(config, mesh)
+    config = execution.settled(config, mesh, mesh_lib.device_bytes(encoders.weights))
     graphdef, params, frozen = _abstract(config.model)
     inference_graphdef = graphdef if inference.model == config.model else _abstract(inference.model)[0]
 
@@ -179,7 +181,7 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
-    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, decayed, encoders or Encoders())
+    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, decayed, encoders)
 
 
 def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -29,12 +29,12 @@ def of_preset(load_preset):
     return make
 
 
-def on(platform, config, chosen=execution.settled, memory=CHIPS["h200"].memory):
+def on(platform, config, chosen=execution.settled, memory=CHIPS["h200"].memory, **held):
     """What is chosen for eight devices, of so much memory, that hold an eighth of the state each."""
     stats = {"bytes_limit": memory} if memory else None
     device = types.SimpleNamespace(platform=platform, device_kind="", process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device] * 8), shape={"fsdp": 8, "tensor": 1}, size=8)
-    return execution.of(chosen(config, mesh).model)
+    return execution.of(chosen(config, mesh, **held).model)
 
 
 def test_each_platform_runs_layers_in_its_way(of_preset):
@@ -69,6 +69,7 @@ def test_gpus_keep_for_the_gradient_what_fits(of_preset):
     assert on("gpu", config, memory=CHIPS["h100"].memory)["remat"] == "dots"
     assert on("gpu", config, memory=30 * GIB)["remat"] == "full"
     assert on("gpu", config, memory=None)["remat"] == "dots"
+    assert on("gpu", config, encoders=50 * GIB)["remat"] == "dots"
 
 
 @pytest.mark.parametrize(
