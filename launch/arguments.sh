@@ -103,10 +103,11 @@ setting_up() {
   local option given=()
   for option; do given+=("--$option=${!option}"); done
   words=(bash -c "trap 'exit 75' TERM # preempted before there is a command that could save
-{
-$setup
-} || { echo 'error: the set-up failed' >&2 && exit 1; }
-exec \"\$@\"" bash env -u LINA_SETUP "$root/launch/${0##*/}" "${given[@]}" -- "${words[@]}")
+trap '[ \$? -ne 0 ] || { echo \"error: the set-up ended its shell\" >&2; exit 1; }' EXIT
+eval $(quoted "$setup") || { echo 'error: the set-up failed' >&2; exit 1; }
+trap - EXIT
+cd $(quoted "$PWD") || exit
+exec $(quoted env -u LINA_SETUP bash "$root/launch/${0##*/}" "${given[@]}" -- "${words[@]}")")
 }
 
 # with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
@@ -146,8 +147,9 @@ stop() {
 
 # batch_limits: refuse a --time that is none of sbatch's forms, and a --grace beyond what its --signal takes.
 batch_limits() {
-  [[ $time =~ ^([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|)$ ]] ||
-    refuse "--time=$time: expected MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"
+  [[ $time =~ ^([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE|)$ ]] ||
+    refuse "--time=$time: expected MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]]" \
+      "or UNLIMITED"
   whole grace 0
   [ "$grace" -le 65535 ] || refuse "--grace=$grace: SLURM takes up to 65535 seconds"
 }

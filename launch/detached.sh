@@ -9,15 +9,18 @@ set -euo pipefail
 run=$1
 shift
 
-# After a restart of the machine, another process may have the number.
-running() { grep -qzxFe "--code_file=$PWD/$run.code" "/proc/$(cat "$run.pid" 2>/dev/null)/cmdline" 2>/dev/null; }
+# RUN.pid has the time of its start, too: after a restart of the machine, another process may have the number.
+started() { cut -d' ' -f22 "/proc/$1/stat" 2>/dev/null; }
+running() { read -r pid at <"$run.pid" && [ -n "$at" ] && [ "$(started "$pid")" = "$at" ]; } 2>/dev/null
 if ! running && { ! [ "$run.code" -nt "../$run.tgz" ] || [ "$(cat "$run.code")" = 75 ]; }; then
   rm -f "$run.code"
   touch "$run.log" # tail needs it at once
   setsid nohup bash "$(dirname "${BASH_SOURCE[0]}")/worker.sh" --code_file="$PWD/$run.code" "$@" \
     >>"$run.log" 2>&1 </dev/null &
-  echo $! >"$run.pid"
+  echo "$! $(started $!)" >"$run.pid"
 fi
-timeout "${LINA_FOLLOW_SECONDS:-1800}" tail -n 20 -f --pid="$(cat "$run.pid")" "$run.log" || true
+follow=()
+if running; then follow=(-f --pid="$pid"); fi
+timeout "${LINA_FOLLOW_SECONDS:-1800}" tail -n 20 "${follow[@]}" "$run.log" || true
 if running; then exit 124; fi
 exit "$(cat "$run.code" 2>/dev/null || echo 137)" # no code: it was killed

@@ -37,7 +37,7 @@ if [ -n "$setup" ] && [ -z "$dry_run" ]; then
   exec "${words[@]}"
 fi
 if [ -z "$accelerator" ]; then
-  if nvidia-smi -L >/dev/null 2>&1; then accelerator=gpu; else accelerator=cpu; fi
+  if [ -n "${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L >/dev/null 2>&1; then accelerator=gpu; else accelerator=cpu; fi
 fi
 accelerator_flags "$accelerator"
 
@@ -57,7 +57,7 @@ esac
 python=$(find_python)
 if [ -n "$dry_run" ]; then
   echo "source $(quoted "$root/launch/environment.sh") && accelerator_flags $accelerator"
-  if [ -n "$setup" ]; then printf '%s\n' "$setup"; fi
+  if [ -n "$setup" ]; then echo "eval $(quoted "$setup") || exit"; fi
 fi
 exec "$python" "$root/launch/processes.py" --name="$name" --processes="$processes" --devices="$devices" --gpus="$gpus" \
   --port="${port:-0}" --grace="$grace" --max_restarts="$max_restarts" ${dry_run:+--dry_run} -- "${words[@]}"

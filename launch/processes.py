@@ -70,6 +70,8 @@ class Processes:
         failed = RESTART if self.stopped else 0
         while self.running:
             process, status = os.wait()
+            if process not in self.running:  # a background job of --setup: `exec` left it to us
+                continue
             number = self.running.pop(process)
             code = os.waitstatus_to_exitcode(status)
             code = 128 - code if code < 0 else code

@@ -45,8 +45,9 @@ python+='sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }'
 prepare=${requirements:+$python}
 if [ -n "$setup" ]; then prepare+="${prepare:+ && }{"$'\n'"$setup"$'\n'"}"; fi
 start="mkdir -p $name && cd $name && "
-start+="{ grep -qzxFe \"--code_file=\$PWD/$name.code\" /proc/\$(cat $name.pid 2>/dev/null)/cmdline 2>/dev/null ||"
-start+=" tar -xzf ../$name.tgz; } && " # not under a run that is at work
+# Not under a run that is at work: launch/detached.sh knows it by the same.
+start+="{ { read -r pid at <$name.pid && [ -n \"\$at\" ] && [ \"\$(cut -d' ' -f22 /proc/\$pid/stat)\" = \"\$at\" ]; } 2>/dev/null ||"
+start+=" tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
   --max_restarts="$max_restarts" -- "${words[@]}")"
 # Older than the archive, it is the record of another start.

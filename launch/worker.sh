@@ -27,9 +27,11 @@ finish() {
 }
 
 if [ -n "$dry_run" ]; then
-  echo "cd $(quoted "$root")${setup:+$'\n'$setup}"
-  echo "source launch/environment.sh${requirements:+ && make_environment .venv $(quoted "$requirements")}" \
-    "&& accelerator_flags $(quoted "$accelerator")"
+  accelerator_flags "$accelerator" || exit 2
+  here="cd $(quoted "$root")"
+  echo "$here${setup:+ && eval $(quoted "$setup") && $here} &&"
+  echo "  source launch/environment.sh${requirements:+ && make_environment .venv $(quoted "$requirements")} &&"
+  echo "  accelerator_flags $accelerator || exit"
   quoted "${words[@]}"
   exit
 fi

@@ -43,6 +43,8 @@ MAY_BE_NEGATIVE = frozenset({
     "autoencoder.shift_factor", "loss.mask_ratio_mean", "init_from.checkpoint",
 })  # fmt: skip
 
+LONGEST_S = 1e9  # that threads can wait
+
 COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # programs count in 32 bits
 
 
@@ -57,6 +59,8 @@ def check_value(name: str, value: Any) -> None:
             raise UserError(f"{name}={value!r}: must be finite")
         if isinstance(number, int) and abs(number) >= 2**31 and not name.startswith(COUNTED_BY_HOSTS):
             raise UserError(f"{name}={value!r}: must be below 2**31")
+        if name in ("checkpoint.timeout", "step_timeout") and number > LONGEST_S:
+            raise UserError(f"{name}={value!r}: must be at most {LONGEST_S:.0e} s (0: never)")
         if number < 0 and name not in MAY_BE_NEGATIVE:
             raise UserError(f"{name}={value!r}: must not be negative")
         if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:

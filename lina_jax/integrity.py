@@ -28,14 +28,12 @@ def record(folder: Path) -> None:
 
 
 def items(folder: Path) -> set[str]:
-    """The items that a checkpoint was saved with, whatever is left of them.
-
-    Those that are there of one without digests, or with digests that cannot be read.
-    """
+    """The items that a checkpoint was saved with, by its digests, whatever is left of them; and what is there."""
     try:
-        return {name.partition("/")[0] for name in json.loads((folder / DIGESTS).read_text())}
-    except (OSError, ValueError, TypeError):
-        return {path.name for path in folder.iterdir()}
+        recorded = _recorded(folder)
+    except (OSError, ValueError):
+        recorded = {}
+    return {*map(_item, recorded), *(path.name for path in folder.iterdir())}
 
 
 def fingerprint(folder: Path) -> str:
@@ -52,8 +50,8 @@ def damage(folder: Path, items: Collection[str]) -> str:
     Checkpoints without digests (of earlier versions) pass. Raises OSError where storage fails.
     """
     try:
-        digests = json.loads((folder / DIGESTS).read_text())
-        files = [(name, *digests[name]) for name in sorted(digests) if name.partition("/")[0] in items]
+        digests = _recorded(folder)
+        files = [(name, *digests[name]) for name in sorted(digests) if _item(name) in items]
     except FileNotFoundError:
         finding, files = _UNKNOWN, []
     except (ValueError, TypeError):
@@ -71,6 +69,18 @@ def damage(folder: Path, items: Collection[str]) -> str:
         return ""
     number, kind = divmod(finding - _FIRST, len(_KINDS))
     return f"{files[number][0]} {_KINDS[kind]}"
+
+
+def _recorded(folder: Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of each file. Raises OSError and ValueError."""
+    digests = json.loads((folder / DIGESTS).read_text())
+    if not isinstance(digests, dict) or not digests:
+        raise ValueError(f"{DIGESTS} holds no digests")
+    return digests
+
+
+def _item(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _compare(folder: Path, name: str, size: int, crc: int) -> int | None:

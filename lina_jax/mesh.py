@@ -82,6 +82,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
     fit the slices of a TPU, or JAX finds no layout of them.
     """
+    config_checks.check_mesh(config)
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     sizes["sequence"] = sizes["sequence"] or 1
@@ -165,15 +166,15 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         order = sorted(range(len(devices)), key=lambda i: (node_of[i], devices[i].id))
         return np.array([devices[i] for i in order], object).reshape(shape)
     slices = len(set(node_of))
-    if slices == 1:
-        try:
-            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
-            raise NoLayout(
-                f"mesh: JAX finds no layout of {_product(sizes)} on this slice; set another mesh.fsdp"
-            ) from error
     inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    try:
+        if slices > 1:
+            return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
+        raise NoLayout(
+            f"mesh: JAX finds no layout of {_product(sizes)} on such slices; set another mesh.fsdp"
+        ) from error
 
 
 def _product(sizes: dict[str, int]) -> str:

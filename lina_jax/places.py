@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, TextIO
 from absl import logging
 
 from lina_jax.errors import UserError
+
+_LEASE_S = 120  # after which NFS frees what a machine held that is gone
 
 
 def check(flag: str, directory: Path) -> None:
@@ -48,21 +51,36 @@ def check_renames(flag: str, directory: Path) -> None:
 def lock(flag: str, directory: Path) -> TextIO:
     """An open file that keeps other processes of this machine (on NFS: of any) from locking `directory`, until closed.
 
-    The system frees it when the process ends, however it does. Raises UserError, naming the flag and who is there.
+    The system frees it when the process ends, however it does, or when the process closes any other opening of the
+    file. Raises UserError, naming the flag and who is there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / "lock").open("a+")
+    path, host, patience = directory / "lock", socket.gethostname(), time.monotonic() + _LEASE_S
+    file = path.open("a+")
+    try:
+        while not _locked(file):
+            file.seek(0)
+            holder = file.read().strip()
+            if holder.endswith(f" on {host}") or time.monotonic() > patience:
+                raise UserError(
+                    f"--{flag}={directory}: another run is at work there ({holder}); if it is gone, remove {path}"
+                )
+            time.sleep(1)
+    except OSError as error:
+        logging.warning("%s cannot be locked (%s): see to it that no other run works there", directory, error.strerror)
+    file.truncate(0)
+    print(f"process {os.getpid()} on {host}", file=file, flush=True)
+    return file
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether this process has the file now; False: another has it."""
     try:
         # Of the process, not of the open file: those that read data for it do not keep it when they live on.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(f"--{flag}={directory}: another run is at work there ({file.read().strip()})") from None
-    except OSError as error:
-        logging.warning("%s cannot be locked (%s): see to it that no other run works there", directory, error.strerror)
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return file
+        return False
+    return True
 
 
 def writable(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import os
 import signal
 import threading
 import time
@@ -73,6 +74,35 @@ def heed() -> None:
         raise errors.Preempted
 
 
+@contextlib.contextmanager
+def finishing(what: str) -> Iterator[None]:
+    """Work that Ctrl-C lets come to its end, as one that is interrupted could not be waited for again; the second not.
+
+    Where Ctrl-C does not interrupt anyway, or in another thread than the main one, nothing is different.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    asked = False
+
+    def ask(signum, frame):
+        nonlocal asked
+        if asked:
+            signal.default_int_handler(signum, frame)
+        asked = True
+        os.write(2, f"finishing {what}; Ctrl-C again leaves it unfinished\n".encode())  # print might be at work
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
 class Watchdog:
     """Ends the process, with the stacks of its threads, when the next step does not end within so many seconds.
 
@@ -98,13 +128,17 @@ class Watchdog:
 
     @contextlib.contextmanager
     def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
-        """Work that has a time of its own, and what is said when that is over; then the next step has its full time.
+        """Work that has a time of its own, and what is said when that is over.
 
-        After an error the time goes on, for what ends the run.
+        Then a step that was timed has its full time. After an error the time goes on, for what ends the run.
         """
+        timed = self._deadline is not None
         self._set(seconds, otherwise)
         yield
-        self.restart()
+        if timed:
+            self.restart()
+        else:
+            self._set(0.0, "")
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """For what may take any time."""

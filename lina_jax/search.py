@@ -108,7 +108,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     if not fixed_batch:  # from an image a chip on; where `sequence` cuts images, from one for as many chips as share it
         sizes |= {where.chips * images for images in _powers(64)}
         sizes |= {where.chips // parts for parts in _powers(where.chips)}
-    replica = where.slices if config.mesh.replica == 1 else config.mesh.replica
+    replica = where.slices if config.mesh.replica in (1, -1) else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
     ways = execution.ways(config.model, "tpu" if where.chip.torus else "gpu")

@@ -91,8 +91,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if warm and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm)
         print(warm_start.table(warm), file=sys.stderr)
-    if not resumed:
-        checkpoints.save(run)
     _introduce(config, plan, devices, first)
     if config.log.preview_images and (lacking := sample.cannot_draw(config)):
         print(f"no previews: {lacking}", file=sys.stderr)
@@ -108,17 +106,19 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     timely = functools.partial(watchdog.allowing, seconds, f"a save has taken {seconds:g} s (checkpoint.timeout)")
 
     def save() -> None:
-        with timely():
+        with timely(), preemption.finishing("a save"):
             checkpoints.save(run)
 
     def finish() -> None:
-        with timely():
+        with timely(), preemption.finishing("a save"):
             checkpoints.close()
 
     try:
         # Left from right to left: whatever ends the run, a save under way is finished, and SIGTERM waits for it.
         with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress:
             end.callback(finish)
+            if not resumed:
+                save()
             with throughput.paused():
                 _measure(measurements, overdue, first, run, writer, save)
             for step in range(first + 1, config.steps + 1):

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import os
 import resource
+import signal
 import socket
 import threading
 
@@ -84,13 +85,31 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     )
 
 
+def test_ctrl_c_during_the_last_save_waits_for_it(tiny_text, tmp_path, monkeypatch):
+    def record(folder):
+        if folder.name.startswith("2."):
+            for _ in range(1000):
+                if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # it waits for this save
+                    break
+                pause.wait(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            pause.wait(0.5)
+        whole(folder)
+
+    whole, pause = integrity.record, threading.Event()
+    monkeypatch.setattr(integrity, "record", record)
+    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 2"):
+        train(tiny_text(steps=2), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "2" / "digests.json").exists()
+
+
 def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp_path):
     file, workdir = config_file(tiny_text(steps=1)), tmp_path / "run"
     with places.lock("workdir", workdir):
         result = run_module("train", f"--config={file}", f"--workdir={workdir}")
     assert result.returncode == 2 and [path.name for path in workdir.iterdir()] == ["lock"]
-    here = f"process {os.getpid()} on {socket.gethostname()}"
-    assert result.stderr.splitlines()[-1] == f"error: --workdir={workdir}: another run is at work there ({here})"
+    said = f"another run is at work there (process {os.getpid()} on {socket.gethostname()})"
+    assert result.stderr.splitlines()[-1] == f"error: --workdir={workdir}: {said}; if it is gone, remove {workdir}/lock"
 
 
 def test_events_that_cannot_be_written_end_the_run(tmp_path):

@@ -13,7 +13,7 @@ import inception_weights
 import jax
 import pytest
 
-from lina_jax import checkpoint, metrics, periodic, state
+from lina_jax import checkpoint, metrics, periodic, preemption, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, UserError
 
@@ -103,6 +103,18 @@ def test_sigterm_at_the_start_asks_to_be_run_again_and_leaves_nothing(tiny_text,
         RUN_AGAIN,
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_waits_once_for_what_is_being_finished(capfd):
+    done = []
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt), preemption.finishing("a save"):
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            done.append(times)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert done == [1]
+    assert capfd.readouterr().err == 2 * "finishing a save; Ctrl-C again leaves it unfinished\n"
 
 
 STALLED = """

@@ -148,7 +148,7 @@ if "ssh" in words:
     elif not os.path.exists(home + "/down"):
         while not os.path.exists(home + "/up"): pass
         open(home + "/down", "w").close()
-        os.kill(int(open(home + "/run-1/run-1.pid").read()), 15)
+        os.kill(int(open(home + "/run-1/run-1.pid").read().split()[0]), 15)
         while not os.path.exists(home + "/run-1/run-1.code"): pass
 """
 

@@ -156,7 +156,20 @@ def test_a_set_up_changes_nothing_of_the_launcher(launch, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "yes 100\n", "")
 
 
-@pytest.mark.parametrize(("setup", "code"), [("false", 1), ("exit 7", 7)])
+@pytest.mark.parametrize("setup", ["", " ", "# a comment", "set -- a b", "cat <<END\n$HOME'\"\nEND", "true \\"])
+def test_what_a_shell_takes_is_a_set_up(setup, launch):
+    result, _, _ = launch(LAUNCH / "worker.sh", "--accelerator=cpu", f"--setup={setup}", "--", "echo", "ran")
+    assert (result.returncode, result.stderr, result.stdout.splitlines()[-1]) == (0, "", "ran")
+
+
+def test_background_jobs_of_a_set_up_are_not_taken_for_processes(launch):
+    """One ends before the run does."""
+    words = [*LOCAL, "--processes=1", "--setup=mkfifo ~/go; (: >~/go) &", "--", "bash", "-c", "read <~/go || echo ran"]
+    result, _, _ = launch(LAUNCH / "local.sh", *words)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "ran\n")
+
+
+@pytest.mark.parametrize(("setup", "code"), [("false", 1), ("exit 7", 7), ("exit 0", 1)])
 def test_a_set_up_that_fails_ends_a_worker_for_good(setup, code, launch, tmp_path):
     words = ["--accelerator=cpu", "--max_restarts=3", f"--code_file={tmp_path}/code", f"--setup=echo one; {setup}"]
     result, _, _ = launch(LAUNCH / "worker.sh", *words, "--", "echo", "ran")
@@ -164,7 +177,7 @@ def test_a_set_up_that_fails_ends_a_worker_for_good(setup, code, launch, tmp_pat
 
 
 def test_a_dry_run_of_a_worker_prints_what_runs(launch):
-    words = ["--accelerator=cpu", f"--setup={CARELESS.replace('cd /;', '')}", "--", *SEEN]
+    words = ["--accelerator=cpu", f"--setup={CARELESS}", "--", *SEEN]
     printed, _, _ = launch(LAUNCH / "worker.sh", "--dry-run", *words)
     assert "ulimit" in printed.stdout
     assert launch(printed.stdout)[0].stdout == launch(LAUNCH / "worker.sh", *words)[0].stdout == "yes 100\n"

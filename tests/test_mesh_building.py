@@ -1,7 +1,6 @@
 """A mesh is built of the devices there are, or refused with the arithmetic."""
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
@@ -234,13 +233,16 @@ def test_fsdp_of_zero_is_one_for_which_jax_finds_a_layout(most, made, monkeypatc
     assert (shape["data"], shape["fsdp"]) == (8 // made, made)
 
 
-def test_a_slice_for_which_jax_finds_no_layout_is_one_line(monkeypatch):
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_slice_for_which_jax_finds_no_layout_is_one_line(slices, monkeypatch):
     """As of 4 x 4 x 20 chips of v5p with fsdp of 32 (jax 0.10)."""
 
     def fail(*_, **__):
         raise TypeError("int() argument must be a string, not 'NoneType'")
 
-    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", fail)
-    devices = [types.SimpleNamespace(platform="tpu", slice_index=0, id=number) for number in range(8)]
-    with pytest.raises(UserError, match=r"^mesh: JAX finds no layout of replica=1 x data=2 x fsdp=4 .* set another"):
-        mesh.build(MeshConfig(fsdp=4), devices)
+    for name in ("create_device_mesh", "create_hybrid_device_mesh"):
+        monkeypatch.setattr(mesh.mesh_utils, name, fail)
+    devices = [TpuChip(i, 0, i * slices // 8) for i in range(8)]
+    made = f"replica={slices} x data={2 // slices} x fsdp=4"
+    with pytest.raises(UserError, match=rf"^mesh: JAX finds no layout of {made} .* on such slices; set another"):
+        mesh.build(MeshConfig(replica=slices, fsdp=4), devices)

@@ -40,9 +40,9 @@ def test_a_search_tries_batches_of_less_than_an_image_a_chip_where_images_are_cu
 
 def test_a_search_makes_a_replica_of_a_slice_but_leaves_those_that_are_set(tiny):
     where = topology.Topology("v5e", CHIPS["v5e"], (2, 2), slices=2)
-    for given, made in ((1, 2), (4, 4)):
+    for given, made in ((1, 2), (-1, 2), (4, 4)):
         candidates = search.ranked(
-            tiny(model={"heads": 1}, mesh={"replica": given}), where, jax.devices(), fixed_batch=True
+            tiny(model={"heads": 1}, mesh={"replica": given, "data": 1}), where, jax.devices(), fixed_batch=True
         )
         assert {candidate.replica for candidate in candidates} == {made}
 

@@ -252,9 +252,11 @@ def lose_all_but_weights(folder):
         (cut, "has another size than was saved"),
         (flip_a_bit, "has other bytes than were saved"),
         (lambda folder: os.truncate(folder / "digests.json", 100), "digests.json cannot be read"),
+        (lambda folder: (folder / "digests.json").write_text("[1]"), "digests.json cannot be read"),
+        (lambda folder: (folder / "digests.json").write_text("{}"), "digests.json cannot be read"),
         (forget_digests_and_cut, "OUT_OF_RANGE"),
     ],
-    ids=["params", "manifest", "weights", "cut", "bit", "digests", "unrecorded"],
+    ids=["params", "manifest", "weights", "cut", "bit", "digests", "list", "none", "unrecorded"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config, finished, tmp_path, one_device, damage, reason, caplog
