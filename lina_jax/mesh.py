@@ -183,7 +183,7 @@ def _product(sizes: dict[str, int]) -> str:
 
 def parse(text: str) -> MeshConfig:
     """'fsdp=2,sequence=4' as a config; the axes that are not named are the defaults. Raises UserError."""
-    sizes: dict[str, int] = {}
+    sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.removeprefix("-").isdecimal():

@@ -65,6 +65,7 @@ def lock(flag: str, directory: Path) -> TextIO:
                 raise UserError(
                     f"--{flag}={directory}: another run is at work there ({holder}); if it is gone, remove {path}"
                 )
+            logging.log_every_n_seconds(logging.WARNING, "waiting for %s, which has locked %s", 30, holder, path)
             time.sleep(1)
     except OSError as error:
         logging.warning("%s cannot be locked (%s): see to it that no other run works there", directory, error.strerror)

@@ -76,7 +76,7 @@ def heed() -> None:
 
 @contextlib.contextmanager
 def finishing(what: str) -> Iterator[None]:
-    """Work that Ctrl-C lets come to its end, as one that is interrupted could not be waited for again; the second not.
+    """Within, the first Ctrl-C counts at the end: work that was interrupted could not be waited for again.
 
     Where Ctrl-C does not interrupt anyway, or in another thread than the main one, nothing is different.
     """
