@@ -184,6 +184,16 @@ def test_a_worker_at_work_is_followed_in_rounds(launch):
     assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n"
 
 
+@pytest.mark.parametrize(("code", "said"), [("75", "ran\n"), ("3", "")])
+def test_a_process_that_has_the_number_of_a_worker_by_now_is_not_it(code, said, launch):
+    """As after a restart of the machine: a run that asks for it is started, of another the code is given at once."""
+    detached = shlex.join([str(LAUNCH / "detached.sh"), "run", "--accelerator=cpu", "--", "echo", "ran"])
+    script = f'cd; touch run.log; echo "$$ 1" >run.pid; echo {code} >run.code; bash {detached}'
+    result, _, home = launch(script)
+    assert (result.stdout, result.returncode) == (said, 0 if said else int(code))
+    assert (home / "run.code").read_text() == f"{result.returncode}\n"
+
+
 def test_a_gcloud_that_never_answers_ends_the_launcher(launch):
     environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps({"describe": [1]})}
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], "--", "train", **environment)
