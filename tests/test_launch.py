@@ -194,6 +194,13 @@ def test_a_process_that_has_the_number_of_a_worker_by_now_is_not_it(code, said, 
     assert (home / "run.code").read_text() == f"{result.returncode}\n"
 
 
+def test_calls_at_the_same_time_start_one_worker(launch):
+    words = ["run", "--accelerator=cpu", "--", "bash", "-c", "echo >>~/runs"]
+    call = shlex.join(["bash", str(LAUNCH / "detached.sh"), *words])
+    result, _, home = launch(f"cd; {call} & {call} & {call} & wait")
+    assert (result.returncode, (home / "runs").read_text()) == (0, "\n")
+
+
 def test_a_gcloud_that_never_answers_ends_the_launcher(launch):
     environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps({"describe": [1]})}
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], "--", "train", **environment)
