@@ -91,7 +91,7 @@ whole() {
 # split_topology: --topology=v5e:16x16, as lina_jax.plan takes it, to `tpu_type` (v5litepod) and `shape` (16x16).
 split_topology() {
   local edge='[1-9][0-9]{0,2}'
-  [[ $topology =~ ^(v5e|v6e):($edge(x$edge){1})$ || $topology =~ ^(v4|v5p|tpu7x):($edge(x$edge){2})$ ]] ||
+  [[ $topology =~ ^(v5e|v6e):($edge(x$edge))$ || $topology =~ ^(v4|v5p|tpu7x):($edge(x$edge){2})$ ]] ||
     refuse "--topology=$topology: expected v5e or v6e and two edges, as in v5e:16x16, or v4, v5p or tpu7x and three," \
       "as in v5p:4x4x4 (several slices: launch/gke.sh --slices=N)"
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}

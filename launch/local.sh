@@ -56,8 +56,8 @@ esac
 
 python=$(find_python)
 if [ -n "$dry_run" ]; then
+  if [ -n "$setup" ]; then echo "eval $(quoted "$setup") && cd $(quoted "$PWD") || exit"; fi
   echo "source $(quoted "$root/launch/environment.sh") && accelerator_flags $accelerator"
-  if [ -n "$setup" ]; then echo "eval $(quoted "$setup") || exit"; fi
 fi
 exec "$python" "$root/launch/processes.py" --name="$name" --processes="$processes" --devices="$devices" --gpus="$gpus" \
   --port="${port:-0}" --grace="$grace" --max_restarts="$max_restarts" ${dry_run:+--dry_run} -- "${words[@]}"

@@ -46,8 +46,8 @@ prepare=${requirements:+$python}
 if [ -n "$setup" ]; then prepare+="${prepare:+ && }{"$'\n'"$setup"$'\n'"}"; fi
 start="mkdir -p $name && cd $name && "
 # Not under a run that is at work: launch/detached.sh knows it by the same.
-start+="{ { read -r pid at <$name.pid && [ -n \"\$at\" ] && [ \"\$(cut -d' ' -f22 /proc/\$pid/stat)\" = \"\$at\" ]; } 2>/dev/null ||"
-start+=" tar -xzf ../$name.tgz; } && "
+start+="{ { read -r pid at <$name.pid && [ -n \"\$at\" ] && "
+start+="[ \"\$(cut -d' ' -f22 /proc/\$pid/stat)\" = \"\$at\" ]; } 2>/dev/null || tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
   --max_restarts="$max_restarts" -- "${words[@]}")"
 # Older than the archive, it is the record of another start.

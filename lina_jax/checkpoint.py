@@ -361,7 +361,7 @@ def _progress(state: TrainState) -> dict[str, Tree]:
 
 def is_imported(checkpoint: Path) -> bool:
     """Whether a checkpoint holds weights alone."""
-    return checkpoint.is_dir() and not {"ema", "progress"} & integrity.items(checkpoint)
+    return checkpoint.is_dir() and not {"ema", "progress"} & integrity.saved_items(checkpoint)
 
 
 def saved_checkpoints(workdir: Path) -> list[Path]:

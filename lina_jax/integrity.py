@@ -27,7 +27,7 @@ def record(folder: Path) -> None:
     places.write_json(folder / DIGESTS, dict(sorted(digests.items())))
 
 
-def items(folder: Path) -> set[str]:
+def saved_items(folder: Path) -> set[str]:
     """The items that a checkpoint was saved with, by its digests, whatever is left of them; and what is there."""
     try:
         recorded = _recorded(folder)

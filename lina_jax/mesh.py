@@ -68,7 +68,7 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     raise UserError(f"{refusals.get('config') or refusals['mesh']}; no mesh.sequence helps")
 
 
-class NoLayout(UserError):
+class _NoLayout(UserError):
     """JAX finds none of a mesh on a slice."""
 
 
@@ -97,7 +97,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     while True:
         try:
             return _mesh(sizes | {"fsdp": fsdp}, devices)
-        except NoLayout:
+        except _NoLayout:
             if fsdp == 1:
                 raise
             fsdp //= 2
@@ -172,7 +172,7 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
             return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
-        raise NoLayout(
+        raise _NoLayout(
             f"mesh: JAX finds no layout of {_product(sizes)} on such slices; set another mesh.fsdp"
         ) from error
 

@@ -1,6 +1,5 @@
 """The launchers: what they print is what they run, wrong arguments are one line, runs restart when they ask for it."""
 
-import json
 import os
 import re
 import runpy
@@ -11,45 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from pretended_cloud import CLOUD, TPU_POD
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 AWKWARD = ["train", "--config=configs/t2i.py:256", "--config.data.path=a b", "--x=it's $HOME", "--y=`date`;*", ""]
 MODULE = ["python", "-m", "lina_jax.train", *AWKWARD[1:]]
 
-# The cloud: no queued resource at first; one that is created is active at once. FIRST is what the first ssh meets: a
-# preemption, and the code that gcloud makes of it. TROUBLE: {verb: [which calls of it, from 1, do nothing but fail]}.
-CLOUD = """
-state = os.environ["HOME"] + "/state"
-now = open(state).read() if os.path.exists(state) else ""
-def become(now): open(state, "w").write(now)
-if words[0] == "alpha": del words[0]
-with open(os.environ["CALLS"]) as calls: nth = sum(words[3] in json.loads(call)[4:6] for call in calls)
-if nth in json.loads(os.environ.get("TROUBLE", "{}")).get(words[3], []): sys.exit("ERROR: the network")
-if words[3] == "describe": print(now) if now else sys.exit(f"ERROR: (gcloud.{'.'.join(words[:4])}) NOT_FOUND: no such")
-if "create" in words: become("ACTIVE")
-if "delete" in words: become("")
-if "scp" in words: subprocess.run(["cp", words[4], os.environ["HOME"]], check=True)
-if "ssh" in words:
-    first = os.environ.get("FIRST")
-    if first and not os.path.exists(os.environ["HOME"] + "/met"):
-        open(os.environ["HOME"] + "/met", "w")
-        become("SUSPENDED")
-        sys.exit(int(first))
-    if os.environ.get("PRETEND"): sys.exit(0)
-    if now != "ACTIVE": sys.exit("ERROR: no such machine")
-    command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
-    sys.exit(subprocess.run(["bash", "-c", command], cwd=os.environ["HOME"]).returncode)
-"""
-
-
-def verbs_of(calls: list[list[str]]) -> list[str]:
-    """describe, create, scp, ... of gcloud [alpha] compute tpus THINGS VERB."""
-    return [call[5 if "alpha" in call else 4] for call in calls]
-
-
 PLACES = {
-    "tpu_pod": ["--name=run-1", "--topology=v5e:16x16", "--zone=us-a", "--project=p", "--extra=--spot --network=n"],
+    "tpu_pod": TPU_POD,
     "gke": ["--name=run-1", "--topology=v5p:4x4x4", "--cluster=c", "--image=i", "--slices=2", "--extra=--spot"],
     "slurm": ["--name=run-1", "--nodes=4", "--partition=h", "--time=1:00:00", "--extra=--account=a"],
     "study": ["--name=run-1", "--dir=a b", "--slurm=yes", "--partition=h", "--time=1:00:00", "--extra=--account=a"],
@@ -94,144 +63,6 @@ def test_gke_runs_the_command_of_the_image(launch):
     command = next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
     worker = ["/opt/lina_jax/launch/worker.sh", "--accelerator=tpu", SETUP, "--"]
     assert shlex.split(command) == ["exec", *worker, *MODULE]
-
-
-@pytest.mark.parametrize("first", [None, "255", "1"], ids=["undisturbed", "connection_lost", "gcloud_fails"])
-def test_a_preempted_tpu_pod_is_made_anew_and_the_run_goes_on(first, launch):
-    """The workers really run here; the command is killed, then asks to be run again."""
-    again = "echo >>../runs; case $(wc -l <../runs) in 1) kill -KILL $$ ;; 2) exit 75 ;; esac"
-    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", again]
-    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD, **({"FIRST": first} if first else {}))
-    assert result.returncode == 0, result.stderr
-    verbs = verbs_of(calls)
-    assert verbs.count("create") == len(starts_on_pod(calls)) == (2 if first else 1)
-    assert verbs.count("delete") == (1 if first else 0)
-    assert (home / "runs").read_text().count("\n") == 3
-    log = (home / "run-1" / "run-1.log").read_text()
-    assert "ended with 137: restart 1 of" in log and "ended with 75: restart 2 of at most 100" in log
-
-
-# On the pod lies the record of an earlier run that ended with gcloud's own code.
-EARLIER = """
-if "create" in words and not os.path.exists(os.environ["HOME"] + "/run-1"):
-    os.mkdir(os.environ["HOME"] + "/run-1")
-    open(os.environ["HOME"] + "/run-1/run-1.code", "w").write("1\\n")
-"""
-
-
-@pytest.mark.parametrize(
-    ("trouble", "first"),
-    [
-        ({"describe": [2, 3]}, None),
-        ({"scp": [1]}, None),
-        ({"ssh": [1]}, None),
-        ({"ssh": [1, 2]}, None),
-        ({"describe": [3, 4], "delete": [1], "create": [2]}, "255"),
-    ],
-    ids=["describe", "scp", "ssh", "ssh_and_record", "all_when_preempted"],
-)
-def test_failures_of_gcloud_end_nothing(trouble, first, launch):
-    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo >>../runs"]
-    environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps(trouble), **({"FIRST": first} if first else {})}
-    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
-    assert result.returncode == 0 and "ERROR: the network" in result.stderr, result.stderr
-    assert verbs_of(calls).count("create") == (3 if first else 1)
-    assert (home / "runs").read_text() == "\n"
-
-
-# Before the second round.
-SHUT_DOWN = """
-home = os.environ["HOME"]
-if "ssh" in words:
-    if not os.path.exists(home + "/go"):
-        os.mkfifo(home + "/go")
-    elif not os.path.exists(home + "/down"):
-        while not os.path.exists(home + "/up"): pass
-        open(home + "/down", "w").close()
-        os.kill(int(open(home + "/run-1/run-1.pid").read().split()[0]), 15)
-        while not os.path.exists(home + "/run-1/run-1.code"): pass
-"""
-
-
-def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
-    """It ends with 75 then, which nobody hears."""
-    again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { trap 'exit 75' TERM; touch ../up; read <../go; }"
-    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
-    environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
-    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
-    assert result.returncode == 0, result.stderr
-    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n\n"
-
-
-# The command waits for this.
-IN_THE_SECOND_ROUND = """
-if "ssh" in words:
-    go = os.environ["HOME"] + "/go"
-    if os.path.exists(go):
-        open(go, "w").close()
-        os.rename(go, go + "ne")
-    elif not os.path.exists(go + "ne"):
-        os.mkfifo(go)
-"""
-
-
-def test_a_worker_at_work_is_followed_in_rounds(launch):
-    """By which one that was lost is found: gcloud says nothing of it while another connection lasts."""
-    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo >>../runs; read <../go || true"]
-    environment = {"ANSWER": IN_THE_SECOND_ROUND + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
-    result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
-    assert result.returncode == 0, result.stderr
-    assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n"
-
-
-@pytest.mark.parametrize(("code", "said"), [("75", "ran\n"), ("3", "")])
-def test_a_process_that_has_the_number_of_a_worker_by_now_is_not_it(code, said, launch):
-    """As after a restart of the machine: a run that asks for it is started, of another the code is given at once."""
-    detached = shlex.join([str(LAUNCH / "detached.sh"), "run", "--accelerator=cpu", "--", "echo", "ran"])
-    script = f'cd; touch run.log; echo "$$ 1" >run.pid; echo {code} >run.code; bash {detached}'
-    result, _, home = launch(script)
-    assert (result.stdout, result.returncode) == (said, 0 if said else int(code))
-    assert (home / "run.code").read_text() == f"{result.returncode}\n"
-
-
-def test_calls_at_the_same_time_start_one_worker(launch):
-    words = ["run", "--accelerator=cpu", "--", "bash", "-c", "echo >>~/runs"]
-    call = shlex.join(["bash", str(LAUNCH / "detached.sh"), *words])
-    result, _, home = launch(f"cd; {call} & {call} & {call} & wait")
-    assert (result.returncode, (home / "runs").read_text()) == (0, "\n")
-
-
-def test_a_gcloud_that_never_answers_ends_the_launcher(launch):
-    environment = {"ANSWER": EARLIER + CLOUD, "TROUBLE": json.dumps({"describe": [1]})}
-    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *PLACES["tpu_pod"], "--", "train", **environment)
-    assert result.returncode == 1 and "ERROR: the network" in result.stderr
-    assert len(calls) == 1
-
-
-def test_ctrl_c_leaves_a_tpu_pod_alone(launch):
-    answer = 'import signal\nif "ssh" in words: os.kill(os.getppid(), signal.SIGINT); sys.exit(1)\n' + CLOUD
-    words = [*PLACES["tpu_pod"], "--", "train"]
-    command = shlex.join(["env", "--default-signal=INT", "bash", str(LAUNCH / "tpu_pod.sh"), *words])
-    result, calls, _ = launch(command, ANSWER=answer)
-    assert result.returncode == 130 and len(starts_on_pod(calls)) == 1
-
-
-def test_a_mistake_on_a_tpu_pod_ends_there(launch):
-    words = [*PLACES["tpu_pod"], "--requirements=", "--", "bash", "-c", "echo a mistake; exit 2"]
-    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
-    assert result.returncode == 2 and "a mistake" in result.stdout
-    assert len(starts_on_pod(calls)) == 1
-
-
-def test_restarts_of_a_tpu_pod_are_counted(launch):
-    words = [*PLACES["tpu_pod"], "--requirements=", "--max_restarts=0", "--", "bash", "-c", "exit 137"]
-    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
-    assert result.returncode == 75 and "0 restarts were allowed" in result.stderr
-    assert len(starts_on_pod(calls)) == 1
-
-
-def starts_on_pod(calls: list[list[str]]) -> list[list[str]]:
-    return [call for call in calls if call[4] == "ssh" and "launch/detached.sh" in call[-1]]
 
 
 def batches_of(launch, place: str) -> list[str]:
@@ -389,8 +220,6 @@ def test_options_come_from_the_environment(launch):
     assert "#SBATCH --nodes=3\n" in result.stdout
 
 
-# One process of a run: notes its start, meets its peer in a pipe, as in a collective, and acts by a table
-# {process: [what to do in the first start, in the second, ...]}.
 def test_a_sweep_measures_presets_that_there_are(launch, load_preset, tmp_path):
     out = tmp_path / "lines.jsonl"
     result, _, _ = launch(LAUNCH / "benchmark.sh", "--dry-run", "--accelerator=gpu", f"--out={out}")
