@@ -7,18 +7,28 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 from tqdm import tqdm
 
+from lina_jax import places
 from lina_jax.errors import UserError
 from lina_jax.retry import Progress, patiently
 
 _PARTIAL = ".partial"
+# What file systems tell of a file that changes when it is written anew; the first that is there counts.
+_VERSIONS = ("etag", "ETag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+
+
+class _File(NamedTuple):
+    size: int
+    version: str
 
 
 def mounted(directory: str | Path) -> Path:
@@ -50,32 +60,43 @@ class Copy:
         # The name for people, the digest because two buckets may hold datasets of one name.
         name = f"{os.path.basename(self._source)}-{hashlib.sha256(self._source.encode()).hexdigest()[:8]}"
         self.directory = Path(cache).expanduser().absolute() / name
+        self._notes, self._noting = self.directory / "copied.json", threading.Lock()
 
     def metadata(self, names: Sequence[str]) -> Path:
         """Copy small files, anew each time, and return the directory of the copy. Absent ones stay absent."""
         with self._turn():
-            sizes = self._sizes()
+            files = self._listed()
             for name in names:
-                if name in sizes:
-                    self._fetch(name, sizes[name])
+                if name in files:
+                    self._fetch(name, files[name].size)
         return self.directory
 
     def shards(self, names: Sequence[str], threads: int) -> None:
-        """Copy what is not there yet. Raises UserError for files that the source lacks or that cannot be copied."""
+        """Copy what is not there yet, or was written anew since.
+
+        Raises UserError for files that the source lacks or that cannot be copied.
+        """
         with self._turn():
-            sizes = self._sizes()
-            missing = [name for name in names if name not in sizes]
+            files, copied = self._listed(), self._copied()
+            missing = [name for name in names if name not in files]
             if missing:
                 raise UserError(
                     f"{len(missing)} of the {len(names)} shards in {self._source} are missing: {missing[0]}"
                 )
-            wanted = [name for name in names if not self._has(name, sizes[name])]
+
+            def copy(name: str) -> None:
+                self._fetch(name, files[name].size)
+                with self._noting:
+                    copied[name] = files[name].version
+                    places.write_json(self._notes, copied)
+
+            wanted = [name for name in names if not self._has(name, files[name], copied.get(name))]
             pool = concurrent.futures.ThreadPoolExecutor(threads)
-            copies = [pool.submit(self._fetch, name, sizes[name]) for name in wanted]
+            copies = [pool.submit(copy, name) for name in wanted]
             done = concurrent.futures.as_completed(copies)
             try:
-                for copy in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
-                    copy.result()
+                for made in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
+                    made.result()
             finally:  # after a failure, and after Ctrl-C, there is no point in the rest, and none in waiting for it
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -88,18 +109,30 @@ class Copy:
                 left.unlink()
             yield
 
-    def _sizes(self) -> dict[str, int]:
+    def _listed(self) -> dict[str, _File]:
         try:
             listed = patiently(lambda _: self._files.ls(self._root, detail=True), self._timeout)
         except FileNotFoundError:
             raise UserError(f"data.path={self._source} does not exist") from None
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot list {self._source}: {error}") from error
-        return {os.path.basename(entry["name"].rstrip("/")): entry["size"] for entry in listed}
+        return {
+            os.path.basename(entry["name"].rstrip("/")): _File(
+                entry["size"], next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
+            )
+            for entry in listed
+        }
 
-    def _has(self, name: str, size: int) -> bool:
+    def _copied(self) -> dict[str, str]:
+        """The version of each shard when it was copied."""
+        try:
+            return json.loads(self._notes.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _has(self, name: str, file: _File, version: str | None) -> bool:
         path = self.directory / name
-        return path.exists() and path.stat().st_size == size
+        return version == file.version and path.exists() and path.stat().st_size == file.size
 
     def _fetch(self, name: str, size: int) -> None:
         def copy(progress: Progress) -> Path:

@@ -45,7 +45,7 @@ from lina_jax import (
     torch_layout,
 )
 from lina_jax import config as config_lib
-from lina_jax.checkpoint import Checkpoints, load_config, write_config
+from lina_jax.checkpoint import Checkpoints, write_config
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
 
@@ -173,9 +173,7 @@ def to_stablehlo(
     if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
         raise UserError(f"--platforms={','.join(platforms)}: allowed are {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
-    config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
-    if lacking := sample.cannot_draw(config):
-        raise UserError(lacking)
+    config = sample.drawable_config(workdir, autoencoder, text_encoder)
     one = mesh.build(MeshConfig(), jax.local_devices()[:1])
     plan = state.blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)

@@ -210,9 +210,8 @@ class _Run:
 
     def __init__(self, values: flags.FlagValues, workdir: Path, metrics: list[str], out: Path):
         self._values, self._workdir, self._metrics, self._out = values, workdir, metrics, out
-        names = ("steps", "euler_steps", "guidance", "temperature")
         loaded = load_config(workdir)
-        self._settings = sample.sample_settings(loaded, {name: values[name].value for name in names})
+        self._settings = sample.settings_of_flags(loaded, values)
         draws = values.scenes or values.geneval or values.npz or values.inception or values.report
         encoders = {"autoencoder": values.autoencoder, "text_encoder": values.text_encoder}
         lacking = sample.cannot_draw(sample.with_encoders(loaded, **encoders))

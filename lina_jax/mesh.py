@@ -114,8 +114,12 @@ def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _slices(devices: Sequence[jax.Device]) -> int:
+    return len(set(nodes(devices))) if devices[0].platform == "tpu" else 1
+
+
 def _check_slices(replica: int, devices: Sequence[jax.Device]) -> None:
-    slices = len(set(nodes(devices))) if devices[0].platform == "tpu" else 1
+    slices = _slices(devices)
     if replica % slices:
         raise UserError(
             f"mesh.replica={replica}: {slices} slices need a multiple of {slices} (--config.mesh.replica={slices})"
@@ -181,8 +185,11 @@ def _product(sizes: dict[str, int]) -> str:
     return " x ".join(f"{axis}={n}" for axis, n in sizes.items())
 
 
-def parse(text: str) -> MeshConfig:
-    """'fsdp=2,sequence=4' as a config; the axes that are not named are the defaults. Raises UserError."""
+def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
+    """'fsdp=2,sequence=4' as a config. Raises UserError.
+
+    Axes that are not named are the defaults, but `replica` is the number of slices: each draws images of its own.
+    """
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
@@ -191,7 +198,8 @@ def parse(text: str) -> MeshConfig:
         if axis in sizes:
             raise UserError(f"--mesh={text}: {axis} stands there twice")
         sizes[axis] = int(size)
-    config = MeshConfig(**sizes)
+    slices = _slices(jax.devices() if devices is None else devices)
+    config = MeshConfig(**{"replica": slices} | sizes)
     config_checks.check_mesh(config)
     return config
 

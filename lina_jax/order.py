@@ -37,9 +37,7 @@ class Order:
         component, ordinal = self._ordinal(position) if len(self.lengths) > 1 else (0, position)
         length = self.lengths[component]
         epoch, index = divmod(ordinal, length)
-        # Consecutive keys give unrelated permutations; components stand far apart on the circle of keys.
-        key = (self.seed + epoch + component * 0x9E3779B9) % 2**32
-        return component, index_shuffle(index, length - 1, key, 4)
+        return component, index_shuffle(index, length - 1, _permutation(self.seed, component, epoch), 4)
 
     def _ordinal(self, position: int) -> tuple[int, int]:
         """Component, and how many records it has given before."""
@@ -73,6 +71,12 @@ def apportion(weights: Sequence[int], count: int) -> list[int]:
     for i in by_remainder[: count - sum(whole)]:
         whole[i] += 1
     return whole
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, component: int, epoch: int) -> int:
+    """The key of an order of its own: mixed, so that the epochs of one seed are not those of the next, one later."""
+    return int(np.random.SeedSequence((seed, component, epoch)).generate_state(1)[0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -171,7 +171,7 @@ def prepare(
     except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, whose file another process has moved
         if done := finished(out, settings):  # another process was faster
             return done
-        raise UserError(f"cannot write {out}: {error}") from error
+        raise UserError(f"cannot prepare {out}: {error}") from error
     return totals
 
 

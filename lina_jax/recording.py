@@ -135,10 +135,10 @@ class LatentRecorder:
     def pixels(self, moments: np.ndarray) -> np.ndarray:
         """Means (N, 2C, h, w) of records back to uint8 images (N, H, W, 3), as a look at what was stored."""
         _, params, _ = next(self._replicas)
-        decode = jax.jit(lambda latents: vae.to_uint8(self._autoencoder.decode(params, latents)))
+        decode = jax.jit(lambda params, latents: vae.to_uint8(self._autoencoder.decode(params, latents)))
         mean, _ = jnp.split(rearrange(jnp.asarray(moments, jnp.float32), "n c h w -> n h w c"), 2, axis=-1)
         scaled = vae.scale(self._autoencoder.config, mean)
-        return np.concatenate([decode(latents[None]) for latents in scaled])
+        return np.concatenate([decode(params, latents[None]) for latents in scaled])
 
     def _placed(self, array: np.ndarray, device: jax.Device) -> jax.Array:
         """On a device, a short batch filled up with copies of its last row."""

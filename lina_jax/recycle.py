@@ -24,8 +24,11 @@ class Recycler:
     def bytes(self, count: int) -> np.ndarray:
         """(count,) uint8: all zero when new, else as it was left."""
         with self._lock:
-            fitting = next((i for i, buffer in enumerate(self._free) if buffer.nbytes == count), None)
-            buffer = memoryview(np.zeros(count, np.uint8)) if fitting is None else self._free.pop(fitting)
+            buffer = next((buffer for buffer in self._free if buffer.nbytes == count), None)
+            if buffer is None:
+                buffer = memoryview(np.zeros(count, np.uint8))
+            else:
+                self._free = [other for other in self._free if other is not buffer]
         # NumPy looks through arrays for the owner of a view's memory, but not through a memoryview: every view of this
         # array keeps this array alive.
         array = np.frombuffer(buffer, np.uint8)

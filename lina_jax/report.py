@@ -108,7 +108,7 @@ def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
     """
     model = config.model
     if model.condition == "text":
-        given = config.log.preview_prompts or ("a picture",)
+        given = sample.preview_prompts(config)
         texts = [given[i % len(given)] for i in range(count)]
         return texts, texts
     try:

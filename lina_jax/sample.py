@@ -52,13 +52,11 @@ class Sampler:
         self.stepper = stepper or Stepper(plan)
         self.schedule = self.stepper.schedule(settings)
 
-    def __call__(
-        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
-    ) -> np.ndarray:
-        """uint8 images (N, H, W, 3) of captions or class numbers; image i is number first + i of this seed."""
+    def __call__(self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int) -> np.ndarray:
+        """uint8 images (N, H, W, 3) of captions or class numbers; image i is number i of this seed."""
         images = []
         with progress.bar(len(conditions), leave=False) as bar:
-            for moments in self.batches(params, frozen, conditions, seed, first):
+            for moments in self.batches(params, frozen, conditions, seed):
                 (last,) = collections.deque(moments, maxlen=1)
                 images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
                 bar.update(min(self.batch_size, len(conditions) - bar.n))
@@ -66,7 +64,7 @@ class Sampler:
         return np.concatenate(images)[: len(conditions)]
 
     def batches(
-        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int, first: int = 0
+        self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int
     ) -> list[Iterator[Moment]]:
         """Of each batch its moments, made as they are asked for; the last batch is filled up with its last image."""
         config, made = self.plan.config, []
@@ -74,7 +72,7 @@ class Sampler:
             chunk = list(conditions[start : start + self.batch_size])
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
             condition = encode_conditions(config, padded, self.plan.encoders.text)
-            numbers = first + start + np.arange(self.batch_size)
+            numbers = start + np.arange(self.batch_size)
             made.append(self.stepper(params, frozen, condition, numbers, seed, self.schedule))
         return made
 
@@ -108,7 +106,7 @@ class Previews:
         self._workdir = workdir
         self._conditions: list = list(range(min(config.log.preview_images, config.model.num_classes)))
         if config.model.condition == "text":
-            prompts = config.log.preview_prompts or ("",)
+            prompts = preview_prompts(config)
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
         self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
 
@@ -119,6 +117,11 @@ class Previews:
             picture = pictures.grid(images, [str(condition) for condition in self._conditions])
             pictures.save(preview_path(self._workdir, step), picture)
             writer.image(step, "preview", picture)
+
+
+def preview_prompts(config: Config) -> Sequence[str]:
+    """What previews and reports of a text-conditional model show."""
+    return config.log.preview_prompts or ("a picture",)
 
 
 def preview_path(workdir: Path, step: int) -> Path:
@@ -157,6 +160,14 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
     return dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder)) if text_encoder else config
 
 
+def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Config:
+    """`with_encoders` of a training directory's config. Raises UserError where something that draws is missing."""
+    config = with_encoders(load_config(workdir), autoencoder, text_encoder)
+    if lacking := cannot_draw(config):
+        raise UserError(lacking)
+    return config
+
+
 def cannot_draw(config: Config) -> str:
     """What a model that works on latents or text features lacks for drawing; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
@@ -181,7 +192,7 @@ def load(
     `autoencoder` and `text_encoder` are directories to use in place of those in the run's config, `axes` the mesh
     (default: every device draws images of its own). Raises UserError where the model cannot be cut so.
     """
-    config = dataclasses.replace(load_config(workdir), mesh=axes or MeshConfig())
+    config = dataclasses.replace(load_config(workdir), mesh=axes or mesh.parse(""))
     config = with_encoders(config, autoencoder, text_encoder)
     mesh.cache_programs(workdir / "compiled")
     devices = mesh.build(config.mesh)
@@ -191,6 +202,12 @@ def load(
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step
+
+
+def settings_of_flags(config: Config, values: flags.FlagValues) -> SampleConfig:
+    """`sample_settings` with the flags of `define_settings_flags`."""
+    names = ("steps", "euler_steps", "guidance", "temperature")
+    return sample_settings(config, {name: values[name].value for name in names})
 
 
 def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfig:
@@ -278,17 +295,14 @@ def _main(values: flags.FlagValues) -> None:
     if not values.workdir or not values.out:
         raise UserError("--workdir=DIR (a training directory) and --out=DIR are both needed")
     workdir, out = Path(values.workdir).expanduser(), Path(values.out).expanduser()
-    config = with_encoders(load_config(workdir), values.autoencoder, values.text_encoder)
-    if lacking := cannot_draw(config):
-        raise UserError(lacking)
+    config = drawable_config(workdir, values.autoencoder, values.text_encoder)
     check_seed(values.seed)
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size}: must be at least 1")
     places.check("out", out)
     earlier = earlier_pictures(out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
-    names = ("steps", "euler_steps", "guidance", "temperature")
-    settings = sample_settings(config, {name: values[name].value for name in names})
+    settings = settings_of_flags(config, values)
     plan, params, frozen, step = load(
         workdir,
         ema=not values.raw,

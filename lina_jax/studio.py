@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from lina_jax import example, mesh, reading, sample
-from lina_jax.checkpoint import load_config
 from lina_jax.errors import UserError
 from lina_jax.generate import Moment, Schedule, Stepper
 
@@ -58,9 +57,7 @@ class Studio:
         """`data` names classes and lends captions. Raises UserError where there is no model, or it cannot draw."""
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
-        config = sample.with_encoders(load_config(workdir), autoencoder, text_encoder)
-        if lacking := sample.cannot_draw(config):
-            raise UserError(lacking)
+        config = sample.drawable_config(workdir, autoencoder, text_encoder)
         self._plan, self._params, self._frozen, self.checkpoint = sample.load(
             workdir,
             ema=ema,

@@ -126,8 +126,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 batch = next(batches)
                 if step == first + 1:
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
-                    train_step.compile(run, batch)
-                    hosts.meet("train step")
+                    with throughput.paused():
+                        train_step.compile(run, batch)
+                        hosts.meet("train step")
                     watchdog.restart()
                 run, scalars = train_step(run, batch)
                 if pending:

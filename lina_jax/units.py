@@ -103,9 +103,13 @@ class WorkDirectory:
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
         receipt = {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
         (partial / "receipt.json").write_text(json.dumps(receipt))
-        with contextlib.suppress(OSError):  # another process was told to make the same unit, and was faster
+        try:
             partial.rename(place)
-        shutil.rmtree(partial, ignore_errors=True)
+        except OSError:
+            if self.receipt(number) is None:
+                raise
+            # Another process was told to make the same unit, and was faster.
+            shutil.rmtree(partial, ignore_errors=True)
 
     def assemble(
         self,

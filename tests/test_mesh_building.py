@@ -198,6 +198,9 @@ def test_weights_of_which_something_cannot_be_cut_are_held_by_one_device(tiny, m
 def test_a_mesh_on_the_command_line():
     assert mesh.parse("fsdp=2,sequence=4") == MeshConfig(fsdp=2, sequence=4)
     assert mesh.parse("") == MeshConfig()
+    slices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
+    assert mesh.parse("", slices) == MeshConfig(replica=2)
+    assert mesh.build(mesh.parse("fsdp=2", slices), slices).shape["data"] == 2
 
 
 @pytest.mark.parametrize("text", ["sequnce=4", "sequence", "sequence=four", "sequence=²", "4"])

@@ -70,6 +70,16 @@ def test_one_dataset_is_shuffled_by_epoch():
     assert len(set(map(tuple, epochs))) == 4
 
 
+def test_seeds_next_to_each_other_share_no_order():
+    """As in a study of seeds 0, 1, 2."""
+    orders = [
+        tuple(order.make([20], [Fraction(1)], seed)[epoch * 20 + i][1] for i in range(20))
+        for seed in range(4)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
 def test_equal_components_have_orders_of_their_own():
     both = order.make([50, 50], [Fraction(1), Fraction(1)], seed=5)
     drawn = [[], []]

@@ -1,11 +1,13 @@
 """Preparation keeps what is good, accounts for what is not, and never leaves half a dataset."""
 
+import errno
 import io
 import json
 import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -293,6 +295,17 @@ def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monke
     assert prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2)) is None
     prepare(tmp_path / "out", Settings(**SMALL), share=Share(1, 2))
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_unit_that_cannot_be_moved_into_place_is_an_error(tmp_path, small_units, monkeypatch):
+    """As in a bucket that renames no directories; another process has not made the unit."""
+
+    def refuse(path, target):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot prepare .*out: .*Too many open files"):
+        prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2))
 
 
 def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):

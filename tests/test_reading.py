@@ -196,6 +196,18 @@ def test_a_copy_of_another_size_is_made_again(bucket, tmp_path):
     assert len(keys(reading.open_split(bucket, "train", cache=str(tmp_path / "cache")))) == 5
 
 
+def test_a_shard_that_was_written_anew_is_copied_again(bucket, tmp_path):
+    """Latents of another autoencoder have the same sizes."""
+    reading.open_split(bucket, "train", cache=str(tmp_path / "cache"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*00000-of-00003")}
+    (name,) = before
+    files = fsspec.filesystem("memory")
+    files.pipe(f"/bucket/tiny/{name}", before[name][::-1])
+    cache.Copy(bucket, str(tmp_path / "cache"), timeout=60).shards([name], threads=1)
+    (shard,) = (tmp_path / "cache").rglob(name)
+    assert shard.read_bytes() == before[name][::-1]
+
+
 def test_a_directory_is_copied_too(sharded, tmp_path):
     reading.open_split(sharded, "train", cache=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").rglob("*array_record*"))) == 3

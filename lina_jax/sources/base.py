@@ -177,6 +177,11 @@ def patient(path: str, call: Callable[[], T]) -> T:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """All bytes of a file; of one in a bucket with patience. Raises UserError, and OSError of local files."""
+    return fs.cat_file(path) if is_local(fs) else patient(path, lambda: fs.cat_file(path))
+
+
 class PatientFile(io.RawIOBase):
     """A file in a bucket: reads are tried again, then end with a UserError, never with what a damaged file raises."""
 

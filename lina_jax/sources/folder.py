@@ -64,7 +64,7 @@ class FolderSource:
         for name, column in fields._asdict().items():
             if column:
                 raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
-        found = self._fs.find(self._root, detail=True)
+        found = base.patient(directory, lambda: self._fs.find(self._root, detail=True))
         sizes = {path[len(self._root) :].lstrip("/"): found[path]["size"] for path in sorted(found)}
         paths = [path for path in sizes if not any(part.startswith(".") for part in path.split("/"))]
         self.label_names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
@@ -80,10 +80,7 @@ class FolderSource:
             return Reject(row.path, row.problem)
         path = f"{self._root}/{row.path}"
         try:
-            if base.is_local(self._fs):
-                image = self._fs.cat_file(path)
-            else:
-                image = base.patient(path, lambda: self._fs.cat_file(path))
+            image = base.content(self._fs, path)
         except (FileNotFoundError, ValueError):  # the latter: a name that no file can have
             return Reject(row.path, "missing file")
         except OSError as error:
@@ -96,7 +93,7 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     """The rows of the metadata file, and its digest."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if fs.exists(f"{root}/{name}"):
-            rows, seen, content = [], set(), fs.cat_file(f"{root}/{name}")
+            rows, seen, content = [], set(), base.content(fs, f"{root}/{name}")
             for i, columns in enumerate(parse(content)):
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:
