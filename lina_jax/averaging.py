@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lina_jax import mesh, state
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig
 from lina_jax.errors import UserError
 from lina_jax.state import Tree
+from lina_jax.workdir import load_config
 
 # How far a stored array may be off by the rounding of all updates before it, in changes of one update. Large
 # coefficients multiply it, so they must be worth it.

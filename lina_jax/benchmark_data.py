@@ -211,22 +211,22 @@ def _latents(directory: Path) -> None:
     with records.create(directory, "latents", records.latent_features(MOMENTS, TEXT_DIM)) as writer:
         for i in range(LATENTS):
             text = {"text": noise(rng.integers(20, 101), TEXT_DIM), "short_text": noise(0, TEXT_DIM)}
-            writer.write("train", moments=noise(*MOMENTS), **text, **_said(i))
+            writer.write("train", moments=noise(*MOMENTS), **text, **_common_fields(i))
 
 
 def _pictures(directory: Path) -> None:
     with records.create(directory, "pictures", records.pixel_features()) as writer:
         for i in range(PICTURES):
-            writer.write("train", image=_jpeg(np.random.default_rng(i % 16)), **_said(i))
+            writer.write("train", image=_jpeg(np.random.default_rng(i % 16)), **_common_fields(i))
 
 
 def _tiny(directory: Path) -> None:
     with records.create(directory, "tiny", records.latent_features((2, 2, 2), 0)) as writer:
         for i in range(PER_SHARD):
-            writer.write("train", moments=np.zeros((2, 2, 2), np.float16), **_said(i))
+            writer.write("train", moments=np.zeros((2, 2, 2), np.float16), **_common_fields(i))
 
 
-def _said(i: int) -> Row:
+def _common_fields(i: int) -> Row:
     return {"caption": f"caption {i}", "short_caption": "", "label": i % 10, "key": str(i)}
 
 

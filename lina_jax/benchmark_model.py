@@ -60,7 +60,7 @@ def _train(config: Config, runs: int) -> Row:
 
     def call():
         nonlocal run
-        run, scalars = compiled.executable(run, batch, *program.last)
+        run, scalars = compiled.executable(run, batch, *program.trailing)
         return run, scalars
 
     (timing,) = measure.in_turns({"train": call}, runs).values()
@@ -71,7 +71,7 @@ def _train(config: Config, runs: int) -> Row:
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
     row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
     row |= measure.efficiency(needed, timing.median, _peak(config))
-    most = chunks.most(config.batch_size // config.optim.accumulate * config.model.image_tokens)
+    most = chunks.max_count(config.batch_size // config.optim.accumulate * config.model.image_tokens)
     return row | _compiled(compiled, devices.size, most) | measure.memory()
 
 
@@ -90,18 +90,18 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     devices = _devices(config, images)
     mesh.check_model(config.model, devices)
-    settled = execution.for_inference(config, devices)
-    kernel_check.check(settled.model)
+    resolved = execution.for_inference(config, devices)
+    kernel_check.check(resolved.model)
     program, arguments = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
     compiled = programs.compile_program(program, arguments, {})
     params, frozen, *rest = arguments
-    arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.last))
+    arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.trailing))
     (timing,) = measure.in_turns({"sample": lambda: compiled.executable(*arguments)}, runs).values()
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
-    row = _named("sample", config.model) | _settings(settled, devices)
+    row = _named("sample", config.model) | _settings(resolved, devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
-        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.last[0]),
+        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.trailing[0]),
     }  # fmt: skip
     row |= timing.fields() | {"images_per_s": images / timing.median}
     row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))

@@ -1,4 +1,4 @@
-"""Checkpoints: orbax, asynchronous, atomic; and the config that a workdir belongs to.
+"""Checkpoints: orbax, asynchronous, atomic.
 
 WORKDIR/checkpoints/STEP holds the state after STEP batches in four items, so that sampling reads just the weights it
 needs, and digests of their files (`integrity.py`). A damaged checkpoint is named and the one before it used; training
@@ -6,7 +6,6 @@ moves it to WORKDIR/damaged.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lina_jax import config as config_lib
-from lina_jax import errors, hosts, integrity, places
-from lina_jax.config import CheckpointConfig, Config
+from lina_jax import errors, hosts, integrity
+from lina_jax.config import CheckpointConfig
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, TrainState, Tree
+from lina_jax.workdir import is_imported, saved_steps
 
 Shape = tuple[int, ...]
 Flat = dict[tuple[str, ...], Any]  # arrays, or what stands for them, by path
@@ -357,57 +356,3 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 def _progress(state: TrainState) -> dict[str, Tree]:
     names = (f.name for f in dataclasses.fields(TrainState) if f.name not in WEIGHTS)
     return {name: getattr(state, name) for name in names}
-
-
-def is_imported(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds weights alone."""
-    return checkpoint.is_dir() and not {"ema", "progress"} & integrity.saved_items(checkpoint)
-
-
-def saved_checkpoints(workdir: Path) -> list[Path]:
-    """The folders of a workdir's checkpoints, whole or damaged, which is not looked at."""
-    return [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """The steps of a workdir's checkpoints, whole or damaged, in order."""
-    return sorted(int(path.name) for path in saved_checkpoints(workdir))
-
-
-def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
-    """Check that a workdir may go on with a config.
-
-    Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
-    otherwise. Imported weights, before they are trained, have a function only.
-    """
-    if not (workdir / "config.json").exists():
-        return
-    changed = config_lib.differences(load_config(workdir), config)
-    saved = saved_checkpoints(workdir)
-    if saved and all(is_imported(path) for path in saved):
-        changed = [field for field in changed if field.startswith(("model.", "autoencoder."))]
-    if changed and not allow_changes:
-        raise UserError(
-            f"{workdir} belongs to another config: {'; '.join(changed)} "
-            "(choose another --workdir, or pass --allow_config_change)"
-        )
-
-
-def write_config(workdir: Path, config: Config) -> None:
-    """Bind a workdir to a config."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        places.write_json(workdir / "config.json", dataclasses.asdict(config))
-
-
-def load_config(workdir: Path) -> Config:
-    """The config that a workdir was trained with. Raises UserError when there is none, or none that is valid."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is not a training directory: it has no config.json")
-    try:
-        return config_lib.freeze(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # no JSON, no text
-        raise UserError(f"{path} is corrupt: {error}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error

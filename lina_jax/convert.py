@@ -45,9 +45,10 @@ from lina_jax import (
     torch_layout,
 )
 from lina_jax import config as config_lib
-from lina_jax.checkpoint import Checkpoints, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.workdir import write_config
 
 
 class Finite(Mapping[str, np.ndarray]):

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from lina_jax.buffer_pool import BufferPool
 from lina_jax.encoders import TextEncoder
-from lina_jax.recycle import Recycler
 
 Arrays = dict[str, np.ndarray]
 Fields = Mapping[str, memoryview | int | None]
@@ -40,7 +40,7 @@ class Pixels:
 
     size: tuple[int, int]
     resize: bool = False
-    _memory: Recycler = dataclasses.field(default_factory=Recycler, compare=False)
+    _memory: BufferPool = dataclasses.field(default_factory=BufferPool, compare=False)
 
     def empty(self, count: int) -> Arrays:
         shape = count, *self.size, 3
@@ -130,7 +130,7 @@ class Features:
 
     length: int
     dim: int
-    _memory: Recycler = dataclasses.field(default_factory=Recycler, compare=False)
+    _memory: BufferPool = dataclasses.field(default_factory=BufferPool, compare=False)
 
     def empty(self, count: int) -> Arrays:
         text = count * self.length * self.dim * 2

@@ -16,10 +16,11 @@ import numpy as np
 
 from lina_jax import config as config_lib
 from lina_jax import export, export_program, published, torch_layout
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.torch_files import FLOATS, OWN_NAMES, Tensors, open_file, read_json
+from lina_jax.workdir import load_config
 
 SHOWN = 20  # differing tensors, the largest differences first
 
@@ -213,7 +214,7 @@ def _as_published(content: Content) -> Content:
     tensors, paths = {}, {"/".join(entry.path) for entry in table.values()}
     for key, entry in table.items():
         shape, dtype = content.tensors["/".join(entry.path)]
-        tensors[key] = entry.to_torch(np.broadcast_to(np.float32(0), shape)).shape, dtype
+        tensors[key] = entry.published_shape(shape), dtype
     tensors |= {name: said for name, said in content.tensors.items() if name not in paths}
 
     def read(name: str) -> np.ndarray:

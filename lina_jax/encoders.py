@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -27,9 +27,6 @@ from lina_jax.models.vae import AutoencoderKL, VaeConfig
 from lina_jax.torch_files import Tensors, open_tensors, read_json
 
 Tree = dict[str, Any]
-
-# Of published autoencoders whose config.json does not say.
-MAR_SCALING, SDXL_SCALING = 0.2325, 0.13025
 
 # What our modules compute, where a config.json may ask for something else.
 VAE_FIXED = {
@@ -65,7 +62,7 @@ class Autoencoder:
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3) float32, near [-1, 1]."""
         return nnx.merge(self.graphdef, params).decode(vae.unscale(self.config, latents))
 
-    def decode_tiled(self, params: Tree, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
+    def decode_tiled(self, params: Tree, latents: jax.Array, tile: int, overlap: int) -> jax.Array:
         """Nearly `decode`, in the memory of tile x tile latents; see AutoencoderKL.decode_tiled."""
         return nnx.merge(self.graphdef, params).decode_tiled(vae.unscale(self.config, latents), tile, overlap)
 
@@ -185,18 +182,17 @@ def load_text_encoder(
     directory: str | Path,
     *,
     length: int = 256,
-    tokenizer: str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
 ) -> tuple[TextEncoder, Tree]:
     """A Hugging Face PhiForCausalLM: config.json and safetensors. Raises UserError naming what is wrong and where.
 
-    `tokenizer` is a tokenizer.json; by default the one in the directory, or in `tokenizer/` beside it. Parameters are
-    held in `dtype`, norms in float32.
+    Its tokenizer.json is in the directory, or in `tokenizer/` beside it. Parameters are held in `dtype`, norms in
+    float32.
     """
     directory = _existing(directory, "a Hugging Face PhiForCausalLM directory")
     config = _phi_config(directory / "config.json", read_json(directory / "config.json"))
-    words = _tokenizer(directory, tokenizer, length, config.vocab_size)
+    words = _tokenizer(directory, length, config.vocab_size)
     tensors = open_tensors(directory).renamed(lambda name: None if name.startswith("lm_head.") else name)
     module = nnx.eval_shape(lambda: Phi(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     graphdef, params = _load(directory, module, list(torch_layout.phi(config)), tensors, mesh, dtype)
@@ -219,27 +215,34 @@ def _load(
     dtype: str,
 ) -> tuple[nnx.GraphDef, Tree]:
     """The graph of an abstract module and its parameters, each made where it will live as soon as it is read."""
-    graphdef, state = nnx.split(module)
-    variables = dict(nnx.to_flat_state(state))
-
-    def shape(path, variable):
-        norm = any(name.startswith("norm") for name in path)
-        return jax.ShapeDtypeStruct(variable.get_value().shape, jnp.float32 if norm else jnp.dtype(dtype))
+    graphdef, shapes = abstract(module, mesh, dtype)
+    leaves = flatten_dict(shapes)
 
     def place(path, array):
         if mesh is None:
             return jnp.asarray(array)
-        sharding = mesh_lib.sharding(mesh, *cuttable(mesh, array.shape, variables[path].get_metadata("axes")))
-        return jax.make_array_from_callback(array.shape, sharding, lambda where: array[where])
+        return jax.make_array_from_callback(array.shape, leaves[path].sharding, lambda where: array[where])
 
-    shapes = unflatten_dict({path: shape(path, variable) for path, variable in variables.items()})
     try:
         return graphdef, torch_layout.from_torch(table, tensors, shapes, place)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
 
 
-def cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
+def abstract(module: nnx.Module, mesh: Mesh | None, dtype: str) -> tuple[nnx.GraphDef, Tree]:
+    """The graph of an abstract module and its parameters: in `dtype`, norms in float32, cut over the mesh, if any."""
+    graphdef, state = nnx.split(module)
+
+    def one(path, variable):
+        shape = variable.get_value().shape
+        norm = any(str(name).startswith("norm") for name in path)
+        axes = mesh and mesh_lib.sharding(mesh, *_cuttable(mesh, shape, variable.get_metadata("axes")))
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if norm else jnp.dtype(dtype), sharding=axes)
+
+    return graphdef, unflatten_dict({path: one(path, variable) for path, variable in nnx.to_flat_state(state)})
+
+
+def _cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
     """Logical names of all axes; None where the mesh does not divide an axis: a frozen encoder does not choose it."""
     names = (None,) * (len(shape) - len(names)) + tuple(names)  # stacked layers add a leading axis, never cut
 
@@ -260,7 +263,7 @@ def _vae_config(path: Path, raw: Mapping[str, Any], tensors: Tensors) -> VaeConf
         raise UserError(f"{path}: block_out_channels={channels!r} is not a list of multiples of {vae.GROUPS}")
     mar = any(name.startswith(f"encoder.down_blocks.{len(channels) - 1}.attentions.") for name in tensors)
     if raw.get("scaling_factor") is None:
-        raw = {**raw, "scaling_factor": MAR_SCALING if mar else SDXL_SCALING}
+        raw = {**raw, "scaling_factor": vae.PUBLISHED["mar" if mar else "sdxl"].scaling_factor}
     return VaeConfig(
         block_out_channels=tuple(channels),
         layers_per_block=_positive(path, raw, "layers_per_block", int),
@@ -311,10 +314,8 @@ def _positive(path: Path, raw: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _tokenizer(directory: Path, given: str | Path | None, length: int, vocabulary: int) -> Tokenizer:
-    places = (
-        [Path(given)] if given else [directory / "tokenizer.json", directory.parent / "tokenizer" / "tokenizer.json"]
-    )
+def _tokenizer(directory: Path, length: int, vocabulary: int) -> Tokenizer:
+    places = [directory / "tokenizer.json", directory.parent / "tokenizer" / "tokenizer.json"]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise UserError(f"no tokenizer: expected {' or '.join(map(str, places))}")

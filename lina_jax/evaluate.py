@@ -46,7 +46,7 @@ from lina_jax import (
     study,
 )
 from lina_jax import mesh as mesh_lib
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import EvalConfig, SampleConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
@@ -54,6 +54,7 @@ from lina_jax.featurise import Network
 from lina_jax.quality import Quality
 from lina_jax.state import Blueprint, Tree
 from lina_jax.validation import Validation
+from lina_jax.workdir import load_config
 
 _WORK = ".measuring"  # in OUT, until the end: what is done, should the process be killed
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
@@ -160,7 +161,7 @@ def _main(values: flags.FlagValues) -> None:
         result["geneval"], *found = run.geneval(out / "geneval")
         shown.append(("GenEval", *found))
     if values.samples_from or values.inception or values.npz:
-        hosts.meet("scenes are judged")  # by process 0 alone
+        hosts.barrier("scenes are judged")  # by process 0 alone
         found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
         if found:
             result["quality"] = {**found.told(), "reference": compared}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lina_jax import chips
 from lina_jax.config import Config, ModelConfig
 from lina_jax.models import tiles
-from lina_jax.models.draws import most_visible
+from lina_jax.models.draws import max_visible
 
 FIELDS = ("remat", "scan_layers", "attention_kernel")  # of the model
 OPEN = ("auto", None)  # of these: as suits the devices
@@ -27,7 +27,7 @@ KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
 
 
-def settled(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
+def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     """The config with a choice for each of FIELDS that it leaves open, for the devices of a mesh.
 
     `encoders` are bytes that each device holds of frozen ones. GPUs keep for the gradient as much as by estimate fits.
@@ -41,12 +41,12 @@ def settled(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     room = FULL * memory - encoders - _state_bytes(config.model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
     images = config.batch_size / mesh.size
-    return next((c for c in trials if activations(c, images) + weights(c.model) < room), trials[-1])
+    return next((c for c in trials if activation_bytes(c, images) + gathered_bytes(c.model) < room), trials[-1])
 
 
 def for_inference(config: Config, mesh: Mesh) -> Config:
-    """`settled`, but GPUs scan, too: unrolled, what samples takes 2 % less time and five times as much to compile."""
-    return _filled(_filled(config, scan_layers=True), **of(settled(config, mesh).model))
+    """`resolved`, but GPUs scan, too: unrolled, what samples takes 2 % less time and five times as much to compile."""
+    return _filled(_filled(config, scan_layers=True), **of(resolved(config, mesh).model))
 
 
 def for_all_platforms(config: Config) -> Config:
@@ -79,7 +79,7 @@ def of(model: Any) -> dict[str, Any]:
     return {name: getattr(model, name) for name in FIELDS}
 
 
-def activations(config: Config, images: float) -> float:
+def activation_bytes(config: Config, images: float) -> float:
     """Bytes of a device with so many images of a batch, by estimate: what blocks keep, and what the widest works on.
 
     Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
@@ -88,7 +88,7 @@ def activations(config: Config, images: float) -> float:
     model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens
     text = model.text_tokens if model.condition == "text" else 1
-    visible, half = most_visible(config.loss, image), model.image_depth // 2
+    visible, half = max_visible(config.loss, image), model.image_depth // 2
     stacks = (model.condition_depth, text + condition), (half, condition + visible), (half, condition + image)
     width = model.width * size
     head = config.loss.repeat * image * model.head_width * size
@@ -101,17 +101,17 @@ def activations(config: Config, images: float) -> float:
     return images * (total + working * max((condition + max(image, text)) * width, head)) / config.optim.accumulate
 
 
-def weights(model: ModelConfig) -> float:
+def gathered_bytes(model: ModelConfig) -> float:
     """Bytes of all blocks' matrices as they are gathered."""
-    return jnp.dtype(model.dtype).itemsize * _numbers(model)
+    return jnp.dtype(model.dtype).itemsize * _matrix_parameters(model)
 
 
 def _state_bytes(model: ModelConfig) -> float:
     """Of blocks' matrices, float32: parameters, gradients, two moments, EMA."""
-    return 5 * 4 * _numbers(model)
+    return 5 * 4 * _matrix_parameters(model)
 
 
-def _numbers(model: ModelConfig) -> float:
+def _matrix_parameters(model: ModelConfig) -> float:
     return 12 * model.width**2 * (model.condition_depth + model.image_depth)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lina_jax import mesh, places, published_names, state, torch_layout
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.torch_files import FLOATS, OWN_NAMES, write_file
+from lina_jax.workdir import load_config
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 STEM = "diffusion_pytorch_model"
@@ -76,8 +77,7 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
     transformer.mkdir()
     places.write_json(transformer / "config.json", published_names.transformer_config(config))
     table = {entry.key: entry for entry in torch_layout.entries(config.model)}
-    leaves = {path: np.broadcast_to(np.float32(0), array.shape) for path, array in weights.arrays.items()}
-    shapes = {key: entry.to_torch(leaves[entry.path]).shape for key, entry in table.items()}
+    shapes = {key: entry.published_shape(weights.arrays[entry.path].shape) for key, entry in table.items()}
     metadata = {"format": "pt", **weights.metadata}
 
     def tensor(key: str) -> np.ndarray:

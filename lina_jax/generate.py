@@ -79,7 +79,7 @@ def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
     )
 
 
-class Draws(NamedTuple):
+class DecodingInputs(NamedTuple):
     """What stays the same through all decoding steps of B images."""
 
     c: jax.Array  # encoded condition (B, ...); guided: (2B, ...), each image's before its unconditional one
@@ -88,19 +88,19 @@ class Draws(NamedTuple):
     noise: jax.Array  # (B, N, p*p*C), what each token is denoised from: drawn once, since each token is made once
 
 
-def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> Draws:
+def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> DecodingInputs:
     c = model.encode_condition(condition)
     if guided:
         batch = order.shape[0]
         other = model.encode_condition(unconditional(model.config, condition))
         # Neighbours, not halves: so each image and its copy stay on the device that has the image.
         c = jnp.stack([c, jnp.broadcast_to(other, c.shape)], axis=1).reshape(2 * batch, *c.shape[1:])
-    return Draws(c, order, jnp.argsort(order, axis=1), noise)
+    return DecodingInputs(c, order, jnp.argsort(order, axis=1), noise)
 
 
-def advance(model: LINA, tokens: jax.Array, draws: Draws, inputs: StepInputs, shape: StepShape) -> jax.Array:
+def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepInputs, shape: StepShape) -> jax.Array:
     """Tokens (B, N, p*p*C) after one more step; those that are not made yet are zero."""
-    c, order, rank, noise = draws
+    c, order, rank, noise = fixed
     batch, total = order.shape
     count, predicted, guidance, euler, sigmas = inputs
     copies = 2 if shape.guided else 1
@@ -127,20 +127,20 @@ def advance(model: LINA, tokens: jax.Array, draws: Draws, inputs: StepInputs, sh
     return tokens.at[jnp.arange(batch)[:, None], rows].set(made, mode="drop")
 
 
-def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, plan: Schedule) -> jax.Array:
-    """Image tokens (B, N, p*p*C); order and noise as in `Draws`, but for the temperature.
+def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, steps: Schedule) -> jax.Array:
+    """Image tokens (B, N, p*p*C); order and noise as in `DecodingInputs`, but for the temperature.
 
     The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
     """
-    draws = prepare(model, condition, order, plan.temperature * noise, guided=plan.guided)
+    fixed = prepare(model, condition, order, steps.temperature * noise, guided=steps.guided)
     tokens = jnp.zeros_like(noise)
 
     def step(shape, tokens, inputs):
-        return advance(model, tokens, draws, inputs, shape), None
+        return advance(model, tokens, fixed, inputs, shape), None
 
-    for stage in plan.stages:
-        inputs = jax.tree.map(jnp.asarray, plan.inputs(stage))
-        tokens, _ = jax.lax.scan(functools.partial(step, plan.shape(stage)), tokens, inputs)
+    for stage in steps.stages:
+        inputs = jax.tree.map(jnp.asarray, steps.inputs(stage))
+        tokens, _ = jax.lax.scan(functools.partial(step, steps.shape(stage)), tokens, inputs)
     return tokens
 
 
@@ -180,7 +180,7 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
     return plan.jit(program, plan.encoders.weights)
 
 
-class Moment(NamedTuple):
+class DecodingState(NamedTuple):
     """B images after one of their decoding steps."""
 
     step: int  # the first is 1
@@ -202,11 +202,11 @@ class Stepper:
         def begin(guided, params, frozen, condition, images, seed, temperature, weights):
             order, noise = image_draws(seed, images, config.model)
             condition = plan.condition(weights, condition)
-            draws = prepare(plan.inference(params, frozen), condition, order, temperature * noise, guided=guided)
-            return constrain(jnp.zeros_like(noise), "batch", None, None), draws, plan.sampling_params(params, frozen)
+            fixed = prepare(plan.inference(params, frozen), condition, order, temperature * noise, guided=guided)
+            return constrain(jnp.zeros_like(noise), "batch", None, None), fixed, plan.sampling_params(params, frozen)
 
-        def step(shape, params, frozen, tokens, draws, inputs):
-            tokens = advance(plan.inference(params, frozen), tokens, draws, inputs, shape)
+        def step(shape, params, frozen, tokens, fixed, inputs):
+            tokens = advance(plan.inference(params, frozen), tokens, fixed, inputs, shape)
             return constrain(tokens, "batch", None, None)
 
         self._config = config
@@ -219,19 +219,19 @@ class Stepper:
 
     def __call__(
         self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, steps: Schedule
-    ) -> Iterator[Moment]:
-        """The moments of images of these numbers (B,), one for each step; the last is of the finished images."""
+    ) -> Iterator[DecodingState]:
+        """The states of images of these numbers (B,), one for each step; the last is of the finished images."""
         which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
-        tokens, draws, params = self._begin(steps.guided, params, frozen, condition, *which)
+        tokens, fixed, params = self._begin(steps.guided, params, frozen, condition, *which)
         for stage in steps.stages:
             shape = steps.shape(stage)
             for i in range(stage.start, stage.stop):
-                tokens = self._step(shape, params, frozen, tokens, draws, steps.inputs(i))
-                yield Moment(i + 1, tokens, draws.rank)
+                tokens = self._step(shape, params, frozen, tokens, fixed, steps.inputs(i))
+                yield DecodingState(i + 1, tokens, fixed.rank)
 
-    def pixels(self, moment: Moment) -> jax.Array:
+    def pixels(self, state: DecodingState) -> jax.Array:
         """uint8 images (B, H, W, 3)."""
-        return self._pixels(moment.tokens)
+        return self._pixels(state.tokens)
 
 
 def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:

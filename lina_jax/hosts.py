@@ -75,7 +75,7 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
             yield
         except Preempted as error:  # in all processes after the same step
             preempted = error
-        meet("end")  # however long one of them works alone: JAX's own patience is five minutes
+        barrier("end")  # however long one of them works alone: JAX's own patience is five minutes
     except BaseException as error:
         if not errors.ending(error):
             traceback.print_exc()
@@ -151,7 +151,7 @@ def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
     return json.loads(_heeding_signals(client.blocking_key_value_get, key, 1000 * PATIENCE_S))
 
 
-def meet(occasion: str) -> None:
+def barrier(occasion: str) -> None:
     """Returns when all processes have come here, which may take a day. An occasion has a name of its own."""
     client = distributed.global_state.client
     if client is not None:

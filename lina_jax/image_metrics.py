@@ -35,7 +35,7 @@ class Gaussian:
     covariance: np.ndarray  # (D, D) float64, divided by N - 1
 
 
-class Moments:
+class RunningCovariance:
     """Count, mean and scatter matrix of rows that come in portions, in float64."""
 
     def __init__(self, dim: int):
@@ -48,7 +48,7 @@ class Moments:
         centred = rows - mean
         self._join(len(rows), mean, centred.T @ centred)
 
-    def merge(self, other: "Moments") -> None:
+    def merge(self, other: "RunningCovariance") -> None:
         if other.count:
             self._join(other.count, other.mean, other.scatter)
 
@@ -66,8 +66,8 @@ class Moments:
         return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
-def total(parts: Iterable[Moments], dim: int) -> Moments:
-    moments = Moments(dim)
+def total(parts: Iterable[RunningCovariance], dim: int) -> RunningCovariance:
+    moments = RunningCovariance(dim)
     for part in parts:
         moments.merge(part)
     return moments
@@ -103,7 +103,7 @@ def _without_rounding(values: np.ndarray) -> np.ndarray:
     return np.where(values > len(values) * np.finfo(np.float64).eps * values.max(), values, 0.0)
 
 
-def jackknife(groups: list[Moments], distance: Frechet) -> Value:
+def jackknife(groups: list[RunningCovariance], distance: Frechet) -> Value:
     """The distance of all rows; its standard error from the distances without each of the groups in turn."""
     dim = len(groups[0].mean)
     whole = distance(total(groups, dim).gaussian())

@@ -288,8 +288,8 @@ def gathered(x: jax.Array, *names: str | None) -> jax.Array:
 
 def platform() -> str:
     """cpu, gpu or tpu: what is traced is meant for devices of the mesh in use, or else for those of this process."""
-    grid = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if grid.empty else grid.abstract_device.platform
+    device_mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if device_mesh.empty else device_mesh.abstract_device.platform
 
 
 # portable(True): what is traced inside is meant for every platform (exports).
@@ -298,8 +298,8 @@ portable = jax.make_user_context(default_value=False)
 
 def one_cpu() -> bool:
     """Whether what is traced is meant for one CPU and nothing else."""
-    grid = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and not portable.value and (grid.empty or grid.size == 1)
+    device_mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and not portable.value and (device_mesh.empty or device_mesh.size == 1)
 
 
 def by_platform(*args, default: Callable, **functions: Callable):

@@ -17,7 +17,7 @@ import uvicorn
 
 from lina_jax import pictures
 from lina_jax.errors import UserError
-from lina_jax.studio import MOST_IMAGES, Progress, Request, Studio
+from lina_jax.studio import MOST_IMAGES, DrawnStep, Request, Studio
 
 _STYLE = """
 .drawings { display: flex; flex-wrap: wrap; gap: 14px; }
@@ -114,7 +114,7 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
             time.sleep(pause)
 
 
-def _timed(drawing: Iterator[Progress]) -> Iterator[tuple[Progress, float]]:
+def _timed(drawing: Iterator[DrawnStep]) -> Iterator[tuple[DrawnStep, float]]:
     """Each with the seconds that all until then took to be made."""
     seconds, begun = 0.0, time.monotonic()
     for progress in drawing:
@@ -123,7 +123,7 @@ def _timed(drawing: Iterator[Progress]) -> Iterator[tuple[Progress, float]]:
         begun = time.monotonic()
 
 
-def _figures(images: np.ndarray, progress: Progress, finished: bool) -> str:
+def _figures(images: np.ndarray, progress: DrawnStep, finished: bool) -> str:
     figures = []
     for number, (image, sets) in enumerate(zip(images, progress.sets, strict=True)):
         shown = image if finished else pictures.unfinished(image, sets, progress.step)

@@ -97,6 +97,6 @@ class Measurements:
             if found:
                 writer.scalars(step, found.scalars())
                 shutil.rmtree(self._work)
-            hosts.meet(f"quality of {step}")  # process 0 compared the pictures alone
+            hosts.barrier(f"quality of {step}")  # process 0 compared the pictures alone
         if "previews" in names:
             self._previews.draw(step, run, writer)

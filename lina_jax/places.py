@@ -115,6 +115,12 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(directory: Path) -> None:
+    """Remove what killed writers (`new_file`, `new_directory`) left in a directory; none may be at work there."""
+    for left in directory.glob(_beside_name("*", "*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, indented, that is there whole or not at all. Raises OSError naming it where it cannot be written."""
     with new_file(path) as partial:
@@ -133,7 +139,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _beside(path: Path) -> Path:
     """A name that no other process has, in the same file system."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    return path.with_name(_beside_name(path.name, uuid.uuid4().hex))
+
+
+def _beside_name(name: str, unique: str) -> str:
+    return f".{name}.{unique}.partial"
 
 
 def _nearest(directory: Path) -> Path:

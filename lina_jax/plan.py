@@ -51,8 +51,8 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
 
     Raises UserError where the mesh does not fit the devices or the config.
     """
-    grid = mesh.of(config, devices)
-    blueprint = state.blueprint(config, grid)
+    device_mesh = mesh.of(config, devices)
+    blueprint = state.blueprint(config, device_mesh)
     report = {
         "topology": where.name
         + ":"
@@ -60,15 +60,15 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         + (f"*{where.slices}" if where.slices > 1 else ""),
         "chips": where.chips,
         "devices": len(devices),
-        "mesh": dict(grid.shape),
+        "mesh": dict(device_mesh.shape),
         "batch_size": config.batch_size,
         **execution.of(blueprint.config.model),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
-    program, arguments = programs.train_step(config, grid)
+    program, arguments = programs.train_step(config, device_mesh)
     memory = programs.state_bytes(blueprint) | {"batch": mesh.device_bytes(arguments[1])}
-    report |= _compiled("train step", program, arguments, where, grid, memory)
+    report |= _compiled("train step", program, arguments, where, device_mesh, memory)
     if seconds := report.get("predicted_step_s"):
         total = config.steps * seconds
         report |= {
@@ -79,23 +79,23 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
             "chip_hours": total / 3600 * where.chips,
         }
     if sampling:
-        report["sampling"] = _sampling(config, where, grid)
+        report["sampling"] = _sampling(config, where, device_mesh)
     return report
 
 
-def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Report:
+def _sampling(config: Config, where: Topology, device_mesh: jax.sharding.Mesh) -> Report:
     images = config.batch_size
-    program, arguments = programs.sampling_step(config, grid, images)
+    program, arguments = programs.sampling_step(config, device_mesh, images)
     weights, frozen, *inputs = arguments
     memory = {
         "params": mesh.device_bytes((weights, frozen)),
-        "autoencoder": mesh.device_bytes(program.last),
+        "autoencoder": mesh.device_bytes(program.trailing),
         "batch": mesh.device_bytes(inputs),
     }
     steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     euler = float(steps.euler_steps.mean())
-    made = _compiled("sampling step", program, arguments, where, grid, memory, unknown_trips=euler)
-    made |= execution.of(execution.for_inference(config, grid).model)
+    made = _compiled("sampling step", program, arguments, where, device_mesh, memory, unknown_trips=euler)
+    made |= execution.of(execution.for_inference(config, device_mesh).model)
     if seconds := made.pop("predicted_step_s", None):
         needed = images * flops.sampling_flops(config.model, steps)
         made |= {
@@ -103,13 +103,20 @@ def _sampling(config: Config, where: Topology, grid: jax.sharding.Mesh) -> Repor
             "images": images,
             "images_per_s": images / seconds,
             "model_flops": needed,
-            "predicted_mfu": needed / seconds / (grid.size * where.chip.peak_flops),
+            "predicted_mfu": needed / seconds / (device_mesh.size * where.chip.peak_flops),
         }
     return made
 
 
 def _compiled(
-    name: str, program, arguments, where: Topology, grid, memory: Mapping[str, int], *, unknown_trips: float = 1.0
+    name: str,
+    program,
+    arguments,
+    where: Topology,
+    device_mesh,
+    memory: Mapping[str, int],
+    *,
+    unknown_trips: float = 1.0,
 ) -> Report:
     """What compiling says of memory, FLOPs, collectives and time; of a program that does not fit, by how much."""
     print(f"compiling the {name} for {where.name} ...", file=sys.stderr, flush=True)
@@ -126,7 +133,7 @@ def _compiled(
         "total": compiled.total,
         "capacity": capacity,
     }
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, grid, unknown_trips=unknown_trips)
+    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, device_mesh, unknown_trips=unknown_trips)
     room = capacity - compiled.total
     if where.chip.torus:
         room = max(room, 0)  # compilers for TPUs refuse what does not fit, whatever the sum of its parts
@@ -134,7 +141,7 @@ def _compiled(
         "fits": room >= 0,
         "headroom_bytes": room,
         "memory_bytes": memory,
-        "compiled_flops": estimate.work.matmul_flops * grid.size,
+        "compiled_flops": estimate.work.matmul_flops * device_mesh.size,
         "hbm_bytes": estimate.work.traffic,
         "collective_bytes": estimate.collective_bytes,
         "predicted_step_s": estimate.seconds,

@@ -52,10 +52,10 @@ PUBLISHED = {
 
 def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, tuple, jax.sharding.Mesh]:
     """A train step without the attention core, which their kernel (not XLA) computes; see `compare`."""
-    grid = mesh.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
+    device_mesh = mesh.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
 
     def spec(shape, dtype, *names):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(grid, P(*names)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(device_mesh, P(*names)))
 
     n, d, a, f = case.layers, case.width, case.attention, case.hidden
     params = {
@@ -104,17 +104,17 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
         return optax.apply_updates(params, updates), moments
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, moments))
-    program = Program(jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), grid)
-    return program, (params, moments, tokens), grid
+    program = Program(jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), device_mesh)
+    return program, (params, moments, tokens), device_mesh
 
 
 def compare(name: str) -> dict[str, object]:
     """Published and predicted rate. What is left out (the attention core) is left out of both sides' FLOPs."""
     case = PUBLISHED[name]
     where = topology.parse(case.topology)
-    program, arguments, grid = step_for(case, topology.devices(where))
+    program, arguments, device_mesh = step_for(case, topology.devices(where))
     compiled = programs.compile_program(program, arguments, topology.compiler_options(where))
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, grid)
+    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, device_mesh)
     weights = case.layers * (4 * case.width * case.attention + 3 * case.width * case.hidden) + VOCABULARY * case.width
     model = 6.0 * weights * TOKENS * case.sequences
     tflops = model / estimate.seconds / 1e12

@@ -17,22 +17,10 @@ from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.encoders import Autoencoder, Encoders
 from lina_jax.errors import UserError
-from lina_jax.models.vae import AutoencoderKL, VaeConfig
+from lina_jax.models import vae
 from lina_jax.state import Blueprint, Program
 
 Tree = Any
-
-# Sizes of the published autoencoders, for plans whose config names no directory.
-AUTOENCODERS = {
-    "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=encoders.SDXL_SCALING),
-    "mar": VaeConfig(
-        (128, 128, 256, 256, 512),
-        2,
-        latent_channels=16,
-        scaling_factor=encoders.MAR_SCALING,
-        last_level_attention=True,
-    ),
-}
 
 
 class OutOfMemory(Exception):
@@ -104,19 +92,10 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
     kind = config.autoencoder.kind
     if kind == "identity":
         return Encoders()
-    sizes = dataclasses.replace(AUTOENCODERS[kind], latent_channels=config.model.latent_channels)
-    dtype = jnp.dtype(config.model.dtype)
-    module = nnx.eval_shape(lambda: AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=dtype))
-    graphdef, variables = nnx.split(module)
-
-    def placed(path, variable):
-        shape = variable.get_value().shape
-        norm = any(str(name).startswith("norm") for name in path)
-        names = encoders.cuttable(mesh, shape, variable.get_metadata("axes"))
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if norm else dtype, sharding=mesh_lib.sharding(mesh, *names))
-
-    flat = [(path, placed(path, variable)) for path, variable in nnx.to_flat_state(variables)]
-    weights = nnx.to_pure_dict(nnx.from_flat_state(flat))
+    sizes = dataclasses.replace(vae.PUBLISHED[kind], latent_channels=config.model.latent_channels)
+    dtype = config.model.dtype
+    module = nnx.eval_shape(lambda: vae.AutoencoderKL(sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+    graphdef, weights = encoders.abstract(module, mesh, dtype)
     return Encoders(Autoencoder(sizes, graphdef), None, config.autoencoder.tile, {"autoencoder": weights})
 
 

@@ -17,6 +17,7 @@ from lina_jax import config as config_lib
 from lina_jax.config import Config, ModelConfig
 from lina_jax.encoders import describe_autoencoder
 from lina_jax.errors import UserError
+from lina_jax.models.vae import PUBLISHED as AUTOENCODERS
 from lina_jax.published_names import HEADS, variant_of
 from lina_jax.torch_files import OWN_NAMES, Pickled, Tensors, open_bin, open_file, open_weights, read_json
 
@@ -355,10 +356,9 @@ def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problem
         return dataclasses.asdict(given.autoencoder)
     if saved := pipeline.metadata.get("autoencoder"):
         return {**saved, "path": ""}
-    if channels == 16:
-        return {"kind": "mar", "stride": 16, "scaling_factor": 0.2325}
-    if channels == 4:
-        return {"kind": "sdxl", "stride": 8, "scaling_factor": 0.13025}
+    for kind, sizes in AUTOENCODERS.items():
+        if channels == sizes.latent_channels:
+            return {"kind": kind, "stride": sizes.stride, "scaling_factor": sizes.scaling_factor}
     raise UserError(
         f"{pipeline.source} has {channels} channels and no vae/: what autoencoder they are of, --config must say"
     )

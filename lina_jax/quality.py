@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lina_jax import featurise, image_metrics
 from lina_jax.errors import UserError
 from lina_jax.featurise import SHOWN, Chunk, Done, Network
-from lina_jax.image_metrics import GROUPS, InceptionScore, Moments, Value
+from lina_jax.image_metrics import GROUPS, InceptionScore, RunningCovariance, Value
 from lina_jax.image_sources import Source
 from lina_jax.reference import Reference, write_npz
 
@@ -50,8 +50,8 @@ class Collector:
 
     def __init__(self, count: int, wanted: Collection[str]):
         self._count, self._wanted = count, wanted
-        self._pool: list[Moments] = []
-        self._spatial: list[Moments] = []
+        self._pool: list[RunningCovariance] = []
+        self._spatial: list[RunningCovariance] = []
         self._score = InceptionScore()
         self._features: np.ndarray | None = None  # (count, D) as soon as D is known
         self._images: list[np.ndarray] = []
@@ -71,10 +71,10 @@ class Collector:
         if chunk.start < SHOWN:
             self._images.append(chunk.images[: SHOWN - chunk.start].copy())  # a view would keep the whole chunk
 
-    def _to_groups(self, groups: list[Moments], start: int, rows: np.ndarray) -> None:
+    def _to_groups(self, groups: list[RunningCovariance], start: int, rows: np.ndarray) -> None:
         """Of N images, number i is in group i * GROUPS // N."""
         if not groups:
-            groups += [Moments(rows.shape[1]) for _ in range(GROUPS)]
+            groups += [RunningCovariance(rows.shape[1]) for _ in range(GROUPS)]
         group = (start + np.arange(len(rows))) * GROUPS // self._count
         for number in np.unique(group):
             groups[number].add(rows[group == number])

@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from lina_jax import cache as cache_lib
 from lina_jax.errors import UserError
 
-_SAID = ("caption", "short_caption", "label", "key")  # what every record has
+COMMON_FIELDS = ("caption", "short_caption", "label", "key")  # what every record has
 
 
 class Form(NamedTuple):
@@ -27,7 +27,7 @@ class Form(NamedTuple):
     text_dim: int  # of text features; 0: none
 
 
-class Shard(NamedTuple):
+class ShardSlice(NamedTuple):
     """The part of a file that belongs to a split."""
 
     path: str
@@ -68,7 +68,7 @@ class Readers:
 class Split:
     """Random access to the serialized records of one split."""
 
-    def __init__(self, shards: Sequence[Shard], form: Form, manifest: str = ""):
+    def __init__(self, shards: Sequence[ShardSlice], form: Form, manifest: str = ""):
         """`manifest` is a digest of what the dataset says of itself and of the split."""
         self.form, self.manifest = form, manifest
         self._shards = shards
@@ -141,7 +141,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     except (KeyError, ValueError):
         known = ", ".join(info.splits)
         raise UserError(f"{directory} has no split {split!r}; its splits: {known}") from None
-    shards = [Shard(str(part.filename), part.skip, part.take) for part in parts]
+    shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts]
     if copy:
         copy.shards([os.path.basename(shard.path) for shard in shards], threads)
     else:
@@ -168,7 +168,7 @@ def _info(directory: Path) -> tfds.core.DatasetInfo:
             f"{directory} is stored as {info.file_format.value}; only array_record can be read at random: "
             "prepare it again with file_format='array_record'"
         )
-    absent = [name for name in _SAID if name not in info.features]
+    absent = [name for name in COMMON_FIELDS if name not in info.features]
     if "moments" not in info.features and "image" not in info.features:
         absent.append("image or moments")
     if absent:

@@ -10,7 +10,6 @@ from) and
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from lina_jax import places
 from lina_jax.errors import UserError
 
 SHARD_BYTES = 256 * 2**20
@@ -30,7 +30,7 @@ _SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's defa
 def pixel_features(label_names: Sequence[str] = (), encoding: str = "png") -> tfds.features.FeaturesDict:
     """TFDS features of records of pixels; label names, if there are any, are saved beside the shards by TFDS itself."""
     image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
-    return tfds.features.FeaturesDict({"image": image, **_said(label_names)})
+    return tfds.features.FeaturesDict({"image": image, **_common_fields(label_names)})
 
 
 def latent_features(
@@ -43,10 +43,10 @@ def latent_features(
         return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
 
     text = {name: half(None, text_dim) for name in ("text", "short_text")} if text_dim else {}
-    return tfds.features.FeaturesDict({"moments": half(*moments), **text, **_said(label_names)})
+    return tfds.features.FeaturesDict({"moments": half(*moments), **text, **_common_fields(label_names)})
 
 
-def _said(label_names: Sequence[str]) -> dict[str, Any]:
+def _common_fields(label_names: Sequence[str]) -> dict[str, Any]:
     label = tfds.features.ClassLabel(names=list(label_names)) if label_names else tfds.features.Scalar(np.int64)
     text = tfds.features.Text
     return {"caption": text(), "short_caption": text(), "label": label, "key": text()}
@@ -163,14 +163,10 @@ class Writer:
 def create(directory: str | Path, name: str, features: tfds.features.FeaturesDict) -> Iterator[Writer]:
     """Write a dataset; `directory` appears, complete, when the block ends, and not at all if it raises."""
     directory = Path(directory).expanduser().absolute()
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        writer = Writer(partial, features)
-        yield writer
-        assemble(partial, name, features, {split: shards.finish() for split, shards in writer.splits.items()})
-        partial.rename(directory)  # replaces an empty directory and refuses any other
+        with places.new_directory(directory) as partial:
+            writer = Writer(partial, features)
+            yield writer
+            assemble(partial, name, features, {split: shards.finish() for split, shards in writer.splits.items()})
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

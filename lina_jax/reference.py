@@ -13,7 +13,7 @@ import numpy as np
 from lina_jax import featurise, places
 from lina_jax.errors import UserError
 from lina_jax.featurise import Done, Network
-from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, Moments
+from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, RunningCovariance
 from lina_jax.image_sources import Read, npz_array, open_images
 from lina_jax.state import Blueprint
 
@@ -124,7 +124,7 @@ def _computed(
     for chunk in featurise.chunks(
         source, network, network.mesh, per_device, done, count=count, kept=kept, name="reference"
     ):
-        moments = moments or [Moments(part.shape[1]) for part in chunk.features[:2]]
+        moments = moments or [RunningCovariance(part.shape[1]) for part in chunk.features[:2]]
         for sums, part in zip(moments, chunk.features, strict=False):
             sums.add(part)
         if chunk.start < IMAGES:

@@ -16,13 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import lina_jax
-from lina_jax import generate, metrics, pictures, places, reading, sample
-from lina_jax.checkpoint import load_config
+from lina_jax import generate, pictures, places, plots, reading, sample
 from lina_jax.config import Config, SampleConfig, flatten
 from lina_jax.errors import UserError
 from lina_jax.image_sources import placed
 from lina_jax.quality import METRICS
 from lina_jax.state import Blueprint, Tree
+from lina_jax.workdir import load_config
 
 _STRIPS, _MOMENTS = 4, 8  # pictures that are shown while they are decoded, and how often
 _CONDITIONS, _EACH = 8, 4  # what is drawn in any case, and how often
@@ -75,10 +75,10 @@ def write(
     parts += _validation(result.get("validation"))
     if workdir and (workdir / "metrics.jsonl").exists():
         curve = io.BytesIO()
-        metrics.plot_losses(workdir / "metrics.jsonl", curve)
+        plots.losses(workdir / "metrics.jsonl", curve)
         parts += ["<h2>Loss</h2>", _embedded(curve.getvalue(), "training and validation loss against the step")]
         curve = io.BytesIO()
-        if metrics.plot_quality(workdir / "metrics.jsonl", curve):
+        if plots.quality(workdir / "metrics.jsonl", curve):
             told = "Of pictures that the EMA drew in training. Bands: one standard error, of these pictures alone."
             parts += [f"<h2>Quality</h2><p>{told}</p>", _embedded(curve.getvalue(), "quality against the step")]
     for title, images, captions in shown:

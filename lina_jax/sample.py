@@ -35,12 +35,13 @@ from lina_jax import (
     progress,
     state,
 )
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
-from lina_jax.generate import Moment, Stepper
+from lina_jax.generate import DecodingState, Stepper
 from lina_jax.state import Blueprint, Tree
+from lina_jax.workdir import load_config
 
 
 class Sampler:
@@ -56,8 +57,8 @@ class Sampler:
         """uint8 images (N, H, W, 3) of captions or class numbers; image i is number i of this seed."""
         images = []
         with progress.bar(len(conditions), leave=False) as bar:
-            for moments in self.batches(params, frozen, conditions, seed):
-                (last,) = collections.deque(moments, maxlen=1)
+            for states in self.batches(params, frozen, conditions, seed):
+                (last,) = collections.deque(states, maxlen=1)
                 images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
                 bar.update(min(self.batch_size, len(conditions) - bar.n))
                 preemption.heed()
@@ -65,8 +66,8 @@ class Sampler:
 
     def batches(
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int
-    ) -> list[Iterator[Moment]]:
-        """Of each batch its moments, made as they are asked for; the last batch is filled up with its last image."""
+    ) -> list[Iterator[DecodingState]]:
+        """Of each batch its states, made as they are asked for; the last batch is filled up with its last image."""
         config, made = self.plan.config, []
         for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])

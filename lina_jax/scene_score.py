@@ -10,6 +10,7 @@ from functools import cache
 from itertools import permutations
 
 import numpy as np
+from scipy import ndimage
 
 from lina_jax import shapes
 from lina_jax.errors import UserError
@@ -62,20 +63,9 @@ def detect(image: np.ndarray) -> Detection:
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the connected parts of `mask` (H, W), each a mask itself; neighbours share an edge."""
-    if not mask.any():
-        return
-    inside = np.pad(mask, 1)
-    labels = inside * np.arange(inside.size).reshape(inside.shape)
-    while True:
-        # Every pixel takes the largest index around, then that pixel's own label: long ways shrink fast.
-        around = [np.roll(labels, step, axis) for axis in (0, 1) for step in (1, -1)]
-        spread = np.max([labels, *around], axis=0) * inside
-        spread = spread.ravel()[spread]
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    for label in np.unique(labels[inside]):
-        yield labels[1:-1, 1:-1] == label
+    labels, count = ndimage.label(mask)
+    for label in range(1, count + 1):
+        yield labels == label
 
 
 def _box(part: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
         try:
-            grid = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
+            device_mesh = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
         except UserError as refusal:
             refusals.append(refusal)
             continue
@@ -127,15 +127,15 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             candidate = Candidate(batch, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate))
             try:
-                mesh.check(trial, grid)
+                mesh.check(trial, device_mesh)
             except UserError as refusal:
                 refusals.append(refusal)
                 continue
             if (fsdp, tensor) not in held:
-                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, grid)).values())
+                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, device_mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
-            ahead = _ahead(candidate, where.chip) * execution.weights(trial.model)
-            if size + ahead + execution.activations(trial, images) < execution.FULL * where.chip.memory:
+            ahead = _ahead(candidate, where.chip) * execution.gathered_bytes(trial.model)
+            if size + ahead + execution.activation_bytes(trial, images) < execution.FULL * where.chip.memory:
                 found.append((_seconds_an_image(trial, candidate, where.chip, link, images, size), candidate))
     if not held:
         raise UserError(f"--search: no mesh is possible: {refusals[0]}")
@@ -146,8 +146,8 @@ def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.De
     """`apply`, with fields left open where they would become what was chosen: sampling has its own way then."""
     made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
-    settled = execution.settled(left, mesh.of(left, devices))
-    return left if execution.of(settled.model) == execution.of(made.model) else made
+    resolved = execution.resolved(left, mesh.of(left, devices))
+    return left if execution.of(resolved.model) == execution.of(made.model) else made
 
 
 def overrides(config: Config, recommendation: Config) -> list[str]:
@@ -167,7 +167,7 @@ def _seconds_an_image(
     model, layers = config.model, config.model.condition_depth + config.model.image_depth
     again = execution.RECOMPUTED[candidate.remat]
     work = flops.training_flops(model, config.loss) * (1 + again) / (0.7 * chip.peak_flops)
-    weights = execution.weights(model)
+    weights = execution.gathered_bytes(model)
     links = link * (2 if chip.torus else 1)
     # Gathered forward and backward, and the gradient scattered; or the gradient summed.
     gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - _ahead(candidate, chip))

@@ -28,7 +28,7 @@ from lina_jax.models.transformer import by_image, sums_in_time
 Tree = Any
 Path = tuple[str, ...]  # of an array in a tree
 Batch = dict[str, jax.Array]
-NOISE_LEVELS = 4  # equal bins of sigma in which validation reports its loss
+SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +129,9 @@ class Blueprint:
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings, donate_argnums=(0, 1))(params, frozen)
 
-    def jit(self, function: Callable, *last, **options) -> "Program":
-        """`jax.jit` under this run's mesh; the arguments `last` follow those of each call."""
-        return Program(jax.jit(function, **options), self.mesh, last)
+    def jit(self, function: Callable, *trailing, **options) -> "Program":
+        """`jax.jit` under this run's mesh; arguments `trailing` follow those of each call."""
+        return Program(jax.jit(function, **options), self.mesh, trailing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +140,11 @@ class Program:
 
     jitted: Callable
     mesh: Mesh
-    last: tuple = ()
+    trailing: tuple = ()  # arguments that follow those of each call
 
     def __call__(self, *args):
         with jax.set_mesh(self.mesh):
-            return self.jitted(*args, *self.last)
+            return self.jitted(*args, *self.trailing)
 
     def compile(self, *args) -> None:
         """Compile for these arguments, so that the call with them runs at once."""
@@ -152,17 +152,17 @@ class Program:
 
     def lower(self, *args) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(*args, *self.last)
+            return self.jitted.lower(*args, *self.trailing)
 
 
 def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
     """The plan of a run; `encoders` where it trains from pixels, or draws pictures, with frozen ones.
 
-    How layers run is settled in its config.
+    How layers run is decided in its config.
     """
     encoders = encoders or Encoders()
     inference = execution.for_inference(config, mesh)
-    config = execution.settled(config, mesh, mesh_lib.device_bytes(encoders.weights))
+    config = execution.resolved(config, mesh, mesh_lib.device_bytes(encoders.weights))
     graphdef, params, frozen = _abstract(config.model)
     inference_graphdef = graphdef if inference.model == config.model else _abstract(inference.model)[0]
 
@@ -352,7 +352,7 @@ def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
 
 
 def make_eval_step(plan: Blueprint) -> Program:
-    """(params, frozen, batch, examples (B,)) -> sums of masked loss, masked tokens by bin of sigma, (B, NOISE_LEVELS).
+    """(params, frozen, batch, examples (B,)) -> sums of masked loss, masked tokens by bin of sigma, (B, SIGMA_BINS).
 
     The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are
     padding.
@@ -367,8 +367,8 @@ def make_eval_step(plan: Blueprint) -> Program:
         draws = draw(key, examples, config.model, loss_config)
         losses = plan.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
-        level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * NOISE_LEVELS).astype(jnp.int32), 0, NOISE_LEVELS - 1)
-        bins = jax.nn.one_hot(level, NOISE_LEVELS) * weight[None, ..., None]
+        level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
+        bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
         return jnp.einsum("rbn,rbnl->bl", losses, bins), jnp.sum(bins, axis=(0, 2))
 
     return plan.jit(step, plan.encoders.weights)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lina_jax import example, mesh, reading, sample
 from lina_jax.errors import UserError
-from lina_jax.generate import Moment, Schedule, Stepper
+from lina_jax.generate import DecodingState, Schedule, Stepper
 
 MOST_IMAGES = 64  # of one request
 _EXAMPLES = 6
@@ -30,13 +30,13 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class DrawnStep:
     """N pictures after a decoding step; `sets` (N, rows, columns) says in which step each token is made, from 1."""
 
     step: int
     steps: int
     sets: np.ndarray
-    moments: Sequence[Moment]
+    states: Sequence[DecodingState]
 
 
 class Studio:
@@ -128,22 +128,22 @@ class Studio:
         jax.block_until_ready(self._stepper.pixels(last))
         self._ready.add(_shapes(sampler))
 
-    def draw(self, request: Request) -> Iterator[Progress]:
+    def draw(self, request: Request) -> Iterator[DrawnStep]:
         """After each step, when it is done; all batches are made side by side."""
         sampler = self.sampler(request)
         rows, columns = self.config.model.image_grid
-        for moments in zip(*self._batches(sampler, request), strict=True):
-            jax.block_until_ready([moment.tokens for moment in moments])
-            rank = np.concatenate([np.asarray(moment.rank) for moment in moments])[: request.num]
+        for states in zip(*self._batches(sampler, request), strict=True):
+            jax.block_until_ready([state.tokens for state in states])
+            rank = np.concatenate([np.asarray(state.rank) for state in states])[: request.num]
             sets = _sets(sampler.schedule, rank).reshape(request.num, rows, columns)
-            yield Progress(moments[0].step, len(sampler.schedule.predicted), sets, moments)
+            yield DrawnStep(states[0].step, len(sampler.schedule.predicted), sets, states)
 
-    def pixels(self, progress: Progress) -> np.ndarray:
+    def pixels(self, drawn: DrawnStep) -> np.ndarray:
         """uint8 images (N, H, W, 3); tokens that are not made yet are zero."""
-        made = [np.asarray(self._stepper.pixels(moment)) for moment in progress.moments]
-        return np.concatenate(made)[: len(progress.sets)]
+        made = [np.asarray(self._stepper.pixels(state)) for state in drawn.states]
+        return np.concatenate(made)[: len(drawn.sets)]
 
-    def _batches(self, sampler: sample.Sampler, request: Request) -> list[Iterator[Moment]]:
+    def _batches(self, sampler: sample.Sampler, request: Request) -> list[Iterator[DecodingState]]:
         return sampler.batches(self._params, self._frozen, [request.condition] * request.num, request.seed)
 
     def _readable(self, prompt: str) -> bool:

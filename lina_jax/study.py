@@ -26,13 +26,13 @@ from flax import nnx
 from ml_collections import config_flags
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, errors, places
-from lina_jax.checkpoint import load_config
+from lina_jax import config_file, errors, places, plots
 from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
 from lina_jax.metrics import read_jsonl
 from lina_jax.models.lina import LINA
+from lina_jax.workdir import load_config
 
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
@@ -254,12 +254,7 @@ def _variant(run: Run) -> str:
 
 def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
     """Loss against parameters and against FLOPs, a line for each variant; {'VARIANT against X': its power law}."""
-    import matplotlib  # here, as in metrics.py
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
+    plt, ticker = plots.matplotlib()
     variants = sorted({_variant(run) for run in runs})
     figure, both = plt.subplots(
         1, 2, figsize=(11, 4.5 + 0.17 * len(variants)), dpi=120, sharey=True, layout="constrained"

@@ -53,6 +53,10 @@ class Entry:
             return rearrange(tensor, "o i p q -> p q i o")
         return tensor.reshape(shape)
 
+    def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """That of this tensor, of our array's."""
+        return self.to_torch(np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
+
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Our whole array (all layers, all parts) to this tensor in the published layout."""
         view = self.within(array)
@@ -295,8 +299,7 @@ def from_torch(
 def published_shapes(table: list[Entry], shapes: Tree) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of our tree. Every array must have an entry."""
     leaves = flatten_dict(shapes)
-    zeros = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in leaves.items()}  # without memory
-    return {entry.key: entry.to_torch(zeros[entry.path]).shape for entry in table}
+    return {entry.key: entry.published_shape(leaves[entry.path].shape) for entry in table}
 
 
 def mismatches(table: list[Entry], given: Mapping[str, tuple[int, ...]], shapes: Tree) -> list[str]:

@@ -40,15 +40,17 @@ from lina_jax import (
     metrics,
     periodic,
     places,
+    plots,
     preemption,
     sample,
     state,
     warm_start,
 )
-from lina_jax.checkpoint import Checkpoints, check_config, saved_steps, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
+from lina_jax.workdir import check_config, saved_steps, write_config
 
 
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
@@ -128,7 +130,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
                     with throughput.paused():
                         train_step.compile(run, batch)
-                        hosts.meet("train step")
+                        hosts.barrier("train step")
                     watchdog.restart()
                 run, scalars = train_step(run, batch)
                 if pending:
@@ -228,7 +230,7 @@ def _measure(
     except Preempted:
         save()
         raise _preempted(step) from None
-    hosts.meet(f"measured {step}")  # process 0 works alone at the end, longer than a collective waits for it
+    hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective waits for it
 
 
 def _preempted(step: int) -> Preempted:
@@ -279,7 +281,8 @@ def _conclude(config: Config, workdir: Path, step: int) -> None:
     if step > config.steps:
         print(f"{workdir} is already at step {step}, steps={config.steps}: nothing to do", file=sys.stderr)
         return
-    metrics.plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
+    with places.new_file(workdir / "loss.png") as partial:
+        plots.losses(workdir / "metrics.jsonl", partial)
     print(f"finished at step {step}: checkpoints/, loss.png and metrics.jsonl are in {workdir}", file=sys.stderr)
 
 

@@ -150,8 +150,8 @@ def clean(out: Path) -> None:
     """Remove what the work left in a finished dataset."""
     for left in (out / "units", *out.glob("assembling.*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in (out / "settings.json", *out.glob(".*.json.*.partial")):
-        left.unlink(missing_ok=True)
+    (out / "settings.json").unlink(missing_ok=True)
+    places.remove_partials(out)
 
 
 def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from lina_jax import data, preemption, state
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.image_metrics import Value
-from lina_jax.state import NOISE_LEVELS, Blueprint, Tree
+from lina_jax.state import SIGMA_BINS, Blueprint, Tree
 
 # Significant digits of validation losses that are told. Sums within a batch come in another order on other numbers of
 # devices, which changes a loss by 1e-7 of itself.
@@ -50,7 +50,7 @@ class Validation:
             parts.append(multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True))
             preemption.heed()
         total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
-        edges = np.linspace(0, 1, NOISE_LEVELS + 1)
+        edges = np.linspace(0, 1, SIGMA_BINS + 1)
         overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))
         told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
             f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value

@@ -14,12 +14,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lina_jax import config as config_lib
 from lina_jax import init_rules
-from lina_jax.checkpoint import Checkpoints, Flat, Shape, is_imported, load_config, saved_checkpoints
+from lina_jax.checkpoint import Checkpoints, Flat, Shape
 from lina_jax.config import Config, InitFromConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.init_rules import Rules
 from lina_jax.models.attention import GATE_NAMES
 from lina_jax.state import Blueprint, TrainState
+from lina_jax.workdir import is_imported, load_config, saved_checkpoints
 
 Shapes = Mapping[tuple[str, ...], Shape]  # by path
 Grid = tuple[int, int]  # rows, columns

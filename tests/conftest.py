@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from lina_jax import mesh, sample, state
-from lina_jax.checkpoint import Checkpoints, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, default, freeze
 from lina_jax.prepare import Settings, prepare
+from lina_jax.workdir import write_config
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8

@@ -13,11 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_case import Case, tokens_of
 
 from lina_jax import generate, mesh, optim, published_names, state, torch_layout
-from lina_jax.checkpoint import Checkpoints, load_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
 from lina_jax.models import flow, layers
 from lina_jax.models.draws import Draws
 from lina_jax.models.lina import LINA, unconditional
+from lina_jax.workdir import load_config
 
 
 def model_config(c: dict) -> ModelConfig:
@@ -98,7 +99,7 @@ def draws_of(case: Case, repeat: int, prefix: str = "") -> Draws:
         mask=jnp.asarray(mask),
         timestep=jnp.asarray(rearrange(case[f"{prefix}timestep_idx"], "(r b) n -> r b n", r=repeat)),
         noise=jnp.asarray(rearrange(case[f"{prefix}noise"], "(r b) n c -> r b n c", r=repeat)),
-        most_visible=ids.shape[1],
+        max_visible=ids.shape[1],
     )
 
 
@@ -121,7 +122,7 @@ def transformer(case: Case, given: Imported) -> None:
             "outputs.cond_tokens": model.embed_condition(condition)[0],
             "outputs.c": c,
             "outputs.masked": model.mask_image(tokens, draws.mask),
-            "outputs.z": model.encode_image(tokens, draws.mask, draws.most_visible, c),
+            "outputs.z": model.encode_image(tokens, draws.mask, draws.max_visible, c),
             "outputs.model_pred": rearrange(model.velocities(tokens, condition, draws, sigmas), "r b n c -> (r b) n c"),
             "outputs.per_token_loss": rearrange(
                 model.token_losses(tokens, condition, draws, sigmas), "r b n -> (r b) n 1"

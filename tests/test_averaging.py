@@ -8,9 +8,10 @@ import pytest
 
 from lina_jax import averaging, convert, export, mesh, state
 from lina_jax.averaging import Snapshot
-from lina_jax.checkpoint import Checkpoints, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import EmaConfig
 from lina_jax.errors import UserError
+from lina_jax.workdir import write_config
 
 average = jax.jit(state.averaged, static_argnums=0)
 

@@ -7,7 +7,7 @@ import pytest
 
 from lina_jax import benchmark_data, benchmark_model, hlo, measure, programs, roofline
 from lina_jax.errors import UserError
-from lina_jax.models import chunks
+from lina_jax.models import chunks, vae
 from lina_jax.models.vae import VaeConfig
 
 FIELDS = {
@@ -77,7 +77,7 @@ def test_sampling_from_the_command_line(run_module, tiny, config_file):
 
 def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
     small = VaeConfig((32, 32), 1, latent_channels=4, scaling_factor=1.0)
-    monkeypatch.setitem(programs.AUTOENCODERS, "sdxl", small)  # the published one takes long to compile
+    monkeypatch.setitem(vae.PUBLISHED, "sdxl", small)  # the published one takes long to compile
     model, sample = {"latent_channels": 8, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}  # other latents than its
     autoencoder = {"kind": "sdxl", "stride": 8}
     config = tiny(model=model, sample=sample, autoencoder=autoencoder, mesh={"data": 4, "fsdp": 2})
@@ -194,7 +194,7 @@ def test_no_program_of_the_preset_does_more_than_it_did(name, load_preset, one_d
     config = load_preset("bench")
     tokens = config.batch_size * config.model.image_tokens
     make, trips = {
-        "train": (lambda: programs.train_step(config, one_device), chunks.most(tokens)),
+        "train": (lambda: programs.train_step(config, one_device), chunks.max_count(tokens)),
         "sample": (
             lambda: programs.sampling_step(config, one_device, 4, autoencoder=False),
             config.sample.euler_steps,

@@ -157,9 +157,6 @@ def test_mistakes_in_tokenizers(tmp_path):
     with pytest.raises(UserError) as error:
         load_text_encoder(encoder)
     assert str(error.value) == f"no tokenizer: expected {encoder / 'tokenizer.json'} or {beside}"
-    with pytest.raises(UserError) as error:
-        load_text_encoder(encoder, tokenizer=tmp_path / "words.json")
-    assert str(error.value) == f"no tokenizer: expected {tmp_path / 'words.json'}"
     beside.parent.mkdir()
     beside.write_text("{}")
     with pytest.raises(UserError) as error:

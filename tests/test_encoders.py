@@ -171,8 +171,9 @@ def test_tiled_decoding_is_near_whole_decoding(autoencoder, error_between):
     described, params = autoencoder
     latents = noise(1, 48, 40, 4) * described.config.scaling_factor
     whole = jax.jit(described.decode)(params, latents)
-    np.testing.assert_array_equal(jax.jit(described.decode_tiled)(params, latents), whole)
-    tiled = jax.jit(described.decode_tiled, static_argnums=(2, 3))(params, latents, 24, 8)
+    tiles = jax.jit(described.decode_tiled, static_argnums=(2, 3))
+    np.testing.assert_array_equal(tiles(params, latents, 64, 16), whole)
+    tiled = tiles(params, latents, 24, 8)
     assert error_between(tiled, whole) < TILED_DIFFERENCE
 
 
@@ -240,15 +241,11 @@ def test_tokens_spell_the_captions(text_encoder):
     assert CAPTIONS[2].startswith(described.tokenizer.decode(ids[2]))
 
 
-def test_the_tokenizer_is_found_beside_the_encoder_or_where_it_is_said_to_be(tmp_path, text_encoder):
+def test_the_tokenizer_is_found_beside_the_encoder(tmp_path, text_encoder):
     write_phi(tmp_path / "text_encoder", tokenizer=False)
     write_tokenizer(tmp_path / "tokenizer" / "tokenizer.json")
     beside, _ = load_text_encoder(tmp_path / "text_encoder", length=16)
-    (tmp_path / "tokenizer").rename(tmp_path / "words")
-    given, _ = load_text_encoder(tmp_path / "text_encoder", length=16, tokenizer=tmp_path / "words" / "tokenizer.json")
-    want = text_encoder[0].tokenize(CAPTIONS)
-    for described in (beside, given):
-        np.testing.assert_array_equal(described.tokenize(CAPTIONS)[0], want[0])
+    np.testing.assert_array_equal(beside.tokenize(CAPTIONS)[0], text_encoder[0].tokenize(CAPTIONS)[0])
 
 
 def test_features_do_not_depend_on_padding(text_encoder):

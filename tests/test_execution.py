@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lina_jax import execution, generate, kernel_check, sample, state
-from lina_jax.checkpoint import write_config
 from lina_jax.chips import CHIPS
 from lina_jax.errors import UserError
 from lina_jax.train import train
+from lina_jax.workdir import write_config
 
 GIB = 2**30
 SCANNED = {"scan_layers": True, "attention_kernel": "xla"}
@@ -29,7 +29,7 @@ def of_preset(load_preset):
     return make
 
 
-def on(platform, config, chosen=execution.settled, memory=CHIPS["h200"].memory, **held):
+def on(platform, config, chosen=execution.resolved, memory=CHIPS["h200"].memory, **held):
     """What is chosen for eight devices, of so much memory, that hold an eighth of the state each."""
     stats = {"bytes_limit": memory} if memory else None
     device = types.SimpleNamespace(platform=platform, device_kind="", process_index=0, memory_stats=lambda: stats)
@@ -84,13 +84,13 @@ def test_gpus_keep_for_the_gradient_what_fits(of_preset):
 def test_the_estimate_of_activations_is_near_what_compilers_plan(name, remat, few, many, planned, of_preset):
     """GiB of h200:8, docs/planning.md."""
     config = of_preset(name, **UNROLLED, remat=remat)
-    estimated = execution.activations(config, many) - execution.activations(config, few)
+    estimated = execution.activation_bytes(config, many) - execution.activation_bytes(config, few)
     assert estimated / GIB == pytest.approx(planned, rel=0.1)
 
 
 def test_wide_numbers_and_scores_of_softmax_are_counted(of_preset):
     def size(**model):
-        return execution.activations(of_preset("t2i:1024", **SCANNED, remat="none", **model), 1)
+        return execution.activation_bytes(of_preset("t2i:1024", **SCANNED, remat="none", **model), 1)
 
     assert size(dtype="float32") == 2 * size()
     # A block's scores of 5,120 tokens alone are 2.3 GiB; planned with three images: more than an H200 has.

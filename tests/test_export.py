@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from lina_jax import convert, describe, export, mesh, sample, state
-from lina_jax.checkpoint import Checkpoints, load_config, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import freeze
 from lina_jax.errors import UserError
+from lina_jax.workdir import load_config, write_config
 
 
 @pytest.fixture(scope="module")

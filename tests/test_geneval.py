@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from lina_jax import geneval, mesh, report, sample, state
-from lina_jax.checkpoint import write_config
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.workdir import write_config
 
 LINES = [
     '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"}',

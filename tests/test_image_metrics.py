@@ -7,7 +7,7 @@ import pytest
 
 from lina_jax import image_metrics
 from lina_jax.errors import UserError
-from lina_jax.image_metrics import Frechet, Gaussian, InceptionScore, Moments
+from lina_jax.image_metrics import Frechet, Gaussian, InceptionScore, RunningCovariance
 
 
 def gaussian(mean, covariance):
@@ -56,7 +56,7 @@ def test_distance_is_that_of_scipy_also_where_covariances_are_singular(ranks):
 def test_streaming_moments_are_those_of_all_rows():
     """In portions, far from zero: a sum of squares in float64 would lose half of the digits here."""
     rows = np.random.default_rng(0).standard_normal((1000, 5)) + 1e6
-    moments = Moments(5)
+    moments = RunningCovariance(5)
     for part in np.split(rows, [1, 10, 11, 700]):
         moments.add(part)
     got = moments.gaussian()
@@ -69,7 +69,7 @@ def test_the_standard_error_is_the_spread_of_repetitions():
     rng, reference = np.random.default_rng(0), Frechet(gaussian(np.zeros(3), np.eye(3)))
 
     def measured():
-        groups = [Moments(3) for _ in range(10)]
+        groups = [RunningCovariance(3) for _ in range(10)]
         for group in groups:
             group.add(rng.normal([0.5, 0, 0], 1, (40, 3)))
         return image_metrics.jackknife(groups, reference)
@@ -80,7 +80,7 @@ def test_the_standard_error_is_the_spread_of_repetitions():
 
 def test_too_few_rows_are_told():
     with pytest.raises(UserError, match="1 images have no covariance"):
-        one = Moments(2)
+        one = RunningCovariance(2)
         one.add(np.ones((1, 2)))
         one.gaussian()
 

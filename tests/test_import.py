@@ -18,9 +18,9 @@ from pipelines import WEIGHTS, change_weights, given_config, write_pipeline
 from safetensors.numpy import load_file, save_file
 
 from lina_jax import convert, mesh, published, published_names, state, torch_layout
-from lina_jax.checkpoint import check_config, load_config
 from lina_jax.config import Config, default, freeze
 from lina_jax.errors import UserError
+from lina_jax.workdir import check_config, load_config
 
 
 def test_files_that_tell_all_need_no_config(tmp_path):

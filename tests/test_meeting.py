@@ -63,7 +63,7 @@ WAITING = """
 def work(process):
     if process == 0:
         print("waiting", flush=True)
-        hosts.meet("what the other never comes to")
+        hosts.barrier("what the other never comes to")
     threading.Event().wait()
 """
 

@@ -67,7 +67,7 @@ def test_more_visible_tokens_than_a_shard_has_room_for_are_not_lost(
 ):
     monkeypatch.setattr(sequence, "SPREAD", -3.0)
     with jax.set_mesh(cut):
-        rooms = jax.eval_shape(lambda: jnp.zeros((sequence.room(64, 32), sequence.most_in_shard(64, 32)))).shape
+        rooms = jax.eval_shape(lambda: jnp.zeros((sequence.room(64, 32), sequence.max_in_shard(64, 32)))).shape
     assert rooms == (8, 16)
     batch = batch_of(deep)
     counts = np.sum(~np.asarray(masks_of_first_step(deep)).reshape(-1, 4, 16), axis=2)

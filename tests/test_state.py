@@ -10,7 +10,7 @@ import pytest
 from lina_jax import mesh, state
 from lina_jax.config import EmaConfig, LossConfig, MeshConfig
 from lina_jax.models import flow
-from lina_jax.models.draws import draw, most_visible, visible_count
+from lina_jax.models.draws import draw, max_visible, visible_count
 from lina_jax.models.transformer import layer_runs
 
 
@@ -169,8 +169,8 @@ def test_one_mask_ratio_per_step_is_one_count_for_all(tiny):
 
 
 def test_no_image_has_more_visible_tokens_than_the_bound(many_draws, tiny):
-    most = most_visible(LossConfig(), tiny().model.image_tokens)
-    assert many_draws[0].most_visible == most
+    most = max_visible(LossConfig(), tiny().model.image_tokens)
+    assert many_draws[0].max_visible == most
     assert int(jnp.max(jnp.sum(~many_draws[0].mask, axis=1))) == most
 
 
@@ -178,7 +178,7 @@ def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
     """(1 - 0.9) 25 is 2.5, which ratios a little above their least would round to 3 in float32."""
     config = LossConfig(mask_ratio_mean=0.9, mask_ratio_std=1e-5, mask_ratio_min=0.9)
     count = jax.vmap(lambda key: visible_count(key, config, 25))(jax.random.split(jax.random.key(0), 16_384))
-    assert int(jnp.max(count)) == most_visible(config, 25) == 2
+    assert int(jnp.max(count)) == max_visible(config, 25) == 2
 
 
 def loss_and_gradient(plan, batch):

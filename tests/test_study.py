@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from lina_jax import flops, study
-from lina_jax.checkpoint import write_config
 from lina_jax.errors import UserError
+from lina_jax.workdir import write_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "study.sh"

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from lina_jax import mesh, metrics, preemption, state
-from lina_jax.checkpoint import Checkpoints, check_config, load_config, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
 from lina_jax.train import train
+from lina_jax.workdir import check_config, load_config, write_config
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
 DEADLINE_S = 240  # for a subprocess to get somewhere

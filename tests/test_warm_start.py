@@ -10,10 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from lina_jax import mesh, state, torch_layout, warm_start
-from lina_jax.checkpoint import Checkpoints, write_config
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.train import train
+from lina_jax.workdir import write_config
 
 GATES = ("key_scale", "value_scale")
 

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from lina_jax.checkpoint import check_config, load_config, write_config
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.train import train
+from lina_jax.workdir import check_config, load_config, write_config
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
 

@@ -11,7 +11,7 @@ Tree = Any
 TOKENS = 256  # of a chunk, each with its repeats
 
 
-def most(rows: int) -> int:
+def max_count(rows: int) -> int:
     """The chunks of a sum over all of so many rows."""
     return -(-rows // TOKENS)
 

@@ -23,17 +23,17 @@ class Draws:
     mask: jax.Array  # (B, N) bool, True where content is hidden
     timestep: jax.Array  # (R, B, N) int32, index into the table of noise levels
     noise: jax.Array  # (R, B, N, p*p*C) float32
-    most_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
+    max_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
 
 
-def most_visible(config: LossConfig, tokens: int) -> int:
+def max_visible(config: LossConfig, tokens: int) -> int:
     """The most tokens that can be visible."""
     return int(np.round((1 - config.mask_ratio_min) * tokens))
 
 
 def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossConfig) -> Draws:
     """Draws for `examples` (B,), their positions in the global batch; `key` is that of (seed, step)."""
-    most = most_visible(config, model.image_tokens)
+    most = max_visible(config, model.image_tokens)
     shared = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example has this number
 
     def one(example: jax.Array):
@@ -48,11 +48,11 @@ def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossCo
             mask=place >= count,
             timestep=flow.timestep_index(gaussian),
             noise=jax.random.normal(noise, (config.repeat, model.image_tokens, model.token_dim)),
-            most_visible=most,
+            max_visible=most,
         )
 
     # The repeats lead, so that the head's tokens are (R, B, N, ...) and z is broadcast, never tiled.
-    axes = Draws(drop=0, mask=0, timestep=1, noise=1, most_visible=most)
+    axes = Draws(drop=0, mask=0, timestep=1, noise=1, max_visible=most)
     draws = jax.vmap(one, out_axes=axes)(examples)
     # Whole along the tokens: sorting numbers that are cut over devices would exchange them.
     return dataclasses.replace(draws, mask=constrain(draws.mask, "batch", None))
@@ -74,4 +74,4 @@ def visible_count(key: jax.Array, config: LossConfig, tokens: int) -> jax.Array:
     high = (1.0 - config.mask_ratio_mean) / config.mask_ratio_std
     ratio = config.mask_ratio_mean + config.mask_ratio_std * jax.random.truncated_normal(key, low, high)
     visible = jnp.round((1 - ratio) * tokens).astype(jnp.int32)
-    return jnp.minimum(visible, most_visible(config, tokens))  # which is rounded in float64
+    return jnp.minimum(visible, max_visible(config, tokens))  # which is rounded in float64

@@ -21,6 +21,7 @@ from lina_jax.mesh import one_cpu
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
+WORD_TAPS = 5  # of the convolutions over words
 NORM_EPS = 1e-5
 
 
@@ -341,14 +342,14 @@ class ByteEncoder(nnx.Module):
     text.
     """
 
-    def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, taps: int = 5):
+    def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         def param(shape, std, matrix=None):
             return nnx.Param(normal(std)(rngs.params(), shape), axes=(None,) * len(shape), matrix=matrix)
 
         self.bytes = param((256, width), 1.0)
         self.places = param((WORD_LENGTH, width), 1.0)
         self.positions = param((words, width), 0.1)
-        self.taps = param((layers, 2, taps, width), taps**-0.5)
+        self.taps = param((layers, 2, WORD_TAPS, width), WORD_TAPS**-0.5)
         self.mix = param((layers, width, width), width**-0.5, matrix=((1,), (2,)))
         self.dtype = dtype
 

@@ -208,7 +208,7 @@ class LINA(nnx.Module):
         return chunks.total(losses, (weights, self._times(sigmas)), z, draws.mask.reshape(-1))
 
     def _encode(self, tokens: jax.Array, condition: Condition, draws: Draws) -> jax.Array:
-        return self.encode_image(tokens, draws.mask, draws.most_visible, self.encode_condition(condition))
+        return self.encode_image(tokens, draws.mask, draws.max_visible, self.encode_condition(condition))
 
     def _times(self, sigmas: np.ndarray) -> jax.Array:
         """The head's embedding of each entry of the table, float32."""

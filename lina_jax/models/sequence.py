@@ -144,10 +144,10 @@ def room(tokens: int, visible: int) -> int:
     s, share = shards(), visible / tokens
     deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
     wanted = math.ceil((visible / s + SPREAD * deviation) / 8) * 8
-    return min(wanted, most_in_shard(tokens, visible))
+    return min(wanted, max_in_shard(tokens, visible))
 
 
-def most_in_shard(tokens: int, visible: int) -> int:
+def max_in_shard(tokens: int, visible: int) -> int:
     """The most of `visible` tokens that one shard of an image of `tokens` can have."""
     return min(visible, tokens // shards())
 
@@ -167,7 +167,7 @@ def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, v
 
         return function(*by_shard(choose)(mask))
 
-    few, many = room(tokens, visible), most_in_shard(tokens, visible)
+    few, many = room(tokens, visible), max_in_shard(tokens, visible)
     if few == many:
         return with_room(many, mask)
     fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few

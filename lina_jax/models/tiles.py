@@ -47,10 +47,10 @@ def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | 
     For each argument its logical axes, or a list of those of several. A batch of `images` that the mesh does not divide
     (the one image that guidance contrasts with) is whole on every device.
     """
-    grid = jax.sharding.get_abstract_mesh()
-    if grid.empty:
+    device_mesh = jax.sharding.get_abstract_mesh()
+    if device_mesh.empty:
         return function
-    whole = images % batch_parts(grid) != 0
+    whole = images % batch_parts(device_mesh) != 0
 
     def cut(axes):
         return spec(*(None if whole and name == "batch" else name for name in axes))

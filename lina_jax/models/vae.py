@@ -37,6 +37,14 @@ class VaeConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+PUBLISHED = {
+    "sdxl": VaeConfig((128, 256, 512, 512), 2, latent_channels=4, scaling_factor=0.13025),
+    "mar": VaeConfig(
+        (128, 128, 256, 256, 512), 2, latent_channels=16, scaling_factor=0.2325, last_level_attention=True
+    ),
+}
+
+
 class Conv(nnx.Module):
     """k x k convolution with zero padding. x (B, H, W, inputs) -> (B, H', W', outputs); kernel (k, k, in, out).
 
@@ -233,7 +241,7 @@ class AutoencoderKL(nnx.Module):
         """Latents (B, h, w, C) -> images (B, H, W, 3), near [-1, 1]."""
         return self.decoder(latents).astype(jnp.float32)
 
-    def decode_tiled(self, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
+    def decode_tiled(self, latents: jax.Array, tile: int, overlap: int) -> jax.Array:
         """`decode` in tiles of tile x tile latents, one after the other: the memory of one tile, whatever the image.
 
         Neighbours share at least `overlap` latents, over which one fades into the other. Not the same function as

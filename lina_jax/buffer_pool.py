@@ -11,7 +11,7 @@ import numpy as np
 _KEPT = 4  # free buffers: batches come and go one by one
 
 
-class Recycler:
+class BufferPool:
     """Hands out buffers; each comes back by itself when the last array that shows it is gone."""
 
     def __init__(self):
@@ -19,7 +19,7 @@ class Recycler:
         self._lock = threading.RLock()  # a collection, which ends in _put, may begin anywhere
 
     def __reduce__(self):
-        return Recycler, ()
+        return BufferPool, ()
 
     def bytes(self, count: int) -> np.ndarray:
         """(count,) uint8: all zero when new, else as it was left."""
