@@ -194,7 +194,7 @@ class Checkpoints:
         raise UserError(f"{named}: {'no other was asked for' if step is not None else 'there is no older one'}")
 
     def _restore(self, step: int, names: Sequence[str], wanted, partial: bool) -> dict[str, Tree]:
-        """Raises _Damaged, and UserError when the checkpoint has not what is wanted."""
+        """Raises _Damaged, and UserError when the checkpoint lacks what is wanted."""
         folder = self.directory / str(step)
         if reason := integrity.damage(folder, names):
             raise _Damaged(reason)

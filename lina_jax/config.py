@@ -210,10 +210,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 5_000
-    keep_last: int = 3
+    """When a run saves, and what it keeps."""
+
+    every: int = 5_000  # steps
+    keep_last: int = 3  # checkpoints
     keep_every: int = 0  # also keep each step divisible by this; 0: none
-    timeout: float = 1800.0  # seconds after which a save has stalled and the process ends, to be run again; 0: never
+    timeout: float = 1800.0  # seconds after which a stalled save ends the process, to be run again; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +271,7 @@ class Config:
     seed: int = 3
     steps: int = 2_500_000
     batch_size: int = 2_048  # global, in images
-    step_timeout: float = (
-        1800.0  # seconds after which a step has stalled and the process ends, to be run again; 0: never
-    )
+    step_timeout: float = 1800.0  # seconds after which a stalled step ends the process, to be run again; 0: never
     model: ModelConfig = ModelConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()

@@ -178,7 +178,7 @@ class Records:
         return list(map(Variant, short.tolist(), flip.tolist()))
 
     def read(self, wanted: Sequence[Wanted], batches: int = 1) -> tuple[Arrays, Notes]:
-        """A batch, one of so many that are read at the same time and share the threads.
+        """The rows of one batch; `batches` of such calls run at the same time and share the threads.
 
         Raises UserError, naming shard and record, if storage fails or too many bad records follow.
         """

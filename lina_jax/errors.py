@@ -117,9 +117,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except Exception as error:
         leave(f"error: {error}", 2)
 
-    if flags.FLAGS[
-        "verbosity"
-    ].using_default_value:  # absl would choose INFO, where libraries report each save at length
+    # absl would choose INFO, where libraries report each save at length.
+    if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = absl_logging.WARNING
     return rest
 

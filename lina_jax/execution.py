@@ -17,10 +17,10 @@ from lina_jax.models.draws import max_visible
 
 FIELDS = ("remat", "scan_layers", "attention_kernel")  # of the model
 OPEN = ("auto", None)  # of these: as suits the devices
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # by each policy, of the work, in the backward pass
-# Arrays of a token's width that a block keeps for the backward pass. dots keeps what matrix products (query, key,
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # the share of a step's FLOPs that a policy computes twice
+# KEPT: arrays of a token's width that a block keeps for the backward pass. dots keeps what matrix products (query, key,
 # value, projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what
-# lies between them. And those that the widest block has while it works.
+# lies between them. WORKING: such arrays that are alive at once inside the widest block.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
 # The same with kernels, fitted to what is planned for GPUs.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26

@@ -118,8 +118,8 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Chunks of the first `count` images, those that are done first; in process 0. Others take part and see nothing.
 
-    `per_device` images are made at once by each device, of which the first `kept` come with their features. Without a
-    network there are images alone. `name` is shown with the progress.
+    Each device works on `per_device` images at a time. The first `kept` images of all are given beside their features.
+    Without a network there are images alone. `name` is shown with the progress.
     """
     first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
     if leader:

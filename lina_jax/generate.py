@@ -28,7 +28,7 @@ class StepInputs(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What a step's program is compiled for: at most so many tokens exist before it, and are made."""
+    """What a step's program is compiled for: bounds on the tokens that exist before it and that it makes; guidance."""
 
     visible: int
     predicted: int
@@ -60,6 +60,7 @@ class Schedule:
 
 
 def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
+    """Of images of so many tokens; `shift` is that of the noise levels. Steps that make no token are left out."""
     predicted = flow.cosine_schedule(tokens, config.steps)
     predicted = predicted[predicted > 0]
     steps = len(predicted)
@@ -89,6 +90,7 @@ class DecodingInputs(NamedTuple):
 
 
 def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> DecodingInputs:
+    """Encode the conditions of B images, and if `guided` the unconditional one; order and noise as in the result."""
     c = model.encode_condition(condition)
     if guided:
         batch = order.shape[0]

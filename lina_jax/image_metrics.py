@@ -67,6 +67,7 @@ class RunningCovariance:
 
 
 def total(parts: Iterable[RunningCovariance], dim: int) -> RunningCovariance:
+    """Of all rows of the parts together; `dim` is the width of a row."""
     moments = RunningCovariance(dim)
     for part in parts:
         moments.merge(part)

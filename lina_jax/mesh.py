@@ -257,6 +257,7 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
+    """Where an array lies whose axes have these logical names (RULES); a None is not cut."""
     return NamedSharding(mesh, spec(*names))
 
 
@@ -315,8 +316,8 @@ def by_platform(*args, default: Callable, **functions: Callable):
 
 
 def loops_gather_late() -> bool:
-    """Whether an iteration has to wait for weights that it needs at once.
+    """Whether compilers leave a loop's gathers of weights in the iteration that uses them, which then waits for them.
 
-    Compilers for TPUs move no gather into the iteration before; those for GPUs do (`xla_flags`).
+    Those for TPUs do; those for GPUs move gathers into the iteration before (`xla_flags`).
     """
     return platform() == "tpu" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1

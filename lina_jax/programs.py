@@ -78,6 +78,7 @@ def batch(config: Config, mesh: Mesh) -> Tree:
 
 
 def condition(config: Config, mesh: Mesh, size: int) -> Tree:
+    """Labels, bytes or text features of `size` images, abstract."""
     model, array = config.model, functools.partial(_batched, mesh, size)
     if model.condition == "class":
         return {"label": array((), jnp.int32)}

@@ -48,6 +48,7 @@ _FOLLOWING = {
 _JUDGES = {"data.path", "data.validation_split", "eval.examples"}
 _BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
 MARKERS = "os^D"
+_SCORE = Path("evaluation/score.json")  # of a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,12 @@ def read(directory: Path) -> list[Run]:
 
     Raises UserError where there are none, where budgets differ, or anything else that is no choice of the study.
     """
-    places = sorted(path.parent for path in directory.glob("*/config.json"))
-    if not places:
+    workdirs = _workdirs(directory)
+    if not workdirs:
         raise UserError(f"--study={directory}: no runs there (directories with a config.json)")
-    runs = [_run(place) for place in places if (place / "evaluation" / "score.json").exists()]
+    runs = [_run(workdir) for workdir in workdirs if (workdir / _SCORE).exists()]
     if not runs:
-        raise UserError(f"--study={directory}: none of {len(places)} runs was evaluated (evaluation/score.json)")
+        raise UserError(f"--study={directory}: none of {len(workdirs)} runs was evaluated ({_SCORE})")
     _check_budgets(f"--study={directory}", {run.name: run.images for run in runs})
     configs = {run.name: load_config(directory / run.name) for run in runs}
     _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
@@ -151,16 +152,19 @@ def _check_recipes(where: str, configs: Mapping[str, Config], judged: Mapping[st
 
 def unfinished(directory: Path) -> list[str]:
     """Runs that have begun and are not evaluated."""
-    places = sorted(path.parent for path in directory.glob("*/config.json"))
-    return [place.name for place in places if not (place / "evaluation" / "score.json").exists()]
+    return [workdir.name for workdir in _workdirs(directory) if not (workdir / _SCORE).exists()]
+
+
+def _workdirs(directory: Path) -> list[Path]:
+    return sorted(path.parent for path in directory.glob("*/config.json"))
 
 
 def _run(workdir: Path) -> Run:
     config = load_config(workdir)
     try:
-        score = json.loads((workdir / "evaluation" / "score.json").read_text())
+        score = json.loads((workdir / _SCORE).read_text())
     except ValueError as error:
-        raise UserError(f"{workdir}/evaluation/score.json is damaged: {error}") from error
+        raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
     nan = math.nan
     return Run(
@@ -194,7 +198,7 @@ def _recipe(config: Config) -> dict[str, Any]:
 
 def _judged(workdir: Path) -> dict[str, Any]:
     """How a run was evaluated, which must be the same, too."""
-    score = json.loads((workdir / "evaluation" / "score.json").read_text())
+    score = json.loads((workdir / _SCORE).read_text())
     quality = score.get("quality", {})
     names = ("weights", "sample", "seed", "data", "autoencoder", "text_encoder")
     told = {name: score[name] for name in names if name in score}

@@ -13,6 +13,7 @@ TRAIN_TIMESTEPS = 1000
 
 
 def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+    """Noise levels (any shape, in [0, 1]) moved towards noise by a `shift` above 1; 1 leaves them."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -41,6 +42,7 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 def euler_step(x: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
+    """x at `next_sigma`, from x at `sigma` along the velocity there; x and velocity have one shape."""
     return x + (next_sigma - sigma) * velocity
 
 

@@ -46,6 +46,8 @@ def uniform(fan_in: int) -> Initializer:
 
 
 def normal(std: float = 0.02) -> Initializer:
+    """N(0, std^2), rounded to float16 as the published initial weights are."""
+
     def init(key, shape, dtype=jnp.float32):
         return (std * jax.random.normal(key, shape)).astype(jnp.float16).astype(dtype)
 

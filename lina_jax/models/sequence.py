@@ -153,7 +153,7 @@ def max_in_shard(tokens: int, visible: int) -> int:
 
 
 def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
-    """function(ids, exists), with room for the visible tokens of each shard; at full length when that does not suffice.
+    """function(ids, exists) over visible tokens: of each shard `room` places, or `max_in_shard` if a draw needs more.
 
     mask (B, N), True where a token is hidden; at most `visible` > 0 are not. ids (B, S * room) are places within each
     shard, those of visible tokens first, in raster order; `exists` says which of them are visible.

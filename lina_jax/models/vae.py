@@ -299,11 +299,12 @@ def draw_latents(moments: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def scale(config: VaeConfig, latents: jax.Array) -> jax.Array:
-    """Latents in the space in which they are modelled."""
+    """Latents (..., C) as the autoencoder makes them -> in the space in which they are modelled."""
     return (latents - config.shift_factor) * config.scaling_factor
 
 
 def unscale(config: VaeConfig, latents: jax.Array) -> jax.Array:
+    """The inverse of `scale`."""
     return latents / config.scaling_factor + config.shift_factor
 
 
