@@ -4,8 +4,9 @@ Each is a pair: a static description, hashable and usable inside `jax.jit`, and 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +128,24 @@ class Encoders:
         if not self.autoencoder:
             return latents
         if self.tile:
-            return self.autoencoder.decode_tiled(weights["autoencoder"], latents, self.tile, self.tile // 4)
-        return self.autoencoder.decode(weights["autoencoder"], latents)
+            decode = functools.partial(self.autoencoder.decode_tiled, tile=self.tile, overlap=self.tile // 4)
+        else:
+            decode = self.autoencoder.decode
+        return _one_at_a_time(decode, weights["autoencoder"], latents)
+
+
+def _one_at_a_time(decode: Callable[[Tree, jax.Array], jax.Array], params: Tree, latents: jax.Array) -> jax.Array:
+    """decode(params, latents) where each device has one image in work: feature maps are the memory of a decoder."""
+    parts = mesh_lib.batch_parts(jax.sharding.get_abstract_mesh())
+    rounds, rest = divmod(len(latents), parts)
+    if rounds <= 1 or rest:
+        return decode(params, latents)
+    params = jax.tree.map(lambda x: mesh_lib.constrain(x, *[None] * x.ndim), params)  # gathered once, not each round
+    by_round = jnp.swapaxes(latents.reshape(parts, rounds, *latents.shape[1:]), 0, 1)
+    by_round = mesh_lib.constrain(by_round, None, "batch", None, None, None)
+    images = jax.lax.map(functools.partial(decode, params), by_round)
+    images = jnp.swapaxes(mesh_lib.constrain(images, None, "batch", None, None, None), 0, 1)
+    return images.reshape(len(latents), *images.shape[2:])
 
 
 def load_encoders(config: Config, mesh: Mesh) -> Encoders:

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from lina_jax import mesh, torch_layout
 from lina_jax.config import MeshConfig
-from lina_jax.encoders import load_autoencoder, load_text_encoder
+from lina_jax.encoders import Encoders, load_autoencoder, load_text_encoder
 from lina_jax.models import vae
 from lina_jax.models.text import Phi, PhiConfig
 
@@ -218,6 +218,24 @@ def test_eight_devices_compute_what_one_computes(
     assert params["encoder"]["conv_in"]["kernel"].sharding.spec == mesh.spec(None, None, None, "embed")
     check(autoencoder, params, "encode", noise(8, 16, 16, 3))
     check(autoencoder, params, "decode", noise(8, 8, 8, 4))
+
+
+def test_each_device_decodes_one_picture_at_a_time(vae_directory, autoencoder, error_between):
+    devices = mesh.build(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    described, params = load_autoencoder(vae_directory, dtype="float32", mesh=devices)
+    encoders = Encoders(described, weights={"autoencoder": params})
+
+    def compiled(latents):
+        with jax.set_mesh(devices):
+            return jax.jit(encoders.pixels).lower(encoders.weights, latents).compile()
+
+    latents = jax.device_put(noise(16, 16, 16, 4), mesh.sharding(devices, "batch"))
+    four_each, one_each = compiled(latents), compiled(latents[:4])
+    _, alone = autoencoder
+    want = jax.jit(described.decode)(alone, latents)
+    assert error_between(four_each(encoders.weights, latents), want) < FLOAT32_TOLERANCE
+    room = [program.memory_analysis().temp_size_in_bytes for program in (four_each, one_each)]
+    assert room[0] < 1.5 * room[1], room
 
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole(tmp_path):
