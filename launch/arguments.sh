@@ -191,11 +191,12 @@ END_OF_JOB
 END
 }
 
-# perform PROGRAM: run the text in a shell, or print it. That it is one text makes --dry-run exact.
+# perform TOOL PROGRAM: run the text, which calls the tool, in a shell, or print it. One text makes --dry-run exact.
 perform() {
   if [ -n "$dry_run" ]; then
-    printf '%s\n' "$1"
+    printf '%s\n' "$2"
   else
-    exec bash -c "$1"
+    command -v "$1" >/dev/null || refuse "there is no $1 on this machine (--dry-run prints what would run)"
+    exec bash -c "$2"
   fi
 }

@@ -34,7 +34,7 @@ whole grace 0
 run="exec $(quoted /opt/lina_jax/launch/worker.sh --accelerator=tpu ${setup:+--setup="$setup"} -- "${words[@]}")"
 [[ $run != *$'\n'* ]] || refuse "the command and --setup must be one line each"
 
-perform "$(quoted xpk workload create --workload="$name" --cluster="$cluster" \
+perform xpk "$(quoted xpk workload create --workload="$name" --cluster="$cluster" \
   ${zone:+--zone="$zone"} ${project:+--project="$project"} --tpu-type="$tpu_type-$shape" --num-slices="$slices" \
   --docker-image="$image" --max-restarts="$max_restarts" --restart-on-exit-codes=75 \
   --termination-grace-period-seconds="$grace" --command="$run") $extra"

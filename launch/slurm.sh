@@ -38,7 +38,7 @@ worker=$(quoted launch/worker.sh --accelerator=gpu ${setup:+--setup="$setup"} --
 
 # A task that ends early must not take those along that are still saving, neither at once nor after the cluster's
 # WaitTime; a task that hangs is ended by its watchdog. Since 22.05 srun does not inherit sbatch's --cpus-per-task.
-perform "$(sbatch_with '' "#SBATCH --nodes=$nodes
+perform sbatch "$(sbatch_with '' "#SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=$gpus_per_node
 #SBATCH --gpus-per-node=$gpus_per_node
 #SBATCH --cpus-per-task=$cpus_per_task

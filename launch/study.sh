@@ -77,7 +77,7 @@ if [ "$slurm" = yes ] && [ -z "$index" ]; then
   # shellcheck disable=SC2016 # a variable of the program
   gather=$(sbatch_with '--dependency=afterany:"${array%%;*}"' "$node
 #SBATCH --output=$name-%j.log" "$worker $(quoted evaluate "--study=$dir")")
-  perform "array=\$($array
+  perform sbatch "array=\$($array
 ) || exit
 echo \"Submitted array \${array%%;*}; once all its jobs have ended, the next gathers them\"
 $gather"

@@ -4,6 +4,7 @@
 # With the extras tpu and plan-gpu, programs are compiled for TPU pods and GPUs as well; there need be none.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if [[ " $* " =~ " -h "|" --help " ]]; then usage; fi
 cd "$root"
 
 make_environment .venv-test "${LINA_TEST_EXTRAS:-test}"

@@ -54,7 +54,7 @@ start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$pre
 record="[ $name/$name.code -nt $name.tgz ] && grep -H . $name/$name.code"
 archive=${TMPDIR:-/tmp}/$name.tgz errors=${TMPDIR:-/tmp}/$name.err
 
-perform "$(
+perform gcloud "$(
   cat <<END
 tar -C $(quoted "$root") --exclude=__pycache__ -czf $(quoted "$archive") \
 lina_jax configs launch pyproject.toml requirements.txt README.md LICENSE || exit

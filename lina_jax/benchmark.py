@@ -146,7 +146,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("compare", None, "file with lines of an earlier call, to which ratios are printed")
     flags.DEFINE_list("batches", [], "images or sequences at once; default: the config's batch_size, 4 images, 1")
     flags.DEFINE_bool("autoencoder", False, "draw pixels, with an autoencoder of the published sizes")
-    flags.DEFINE_list("tokens", ["320", "5120"], "of condition and image, 1 : 4")
+    flags.DEFINE_list("tokens", ["320", "5120"], "of condition and image, 1 : 4: 20, 80, 320, 1280, 5120 and so on")
     flags.DEFINE_integer("width", 1536, "of the attention layer", lower_bound=1)
     flags.DEFINE_integer("heads", 16, "of the attention layer", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the layer; default: float32 on CPUs, else bfloat16")

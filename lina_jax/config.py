@@ -184,7 +184,7 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Decoding. Guidance rises linearly from `guidance_min` to `guidance`, or stays constant."""
+    """Decoding. Guidance goes linearly from `guidance_min` to `guidance`, or stays constant; 1 and below is none."""
 
     steps: int = 64
     euler_steps: int = 25

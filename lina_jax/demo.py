@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     sample.define_weights_flags()
+    flags.adopt_module_key_flags(sample)  # listed by --help
     flags.DEFINE_string("data", "", "dataset that names classes and lends captions; default: the config's, if at hand")
     flags.DEFINE_string("host", "localhost", "address to be reached at; 0.0.0.0: from everywhere")
     flags.DEFINE_integer("port", 7860, "port; 0: any")

@@ -360,6 +360,7 @@ def _quality_of_files(
 if __name__ == "__main__":
     sample.define_weights_flags()
     sample.define_settings_flags()
+    flags.adopt_module_key_flags(sample)  # listed by --help
     flags.DEFINE_string("data", None, "dataset whose validation split is used; default: the config's")
     flags.DEFINE_bool("validation", True, "measure the validation loss; it needs the data")
     flags.DEFINE_integer("scenes", 0, "captions of the shapes grammar to draw and check")

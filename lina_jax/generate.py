@@ -49,10 +49,11 @@ class Schedule:
 
     @property
     def guided(self) -> bool:
-        return bool(np.any(self.guidance != 1))
+        return bool(np.any(self.guidance > 1))
 
     def inputs(self, steps: slice | int) -> StepInputs:
-        return StepInputs(self.visible[steps], self.predicted[steps], self.guidance[steps], self.euler_steps[steps],
+        guidance = np.maximum(self.guidance, 1)  # below 1 is none, as published
+        return StepInputs(self.visible[steps], self.predicted[steps], guidance[steps], self.euler_steps[steps],
                           self.sigmas[steps])  # fmt: skip
 
     def shape(self, stage: slice) -> StepShape:

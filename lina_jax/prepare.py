@@ -287,7 +287,7 @@ def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
 def _check_rejects(rejected: dict[str, int], total: int, fraction: float, place: Path) -> None:
     bad = sum(rejected.values())
     if bad > fraction * total:
-        common = "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(3))
+        common = "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(5))
         raise UserError(
             f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {common}; each is listed in "
             f"{place}/units/*/rejects.jsonl"

@@ -5,7 +5,8 @@ python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | -
     [--batch_size=64]
 
 Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i). In an OUT of an
-earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed.
+earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed. Another
+number of pictures (up to --batch_size) compiles anew; WORKDIR/compiled keeps the programs.
 """
 
 import collections
@@ -155,7 +156,14 @@ def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
-    """The config with other directories of frozen encoders, where they are given."""
+    """The config with other directories of frozen encoders, where they are given.
+
+    Raises UserError for an encoder that the model has no use for.
+    """
+    if autoencoder and config.autoencoder.kind == "identity":
+        raise UserError(f"--autoencoder={autoencoder}: this model makes pixels, it needs none")
+    if text_encoder and not _reads_features(config):
+        raise UserError(f"--text_encoder={text_encoder}: this model reads no features of a text encoder")
     if autoencoder:
         config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
     return dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder)) if text_encoder else config
@@ -173,10 +181,13 @@ def cannot_draw(config: Config) -> str:
     """What a model that works on latents or text features lacks for drawing; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
         return "the autoencoder whose latents the model makes is not known: --autoencoder=DIR (autoencoder.path)"
-    text = config.model.condition == "text" and config.model.text_encoder == "features"
-    if text and not config.text_encoder.path:
+    if _reads_features(config) and not config.text_encoder.path:
         return "the text encoder whose features the model reads is not known: --text_encoder=DIR (text_encoder.path)"
     return ""
+
+
+def _reads_features(config: Config) -> bool:
+    return config.model.condition == "text" and config.model.text_encoder == "features"
 
 
 def load(
@@ -236,9 +247,12 @@ def requested(
     prompts = list(prompts)
     if prompts_file:
         try:
-            prompts += [line.strip() for line in Path(prompts_file).read_text().splitlines() if line.strip()]
+            lines = Path(prompts_file).read_text(encoding="utf-8-sig").splitlines()  # some editors write a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={prompts_file}: {error}") from error
+        if not (read := [line.strip() for line in lines if line.strip()]):
+            raise UserError(f"--prompts_file={prompts_file}: there is no prompt in it")
+        prompts += read
     if config.model.condition == "text":
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
@@ -271,6 +285,8 @@ def check_seed(seed: int) -> None:
 def earlier_pictures(out: Path) -> list[Path]:
     """What settings.json of an earlier call counts. Raises UserError when file or pictures there are not ours."""
     settings = out / "settings.json"
+    if (out / "config.json").exists():
+        raise UserError(f"--out={out}: this is a training directory, choose another place")
     if not settings.exists():
         if other := next((path for path in (out / "grid.png", _picture(out, 0)) if path.exists()), None):
             raise UserError(f"--out={out}: {other.name} there is not of an earlier call, choose another place")

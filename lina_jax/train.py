@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         print(warm_start.table(warm), file=sys.stderr)
     _introduce(config, plan, devices, first)
     if config.log.preview_images and (lacking := sample.cannot_draw(config)):
-        print(f"no previews: {lacking}", file=sys.stderr)
+        _say(f"no previews: {lacking}")
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
     train_step = state.make_train_step(plan)
@@ -129,6 +129,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 if step == first + 1:
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
                     with throughput.paused():
+                        _say("compiling the train step: minutes at most, seconds where WORKDIR/compiled has it")
                         train_step.compile(run, batch)
                         hosts.barrier("train step")
                     watchdog.restart()
@@ -235,6 +236,11 @@ def _measure(
 
 def _preempted(step: int) -> Preempted:
     return Preempted(f"run the same command to go on from step {step}")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from lina_jax import config as config_lib
 from lina_jax import integrity, places
@@ -31,12 +32,17 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
     """Check that a workdir may go on with a config.
 
     Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
-    otherwise. Imported weights, before they are trained, have a function only.
+    otherwise. Imported weights, before they are trained, have a function only. What is missing of an earlier run is
+    told.
     """
-    if not (workdir / "config.json").exists():
-        return
-    changed = config_lib.differences(load_config(workdir), config)
     saved = saved_checkpoints(workdir)
+    if not (workdir / "config.json").exists():
+        if saved and jax.process_index() == 0:
+            logging.warning("%s has checkpoints but no config.json: are they of this config?", workdir)
+        return
+    if not saved and (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
+        logging.warning("%s has metrics.jsonl of an earlier run, but none of its checkpoints: starting over", workdir)
+    changed = config_lib.differences(load_config(workdir), config)
     if saved and all(is_imported(path) for path in saved):
         changed = [field for field in changed if field.startswith(("model.", "autoencoder."))]
     if changed and not allow_changes:

@@ -65,7 +65,7 @@ class Case:
             elif metric == "rel_to_max":
                 value, bound = error / (largest or 1.0), tolerance[metric]
             elif metric == "rel_l2":
-                value, bound = np.linalg.norm(got - want) / np.linalg.norm(want), tolerance[metric]
+                value, bound = np.linalg.norm(got - want) / (np.linalg.norm(want) or 1.0), tolerance[metric]
             elif metric == "elementwise_rel":
                 value = np.max(np.abs(got - want) - tolerance["atol"] - tolerance[metric] * np.abs(want))
                 bound = 0.0

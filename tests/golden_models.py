@@ -22,7 +22,7 @@ from lina_jax.workdir import load_config
 
 
 def model_config(c: dict) -> ModelConfig:
-    text = "text_token_dim" in c
+    text = c.get("text_token_dim") is not None
     module = published_names.MODULE + ("" if c["variant"] == "softmax" else f"_{c['variant']}")
     variant = published_names.variant_of(module)
     assert variant, f"unknown variant {c['variant']}"
@@ -30,7 +30,7 @@ def model_config(c: dict) -> ModelConfig:
         condition="text" if text else "class",
         num_classes=1000,
         text_length=c.get("text_token_len", 256),
-        text_dim=c.get("text_token_dim", 2560),
+        text_dim=c.get("text_token_dim") or 2560,
         latent_channels=c["image_dim"],
         patch_size=c["patch_size"],
         image_grid=tuple(c["image_grid"]),
@@ -181,16 +181,16 @@ def sample(case: Case, given: Imported) -> None:
     if plan.guided:
         other = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), unconditional(config, condition))
         condition = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, other)
-    copies = 2 if plan.guided else 1
     encoded = jax.jit(model.encode_condition)(condition)
     case.check("outputs.c", encoded)
     encode_image = jax.jit(model.encode_image, static_argnums=2)
-    all_rank = np.tile(rank, (copies, 1))
     for i in range(len(plan.predicted)):
         if f"outputs.z_step{i}" not in case:
             continue
+        copies = 2 if plan.guidance[i] > 1 else 1  # the published step has no second branch without guidance
         count, before = plan.visible[i], jnp.tile(after(i - 1) if i else jnp.zeros_like(tokens), (copies, 1, 1))
-        case.check(f"outputs.z_step{i}", encode_image(before, all_rank >= count, int(count), encoded))
+        hidden, c = np.tile(rank, (copies, 1)) >= count, encoded[: copies * batch]
+        case.check(f"outputs.z_step{i}", encode_image(before, hidden, int(count), c))
 
 
 def train_steps(case: Case, given: Imported) -> None:
@@ -207,7 +207,9 @@ def train_steps(case: Case, given: Imported) -> None:
         for key in group["params"]:
             path = next(e.path for e in table if e.key == key)
             assert decayed[path] == (group["weight_decay"] > 0), key
-    assert {e.key for e in table if e.path in flatten_dict(frozen)} == set(case.manifest["frozen"])
+    buffers = {"text_embed.weight"}  # saved, but no parameter: a manifest may leave it out
+    ours = {e.key for e in table if e.path in flatten_dict(frozen)}
+    assert ours - buffers == set(case.manifest["frozen"]) - buffers
     probe = case.manifest["lr_probe"]
     published = optim.learning_rate(
         OptimConfig(learning_rate=probe["lr_max"], warmup_steps=probe["warmup_steps"]), steps=2_500_000

@@ -57,7 +57,7 @@ def attention(case: Case, kernel: str = "xla") -> None:
     table = [dataclasses.replace(e, key=e.key.removeprefix(".")) for e in table]
     graphdef, tree = loaded(lambda rngs: Attention(ours, rngs=rngs), table, case.weights)
     angles = None
-    if case.config["rope"]:
+    if case.config["rope"] and not options["split_q"]:  # the published subtraction takes no notice of them
         angles = layers.rotary_angles(jnp.asarray(case["pos"]), ours.width // ours.heads)
 
     @jax.jit

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from lina_jax import data, evaluate, generate, mesh, sample, state, validation
-from lina_jax.config import MeshConfig
+from lina_jax.config import MeshConfig, SampleConfig
 from lina_jax.encoders import Tokens
 from lina_jax.errors import UserError
 from lina_jax.models import flow
@@ -122,6 +122,15 @@ def test_guidance_one_runs_the_conditional_branch_alone(draw, weights):
     params["label_embed"]["table"] = table.at[-1].set(jnp.nan)
     alone = draw(guidance=1.0, guidance_min=1.0, params=params)
     assert_equal_to_rounding(alone, draw(guidance=1.0 + 1e-6, guidance_schedule="constant"))
+
+
+def test_guidance_below_one_is_none(draw):
+    """As published: a ramp from 0 to 2 guides in its second half alone."""
+    none = draw(guidance=1.0, guidance_min=1.0)
+    np.testing.assert_array_equal(draw(guidance=0.5, guidance_schedule="constant"), none)
+    ramp = generate.schedule(SampleConfig(steps=4, guidance=2.0, guidance_min=0.0), tokens=16, shift=1.0)
+    assert ramp.guided
+    np.testing.assert_allclose(ramp.inputs(slice(None)).guidance, [1.0, 1.0, 1.5, 2.0])
 
 
 def test_guidance_matters(draw, images):
@@ -283,6 +292,28 @@ def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
 def test_prompts_that_cannot_be_drawn_are_refused(tiny_text, prompt, message):
     with pytest.raises(UserError, match=message):
         sample.requested(tiny_text(), ["a red circle", prompt], None, [], 1)
+
+
+def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
+    """With what Windows' editors write at its start and at ends of lines."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n a cross\r\n")
+    assert sample.requested(tiny_text(), [], str(file), [], 2) == ["a red circle"] * 2 + ["a cross"] * 2
+    file.write_bytes(b"\n")
+    with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: there is no prompt in it"):
+        sample.requested(tiny_text(), ["a red circle"], str(file), [], 2)
+
+
+@pytest.mark.parametrize("encoder", ["autoencoder", "text_encoder"])
+def test_an_encoder_that_the_model_does_not_use_is_refused(tiny_text, encoder):
+    with pytest.raises(UserError, match=f"--{encoder}=somewhere: this model"):
+        sample.with_encoders(tiny_text(), **{"autoencoder": "", "text_encoder": "", encoder: "somewhere"})
+
+
+def test_a_training_directory_takes_no_pictures(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="this is a training directory, choose another place"):
+        sample.earlier_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["temperature", "guidance"])

@@ -242,6 +242,20 @@ def test_metadata_rows_are_items(folder):
     ]  # fmt: skip
 
 
+def test_rows_stay_in_the_folder(folder, tmp_path):
+    (tmp_path / "other.png").write_bytes(png())
+    names = ["../other.png", str(tmp_path / "other.png"), "a/../../other.png"]
+    lines = "\n".join(json.dumps({"file_name": name, "text": "not ours"}) for name in names)
+    source = folder({"metadata.jsonl": lines.encode()}, Fields("", "text", "", ""))
+    assert reasons(source) == dict.fromkeys(names, "outside the folder")
+
+
+def test_images_without_a_row_are_counted(folder, caplog):
+    line = b'{"file_name": "a.png", "text": "a"}'
+    folder({"a.png": png(1), "b.png": png(2), "c/d.JPG": b"x", "metadata.jsonl": line}, Fields("", "text", "", ""))
+    assert "2 images have no row of metadata, such as b.png" in caplog.text
+
+
 def test_metadata_may_be_csv(folder):
     table = "\ufefffile_name,text,label\na.png,größer,3\nb.png,".encode() + b"\xff\xfe,4\n"
     source = folder({"a.png": png(1), "b.png": png(2), "metadata.csv": table}, Fields("", "text", "", "label"))

@@ -58,6 +58,17 @@ def test_steps_logging_and_mesh_may_change(config, tmp_path):
     check_config(tmp_path, other)
 
 
+def test_what_is_missing_of_an_earlier_run_is_told(config, tmp_path, caplog):
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    check_config(tmp_path, config)
+    assert "has checkpoints but no config.json" in caplog.text
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints" / "20").rmdir()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    check_config(tmp_path, config)
+    assert "none of its checkpoints: starting over" in caplog.text
+
+
 def test_a_directory_without_config_is_no_workdir(tmp_path):
     with pytest.raises(UserError, match=r"is not a training directory: it has no config\.json"):
         load_config(tmp_path)

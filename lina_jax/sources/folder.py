@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from lina_jax.errors import UserError
 from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _READS = 16  # files read at a time: in a bucket each takes a round trip
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 class _Row(NamedTuple):
@@ -50,6 +53,7 @@ class FolderSource:
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
+            self._tell_of_images_without_row(directory)
         self.units = base.ranges(directory, len(self._rows), unit_items)
 
     @contextlib.contextmanager
@@ -59,25 +63,37 @@ class FolderSource:
             chunks = (rows[i : i + 4 * _READS] for i in range(0, len(rows), 4 * _READS))
             yield unit.count, (item for chunk in chunks for item in pool.map(self._item, chunk))
 
+    def _sizes(self, directory: str) -> dict[str, int]:
+        """Of the files that are not hidden, by their paths in the directory, sorted."""
+        found = base.patient(directory, lambda: self._fs.find(self._root, detail=True))
+        sizes = {path[len(self._root) :].lstrip("/"): found[path]["size"] for path in sorted(found)}
+        return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
+
+    def _tell_of_images_without_row(self, directory: str) -> None:
+        described = {row.path for row in self._rows}
+        images = [path for path in self._sizes(directory) if path.lower().endswith(_IMAGES) and path not in described]
+        if images:
+            logging.warning("%s: %d images have no row of metadata, such as %s", directory, len(images), images[0])
+
     def _classes(self, directory: str, fields: Fields) -> tuple[list[_Row], list[tuple[str, int]]]:
         """The images, and the sizes of their files."""
         for name, column in fields._asdict().items():
             if column:
                 raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
-        found = base.patient(directory, lambda: self._fs.find(self._root, detail=True))
-        sizes = {path[len(self._root) :].lstrip("/"): found[path]["size"] for path in sorted(found)}
-        paths = [path for path in sizes if not any(part.startswith(".") for part in path.split("/"))]
-        self.label_names = tuple(sorted({path.split("/")[0] for path in paths if "/" in path}))
+        sizes = self._sizes(directory)
+        self.label_names = tuple(sorted({path.split("/")[0] for path in sizes if "/" in path}))
         if not self.label_names:
             raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
         number = {name: i for i, name in enumerate(self.label_names)}
         problems = {True: "", False: "not in a class folder"}
-        rows = [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in paths]
-        return rows, [(path, sizes[path]) for path in paths]
+        rows = [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in sizes]
+        return rows, list(sizes.items())
 
     def _item(self, row: _Row) -> Example | Reject:
         if row.problem:
             return Reject(row.path, row.problem)
+        if row.path.startswith("/") or ".." in row.path.split("/"):
+            return Reject(row.path, "outside the folder")
         path = f"{self._root}/{row.path}"
         try:
             image = base.content(self._fs, path)
