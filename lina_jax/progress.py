@@ -13,6 +13,8 @@ def bar(total: int, *, done: int = 0, name: str = "", leave: bool = True) -> tqd
 
     `leave`: it stays on the terminal when the loop has ended.
     """
-    often = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": _LOGGED_EVERY_S, "delay": _LOGGED_EVERY_S}
-    hidden = jax.process_index() != 0
-    return tqdm(total=total, initial=done, desc=name, unit="image", disable=hidden, leave=leave, **often)
+    if sys.stderr.isatty():
+        shown = {"mininterval": 0.5, "leave": leave}
+    else:  # a log keeps its lines, so that what comes next has one of its own
+        shown = {"mininterval": _LOGGED_EVERY_S, "delay": _LOGGED_EVERY_S, "leave": True}
+    return tqdm(total=total, initial=done, desc=name, unit="image", disable=jax.process_index() != 0, **shown)

@@ -17,6 +17,8 @@ import numpy as np
 from lina_jax.errors import UserError
 from lina_jax.retry import patiently
 
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
+
 T = TypeVar("T")
 _STALLED_S = 600.0  # without an answer from a bucket; a whole tar is one answer
 

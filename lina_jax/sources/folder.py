@@ -16,7 +16,6 @@ from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _READS = 16  # files read at a time: in a bucket each takes a round trip
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 class _Row(NamedTuple):
@@ -71,7 +70,8 @@ class FolderSource:
 
     def _tell_of_images_without_row(self, directory: str) -> None:
         described = {row.path for row in self._rows}
-        images = [path for path in self._sizes(directory) if path.lower().endswith(_IMAGES) and path not in described]
+        others = (path for path in self._sizes(directory) if path not in described)
+        images = [path for path in others if path.lower().rpartition(".")[2] in base.IMAGES]
         if images:
             logging.warning("%s: %d images have no row of metadata, such as %s", directory, len(images), images[0])
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
 _BLOCK = tarfile.BLOCKSIZE
 _UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
 
@@ -58,7 +57,7 @@ class WebDatasetSource:
     def _item(self, archive: tarfile.TarFile, key: str, sample: _Sample) -> Example | Reject:
         if sample.problem:
             return Reject(key, sample.problem)
-        image = next((extension for extension in sample.members if extension in IMAGES), "")
+        image = next((extension for extension in sample.members if extension in base.IMAGES), "")
         fields = self._fields._replace(image=image)
         wanted = {field.partition(".")[0] for field in fields} & sample.members.keys()
         try:
