@@ -1,7 +1,8 @@
 """Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
 
-Cost: under six minutes on two CPU cores, with environment, data and pictures. Expected after 2800 steps (40 captions of
-each category): scene score 0.80 for single objects, 0.88 for colours, next to 0 for counts, pairs and relations.
+Cost: six to eleven minutes on two CPU cores, with environment, data and pictures. Expected after 2800 steps (40
+captions of each category): scene score 0.88 for single objects, 0.95 for colours, next to 0 for counts, pairs and
+relations.
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
 Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes
