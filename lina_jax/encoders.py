@@ -135,7 +135,10 @@ class Encoders:
 
 
 def _one_at_a_time(decode: Callable[[Tree, jax.Array], jax.Array], params: Tree, latents: jax.Array) -> jax.Array:
-    """decode(params, latents) where each device has one image in work: feature maps are the memory of a decoder."""
+    """decode(params, latents), (B, h, w, C) -> (B, H, W, 3), where each device has one image in work at a time.
+
+    Feature maps of an image are a thousand times its latents: of many they would not fit.
+    """
     parts = mesh_lib.batch_parts(jax.sharding.get_abstract_mesh())
     rounds, rest = divmod(len(latents), parts)
     if rounds <= 1 or rest:

@@ -22,7 +22,7 @@ class StepInputs(NamedTuple):
 
     visible: np.ndarray | jax.Array  # tokens that exist before it
     predicted: np.ndarray | jax.Array  # tokens that it makes
-    guidance: np.ndarray | jax.Array
+    guidance: np.ndarray | jax.Array  # at least 1, which is none
     euler_steps: np.ndarray | jax.Array
     sigmas: np.ndarray | jax.Array  # (E + 1,) noise levels of its Euler steps
 

@@ -239,21 +239,18 @@ def _preempted(step: int) -> Preempted:
 
 
 def _say(line: str) -> None:
+    """To stderr of process 0, above a bar that may stand there."""
     if jax.process_index() == 0:
         tqdm.write(line, file=sys.stderr)
 
 
 def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
-    if jax.process_index() != 0:
-        return
-    table = parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False)
-    print(table, file=sys.stderr)
-    print(
+    _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
+    _say(
         f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
         f"{execution.described(**execution.of(plan.config.model))}; "
         + (f"going on from step {first}" if first else "starting")
-        + f" to step {config.steps}",
-        file=sys.stderr,
+        + f" to step {config.steps}"
     )
 
 

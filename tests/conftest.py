@@ -143,6 +143,11 @@ def one_device():
     return mesh.build(MeshConfig(), jax.devices()[:1])
 
 
+@pytest.fixture(scope="session")
+def text_plan(tiny_text, one_device):
+    return state.blueprint(tiny_text(), one_device)
+
+
 @pytest.fixture
 def train_on_one_device(monkeypatch, one_device):
     """`train` and its kin see a machine with one device."""

@@ -1,22 +1,17 @@
-"""Pictures are functions of (weights, condition, seed, number), however they are computed; entry points draw them."""
+"""Pictures are functions of (weights, condition, seed, number), however they are computed."""
 
 import collections
 import dataclasses
-import json
 from fractions import Fraction
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from PIL import Image
 
-from lina_jax import data, evaluate, generate, mesh, sample, state, validation
+from lina_jax import generate, mesh, sample, state
 from lina_jax.config import MeshConfig, SampleConfig
-from lina_jax.encoders import Tokens
-from lina_jax.errors import UserError
 from lina_jax.models import flow
 
 LABELS = np.array([0, 1, 2, 1], np.int32)
@@ -196,139 +191,6 @@ def test_orders_are_permutations_of_their_own(tiny):
     assert len(np.unique(noise.reshape(-1, noise.shape[-1]), axis=0)) == 16 * 16
 
 
-@pytest.fixture(scope="module")
-def text_plan(tiny_text, one_device):
-    return state.blueprint(tiny_text(), one_device)
-
-
-@pytest.fixture(scope="module")
-def workdir(text_plan, rough, save_run, tmp_path_factory):
-    """A text-conditional training directory with one checkpoint."""
-    run = dataclasses.replace(rough(text_plan), step=jnp.int32(7))
-    return save_run(tmp_path_factory.mktemp("run"), text_plan, run)
-
-
-def test_sample_writes_pictures_and_how_they_were_made(run_module, workdir, tmp_path):
-    out = tmp_path / "pictures"
-    (tmp_path / "prompts").write_text("a red circle\n\ntwo blue squares\n")
-    result = run_module(
-        "sample", f"--workdir={workdir}", f"--out={out}", f"--prompts_file={tmp_path / 'prompts'}", "--num=2",
-        "--seed=5", "--guidance=1.5", "--steps=2",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    names = ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png", "settings.json"]
-    assert sorted(path.name for path in out.iterdir()) == names
-    with Image.open(out / "00003.png") as image:
-        assert (image.size, image.mode) == ((8, 8), "RGB")
-    settings = json.loads((out / "settings.json").read_text())
-    assert settings["conditions"] == ["a red circle"] * 2 + ["two blue squares"] * 2
-    assert (settings["checkpoint"], settings["weights"], settings["seed"]) == (7, "ema", 5)
-    assert (settings["sample"]["guidance"], settings["sample"]["steps"]) == (1.5, 2)
-
-    (out / "mine.png").touch()
-    result = run_module(
-        "sample", f"--workdir={workdir}", f"--out={out}", "--prompt=a red circle", "--num=1", "--steps=2"
-    )
-    assert result.stdout.startswith("1 image in"), result.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "grid.png", "mine.png", "settings.json"]
-
-
-def test_a_place_with_settings_of_something_else_is_refused(tmp_path):
-    assert sample.earlier_pictures(tmp_path) == []
-    (tmp_path / "settings.json").write_text("[]")
-    with pytest.raises(UserError, match=r"settings\.json there is not of an earlier call"):
-        sample.earlier_pictures(tmp_path)
-    (tmp_path / "settings.json").unlink()
-    (tmp_path / "00000.png").touch()
-    with pytest.raises(UserError, match=r"00000\.png there is not of an earlier call"):
-        sample.earlier_pictures(tmp_path)
-
-
-def test_a_prompt_that_is_cut_is_named(tiny_text, caplog):
-    def tokenize(prompts):
-        return Tokens(np.zeros((len(prompts), 3), np.int32), np.full(len(prompts), 3), np.array([False, True]))
-
-    config = tiny_text(model={"text_encoder": "features"})
-    sample.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
-    assert caplog.messages == ["only the first 3 tokens are read of prompt 'too long for it'"]
-    caplog.clear()
-    sample.encode_conditions(tiny_text(model={"text_length": 8}), ["a circle", "a square, too"])
-    assert caplog.messages == ["only the first 8 bytes are read of prompt 'a square, too'"]
-
-
-def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
-    result = run_module("sample", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--label=1")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: this model draws from text")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(prompts=["a circle"], prompts_file=None, labels=[], num=1), "this model draws 3 classes"),
-        (
-            dict(prompts=[], prompts_file=None, labels=[], num=1),
-            "3 classes: give --label=0 to --label=2",
-        ),
-        (dict(prompts=[], prompts_file=None, labels=[1], num=0), "--num=0: must be at least 1"),
-        (dict(prompts=[], prompts_file="no/such/file", labels=[1], num=1), "--prompts_file=no/such/file"),
-    ],
-)
-def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
-    with pytest.raises(UserError, match=message):
-        sample.requested(tiny(), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("a very large red circle on white", r"prompt 'a very .*' has 32 bytes, more than model\.text_length=24"),
-        (" ", "prompt ' ' is blank"),
-        ("caf\udce9", r"prompt 'caf\\udce9' is not UTF-8"),  # as Python reads the byte E9 of a command line
-    ],
-)
-def test_prompts_that_cannot_be_drawn_are_refused(tiny_text, prompt, message):
-    with pytest.raises(UserError, match=message):
-        sample.requested(tiny_text(), ["a red circle", prompt], None, [], 1)
-
-
-def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
-    """With what Windows' editors write at its start and at ends of lines."""
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n a cross\r\n")
-    assert sample.requested(tiny_text(), [], str(file), [], 2) == ["a red circle"] * 2 + ["a cross"] * 2
-    file.write_bytes(b"\n")
-    with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: there is no prompt in it"):
-        sample.requested(tiny_text(), ["a red circle"], str(file), [], 2)
-
-
-@pytest.mark.parametrize("encoder", ["autoencoder", "text_encoder"])
-def test_an_encoder_that_the_model_does_not_use_is_refused(tiny_text, encoder):
-    with pytest.raises(UserError, match=f"--{encoder}=somewhere: this model"):
-        sample.with_encoders(tiny_text(), **{"autoencoder": "", "text_encoder": "", encoder: "somewhere"})
-
-
-def test_a_training_directory_takes_no_pictures(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="this is a training directory, choose another place"):
-        sample.earlier_pictures(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["temperature", "guidance"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_the_setting_that_is_wrong_is_named_alone(tiny, name, value):
-    with pytest.raises(UserError, match=rf"^--{name}={value}: must be finite and not negative$"):
-        sample.sample_settings(tiny(), {name: value})
-
-
-@pytest.mark.parametrize("label", [-1, 4])
-def test_classes_that_do_not_exist_are_refused(tiny, label):
-    with pytest.raises(UserError, match=f"label {label}: classes are 0 to 2"):
-        sample.encode_conditions(tiny(), [label])
-
-
 def test_many_images_are_drawn_in_batches_of_one_size(plan, weights, draw):
     """Six images through a program of four: as if each had been drawn by its number."""
     made = sample.Sampler(plan, plan.config.sample, 4)(*weights, [0, 1, 2, 1, 0, 2], seed=0)
@@ -364,70 +226,3 @@ def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(
     *_, last = stepper(run.params, run.frozen, labels, numbers, 0, stepper.schedule(plan.config.sample))
     whole = generate.make_sampler(plan, plan.config.sample)(run.params, run.frozen, labels, numbers, np.int32(0))
     assert_equal_to_rounding(np.asarray(stepper.pixels(last)), np.asarray(whole))
-
-
-def test_load_takes_the_average_or_the_parameters(text_plan, tmp_path, rough, save_run, identical):
-    run = rough(text_plan)
-    run = dataclasses.replace(run, ema=jax.tree.map(lambda x: x + 1, run.params))
-    save_run(tmp_path, text_plan, run)
-    assert identical(sample.load(tmp_path)[1], run.ema)
-    assert identical(sample.load(tmp_path, ema=False)[1], run.params)
-
-
-def test_a_checkpoint_that_is_not_there_is_named(workdir):
-    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: there are \[7\]"):
-        sample.load(workdir, step=3)
-
-
-@pytest.fixture(scope="module")
-def validation_losses(text_plan, rough):
-    """Validation losses, by evaluation batch size, on the mesh of the plan."""
-    config, run = text_plan.config, rough(text_plan)
-    records = data.open_records(config, "validation")
-
-    def losses(batch_size, plan=text_plan):
-        settings = dataclasses.replace(config.eval, examples=6, batch_size=batch_size)
-        weights = jax.device_put((run.params, run.frozen), (plan.shardings.params, plan.shardings.frozen))
-        return validation.Validation(dataclasses.replace(config, eval=settings), records).losses(plan, *weights)
-
-    return losses
-
-
-def test_validation_does_not_depend_on_the_batch_size(validation_losses):
-    """Six examples at once, or in padded batches of four: to the last digit that is told."""
-    assert validation_losses(4) == validation_losses(6)
-
-
-def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
-    eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
-    assert validation_losses(6, eight) == validation_losses(6)
-
-
-def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
-    config, run = text_plan.config, rough(text_plan)
-    noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
-    plan = state.blueprint(noisy, text_plan.mesh)
-    told = validation.Validation(noisy, data.open_records(noisy, "validation")).losses(plan, run.params, run.frozen)
-    assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
-
-
-def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
-    """Of examples of equal length, that of the mean of their means; of one example, unknown."""
-    means = np.array([1.0, 4.0, 2.0, 3.0, 7.0])
-    value, error = validation.mean_loss(10 * means, np.full(5, 10.0))
-    assert value == pytest.approx(3.4)
-    assert error == pytest.approx(np.std(means, ddof=1) / 5**0.5)
-    # Ten times as many tokens in one of them: nearer to its mean.
-    assert validation.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
-    assert validation.mean_loss(means[:1], np.ones(1)) == (1.0, None)
-
-
-def test_scenes_are_scored_by_category(text_plan, rough):
-    """Whatever an untrained model draws; how right the judge is stands in test_scene_score."""
-    run = rough(text_plan)
-    sampler = sample.Sampler(text_plan, text_plan.config.sample, 4)
-    scores, images, captions = evaluate.scene_scores(sampler, run.ema, run.frozen, 8, seed=0)
-    assert images.shape == (8, 8, 8, 3)
-    assert len(captions) == 8
-    assert 0 <= scores["overall"] <= 1
-    assert "single_object" in scores

@@ -1,0 +1,64 @@
+"""Validation losses are those of the examples, however they are batched and cut; scenes have a score by category."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lina_jax import data, evaluate, mesh, sample, state, validation
+from lina_jax.config import MeshConfig
+
+
+@pytest.fixture(scope="module")
+def validation_losses(text_plan, rough):
+    """Validation losses, by evaluation batch size, on the mesh of the plan."""
+    config, run = text_plan.config, rough(text_plan)
+    records = data.open_records(config, "validation")
+
+    def losses(batch_size, plan=text_plan):
+        settings = dataclasses.replace(config.eval, examples=6, batch_size=batch_size)
+        weights = jax.device_put((run.params, run.frozen), (plan.shardings.params, plan.shardings.frozen))
+        return validation.Validation(dataclasses.replace(config, eval=settings), records).losses(plan, *weights)
+
+    return losses
+
+
+def test_validation_does_not_depend_on_the_batch_size(validation_losses):
+    """Six examples at once, or in padded batches of four: to the last digit that is told."""
+    assert validation_losses(4) == validation_losses(6)
+
+
+def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
+    eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
+    assert validation_losses(6, eight) == validation_losses(6)
+
+
+def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
+    config, run = text_plan.config, rough(text_plan)
+    noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
+    plan = state.blueprint(noisy, text_plan.mesh)
+    told = validation.Validation(noisy, data.open_records(noisy, "validation")).losses(plan, run.params, run.frozen)
+    assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
+
+
+def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
+    """Of examples of equal length, that of the mean of their means; of one example, unknown."""
+    means = np.array([1.0, 4.0, 2.0, 3.0, 7.0])
+    value, error = validation.mean_loss(10 * means, np.full(5, 10.0))
+    assert value == pytest.approx(3.4)
+    assert error == pytest.approx(np.std(means, ddof=1) / 5**0.5)
+    # Ten times as many tokens in one of them: nearer to its mean.
+    assert validation.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
+    assert validation.mean_loss(means[:1], np.ones(1)) == (1.0, None)
+
+
+def test_scenes_are_scored_by_category(text_plan, rough):
+    """Whatever an untrained model draws; how right the judge is stands in test_scene_score."""
+    run = rough(text_plan)
+    sampler = sample.Sampler(text_plan, text_plan.config.sample, 4)
+    scores, images, captions = evaluate.scene_scores(sampler, run.ema, run.frozen, 8, seed=0)
+    assert images.shape == (8, 8, 8, 3)
+    assert len(captions) == 8
+    assert 0 <= scores["overall"] <= 1
+    assert "single_object" in scores
