@@ -36,6 +36,8 @@ QUICKLY_COMPILED = {
     "test_failures",
     "test_interruption",
     "test_generate",
+    "test_sample",
+    "test_validation",
     "test_encoders",
     "test_many_hosts",
     "test_benchmark",
