@@ -166,10 +166,11 @@ class Records:
     def order(self, seed: int) -> order.Order:
         return order.make([len(split) for split in self._splits], self._weights, seed)
 
-    def first(self, count: int) -> list[Wanted]:
-        """The first records of each dataset, in proportion to the weights."""
+    def some(self, count: int) -> list[Wanted]:
+        """Records of each dataset in proportion to the weights, at even distances: a few of every class if sorted."""
         counts = order.apportion(self._weights, count)
-        return [Wanted(dataset, index) for dataset, n in enumerate(counts) for index in range(n)]
+        sizes = [len(split) for split in self._splits]
+        return [Wanted(dataset, i * sizes[dataset] // n) for dataset, n in enumerate(counts) for i in range(n)]
 
     def variants(self, seed: int, positions: Sequence[int]) -> list[Variant]:
         """How the example at each position is shown, by chance."""
@@ -325,9 +326,9 @@ def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterato
 
 
 def fixed_examples(records: Records, count: int) -> Arrays:
-    """The first `count` examples. Raises UserError if there are fewer."""
+    """`count` examples, always the same. Raises UserError if there are fewer."""
     if count > len(records):
         raise UserError(f"{count} examples asked, but the split has only {len(records)}")
-    arrays, notes = records.read(records.first(count))
+    arrays, notes = records.read(records.some(count))
     records.note(notes)
     return arrays

@@ -139,6 +139,8 @@ def _one_at_a_time(decode: Callable[[Tree, jax.Array], jax.Array], params: Tree,
 
     Feature maps of an image are a thousand times its latents: of many they would not fit.
     """
+    if not isinstance(latents.shape[0], int):  # a program for any number, on one device
+        return jax.lax.map(lambda one: decode(params, one[None])[0], latents)
     parts = mesh_lib.batch_parts(jax.sharding.get_abstract_mesh())
     rounds, rest = divmod(len(latents), parts)
     if rounds <= 1 or rest:

@@ -160,7 +160,8 @@ def _main(values: flags.FlagValues) -> None:
     if run and values.geneval:
         result["geneval"], *found = run.geneval(out / "geneval")
         shown.append(("GenEval", *found))
-    if values.samples_from or values.inception or values.npz:
+    measured = bool(values.samples_from or values.inception or values.npz)
+    if measured:
         hosts.barrier("scenes are judged")  # by process 0 alone
         found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
         if found:
@@ -173,7 +174,8 @@ def _main(values: flags.FlagValues) -> None:
     places.write_json(out / "score.json", result)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
-    shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
+    if measured:
+        shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
     print(json.dumps(result, indent=2))
 
 
@@ -201,7 +203,10 @@ def _check(values: flags.FlagValues) -> list[str]:
     if values.reference and _OF_IMAGES & set(metrics):
         reference.check_count(f"--number={values.number}", values.number, Path(values.reference).expanduser())
     if values.npz:
-        places.check("npz", Path(values.npz).expanduser().parent)
+        npz = Path(values.npz).expanduser()
+        if npz.is_dir():
+            raise UserError(f"--npz={npz}: a directory; a file is written")
+        places.check("npz", npz.parent)
     sample.check_seed(values.seed)
     return metrics
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -25,6 +26,7 @@ from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
 from lina_jax.models import inception
 from lina_jax.models.inception import Features
+from lina_jax.state import Tree
 
 CHUNK = 500  # images whose features are added, and stored, at once
 SHOWN = 36  # first images that are kept to be looked at
@@ -48,7 +50,7 @@ class Network:
             lambda array: jax.make_array_from_callback(array.shape, whole, array.__getitem__), weights
         )
         self.mesh = mesh
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self.digest = _digest(weights)
 
         def program(weights, images):
             features = nnx.merge(graphdef, weights)(mesh_lib.constrain(images, "batch", None, None, None))
@@ -59,6 +61,15 @@ class Network:
     def __call__(self, images: jax.Array) -> Features:
         with jax.set_mesh(self.mesh):
             return self._program(self._weights, images)
+
+
+def _digest(weights: Tree) -> str:
+    """The same for equal weights, whatever the kind of their file."""
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten_dict(weights, sep="/").items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
 
 
 class Done:

@@ -171,7 +171,8 @@ def _radii(points: np.ndarray) -> np.ndarray:
     """Squared distance (N,) from each point to its third neighbour."""
     nearest = np.full((len(points), NEIGHBOURS + 1), np.inf, np.float32)  # the first of them is the point itself
     for rows, columns in _blocks(len(points), len(points)):
-        found = -jax.lax.top_k(-_distances(points[rows], points[columns]), min(NEIGHBOURS + 1, _size(columns)))[0]
+        distances = _distances(points[rows], points[columns])
+        found = -jax.lax.top_k(-distances, min(NEIGHBOURS + 1, distances.shape[1]))[0]
         nearest[rows] = np.sort(np.concatenate([nearest[rows], found], axis=1))[:, : NEIGHBOURS + 1]
     return nearest[:, -1]
 
@@ -180,10 +181,6 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     for row in range(0, rows, _BLOCK):
         for column in range(0, columns, _BLOCK):
             yield slice(row, min(row + _BLOCK, rows)), slice(column, min(column + _BLOCK, columns))
-
-
-def _size(part: slice) -> int:
-    return part.stop - part.start
 
 
 @jax.jit

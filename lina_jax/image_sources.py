@@ -66,7 +66,11 @@ class Drawn:
 
 
 class Read:
-    """Images of one size that something reads by number, or that are decoded of what it reads."""
+    """Images of one size that something reads by number, or that are decoded of what it reads.
+
+    `shuffled` gives them numbers in a fixed order of chance: collections lie sorted by class, and the first few, or one
+    part after the other, should stand for all.
+    """
 
     def __init__(
         self,
@@ -75,11 +79,16 @@ class Read:
         read: Callable[[np.ndarray], np.ndarray],
         facts: Mapping,
         decode: Callable[[jax.Array], jax.Array] = lambda images: images,
+        *,
+        shuffled: bool,
     ):
-        self.count, self.facts, self._mesh, self._read, self._decode = count, dict(facts), mesh, read, decode
+        self.count, self.facts, self._mesh = count, {**facts, "shuffled": shuffled}, mesh
+        self._read, self._decode = read, decode
+        self._order = np.random.default_rng(0).permutation(count) if shuffled else np.arange(count)
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
-        return self._decode(placed(self._mesh, numbers, lambda part: {"rows": self._read(part)})["rows"])
+        rows = placed(self._mesh, numbers, lambda part: {"rows": self._read(self._order[part])})
+        return self._decode(rows["rows"])
 
 
 def placed(
@@ -87,12 +96,9 @@ def placed(
 ) -> dict[str, jax.Array]:
     """What `read` gives for all numbers (B,), cut by rows over the mesh; each process reads the rows of its devices."""
     place = mesh_lib.sharding(mesh, "batch")
-    parts: dict[tuple[int, int], Mapping[str, np.ndarray]] = {}
     slices = place.addressable_devices_indices_map((len(numbers),))
     where = {device: rows.indices(len(numbers))[:2] for device, (rows,) in slices.items()}
-    for start, stop in where.values():
-        if (start, stop) not in parts:
-            parts[start, stop] = read(numbers[start:stop])
+    parts = {rows: read(numbers[slice(*rows)]) for rows in dict.fromkeys(where.values())}
     first = next(iter(parts.values()))
 
     def whole(name: str) -> jax.Array:
@@ -109,7 +115,7 @@ def balanced_classes(config: Config) -> Conditions:
 
 def captions_of(records: Records, count: int) -> Conditions:
     """Image i has the caption of record i of the first `count`, again from the first after the last."""
-    wanted = records.first(min(count, len(records)))
+    wanted = records.some(min(count, len(records)))
 
     def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
         arrays, notes = records.read([wanted[number % len(wanted)] for number in numbers])
@@ -127,7 +133,7 @@ def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
 
 
 def open_images(path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None) -> Read:
-    """A folder of pictures (in order of their names), an npz file (its arr_0), or a split of a prepared dataset.
+    """A folder of pictures, an npz file (its arr_0, in order), or a split of a prepared dataset.
 
     Of latents, the autoencoder of the `plan` decodes the means. Raises UserError for anything else, and where pictures
     are not of one size.
@@ -141,12 +147,14 @@ def open_images(path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | 
         if array is None or array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
             found = "no arr_0" if array is None else f"arr_0 is {array.shape} {array.dtype}"
             raise UserError(f"{path}: {found}, expected uint8 images (N, H, W, 3) in arr_0")
-        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), _file_facts(path, len(array)))
+        facts = _file_facts(path, len(array))  # in order, as in ADM's suite
+        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), facts, shuffled=False)
     raise UserError(f"{path}: not a folder of pictures, an .npz file or a prepared dataset")
 
 
 def _folder(path: Path, mesh: Mesh) -> Read:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    found = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = [file for file in found if not sample.is_grid(file)]
     if not files:
         raise UserError(f"{path}: no .png, .jpg or .webp pictures in it")
 
@@ -167,7 +175,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
         return np.stack(made)
 
     names = hashlib.sha256("\n".join(f"{f.relative_to(path)} {f.stat().st_size}" for f in files).encode())
-    return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]})
+    return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
 
 
 def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read:
@@ -188,12 +196,12 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
     if opened.form.moments:
         decode = _decoder(path, opened.form.moments, plan)
         facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
-        return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode)
+        return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode, shuffled=True)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
     except (ValueError, images.BadImage) as error:
         raise UserError(f"{opened.location(0)}: {error}") from error
-    return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts)
+    return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)
 
 
 def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) -> Program:

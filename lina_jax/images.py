@@ -4,12 +4,22 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 2**27  # of a file; more is a decompression bomb or a mistake
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that run programs
 MAX_ASPECT = 50  # long side to short; scaled to a square crop, a line of pixels would fill the memory
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and raise at another; `decode` refuses at MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd metadata: what matters is whether the image decodes
@@ -30,13 +40,19 @@ def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
             raise BadImage(f"smaller than {min_size} pixels")
         if long > MAX_ASPECT * short:
             raise BadImage(f"one side is more than {MAX_ASPECT} times the other")
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(_upright(image))
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on corrupt bytes
         if "truncated" in str(error) or "cannot load this image" in str(error):
             raise BadImage("truncated image") from None
         raise BadImage(f"undecodable image: {type(error).__name__}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """By the orientation alone: Pillow's own function writes all EXIF anew, and fails where any of it is odd."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -4,9 +4,9 @@ python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | -
     [--num=4] [--seed=0] [--guidance=G] [--steps=K] [--euler_steps=E] [--temperature=T] [--raw] [--checkpoint=STEP]
     [--batch_size=64]
 
-Writes 00000.png, ..., grid.png and settings.json. Image i is a function of (weights, prompt, seed, i). In an OUT of an
-earlier call, pictures that its settings.json counts are replaced, and those beyond the new number removed. Another
-number of pictures (up to --batch_size) compiles anew; WORKDIR/compiled keeps the programs.
+Writes 00000.png, ..., settings.json, and grid.png of the first 100. Image i is a function of (weights, prompt, seed,
+i). In an OUT of an earlier call, pictures that its settings.json counts are replaced, and those beyond the new number
+removed. Another number of pictures (up to --batch_size) compiles anew; WORKDIR/compiled keeps the programs.
 """
 
 import collections
@@ -43,6 +43,9 @@ from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Stepper
 from lina_jax.state import Blueprint, Tree
 from lina_jax.workdir import load_config
+
+_GRID, _SETTINGS = "grid.png", "settings.json"  # beside the pictures
+_TOGETHER = 100  # pictures in the grid; thousands would not fit in memory
 
 
 class Sampler:
@@ -247,7 +250,7 @@ def requested(
     prompts = list(prompts)
     if prompts_file:
         try:
-            lines = Path(prompts_file).read_text(encoding="utf-8-sig").splitlines()  # some editors write a BOM
+            lines = Path(prompts_file).read_text(encoding="utf-8-sig").split("\n")  # some editors write a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={prompts_file}: {error}") from error
         if not (read := [line.strip() for line in lines if line.strip()]):
@@ -284,11 +287,11 @@ def check_seed(seed: int) -> None:
 
 def earlier_pictures(out: Path) -> list[Path]:
     """What settings.json of an earlier call counts. Raises UserError when file or pictures there are not ours."""
-    settings = out / "settings.json"
+    settings = out / _SETTINGS
     if (out / "config.json").exists():
         raise UserError(f"--out={out}: this is a training directory, choose another place")
     if not settings.exists():
-        if other := next((path for path in (out / "grid.png", _picture(out, 0)) if path.exists()), None):
+        if other := next((path for path in (out / _GRID, _picture(out, 0)) if path.exists()), None):
             raise UserError(f"--out={out}: {other.name} there is not of an earlier call, choose another place")
         return []
     try:
@@ -296,6 +299,11 @@ def earlier_pictures(out: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--out={out}: settings.json there is not of an earlier call, choose another place") from error
     return [_picture(out, i) for i in range(count)]
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is the picture of all pictures of an earlier call."""
+    return path.name == _GRID and (path.parent / _SETTINGS).is_file()
 
 
 def _picture(out: Path, number: int) -> Path:
@@ -341,13 +349,15 @@ def _main(values: flags.FlagValues) -> None:
         "sample": dataclasses.asdict(settings),
     }
     # In this order: whenever it is killed, no picture lies beside settings that it was not made with.
-    for old in (*earlier, out / "grid.png"):
+    for old in (*earlier, out / _GRID):
         old.unlink(missing_ok=True)
-    places.write_json(out / "settings.json", record)
+    places.write_json(out / _SETTINGS, record)
     for i, image in enumerate(images):
         pictures.save(_picture(out, i), image)
-    pictures.save(out / "grid.png", pictures.grid(images, [str(c) for c in conditions]))
-    print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, together in {out / 'grid.png'}")
+    shown = [str(condition) for condition in conditions[:_TOGETHER]]
+    pictures.save(out / _GRID, pictures.grid(images[:_TOGETHER], shown))
+    together = f"the first {_TOGETHER} together" if len(images) > _TOGETHER else "together"
+    print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, {together} in {out / _GRID}")
 
 
 if __name__ == "__main__":

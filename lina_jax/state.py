@@ -107,8 +107,7 @@ class Blueprint:
     def init(self) -> TrainState:
         """A fresh state, each array made where it will live."""
         make = functools.partial(_initial_state, self.config, self.optimizer)
-        with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+        return self._once(make, self.shardings, jax.random.key(self.config.seed))
 
     def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
         """Some of the arrays that a fresh state has, trained or frozen; the others are not made."""
@@ -119,15 +118,19 @@ class Blueprint:
             drawn = flatten_dict(params) | flatten_dict(frozen)
             return {path: drawn[path] for path in paths}
 
-        with jax.set_mesh(self.mesh):
-            shardings = {path: shapes[path].sharding for path in paths}
-            return jax.jit(make, out_shardings=shardings)(jax.random.key(self.config.seed))
+        shardings = {path: shapes[path].sharding for path in paths}
+        return self._once(make, shardings, jax.random.key(self.config.seed))
 
     def start(self, params: Tree, frozen: Tree) -> TrainState:
         """A fresh state of these weights, which are donated to it."""
         make = functools.partial(fresh_state, optimizer=self.optimizer)
+        return self._once(make, self.shardings, params, frozen, donate_argnums=(0, 1))
+
+    def _once(self, make: Callable, shardings: Tree, *args, **options) -> Tree:
+        """What a program makes that runs once."""
+        quickly = xla_flags.of_first_state(self.mesh.devices.flat[0].platform)
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.shardings, donate_argnums=(0, 1))(params, frozen)
+            return jax.jit(make, out_shardings=shardings, compiler_options=quickly, **options)(*args)
 
     def jit(self, function: Callable, *trailing, **options) -> "Program":
         """`jax.jit` under this run's mesh; arguments `trailing` follow those of each call."""

@@ -48,7 +48,7 @@ class WorkDirectory:
         self._units = self.path / "units"
         begun = self.path / "settings.json"
         # Units are known by number: what the numbers stand for must not have changed.
-        collection = hashlib.sha256(repr((source.contents, source.units)).encode()).hexdigest()
+        collection = hashlib.sha256(repr((source.contents, source.units, source.label_names)).encode()).hexdigest()
         if begun.exists():
             there = json.loads(begun.read_text())
             compare(there, settings, f"{self.path} was begun with other settings")

@@ -10,6 +10,7 @@ measured.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 TPU = (
@@ -55,7 +56,7 @@ GPU = (
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=16777216",
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )
-# Not flags of a process but options of programs, those that make gradients.
+# Not flags of a process but options of programs: those that make gradients, and those that run once.
 # On CPUs: together 1.1 times as fast (a step of configs/bench.py, 2 cores with AVX-512); sampling is as fast without.
 CPU_TRAINING = {
     # Matrix products by Eigen: YNNPACK's, the default, do 125 GFLOP/s where Eigen's do 145.
@@ -63,6 +64,9 @@ CPU_TRAINING = {
     # All of a vector register, where a processor has 512 bits; the default is 256.
     "xla_cpu_prefer_vector_width": "512",
 }
+# LLVM's optimisations of the program that draws the first parameters take 2 of 5 s for the quickstart's model, 24 of 27
+# for a tiny one on eight devices; what is drawn is the same to the bit.
+CPU_ONCE = {"xla_backend_optimization_level": "0"}
 # On several nodes of GPUs, with sums of gradients that end in time (`transformer.sums_in_time`; docs/planning.md says
 # what both are worth in plans). Scanned layers take 3 % longer with these, unrolled ones on one node a tenth.
 GPU_NODES = {
@@ -75,11 +79,17 @@ GPU_NODES = {
 
 
 def of_training(platform: str, *, in_time: bool = False) -> dict[str, str | int]:
-    """Options of programs that make gradients, for cpu, gpu or tpu; of those with sums `in_time` between nodes of GPUs.
+    """Options of programs that make gradients, for cpu, gpu or tpu; of those with sums `in_time` between nodes of GPUs."""
+    return _not_set(CPU_TRAINING if platform == "cpu" else GPU_NODES if in_time else {})
 
-    They would override XLA_FLAGS: what somebody set there is left out.
-    """
-    options = CPU_TRAINING if platform == "cpu" else GPU_NODES if in_time else {}
+
+def of_first_state(platform: str) -> dict[str, str | int]:
+    """Options of programs that make a run's first state, and run once."""
+    return _not_set(CPU_ONCE if platform == "cpu" else {})
+
+
+def _not_set(options: Mapping[str, str | int]) -> dict[str, str | int]:
+    """Options would override XLA_FLAGS: what somebody set there is left out."""
     set_here = {flag.split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in GPU}
     return {name: value for name, value in options.items() if f"--{name}" not in set_here}
 

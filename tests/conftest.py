@@ -33,6 +33,7 @@ QUICKLY_COMPILED = {
     "test_optim",
     "test_text",
     "test_train",
+    "test_execution",
     "test_failures",
     "test_interruption",
     "test_generate",

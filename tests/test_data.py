@@ -183,9 +183,11 @@ def test_text_is_utf8_padded_with_zeros():
     assert (text.dtype, length.dtype) == (np.uint8, np.int32)
 
 
-def test_fixed_examples_are_the_first(clean):
+def test_fixed_examples_stand_for_all(clean):
+    """Of data sorted by class there are some of every class."""
     examples = data.fixed_examples(clean, 3)
-    assert examples["label"].tolist() == [0, 1, 2]
+    assert examples["label"].tolist() == [0, 6, 13]
+    assert data.fixed_examples(clean, COUNT)["label"].tolist() == list(range(COUNT))
     assert examples["image"].shape == (3, *SIZE, 3)
     with pytest.raises(UserError, match="21 examples asked, but the split has only 20"):
         data.fixed_examples(clean, COUNT + 1)
@@ -283,11 +285,11 @@ def test_a_mixture_keeps_its_weights(clean, tmp_path):
     assert len(set(drawn[drawn >= 100])) == COUNT
 
 
-def test_validation_of_a_mixture_takes_the_first_of_each(tmp_path):
+def test_validation_of_a_mixture_has_some_of_each(tmp_path):
     other = dataset(tmp_path / "data", **{f"i{i}": {"label": 100 + i} for i in range(COUNT)})
     source = open_records(dataset(tmp_path / "first"), other, weights=WEIGHTS)
     assert len(source) == 26  # 20 of three in four
-    assert data.fixed_examples(source, 8)["label"].tolist() == [0, 1, 2, 3, 4, 5, 100, 101]
+    assert data.fixed_examples(source, 8)["label"].tolist() == [0, 3, 6, 10, 13, 16, 100, 110]
 
 
 def test_short_captions_are_shown_by_chance_where_there_are_any(tmp_path):

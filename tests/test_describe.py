@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from golden_case import Case
 from pipelines import WEIGHTS, change_weights, write_pipeline
+from safetensors.numpy import save_file
 
 from lina_jax import convert, describe
 from lina_jax.errors import UserError
@@ -107,6 +109,13 @@ def test_a_config_that_cannot_be_read_is_named(content, message, tmp_path):
     with pytest.raises(UserError) as caught:
         describe.describe(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}") and message in str(caught.value)
+
+
+def test_notes_of_others_in_a_file_are_not_ours(tmp_path):
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "vit.safetensors", {"step": "final", "config": "vit.yaml"})
+    assert describe.describe(tmp_path / "vit.safetensors").startswith(
+        f"{tmp_path / 'vit.safetensors'}: PyTorch weights"
+    )
 
 
 def test_what_cannot_be_described_is_named(place, tmp_path):

@@ -51,8 +51,8 @@ def test_jaxlib_knows_the_gpu_flags():
     assert count > 0 and result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("options", [xla_flags.CPU_TRAINING, xla_flags.GPU_NODES], ids=["CPUs", "GPUs"])
-def test_jaxlib_knows_the_options_of_training(options):
+@pytest.mark.parametrize("options", [xla_flags.CPU_TRAINING, xla_flags.CPU_ONCE, xla_flags.GPU_NODES], ids=str)
+def test_jaxlib_knows_the_options_of_programs(options):
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 

@@ -93,6 +93,15 @@ def test_help_is_no_failure(argument):
     assert "--count" in result.stdout
 
 
+def test_the_package_tells_its_commands():
+    command = [sys.executable, "-m", "lina_jax"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = {line.split()[2].removeprefix("lina_jax.") for line in result.stdout.splitlines() if "-m" in line}
+    assert told == {"train", "sample", "evaluate", "prepare", "convert", "benchmark", "plan", "demo"}
+    result = subprocess.run([*command, "train"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: unexpected argument 'train'")
+
+
 def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkeypatch):
     places.check("out", tmp_path / "new" / "deep")
     (tmp_path / "file").touch()

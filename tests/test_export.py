@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from encoder_checkpoints import write_autoencoder, write_phi
 from golden_case import Case
 from pipelines import WEIGHTS, change_weights, write_pipeline
 from safetensors import safe_open
@@ -167,6 +168,29 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
     assert theirs.shape == ours.shape and theirs.std() > 10
     # Programs for one batch size and for any round differently: a value near an integer may be cut to the one below.
     assert np.max(np.abs(theirs.astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
+
+
+def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path):
+    write_autoencoder(tmp_path / "vae", scaling_factor=0.2)
+    write_phi(tmp_path / "phi")
+    config = tiny(
+        model={"condition": "text", "text_encoder": "features", "text_length": 8, "text_dim": 32, "latent_channels": 4},
+        autoencoder={"kind": "sdxl", "stride": 2, "scaling_factor": 0.2, "path": str(tmp_path / "vae")},
+        text_encoder={"path": str(tmp_path / "phi")},
+        sample={"steps": 2, "euler_steps": 1, "stages": 1},
+    )
+    plan = state.blueprint(config, mesh.holding(config.model))
+    workdir = save_run(tmp_path / "run", plan, rough(plan))
+    convert.to_stablehlo(workdir, tmp_path / "program")
+    exported = jax.export.deserialize((tmp_path / "program" / "sample.stablehlo").read_bytes())
+    prompts = ["a large red circle", "two green triangles"]
+    plan, params, frozen, _ = sample.load(workdir)
+    condition = sample.encode_conditions(config, prompts, plan.encoders.text)
+    weights = load_file(tmp_path / "program" / "weights.safetensors")
+    theirs = exported.call(weights, condition, np.arange(2, dtype=np.int32), np.int32(7))
+    ours = sample.Sampler(plan, config.sample, 2)(params, frozen, prompts, seed=7)
+    assert ours.std() > 10
+    assert np.max(np.abs(np.asarray(theirs).astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
 
 def test_a_sampling_program_is_described_and_compared(tiny_run, program, tmp_path):

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lina_jax import images
 
@@ -21,13 +21,18 @@ def plain(mode: str, color, size=(6, 4)) -> Image.Image:
     return Image.new(mode, size, color)
 
 
-def rotated() -> bytes:
-    """A JPEG that is stored lying on its side, with the EXIF note to turn it."""
+def rotated(orientation: int, odd: bool = False) -> bytes:
+    """A JPEG with EXIF's note on how to turn it; `odd`: and with a tag whose value is not of its kind."""
     image = Image.new("RGB", (32, 16), "black")
-    image.paste("white", (0, 0, 16, 16))
+    image.paste("white", (0, 0, 16, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise
-    return encoded(image, "JPEG", exif=exif.tobytes(), quality=95)
+    exif[0x0112] = orientation
+    data = exif.tobytes()
+    if odd:  # a second entry: the exposure time, a signed fraction where an unsigned one belongs
+        entry = struct.pack("<HHII", 0x829A, 10, 1, 38) + struct.pack("<I", 0) + struct.pack("<ii", -1, 50)
+        entries = struct.pack("<H", 2) + struct.pack("<HHII", 0x0112, 3, 1, orientation)
+        data = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + entry
+    return encoded(image, "JPEG", exif=data, quality=95)
 
 
 def bomb() -> bytes:
@@ -89,11 +94,17 @@ def test_kinds_that_are_refused(name):
         images.decode(data, min_size=4)
 
 
-def test_exif_turns_the_image():
-    image = np.asarray(images.decode(rotated()))
-    assert image.shape == (32, 16, 3)
-    assert image[:12].min() > 200  # what was left is on top
-    assert image[20:].max() < 50
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_the_image(orientation):
+    data = rotated(orientation)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(expected))
+
+
+def test_odd_exif_is_no_matter():
+    np.testing.assert_array_equal(
+        np.asarray(images.decode(rotated(6, odd=True))), np.asarray(images.decode(rotated(6)))
+    )
 
 
 def test_resize_keeps_the_middle_of_the_shorter_side():

@@ -147,6 +147,31 @@ def test_a_finished_dataset_is_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"crane\nmaillot\ncrane\n", r"labels.txt: 'crane' stands in lines 1 and 3; names must differ"),
+        (b"cat\n\ndog\n", r"labels.txt: line 2 is blank"),
+        (b"", r"labels.txt: line 1 is blank"),
+        (b"caf\xe9\n", r"labels.txt is not UTF-8"),
+    ],
+)
+def test_names_that_cannot_be_those_of_classes_are_refused(tmp_path, content, message):
+    pattern = parquet(tmp_path / "raw", good(10))
+    (tmp_path / "raw" / "labels.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "out", settings(pattern))
+
+
+def test_class_names_that_changed_are_noticed(tmp_path, small_units):
+    """Units made with others do not go together."""
+    pattern = parquet(tmp_path / "raw", good(40))
+    assert prepare(tmp_path / "out", settings(pattern), share=Share(0, 2)) is None
+    (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"has changed since .* was begun"):
+        prepare(tmp_path / "out", settings(pattern), share=Share(1, 2))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"source": "tar"}, "--source='tar' is unknown"),

@@ -113,6 +113,8 @@ def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n a cross\r\n")
     assert sample.requested(tiny_text(), [], str(file), [], 2) == ["a red circle"] * 2 + ["a cross"] * 2
+    file.write_text("a red\u2028circle\n", encoding="utf-8")  # a line to Unicode, not to editors
+    assert sample.requested(tiny_text(), [], str(file), [], 1) == ["a red\u2028circle"]
     file.write_bytes(b"\n")
     with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: there is no prompt in it"):
         sample.requested(tiny_text(), ["a red circle"], str(file), [], 2)

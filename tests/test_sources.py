@@ -222,6 +222,18 @@ def test_class_folders_are_labels(folder):
     assert reasons(source) == {"x.png": "not in a class folder"}
 
 
+def test_linked_folders_are_read(folder, tmp_path):
+    """As subsets of ImageNet are made; a link back to the whole has no end and adds nothing."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(png(1))
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "cat" / "all").symlink_to(tmp_path / "photos")
+    source = folder({"cat/2.png": png(2)})
+    assert source.label_names == ("cat", "dog")
+    assert {item.key: item.label for item in items(source)} == {"cat/2.png": 0, "dog/1.png": 1}
+
+
 def test_metadata_rows_are_items(folder):
     rows = [
         {"file_name": "a.png", "text": "first", "short": "1", "label": 2},

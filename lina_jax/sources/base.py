@@ -95,7 +95,7 @@ def checked(
 def _caption(value: Any) -> str:
     if isinstance(value, bytes):
         try:
-            value = value.decode()
+            value = value.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise Unusable("caption is not UTF-8") from None
     if value is not None and not isinstance(value, str):
@@ -145,6 +145,26 @@ def matching(pattern: str) -> dict[str, int]:
     if not found:
         raise UserError(f"no file matches {pattern!r}")
     return {path if is_local(fs) else fs.unstrip_protocol(path): found[path]["size"] for path in sorted(found)}
+
+
+def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
+    """All files of a directory and their sizes; on local disks those, too, of directories that are linked into it."""
+    if is_local(fs):
+        return dict(_local_files(root, ()))
+    return {path: about["size"] for path, about in fs.find(root, detail=True).items()}
+
+
+def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    real = os.path.realpath(directory)
+    if real in above:  # a link to a directory that it lies in
+        return
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _local_files(entry.path, (*above, real))
+            else:
+                # A link to nothing is rejected by name when it is read.
+                yield entry.path, entry.stat().st_size if os.path.exists(entry.path) else 0
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -64,8 +64,8 @@ class FolderSource:
 
     def _sizes(self, directory: str) -> dict[str, int]:
         """Of the files that are not hidden, by their paths in the directory, sorted."""
-        found = base.patient(directory, lambda: self._fs.find(self._root, detail=True))
-        sizes = {path[len(self._root) :].lstrip("/"): found[path]["size"] for path in sorted(found)}
+        found = base.patient(directory, lambda: base.files_below(self._fs, self._root))
+        sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
         return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
 
     def _tell_of_images_without_row(self, directory: str) -> None:

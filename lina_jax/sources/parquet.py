@@ -110,8 +110,22 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _label_names(directory: str) -> tuple[str, ...]:
-    fs, inner = base.filesystem(f"{directory}/labels.txt")
-    return tuple(fs.read_text(inner, encoding="utf-8").splitlines()) if fs.exists(inner) else ()
+    """Of labels.txt, line by line. Raises UserError where it cannot name classes."""
+    path = f"{directory}/labels.txt"
+    fs, inner = base.filesystem(path)
+    if not fs.exists(inner):
+        return ()
+    try:
+        names = [line.strip() for line in base.content(fs, inner).decode("utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
+    first = {}
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise UserError(f"{path}: line {number} is blank; each line names a class, from class 0 on")
+        if first.setdefault(name, number) != number:
+            raise UserError(f"{path}: {name!r} stands in lines {first[name]} and {number}; names must differ")
+    return tuple(names)
 
 
 def _is_text(kind: pa.DataType) -> bool:
