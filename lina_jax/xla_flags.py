@@ -79,7 +79,7 @@ GPU_NODES = {
 
 
 def of_training(platform: str, *, in_time: bool = False) -> dict[str, str | int]:
-    """Options of programs that make gradients, for cpu, gpu or tpu; of those with sums `in_time` between nodes of GPUs."""
+    """Options of programs that make gradients, for cpu, gpu or tpu; with sums `in_time` between nodes of GPUs."""
     return _not_set(CPU_TRAINING if platform == "cpu" else GPU_NODES if in_time else {})
 
 
