@@ -5,10 +5,12 @@ needs, and digests of their files (`integrity.py`). A damaged checkpoint is name
 moves it to WORKDIR/damaged.
 """
 
+import contextlib
 import dataclasses
-import os
+import itertools
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ class Checkpoints:
         items["progress"] = ocp.args.PyTreeSave(_progress(state))
         self.wait()  # for the save before, to which `_saving` belongs until it is finished
         self._saving = step
-        with self._naming_failures():
+        with _naming_failures(self.directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def save_weights(self, params: Tree, frozen: Tree) -> None:
@@ -79,7 +81,7 @@ class Checkpoints:
         trees = dict(zip(ALONE, (params, frozen), strict=True))
         items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
         self._saving = 0
-        with self._naming_failures():
+        with _naming_failures(self.directory):
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -107,9 +109,7 @@ class Checkpoints:
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
-        _, items, damaged = self._restore_sound(
-            step, lambda imported: ALONE if imported else (*trees,), lambda there: {name: trees[name] for name in there}
-        )
+        _, items, damaged = self._restore_sound(step, (*trees,), lambda there: {name: trees[name] for name in there})
         if damaged:
             self._move_aside(damaged)
         if "progress" not in items:
@@ -124,7 +124,8 @@ class Checkpoints:
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}
-        step, items, _ = self._restore_sound(step, _weights(ema), lambda there: {name: trees[name] for name in there})
+        names = ("ema" if ema else "params", "frozen")
+        step, items, _ = self._restore_sound(step, names, lambda there: {name: trees[name] for name in there})
         frozen = items.pop("frozen")
         (params,) = items.values()
         return params, frozen, step
@@ -143,44 +144,44 @@ class Checkpoints:
                 for name, leaves in flat.items()
             }
 
-        step, items, _ = self._restore_sound(step, _weights(ema), wanted, partial=True)
+        names = ("ema" if ema else "params", "frozen")
+        step, items, _ = self._restore_sound(step, names, wanted, partial=True)
         return {path: array for tree in items.values() for path, array in flatten_dict(tree).items()}, step
 
     def updates(self, step: int) -> int:
         """How many updates were applied until a checkpoint of a run."""
         count = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-        _, items, _ = self._restore_sound(
-            step, lambda imported: ("progress",), lambda there: {"progress": {"updates": count}}, partial=True
-        )
+        wanted = {"progress": {"updates": count}}
+        _, items, _ = self._restore_sound(step, (*wanted,), lambda there: wanted, partial=True)
         return int(items["progress"]["updates"])
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError when a save failed."""
-        with self._naming_failures():
+        with _naming_failures(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """After everything is on disk. Raises UserError when a save failed."""
-        with self._naming_failures():
+        with _naming_failures(self.directory):
             self._manager.close()
 
     def _restore_sound(
         self,
         step: int | None,
-        names: Callable[[bool], Sequence[str]],
+        names: Sequence[str],
         wanted: Callable[[dict[str, Tree]], dict[str, Tree]],
         *,
         partial: bool = False,
     ) -> tuple[int, dict[str, Tree], list[int]]:
         """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound.
 
-        `names` tells the items to read, of a checkpoint of weights alone or of another; `wanted` makes of what they
-        hold the shapes that are read: `partial`, or else all, which must be there.
+        `names` tells the items to read, where there are not weights alone; `wanted` makes of what they hold the shapes
+        that are read: `partial`, or else all, which must be there.
         """
         damaged: dict[int, str] = {}
         for candidate in self.candidates(step):
             try:
-                items = self._restore(candidate, names(self.imported(candidate)), wanted, partial)
+                items = self._restore(candidate, ALONE if self.imported(candidate) else names, wanted, partial)
             except _Damaged as error:
                 damaged[candidate] = str(error)
                 continue
@@ -238,8 +239,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._aside.mkdir(exist_ok=True)
             for step in steps:
-                before = len(list(self._aside.glob(f"{step}.*")))
-                os.rename(self.directory / str(step), self._aside / f"{step}.{before}")
+                places = (self._aside / f"{step}.{count}" for count in itertools.count())
+                place = next(place for place in places if not place.exists())
+                shutil.move(self.directory / str(step), place)  # `checkpoints` may be a link to another disk
         # Whoever listed one of them still would not save it when the run comes to its step again.
         hosts.check_shared(
             f"damaged checkpoints in {self.directory}",
@@ -251,9 +253,6 @@ class Checkpoints:
         """Called by orbax in process 0 when all is written, before the folder gets its name."""
         for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
             integrity.record(folder)
-
-    def _naming_failures(self):
-        return _NamedFailure(self.directory)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -285,26 +284,21 @@ class _Damaged(Exception):
     """A checkpoint's files are not those that were saved."""
 
 
-@dataclasses.dataclass
-class _NamedFailure:
+@contextlib.contextmanager
+def _naming_failures(directory: Path) -> Iterator[None]:
     """Turns what a failed write raises (a full disk, lost permissions) into one line naming the place."""
-
-    directory: Path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        # What orbax makes of it when another process is gone, which is no failure of a disk: hosts.py knows that error.
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # What orbax makes of it when another process is gone, no failure of a disk: hosts.py knows that error.
         reason = error.__cause__ if isinstance(error, TimeoutError) else error
         if isinstance(reason, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            if reason is not error:
-                raise reason
-        elif isinstance(error, Exception) and not isinstance(error, UserError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-            if system := _of_the_system(error):
-                first, error = system.strerror, system
-            raise UserError(f"saving to {self.directory} failed, earlier checkpoints are intact: {first}") from error
+            raise reason from None
+        system = _of_the_system(error)
+        line = system.strerror if system else next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"saving to {directory} failed, earlier checkpoints are intact: {line}") from system or error
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
@@ -312,11 +306,6 @@ def _of_the_system(error: BaseException) -> OSError | None:
     first = str(error).strip().partition("\n")[0]
     number = re.search(r" \[os_error_code='?(\d+)", first)
     return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2]) if number else None
-
-
-def _weights(ema: bool) -> Callable[[bool], Sequence[str]]:
-    """The items with parameters, or their EMA, and frozen arrays, of a checkpoint of weights alone or of another."""
-    return lambda imported: ("ema" if ema and not imported else "params", "frozen")
 
 
 def _metadata(item: Path) -> Tree:

@@ -294,7 +294,7 @@ FREE_ON_RESUME = (
     "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
     "autoencoder.path", "autoencoder.tile", "text_encoder.path", "model.remat", "model.scan_layers",
     "model.attention_kernel",
-    "optim.max_skipped", "step_timeout",
+    "optim.accumulate", "optim.max_skipped", "step_timeout", "init_from",
 )  # fmt: skip
 
 

@@ -59,8 +59,8 @@ def check_value(name: str, value: Any) -> None:
             raise UserError(f"{name}={value!r}: must be finite")
         if isinstance(number, int) and abs(number) >= 2**31 and not name.startswith(COUNTED_BY_HOSTS):
             raise UserError(f"{name}={value!r}: must be below 2**31")
-        if name in ("checkpoint.timeout", "step_timeout") and number > LONGEST_S:
-            raise UserError(f"{name}={value!r}: must be at most {LONGEST_S:.0e} s (0: never)")
+        if name in ("checkpoint.timeout", "data.read_timeout", "step_timeout") and number > LONGEST_S:
+            raise UserError(f"{name}={value!r}: must be at most {LONGEST_S:.0e} s")
         if number < 0 and name not in MAY_BE_NEGATIVE:
             raise UserError(f"{name}={value!r}: must not be negative")
         if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:

@@ -16,6 +16,7 @@ kill, and it goes on. docs/evaluation.md tells the rest. The same code measures 
 
 import dataclasses
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -171,12 +172,20 @@ def _main(values: flags.FlagValues) -> None:
     if jax.process_index() != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    places.write_json(out / "score.json", result)
+    told = _as_json(result)
+    places.write_json(out / "score.json", told)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
     if measured:
         shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
-    print(json.dumps(result, indent=2))
+    print(json.dumps(told, indent=2))
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they become null."""
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check(values: flags.FlagValues) -> list[str]:

@@ -95,6 +95,10 @@ class Throughput:
         rates = {"images_per_s": images, "model_flops_per_s": images * self._flops}
         return rates | ({"mfu": images * self._flops / self._peak} if self._peak else {})
 
+    def restart(self) -> None:
+        """What was before now is not training."""
+        self._time = time.monotonic()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out time that is not training."""
@@ -105,7 +109,7 @@ class Throughput:
 
 def rows_as_written(path: Path) -> Iterator[dict[str, float | None]]:
     """Rows of metrics.jsonl, a step that was repeated as often as it was; a line cut by a kill is left out."""
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -122,9 +122,14 @@ def remove_partials(directory: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file, indented, that is there whole or not at all. Raises OSError naming it where it cannot be written."""
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    """A JSON file, indented, that is there whole or not at all, even if the power fails then.
+
+    Raises OSError naming it where it cannot be written.
+    """
+    with new_file(path) as partial, partial.open("w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
 
 import bisect
+import functools
 import hashlib
 import itertools
 import os
+import re
 import resource
 import threading
 from collections import OrderedDict
@@ -73,7 +75,8 @@ class Split:
         self.form, self.manifest = form, manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
-        self._readers = Readers(_open_files() // 2)
+        for shard in shards:
+            _readers().drop(shard.path)  # it may have been written anew
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -92,14 +95,14 @@ class Split:
         """
         path, place = self._place(index)
         try:
-            (record,) = self._readers(path).read([place])
+            (record,) = _readers()(path).read([place])
             if not record:  # so ArrayRecord reads a file that has shrunk
                 raise OSError("the file has become shorter")
         except (OSError, RuntimeError) as error:
-            # The one sign of damage to a record alone that ArrayRecord gives; anything else is the storage.
-            if "chunk data hash mismatch" in str(error):
+            # The signs of damage to records alone that ArrayRecord gives; anything else is the storage.
+            if re.search("chunk (data|header) hash mismatch", str(error)):
                 raise ValueError(str(error)) from error
-            self._readers.drop(path)
+            _readers().drop(path)
             raise
         return record
 
@@ -179,6 +182,12 @@ def _info(directory: Path) -> tfds.core.DatasetInfo:
 def _form(features: tfds.features.FeaturesDict) -> Form:
     moments = tuple(features["moments"].shape) if "moments" in features else None
     return Form(moments, features["text"].shape[-1] if "text" in features else 0)
+
+
+@functools.cache
+def _readers() -> Readers:
+    """Of all splits of this process, which share what it may have open."""
+    return Readers(_open_files() // 2)
 
 
 def _open_files() -> int:

@@ -259,7 +259,7 @@ def _interval(share: float, count: int) -> tuple[float, float]:
 
 def _with_error(value: float, error: float | None) -> str:
     """To two digits of the error."""
-    if not error:
+    if not error or not math.isfinite(error):
         return f"{value:.3f}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"

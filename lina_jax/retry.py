@@ -1,5 +1,6 @@
 """Patience with storage: calls that fail or stall are tried again, with growing pauses."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def patiently(
     TimeoutError for a stall, with what it was at as the attribute `at`; other errors, and FileNotFoundError,
     come at once.
     """
-    for tried in range(1, tries + 1):
+    for tried in itertools.count(1):
         progress = Progress()
         try:
             return _watched(call, progress, timeout)
@@ -53,7 +54,6 @@ def patiently(
                 raise
             logging.warning("try %d of %d failed at %s: %s", tried, tries, progress.at, error)
             pause(FIRST_PAUSE_S * 2 ** (tried - 1))
-    raise AssertionError("unreachable")
 
 
 def _watched(call: Callable[[Progress], T], progress: Progress, timeout: float) -> T:

@@ -166,7 +166,6 @@ def _run(workdir: Path) -> Run:
     except ValueError as error:
         raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
-    nan = math.nan
     return Run(
         name=workdir.name,
         attention=config.model.attention,
@@ -179,11 +178,16 @@ def _run(workdir: Path) -> Run:
         images=score["step"] * config.batch_size,
         parameters=_parameters(config.model),
         training_flops=training_flops(config.model, config.loss) * score["step"] * config.batch_size,
-        images_per_s=float(np.median(rates)) if rates else nan,
-        loss=score.get("validation", {}).get("loss_ema", nan),
-        scene_score=score.get("overall", nan),
-        fid=score.get("quality", {}).get("fid", {}).get("value", nan),
+        images_per_s=float(np.median(rates)) if rates else math.nan,
+        loss=_number(score.get("validation", {}).get("loss_ema")),
+        scene_score=_number(score.get("overall")),
+        fid=_number(score.get("quality", {}).get("fid", {}).get("value")),
     )
+
+
+def _number(value: float | None) -> float:
+    """Of JSON, which has null for what was not measured, or is not finite."""
+    return math.nan if value is None else value
 
 
 def _recipe(config: Config) -> dict[str, Any]:

@@ -121,17 +121,17 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
             end.callback(finish)
             if not resumed:
                 save()
-            with throughput.paused():
-                _measure(measurements, overdue, first, run, writer, save)
+            _measure(measurements, overdue, first, run, writer, save)
+            owed = False  # a checkpoint
             for step in range(first + 1, config.steps + 1):
-                profile(config, workdir, first, step)
+                profile(config, workdir, first, step, run)
                 batch = next(batches)
                 if step == first + 1:
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
-                    with throughput.paused():
-                        _say("compiling the train step: minutes at most, seconds where WORKDIR/compiled has it")
-                        train_step.compile(run, batch)
-                        hosts.barrier("train step")
+                    _say("compiling the train step: minutes at most, seconds where WORKDIR/compiled has it")
+                    train_step.compile(run, batch)
+                    hosts.barrier("train step")
+                    throughput.restart()
                     watchdog.restart()
                 run, scalars = train_step(run, batch)
                 if pending:
@@ -140,19 +140,21 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 pending = step, scalars
                 last = step == config.steps
                 preempted = notice.reached() and not last
-                saving = last or preempted or periodic.reached(step, config.checkpoint.every)
+                owed = owed or periodic.reached(step, config.checkpoint.every)
                 due = periodic.due(config, step)
-                if saving or due:
-                    _report(config, writer, throughput, progress, train_records, *pending)
+                if owed or last or preempted or due:
+                    skipped = _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with throughput.paused():
-                        if saving:
+                        # Of steps that are skipped in a row all have one state, which would push out those before.
+                        if last or preempted or (owed and not skipped):
                             save()
+                            owed = False
                         if preempted:
                             raise _preempted(step)
                         with watchdog.paused():
                             _measure(measurements, due, step, run, writer, save)
-            profile(config, workdir, first, config.steps + 1)
+            profile(config, workdir, first, config.steps + 1, run)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
         raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
@@ -200,15 +202,18 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def profile(config: Config, workdir: Path, first: int, step: int) -> None:
+def profile(config: Config, workdir: Path, first: int, step: int, run: state.TrainState) -> None:
     """Trace steps profile_start .. profile_start + profile_steps - 1 into WORKDIR/profile.
 
-    Called before each step, and once after the last. A run that resumes (at `first`) within these steps traces nothing.
+    Called before each step, and once after the last, with what the step before makes. A run that resumes (at `first`)
+    within these steps traces nothing.
     """
     start = config.log.profile_start
     stop = min(start + config.log.profile_steps, config.steps + 1)
     if not first < start < stop:
         return
+    if step in (start, stop):
+        jax.block_until_ready(run)  # the trace would have part of a step that is still at work
     if step == start:
         jax.profiler.start_trace(str(workdir / "profile"))
     if step == stop:
@@ -254,8 +259,8 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
     )
 
 
-def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> None:
-    """Log a step that has ended. Raises TrainingDiverged when too many in a row were skipped."""
+def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> int:
+    """Log a step that has ended; how many up to it were skipped in a row. Raises TrainingDiverged for too many."""
     scalars = {name: np.asarray(value).item() for name, value in scalars.items()}
     progress.update()
     in_a_row = scalars.pop("skipped_in_a_row")
@@ -267,7 +272,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
     if in_a_row:
         logging.warning("step %d skipped: loss %s, gradient norm %s", step, scalars["loss"], scalars["grad_norm"])
     if not (periodic.reached(step, config.log.every) or step == config.steps):
-        return
+        return in_a_row
     scalars |= throughput.rates(step)
     scalars |= {"bad_records": source.skipped, "truncated_captions": source.truncated}
     writer.scalars(step, scalars)
@@ -275,6 +280,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
     progress.set_postfix_str(shown)
     if progress.disable and jax.process_index() == 0:
         print(f"step {step}/{config.steps}  {shown}  lr {scalars['learning_rate']:.2e}", file=sys.stderr, flush=True)
+    return in_a_row
 
 
 def _conclude(config: Config, workdir: Path, step: int) -> None:

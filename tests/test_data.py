@@ -120,6 +120,18 @@ def test_a_flipped_byte_in_a_shard_costs_one_record(tmp_path):
     assert [int(one(source, i)["label"]) for i in range(COUNT)] == [*range(7), 8, *range(8, COUNT)]
 
 
+def test_a_broken_header_in_a_shard_costs_its_records(tmp_path):
+    directory = dataset(tmp_path / "data")
+    (shard,) = directory.glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    headers = [found.start() - 24 for found in re.finditer(rb"r\x01\0\0\0\0\0\0", content)]  # of chunks of one record
+    assert len(headers) == COUNT
+    content[headers[7]] ^= 1
+    shard.write_bytes(content)
+    source = open_records(directory)
+    assert [int(one(source, i)["label"]) for i in range(COUNT)] == [*range(7), 8, *range(8, COUNT)]
+
+
 def test_a_lost_shard_ends_with_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
     directory = dataset(tmp_path / "data")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 
 import jax
@@ -148,6 +149,7 @@ def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp
     result = {
         "overall": 0.5, "single_object": 0.75, "counting": 0.25, "examples": {"single_object": 12, "counting": 12},
         "step": 4, "weights": "ema", "sample": {"steps": 4},
+        "validation": {"loss": math.nan, "loss_standard_error": math.nan},  # of a run that diverged
         "quality": {
             "fid": {"value": 12.3456, "standard_error": 0.421}, "images": 100, "reference": {"file": "<b>.npz"},
             "not_measured": {"precision": "the reference has no images (arr_0)"},
@@ -163,6 +165,6 @@ def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for told in (
         "12.35 ± 0.42", "0.75 of 12 (0.47 to 0.91)", "0.500 ± 0.080", "step 4", "the reference has no images",
-        "&lt;b&gt;.npz", "of &lt;classes&gt;", "biased upwards", "Recall not asked for", "model.width",
+        "&lt;b&gt;.npz", "nan", "of &lt;classes&gt;", "biased upwards", "Recall not asked for", "model.width",
     ):  # fmt: skip
         assert told in text, told

@@ -149,10 +149,10 @@ def test_a_step_that_stalls_ends_the_process_with_its_stacks():
 def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     lost = jax.errors.JaxRuntimeError("UNAVAILABLE: the following tasks are unhealthy")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="unhealthy"), checkpoint._NamedFailure(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="unhealthy"), checkpoint._naming_failures(tmp_path):
         raise TimeoutError("Timed out while waiting for a barrier.") from lost
     whole = pytest.raises(UserError, match="failed, earlier checkpoints are intact: No space left")
-    with whole, checkpoint._NamedFailure(tmp_path):
+    with whole, checkpoint._naming_failures(tmp_path):
         raise OSError("No space left on device")
 
 

@@ -112,6 +112,14 @@ def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
     assert Checkpoints(tmp_path / "run", settings, create=False).steps() == [0, 2, 4, 5]
 
 
+def test_what_is_no_row_of_a_log_is_left_out(tmp_path):
+    """A line that a kill has cut, and blocks that a machine which lost its power never wrote."""
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "loss": 2.0}\n\xff\xfe\0\0{"step": 2\n{"step": 3, "loss": 1.0}\n{"st'
+    )
+    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
 def test_what_a_run_reports(finished, config):
     rows = metrics.read_jsonl(finished[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -272,6 +280,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert re.search(rf"checkpoint 6 in .* is damaged \(.*{reason}.*\): using 3", caplog.text)
     assert checkpoints.steps() == [0, 3]
     assert (tmp_path / "run" / "damaged" / "6.0").is_dir()
+
+
+@pytest.mark.parametrize("other_disk", [False, True], ids=["names_are_taken", "checkpoints_are_on_another_disk"])
+def test_damaged_checkpoints_find_a_place(other_disk, config, finished, tmp_path, one_device, monkeypatch):
+    def refuse(path, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "damaged" / "6.1" / "params").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    flip_a_bit(checkpoints.directory / "6")
+    if other_disk:
+        monkeypatch.setattr(os, "rename", refuse)
+    assert int(checkpoints.restore(state.blueprint(config, one_device)).step) == 3
+    assert (tmp_path / "run" / "damaged" / "6.0" / "params" / "_METADATA").exists()
+    assert not (checkpoints.directory / "6").exists()
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_like_one_without(config, finished, tmp_path, identical):
