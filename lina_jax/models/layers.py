@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax.nn.initializers import Initializer
 
@@ -250,15 +250,21 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Arra
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
-def position_table(grid: tuple[int, int], width: int) -> np.ndarray:
-    """2-D sine-cosine table (h*w, D): [sin column, cos column, sin row, cos row] at integer coordinates."""
+def position_table(grid: tuple[int, int], width: int) -> jax.Array:
+    """2-D sine-cosine table (h*w, D): [sin column, cos column, sin row, cos row] at integer coordinates.
+
+    A program holds the values of single rows and columns: of 256 x 256 tokens the table would be a constant of 400 MB.
+    """
     frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    parts = []
-    for coordinate in (columns.reshape(-1), rows.reshape(-1)):
-        angles = np.outer(coordinate, frequencies)
-        parts += [np.sin(angles), np.cos(angles)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def along(length: int) -> jax.Array:
+        angles = np.outer(np.arange(length), frequencies)
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+
+    height, width = grid
+    columns = repeat(along(width), "w d -> (h w) d", h=height)
+    rows = repeat(along(height), "h d -> (h w) d", w=width)
+    return jnp.concatenate([columns, rows], axis=1)
 
 
 def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:

@@ -151,7 +151,7 @@ class LINA(nnx.Module):
             angles = self._angles(grid_positions(self.config.image_grid)[None])
             origin = jnp.zeros_like(angles, shape=(1, conditions, angles.shape[-1]))
         else:
-            x = x + jnp.asarray(position_table(self.config.image_grid, self.config.width), self.dtype)
+            x = x + position_table(self.config.image_grid, self.config.width).astype(self.dtype)
 
         def encode_visible(ids: jax.Array, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
             valid = sequence.arrange(jnp.ones((ids.shape[0], conditions), bool), exists)
