@@ -156,8 +156,16 @@ def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch,
         raise OSError("No space left on device")
 
 
-def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_device, run_module, tmp_path):
-    """SIGKILL when the first 500 pictures are done: the same command tells the same, and draws the others alone.
+EVALUATE_IN_SMALL_CHUNKS = """
+import runpy
+from lina_jax import featurise
+featurise.CHUNK = 50
+runpy.run_module("lina_jax.evaluate", run_name="__main__")
+"""
+
+
+def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_device, one_device_env, tmp_path):
+    """SIGKILL when the first 50 pictures are done: the same command tells the same, and draws the others alone.
 
     Of the weights it reads the average, so that the parameters may be lost.
     """
@@ -166,21 +174,23 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "params")
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     options = [
-        f"--workdir={tmp_path / 'run'}", f"--inception={weights}", f"--reference={shapes_data}", "--number=600",
+        f"--workdir={tmp_path / 'run'}", f"--inception={weights}", f"--reference={shapes_data}", "--number=120",
         "--novalidation", "--reference_number=20",
     ]  # fmt: skip
-    process = run_module("evaluate", *options, f"--out={tmp_path / 'killed'}", start=True)
+    command = [sys.executable, "-c", EVALUATE_IN_SMALL_CHUNKS, *options]
+    process = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], env=one_device_env)
     try:
         wait_for((tmp_path / "killed" / ".measuring" / "samples" / "000000.npz").exists, process)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     scores = {}
     for name in ("killed", "in_one_go"):
-        result = run_module("evaluate", *options, f"--out={tmp_path / name}")
+        out = tmp_path / name
+        result = subprocess.run([*command, f"--out={out}"], env=one_device_env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        scores[name] = (tmp_path / name / "score.json").read_bytes()
-        assert ("images: 500 of 600 were done before" in result.stderr) == (name == "killed")
+        scores[name] = (out / "score.json").read_bytes()
+        assert ("images: 50 of 120 were done before" in result.stderr) == (name == "killed")
     assert scores["killed"] == scores["in_one_go"]
 
 
