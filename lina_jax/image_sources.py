@@ -114,7 +114,7 @@ def balanced_classes(config: Config) -> Conditions:
 
 
 def captions_of(records: Records, count: int) -> Conditions:
-    """Image i has the caption of record i of the first `count`, again from the first after the last."""
+    """Image i has the caption of the i-th of `count` records, or of all, again from the first after the last."""
     wanted = records.some(min(count, len(records)))
 
     def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
