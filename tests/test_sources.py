@@ -27,9 +27,9 @@ def png(value: int = 0) -> bytes:
     return out.getvalue()
 
 
-def tar(members: list[tuple[str, bytes]]) -> bytes:
+def tar(members: list[tuple[str, bytes]], **notes: str) -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
+    with tarfile.open(fileobj=out, mode="w", pax_headers=notes) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -168,6 +168,9 @@ def test_a_damaged_compressed_tar_is_survived(webdataset, kind):
 
 def test_joined_and_compressed_tars_are_read(webdataset, tmp_path):
     assert len(items(webdataset(tar(pairs("a")) + tar(pairs("b"))))) == 2
+    noted = tar(pairs("a"), comment="of git archive") + tar(pairs("b"), comment="n" * 2000)
+    assert [item.key for item in items(webdataset(noted))] == ["a.tar:a", "a.tar:b"]
+    assert reasons(webdataset(noted)) == {}
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
         info = tarfile.TarInfo("a.jpg")

@@ -79,10 +79,12 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
         try:
             archive.fileobj.seek(start)
             while (stop is None or start < stop) and (block := archive.fileobj.read(_BLOCK)):
-                if any(block):
+                note = _global_note(block) if any(block) else 0
+                if note is None:
                     yield _Sample(f"byte {start}", {}, "broken tar member")
                     return
-                start += _BLOCK
+                start += _BLOCK + -(-note // _BLOCK) * _BLOCK
+                archive.fileobj.seek(start)
         except _UNREADABLE:  # a compressed archive that ends early
             yield _Sample(f"byte {start}", {}, "broken tar member")
 
@@ -111,6 +113,18 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
     if not count:
         raise tarfile.ReadError("no member found")
     yield from damage(end, None)
+
+
+def _global_note(block: bytes) -> int | None:
+    """Bytes that follow a header of notes on the whole archive, as `git archive` writes one; None for other blocks.
+
+    Python steps over these, and tells of them no more than of the zeros between archives.
+    """
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return member.size if member.type == tarfile.XGLTYPE else None
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
