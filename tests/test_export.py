@@ -188,7 +188,7 @@ def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path
     condition = sample.encode_conditions(config, prompts, plan.encoders.text)
     weights = load_file(tmp_path / "program" / "weights.safetensors")
     theirs = exported.call(weights, condition, np.arange(2, dtype=np.int32), np.int32(7))
-    ours = sample.Sampler(plan, config.sample, 2)(params, frozen, prompts, seed=7)
+    ours = sample.Sampler(plan, config.sample, 8)(params, frozen, prompts, seed=7)
     assert ours.std() > 10
     assert np.max(np.abs(np.asarray(theirs).astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
