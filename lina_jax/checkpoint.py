@@ -124,8 +124,7 @@ class Checkpoints:
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}
-        names = ("ema" if ema else "params", "frozen")
-        step, items, _ = self._restore_sound(step, names, lambda there: {name: trees[name] for name in there})
+        step, items, _ = self._restore_sound(step, _weights(ema), lambda there: {name: trees[name] for name in there})
         frozen = items.pop("frozen")
         (params,) = items.values()
         return params, frozen, step
@@ -144,8 +143,7 @@ class Checkpoints:
                 for name, leaves in flat.items()
             }
 
-        names = ("ema" if ema else "params", "frozen")
-        step, items, _ = self._restore_sound(step, names, wanted, partial=True)
+        step, items, _ = self._restore_sound(step, _weights(ema), wanted, partial=True)
         return {path: array for tree in items.values() for path, array in flatten_dict(tree).items()}, step
 
     def updates(self, step: int) -> int:
@@ -306,6 +304,11 @@ def _of_the_system(error: BaseException) -> OSError | None:
     first = str(error).strip().partition("\n")[0]
     number = re.search(r" \[os_error_code='?(\d+)", first)
     return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2]) if number else None
+
+
+def _weights(ema: bool) -> tuple[str, str]:
+    """The items with parameters, or their EMA, and frozen arrays."""
+    return "ema" if ema else "params", "frozen"
 
 
 def _metadata(item: Path) -> Tree:

@@ -58,7 +58,7 @@ def open_content(path: Path) -> Content:
 def _published(path: Path) -> Content:
     """A pipeline, its transformer, autoencoder or text encoder, or a bare file of any of them."""
     pipeline = published.open_pipeline(path)
-    unknown, step = "", pipeline.metadata and pipeline.tensors.metadata.get("step")
+    unknown, step = "", pipeline.tensors.metadata.get("step") if pipeline.metadata else None
     try:
         config, assumed = published.config_of(pipeline, None)
     except UserError as error:
@@ -73,9 +73,7 @@ def _published(path: Path) -> Content:
     notes += [f"scheduler: {json.dumps(pipeline.scheduler)}"] if pipeline.scheduler else []
     notes += [f"assumed, as nothing says otherwise: {assumption}" for assumption in assumed]
     tensors = pipeline.tensors
-    return Content(
-        kind, config, unknown, int(step) if step else None, True, _listed(tensors), tensors.__getitem__, tuple(notes)
-    )
+    return Content(kind, config, unknown, step and int(step), True, _listed(tensors), tensors.__getitem__, tuple(notes))
 
 
 def _listed(tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

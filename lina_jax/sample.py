@@ -45,7 +45,7 @@ from lina_jax.state import Blueprint, Tree
 from lina_jax.workdir import load_config
 
 _GRID, _SETTINGS = "grid.png", "settings.json"  # beside the pictures
-_TOGETHER = 100  # pictures in the grid; thousands would not fit in memory
+_GRID_PICTURES = 100  # thousands would not fit in memory
 
 
 class Sampler:
@@ -354,9 +354,9 @@ def _main(values: flags.FlagValues) -> None:
     places.write_json(out / _SETTINGS, record)
     for i, image in enumerate(images):
         pictures.save(_picture(out, i), image)
-    shown = [str(condition) for condition in conditions[:_TOGETHER]]
-    pictures.save(out / _GRID, pictures.grid(images[:_TOGETHER], shown))
-    together = f"the first {_TOGETHER} together" if len(images) > _TOGETHER else "together"
+    shown = [str(condition) for condition in conditions[:_GRID_PICTURES]]
+    pictures.save(out / _GRID, pictures.grid(images[:_GRID_PICTURES], shown))
+    together = f"the first {_GRID_PICTURES} together" if len(images) > _GRID_PICTURES else "together"
     print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, {together} in {out / _GRID}")
 
 

@@ -86,6 +86,18 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     )
 
 
+def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(tiny_text, tmp_path, monkeypatch):
+    def interrupted(*args):
+        yield from itertools.islice(batches(*args), 4)
+        raise KeyboardInterrupt
+
+    batches = importlib.import_module("lina_jax.train").device_batches
+    monkeypatch.setattr("lina_jax.train.device_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 3"):
+        train(tiny_text(), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run", tiny_text().checkpoint, create=False).steps() == [0, 3]
+
+
 def test_ctrl_c_during_the_last_save_waits_for_it(tiny_text, tmp_path, monkeypatch):
     def record(folder):
         if folder.name.startswith("2."):

@@ -215,3 +215,11 @@ def test_a_measurement_from_before_a_run_was_thrown_back_does_not_count(rows, mi
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "va')
     config = tiny(steps=9, eval={"every": 3})
     assert periodic.overdue(config, tmp_path, 3) == ["validation"] * missing
+
+
+def test_what_is_no_row_of_a_log_is_left_out(tmp_path):
+    """A line that a kill has cut, and blocks that a machine which lost its power never wrote."""
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "loss": 2.0}\n\xff\xfe\0\0{"step": 2\n{"step": 3, "loss": 1.0}\n{"st'
+    )
+    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 3]

@@ -112,14 +112,6 @@ def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
     assert Checkpoints(tmp_path / "run", settings, create=False).steps() == [0, 2, 4, 5]
 
 
-def test_what_is_no_row_of_a_log_is_left_out(tmp_path):
-    """A line that a kill has cut, and blocks that a machine which lost its power never wrote."""
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b'{"step": 1, "loss": 2.0}\n\xff\xfe\0\0{"step": 2\n{"step": 3, "loss": 1.0}\n{"st'
-    )
-    assert [row["step"] for row in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 3]
-
-
 def test_what_a_run_reports(finished, config):
     rows = metrics.read_jsonl(finished[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -210,18 +202,6 @@ def test_a_record_that_a_kill_cut_is_made_again(config, finished, tmp_path):
     os.truncate(log, log.stat().st_size - 10)
     train(config, tmp_path / "run")
     assert measured(tmp_path / "run") == measured(finished[0])
-
-
-def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(config, tmp_path, monkeypatch):
-    def interrupted(*args):
-        yield from itertools.islice(batches(*args), 4)
-        raise KeyboardInterrupt
-
-    batches = importlib.import_module("lina_jax.train").device_batches
-    monkeypatch.setattr("lina_jax.train.device_batches", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 3"):
-        train(config, tmp_path / "run")
-    assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
 
 
 def largest_file(folder):
@@ -391,20 +371,6 @@ def test_arrays_that_differ_are_named(config, finished, tmp_path, tiny_text, cha
     with pytest.raises(UserError, match=message):
         train(other, tmp_path / "run", allow_config_change=True)
     assert load_config(tmp_path / "run") == config
-
-
-def test_chosen_steps_are_profiled(config, tmp_path):
-    """Also where the run ends before the last of them."""
-    log = dataclasses.replace(config.log, preview_images=0, profile_start=2, profile_steps=20)
-    train(dataclasses.replace(config, steps=3, log=log), tmp_path / "run")
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-
-
-def test_a_run_resumed_within_profiled_steps_goes_on(config, tmp_path):
-    log = dataclasses.replace(config.log, preview_images=0)
-    train(dataclasses.replace(config, steps=3, log=log), tmp_path / "run")
-    log = dataclasses.replace(log, profile_start=2, profile_steps=3)
-    assert int(train(dataclasses.replace(config, log=log), tmp_path / "run").step) == 6
 
 
 def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(

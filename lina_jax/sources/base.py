@@ -155,6 +155,7 @@ def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
 
 
 def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """(path, size) of each; `above` are the real paths of the directories on the way."""
     real = os.path.realpath(directory)
     if real in above:  # a link to a directory that it lies in
         return
@@ -164,7 +165,8 @@ def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, 
                 yield from _local_files(entry.path, (*above, real))
             else:
                 # A link to nothing is rejected by name when it is read.
-                yield entry.path, entry.stat().st_size if os.path.exists(entry.path) else 0
+                lost = entry.is_symlink() and not os.path.exists(entry.path)
+                yield entry.path, 0 if lost else entry.stat().st_size
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

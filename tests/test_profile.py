@@ -1,0 +1,19 @@
+"""Traces of the steps that were asked for."""
+
+import pytest
+
+from lina_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("train_on_one_device")
+
+
+def test_chosen_steps_are_profiled(tiny_text, tmp_path):
+    """Also where the run ends before the last of them."""
+    train(tiny_text(steps=3, log={"profile_start": 2, "profile_steps": 20}), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_resumed_within_profiled_steps_goes_on(tiny_text, tmp_path):
+    train(tiny_text(steps=3), tmp_path / "run")
+    log = {"profile_start": 2, "profile_steps": 3}
+    assert int(train(tiny_text(steps=6, log=log), tmp_path / "run").step) == 6
