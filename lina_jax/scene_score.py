@@ -10,7 +10,6 @@ from functools import cache
 from itertools import permutations
 
 import numpy as np
-from scipy import ndimage
 
 from lina_jax import shapes
 from lina_jax.errors import UserError
@@ -63,6 +62,8 @@ def detect(image: np.ndarray) -> Detection:
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the connected parts of `mask` (H, W), each a mask itself; neighbours share an edge."""
+    from scipy import ndimage  # a sixth of the time that importing this package takes, which few commands need
+
     labels, count = ndimage.label(mask)
     for label in range(1, count + 1):
         yield labels == label

@@ -21,6 +21,7 @@ from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain, gathered
 from lina_jax.models import flow, vae
 from lina_jax.models.draws import draw, latent_noise
+from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
 from lina_jax.models.transformer import by_image, sums_in_time
@@ -214,7 +215,7 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
 
 
 def _initial_weights(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
-    _, params, frozen = nnx.split(LINA(config.model, rngs=nnx.Rngs(key)), nnx.Param, Frozen)
+    _, params, frozen = nnx.split(LINA(config.model, rngs=Keys(key)), nnx.Param, Frozen)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
 
 

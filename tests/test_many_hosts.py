@@ -175,7 +175,7 @@ def test_two_processes_draw_what_one_draws(two, start, tmp_path):
 
 
 def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
-    """Eight devices in two processes, and a single device, write the same score.json, to the byte."""
+    """Four devices in two processes, and a single device, write the same score.json, to the byte."""
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "a {c} circle"}}\n' for c in ("red", "blue", "cyan")))
     out = tmp_path / "out"
@@ -186,7 +186,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     ]  # fmt: skip
     report = f"--report={tmp_path / 'report'}"
     written = []
-    for processes, devices, *more in ((2, 8, report), (1, 1)):
+    for processes, devices, *more in ((2, 4, report), (1, 1)):
         succeed(start("evaluate", processes, *flags, *more, devices=devices))
         assert sorted(path.name for path in (out / "geneval" / "00002" / "samples").iterdir()) == [
             "0000.png", "0001.png", "0002.png",
@@ -266,7 +266,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(compiling, config, file, star
     """And once more while all are about to save; then one process goes on."""
     draw, workdir = random.Random(0), tmp_path / "run"
     options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=100000"]
-    processes = start("train", 2, *options, "--config.steps=100000")
+    processes = start("train", 2, *options, "--config.steps=100000", devices=2)
     moment, victim = 0 if compiling else draw.randint(1, 9), draw.randrange(2)
     wait_until(lambda: (workdir / "events").exists() and max(losses(workdir), default=0) >= moment, processes)
     processes[victim].send(signal.SIGTERM)
@@ -289,7 +289,7 @@ def test_a_process_killed_during_a_save_ends_the_other_and_both_go_on(victim, fi
     workdir, draw = tmp_path / "run", random.Random(victim)
     checkpoints = workdir / "checkpoints"
     options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=1"]
-    processes = start("train", 2, *options, "--config.steps=100000")
+    processes = start("train", 2, *options, "--config.steps=100000", devices=2)
     moment = draw.randint(2, 6)
     wait_until(lambda: max(losses(workdir), default=0) >= moment, processes)
     wait_until(lambda: list(checkpoints.glob("*.orbax-checkpoint-tmp*")), processes)
@@ -305,7 +305,7 @@ def test_a_process_killed_during_a_save_ends_the_other_and_both_go_on(victim, fi
     saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     assert saved >= completed
     before = (workdir / "metrics.jsonl").read_text().count("\n")
-    succeed(start("train", 2, *options, f"--config.steps={saved + 2}"))
+    succeed(start("train", 2, *options, f"--config.steps={saved + 2}", devices=2))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()[before:]]
     assert [line["step"] for line in lines if "loss" in line] == [saved + 1, saved + 2]
     check_losses(workdir, reference(saved + 2), range(1, saved + 3))

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lina_jax.mesh import by_platform, constrain, one_cpu, platform, portable
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
-from lina_jax.models.layers import Linear, rotate, uniform
+from lina_jax.models.initializers import uniform
+from lina_jax.models.layers import Linear, rotate
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
 NORMALIZER_EPS = 1e-6

@@ -9,7 +9,8 @@ from flax import nnx
 
 from lina_jax.config import TIME_FEATURES
 from lina_jax.mesh import constrain
-from lina_jax.models.layers import MLP, LayerNorm, Linear, normal, spread, standardize, zeros
+from lina_jax.models.initializers import normal, zeros
+from lina_jax.models.layers import MLP, LayerNorm, Linear, spread, standardize
 from lina_jax.models.transformer import apply_layers, stacked
 
 ADAPTIVE_NORM_EPS = 1e-6

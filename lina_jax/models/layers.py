@@ -18,6 +18,7 @@ from jax.nn.initializers import Initializer
 
 from lina_jax.config import TIME_FEATURES
 from lina_jax.mesh import one_cpu
+from lina_jax.models.initializers import normal, uniform
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; what is longer is read as several words
@@ -32,29 +33,6 @@ class Frozen(nnx.Variable):
 def over_variables(function: Callable[[nnx.Variable], object], state: nnx.State) -> nnx.State:
     """The state with what `function` makes of each variable, whose metadata it sees, in its place."""
     return jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for weights and biases alike, as published."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        # Published initial weights went through float16 on their way to disk.
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(jnp.float16).astype(dtype)
-
-    return init
-
-
-def normal(std: float = 0.02) -> Initializer:
-    """N(0, std^2), rounded to float16 as the published initial weights are."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return (std * jax.random.normal(key, shape)).astype(jnp.float16).astype(dtype)
-
-    return init
-
-
-zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
 
 
 def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:

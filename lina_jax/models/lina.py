@@ -18,6 +18,7 @@ from lina_jax.models import chunks, flow, sequence
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.draws import Draws
 from lina_jax.models.head import DiffusionHead
+from lina_jax.models.initializers import normal
 from lina_jax.models.layers import (
     ByteEncoder,
     Frozen,
@@ -27,7 +28,6 @@ from lina_jax.models.layers import (
     TextEmbed,
     TimeEmbed,
     grid_positions,
-    normal,
     position_table,
     rotary_angles,
 )

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from lina_jax.mesh import constrain
-from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear, normal
+from lina_jax.models.initializers import normal
+from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear
 from lina_jax.models.transformer import apply_layers, stacked
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
+from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
 
@@ -191,12 +192,11 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
     """`count` modules from make(rngs) as one, every array with a leading layer axis."""
 
-    @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs):
-        return make(rngs)
+    def build(key):
+        return make(Keys(key))
 
-    return build(rngs)
+    return build(jax.random.split(rngs.params(), count))
 
 
 def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, bool, range]]:

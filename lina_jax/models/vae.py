@@ -14,7 +14,8 @@ from flax import nnx
 
 from lina_jax.mesh import constrain
 from lina_jax.models.attention import softmax_attention
-from lina_jax.models.layers import Frozen, Linear, uniform
+from lina_jax.models.initializers import uniform
+from lina_jax.models.layers import Frozen, Linear
 
 GROUPS = 32  # of every group norm, whatever the published config says
 GROUP_NORM_EPS = 1e-6
