@@ -9,8 +9,8 @@ from jax.nn.initializers import Initializer
 class Keys:
     """The keys that `nnx.Rngs(key)` gives, made many at once.
 
-    Each key is a loop of the program that makes it. In that of a first state these were half of all: it took twice as
-    long to compile.
+    Each key is a loop of the program that makes it. In that of a first state these were half of all; for eight devices
+    it took twice as long to compile.
     """
 
     AT_ONCE = 32
