@@ -1,7 +1,7 @@
 # Shared by the scripts here; to be sourced. Here and in lina_jax/xla_flags.py stand the settings that make runs faster.
 #
 # glibc.malloc.hugetlb=1: XLA allocates its temporaries anew at each step. With huge pages the kernel has far fewer of
-# them to clear: a step of configs/bench.py took 4.3 to 4.4 s without and 3.7 s with it (2 cores, jax 0.10.2).
+# them to clear: a step of configs/bench.py took 4.3 to 4.4 s without and 3.7 to 3.8 s with it (2 cores, jax 0.10.2).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

@@ -62,7 +62,7 @@ def detect(image: np.ndarray) -> Detection:
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the connected parts of `mask` (H, W), each a mask itself; neighbours share an edge."""
-    from scipy import ndimage  # a sixth of the time that importing this package takes, which few commands need
+    from scipy import ndimage  # here, since few commands need it: a sixth of the time to import the package
 
     labels, count = ndimage.label(mask)
     for label in range(1, count + 1):

@@ -9,11 +9,11 @@ from jax.nn.initializers import Initializer
 class Keys:
     """The keys that `nnx.Rngs(key)` gives, made many at once.
 
-    Each key is a loop of the program that makes it. In that of a first state these were half of all; for eight devices
-    it took twice as long to compile.
+    Made one by one, each is a loop of its own in the compiled program. They were half of the loops in that of a first
+    state; for eight devices it took twice as long to compile.
     """
 
-    AT_ONCE = 32
+    AT_ONCE = 32  # more than one layer needs
 
     def __init__(self, key: jax.Array):
         self._key, self._given = key, 0

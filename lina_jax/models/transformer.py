@@ -190,7 +190,7 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules from make(rngs) as one, every array with a leading layer axis."""
+    """`count` modules from make(keys) as one, every array with a leading layer axis; `rngs` may be Keys, too."""
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def build(key):
