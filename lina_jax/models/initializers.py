@@ -19,6 +19,7 @@ class Keys:
         self._key, self._given = key, 0
 
     def params(self) -> jax.Array:
+        """The next key, ()."""
         place = self._given % self.AT_ONCE
         if place == 0:
             numbers = jnp.arange(self._given, self._given + self.AT_ONCE)
