@@ -1,4 +1,4 @@
-r"""The model that `python -m lina_jax.benchmark` measures beside the published code: class to image, small, float32.
+r"""The model whose speed is compared with PyTorch (tests/beside_pytorch.py): class to image, small, float32.
 
 Presets:  linear   LINA: division, depthwise convolution, head-wise gates
           softmax  its twin with softmax attention

@@ -13,6 +13,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run='' from_environment=yes
 words=() child='' stopped='' interrupted=''
+# EX_CONFIG; above the 75 with which the others end, that wait for a machine whose set-up failed: srun has the highest.
+set_up_failed=78
 
 refuse() {
   echo "error: $*" >&2
@@ -103,8 +105,8 @@ setting_up() {
   local option given=()
   for option; do given+=("--$option=${!option}"); done
   words=(bash -c "trap 'exit 75' TERM # preempted before there is a command that could save
-trap '[ \$? -ne 0 ] || { echo \"error: the set-up ended its shell\" >&2; exit 1; }' EXIT
-eval $(quoted "$setup") || { echo 'error: the set-up failed' >&2; exit 1; }
+trap '[ \$? -ne 0 ] || { echo \"error: the set-up ended its shell\" >&2; exit $set_up_failed; }' EXIT
+eval $(quoted "$setup") || { echo 'error: the set-up failed' >&2; exit $set_up_failed; }
 trap - EXIT
 cd $(quoted "$PWD") || exit
 exec $(quoted env -u LINA_SETUP bash "$root/launch/${0##*/}" "${given[@]}" -- "${words[@]}")")

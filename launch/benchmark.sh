@@ -5,7 +5,7 @@
 #   --accelerator  default: what is here
 #   --out          new file for the lines of `python -m lina_jax.benchmark`, default benchmark-ACCELERATOR.jsonl
 #   --python       a Python that has all requirements and pytest; without it an environment is made in .venv-benchmark
-#   --dry-run      print the commands that would run, and end
+#   --dry-run      print the commands that would run on one device, and end
 #
 # Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that
 # do not fit, are named at the end (exit code 1); the rest is measured all the same. Each size has a process of its own,
@@ -55,7 +55,8 @@ failed=() lines=$out
 if [ -n "$dry_run" ]; then lines=/dev/null; fi
 # attempt COMMAND...: run it, or note that it failed.
 attempt() {
-  printf '%s\n' "$*" >&2
+  printf '%q ' "$@" >&2
+  echo >&2
   if [ -n "$dry_run" ]; then return; fi
   local code=0
   timeout --foreground 1800 "$@" || code=$? # in the foreground, so that Ctrl-C reaches it

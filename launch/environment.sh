@@ -36,7 +36,7 @@ make_environment() {
       "$directory/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" &&
       printf '%s' "$wanted" >"$directory/ready" || return 1
   fi
-  PATH="$directory/bin:$PATH"
+  PATH="$(cd "$directory" && pwd)/bin:$PATH"
 }
 
 # accelerator_flags tpu|gpu|cpu: export what makes training faster there. What the user has set comes last and wins.

@@ -9,7 +9,7 @@
 #   --devices          for each process; default: 1 fake CPU device, or an equal share of the GPUs
 #   --port             of the coordinator, default: a free one
 #   --setup            shell command to run first
-#   --grace            seconds from SIGTERM to SIGKILL when a process has failed, default 120
+#   --grace            seconds from SIGTERM (or Ctrl-C) to SIGKILL when a process has failed or all are to end, default 120
 #   --max_restarts     how often to start all again when one asks for it (75) or was killed, default 100
 #   --dry-run          print the commands of the processes, and end; as a script they run once
 #

@@ -67,7 +67,7 @@ class Processes:
             self.running[process] = number
         if self.stopped:  # which the one that was started last may not have heard
             self._end(self.stopped)
-        failed = RESTART if self.stopped else 0
+        failed = {0: 0, signal.SIGINT: 128 + signal.SIGINT}.get(self.stopped, RESTART)
         while self.running:
             process, status = os.wait()
             if process not in self.running:  # a background job of --setup: `exec` left it to us

@@ -48,6 +48,11 @@ read_arguments \
 need name dir
 whole gpus 1
 batch_limits
+if [ "$slurm" != yes ]; then
+  for option in partition time setup extra; do
+    [ -z "${!option}" ] || refuse "--$option=${!option}: of jobs of SLURM (--slurm=yes)"
+  done
+fi
 cd "$root"
 
 runs=()

@@ -71,6 +71,14 @@ pause() {
   echo "$name: \$1"
   sleep "\${LINA_POLL_SECONDS:-30}"
 }
+# gcloud's own failures have the codes of mistakes, too: the run's are in a worker's record. For one that is not to
+# start again the others would wait in vain.
+end_with_workers() {
+  local ended
+  for ended in \$($tpus tpu-vm $(queue ssh --worker=all --command="$record") | sed -n 's,.*/$name\.code:,,p'); do
+    [ \$ended -eq 0 ] || restarts_on \$ended || exit \$ended
+  done
+}
 while :; do
   if ! state=\$($tpus queued-resources $(queue describe --format='value(state.state)') 2>$(quoted "$errors")); then
     # After any other failure it may well be there, and at work.
@@ -101,11 +109,9 @@ while :; do
         while [ \$code -eq 124 ]; do
           $tpus tpu-vm $(queue ssh --worker=all --ssh-flag=-oServerAliveInterval=30 --command="$start")
           code=\$?
+          [ \$code -eq 0 ] || end_with_workers
         done
         if [ \$code -eq 0 ]; then break; fi
-        # gcloud's own failures have the codes of mistakes, too: the run's are in a worker's record.
-        if ! restarts_on \$code && $tpus tpu-vm $(queue ssh --worker=all --command="$record") |
-          grep -q "/$name.code:\$code\\\$"; then exit \$code; fi
         again "ended with \$code"
       else
         again "the code was not copied"

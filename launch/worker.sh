@@ -41,7 +41,7 @@ if [ -n "$setup" ]; then
   max_restarts=0 # which the inner one counts
 else
   trap 'finish 75' TERM # as while setting up
-  if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish 1; fi
+  if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish $set_up_failed; fi
   accelerator_flags "$accelerator" || finish 2
   trap - TERM
 fi

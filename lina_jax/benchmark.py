@@ -6,8 +6,9 @@ python -m lina_jax.benchmark sample --config=configs/NAME.py[:preset] [--batches
 python -m lina_jax.benchmark data [--out=DIR] [--parts=latents,jpeg,startup,memory] [--seconds=10] [--batch_size=64]
     [--threads=2] [--prefetch=4] [--memory_batches=10000]
 
-All take --repeats=5, the runs of each measurement, of which medians count, and --compare=FILE: ratios to the lines of
-an earlier call. Compilation and first calls are left out. docs/performance.md says what the fields mean.
+All take --repeats=5, the runs of each measurement (but that of memory), of which medians count, and --compare=FILE:
+ratios to the lines of an earlier call. Compilation and first calls are left out. docs/performance.md says what the
+fields mean.
 
 `attention` measures the layer alone, linear beside softmax; `train` the step of training, `sample` the sampler, on all
 devices in the config's mesh, with a row for each batch size.

@@ -44,6 +44,7 @@ SAMPLED = 4  # images at once, unless told
 def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
     """A row for each global batch size: the step of training on cached latents and features, which are noise here."""
     for size in batches or [config.batch_size]:
+        config_checks.check_value("batch_size", size)
         with _that_fits(size):
             config = dataclasses.replace(config, batch_size=size)
             config_checks.check_run(config)
@@ -52,27 +53,34 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 
 def _train(config: Config, runs: int) -> Row:
     devices = mesh.of(config)
-    plan = state.blueprint(config, devices)
-    kernel_check.check(plan.config.model)
-    program, (shapes, batch) = programs.train_step(config, devices)
-    compiled = programs.compile_program(program, (shapes, batch), {})
-    run, batch = plan.start(weights(shapes.params), weights(shapes.frozen)), inputs(batch, config.model)
-
-    def call():
-        nonlocal run
-        run, scalars = compiled.executable(run, batch, *program.trailing)
-        return run, scalars
-
-    (timing,) = measure.in_turns({"train": call}, runs).values()
-    if skipped := int(run.skipped):
-        raise RuntimeError(f"{skipped} of {int(run.step)} steps had no update: loss or gradient was not finite")
+    step = Training(config, devices)
+    (timing,) = measure.in_turns({"train": step}, runs).values()
+    if skipped := int(step.run.skipped):
+        raise RuntimeError(f"{skipped} of {int(step.run.step)} steps had no update: loss or gradient was not finite")
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
-    row = _named("train", config.model) | _settings(plan.config, devices)
+    row = _named("train", config.model) | _settings(step.config, devices)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
     row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
     row |= measure.efficiency(needed, timing.median, _peak(config))
     most = chunks.max_count(config.batch_size // config.optim.accumulate * config.model.image_tokens)
-    return row | _compiled(compiled, devices.size, most) | measure.memory()
+    return row | _compiled(step.compiled, devices.size, most) | measure.memory()
+
+
+class Training:
+    """A state and a batch, both noise; each call is one step, and returns arrays to wait for."""
+
+    def __init__(self, config: Config, devices: Mesh):
+        plan = state.blueprint(config, devices)
+        kernel_check.check(plan.config.model)
+        program, (shapes, batch) = programs.train_step(config, devices)
+        self.config = plan.config
+        self.compiled = programs.compile_program(program, (shapes, batch), {})
+        self.run = plan.start(weights(shapes.params), weights(shapes.frozen))
+        self._inputs = inputs(batch, config.model), *program.trailing
+
+    def __call__(self) -> Tree:
+        self.run, scalars = self.compiled.executable(self.run, *self._inputs)
+        return self.run, scalars
 
 
 def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:
@@ -83,6 +91,7 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
     parts = mesh.batch_parts(mesh.build(config.mesh))
     default = parts * math.ceil(SAMPLED / parts)
     for images in batches or [default]:
+        config_checks.check_value("batch_size", images)
         with _that_fits(images):
             yield _sample(config, images, runs, autoencoder)
 
@@ -92,20 +101,26 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     mesh.check_model(config.model, devices)
     resolved = execution.for_inference(config, devices)
     kernel_check.check(resolved.model)
-    program, arguments = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
-    compiled = programs.compile_program(program, arguments, {})
-    params, frozen, *rest = arguments
-    arguments = (weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.trailing))
-    (timing,) = measure.in_turns({"sample": lambda: compiled.executable(*arguments)}, runs).values()
+    call, compiled = sampling(config, devices, images, autoencoder=autoencoder)
+    (timing,) = measure.in_turns({"sample": call}, runs).values()
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     row = _named("sample", config.model) | _settings(resolved, devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
-        "euler_steps": config.sample.euler_steps, "guided": schedule.guided, "autoencoder": bool(program.trailing[0]),
+        "euler_steps": config.sample.euler_steps, "guided": schedule.guided,
+        "autoencoder": autoencoder and config.autoencoder.kind != "identity",
     }  # fmt: skip
     row |= timing.fields() | {"images_per_s": images / timing.median}
     row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))
     return row | _compiled(compiled, devices.size, float(schedule.euler_steps.mean())) | measure.memory()
+
+
+def sampling(config: Config, devices: Mesh, images: int, *, autoencoder: bool) -> tuple[Callable[[], Tree], Compiled]:
+    """A call that draws so many images, by weights that are noise, and returns arrays to wait for; its program."""
+    program, (params, frozen, *rest) = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
+    compiled = programs.compile_program(program, (params, frozen, *rest), {})
+    arguments = weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.trailing)
+    return functools.partial(compiled.executable, *arguments), compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +148,17 @@ class AttentionSizes:
         sizes = {"width": self.width, "heads": self.heads, "dtype": self.dtype}
         return ModelConfig(attention_kernel=self.kernel, **sizes, **grids)
 
+    def layer(self, kind: str) -> AttentionConfig:
+        """The `linear` one has the convolution and the gates of the default model, the `softmax` one neither."""
+        model = self.model
+        plain = AttentionConfig(
+            self.width, self.heads, kind, condition_tokens=model.condition_tokens, grid=model.image_grid,
+            dtype=self.dtype,
+        )  # fmt: skip
+        if kind == "softmax":
+            return plain
+        return dataclasses.replace(plain, conv_kernel=model.conv_kernel, gate=model.kv_gate, kernel=self.kernel)
+
 
 def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Iterator[Row]:
     """Rows of the linear attention layer (division, convolution, head-wise gates) and of softmax attention.
@@ -140,6 +166,7 @@ def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Itera
     For each number of sequences: the forward pass alone, then forward and backward. `of_X` is the speed as a multiple
     of that of X in the same turn, `flops_of_X` how many FLOPs there are for each of X.
     """
+    kernel_check.check(sizes.model)
     for batch in batches or [1]:
         with _that_fits(batch):
             yield from _attention(sizes, batch, runs, backward=False)
@@ -147,17 +174,9 @@ def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Itera
 
 
 def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) -> Iterator[Row]:
-    device, model = mesh.build(MeshConfig(), jax.devices()[:1]), sizes.model
-    one = AttentionConfig(
-        sizes.width, sizes.heads, condition_tokens=model.condition_tokens, grid=model.image_grid, dtype=sizes.dtype
-    )
-    linear = dataclasses.replace(one, conv_kernel=model.conv_kernel, gate=model.kv_gate, kernel=model.attention_kernel)
-    options = xla_flags.of_training(device.devices.flat[0].platform) if backward else {}
-    compiled, calls = {}, {}
-    for kind, layer in (("linear", linear), ("softmax", dataclasses.replace(one, kind="softmax"))):
-        program, (params, *arrays) = _attention_program(layer, batch, device, backward=backward)
-        compiled[kind] = programs.compile_program(program, (params, *arrays), options)
-        calls[kind] = functools.partial(compiled[kind].executable, weights(params), *inputs(arrays, model))
+    model, compiled, calls = sizes.model, {}, {}
+    for kind in ("linear", "softmax"):
+        calls[kind], compiled[kind] = attention_layer(sizes, kind, batch, backward=backward)
     timings = measure.in_turns(calls, runs)
     needed = {
         kind: batch * (3 if backward else 1)
@@ -181,8 +200,11 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
         yield row | _compiled(compiled[kind], 1) | measure.memory()
 
 
-def _attention_program(layer: AttentionConfig, batch: int, device: Mesh, *, backward: bool) -> tuple[Program, tuple]:
-    """The layer (and `backward`, the gradients of its parameters and inputs), and its abstract arguments."""
+def attention_layer(
+    sizes: AttentionSizes, kind: str, batch: int, *, backward: bool
+) -> tuple[Callable[[], Tree], Compiled]:
+    """A call of one layer (and `backward`, the gradients of its parameters and inputs); its program."""
+    device, layer = mesh.build(MeshConfig(), jax.devices()[:1]), sizes.layer(kind)
     module = nnx.eval_shape(lambda: Attention(layer, rngs=nnx.Rngs(0)))
     graphdef, variables = nnx.split(module)
     whole = mesh.sharding(device)
@@ -198,8 +220,10 @@ def _attention_program(layer: AttentionConfig, batch: int, device: Mesh, *, back
         y, gradients = jax.vjp(forward, params, x)
         return y, gradients(cotangent)
 
-    function, arguments = (both, (params, x, x)) if backward else (forward, (params, x))
-    return Program(jax.jit(function), device), arguments
+    function, arrays = (both, (x, x)) if backward else (forward, (x,))
+    options = xla_flags.of_training(device.devices.flat[0].platform) if backward else {}
+    compiled = programs.compile_program(Program(jax.jit(function), device), (params, *arrays), options)
+    return functools.partial(compiled.executable, weights(params), *inputs(arrays, sizes.model)), compiled
 
 
 def weights(shapes: Tree) -> Tree:

@@ -49,8 +49,9 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             create=create,
             cleanup_tmp_directories=create,  # of a save that was killed; whoever only reads leaves those of a run alone
+            # What stalls is noticed by the watchdog of whoever waits for it; what is slow may take its time.
             async_options=ocp.options.AsyncOptions(
-                timeout_secs=int(config.timeout) or hosts.PATIENCE_S, post_finalization_callback=self._record_digests
+                timeout_secs=hosts.PATIENCE_S, post_finalization_callback=self._record_digests
             ),
         )
         self._manager = _Manager(self.directory, options=options, handler_registry=_handlers())

@@ -40,11 +40,11 @@ class Chip:
 # one-way rate of a link being the chip's total over both directions of all its links (v4: 6 x 2 x 50 GB/s, v5e:
 # 4 x 2 x 50, v5p: 6 x 2 x 100, v6e: 4 x 2 x 100, tpu7x: 1,200 GB/s a chip, 6 links, shared by its two devices), less a
 # tenth but for tpu7x, as "How to Scale Your Model" (Austin et al. 2025, chapter 2) has it. Memory: where compilers for
-# these refuse a program (libtpu 0.0.42). Vector units: cores x 8 x 128 lanes x 4 at the clock rate (v6e, tpu7x: guessed
-# by that of v5p). Between slices: a host's network cards, 200 Gbit/s for four chips (v4, v5p) or eight (v5e), 400 for
-# four (v6e, tpu7x). GPU: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM): NVLink 3 and 4 have 300 and 450 GB/s
-# one way; nodes have one network card a GPU, of 200 (A100) and 400 Gbit/s. Memory: 92 % of what nvidia-smi tells
-# (81,920, 81,559 and 143,771 MiB), as launch/environment.sh gives it to XLA.
+# these refuse a program (libtpu 0.0.42). Vector units: cores x 8 x 128 lanes x 4 at the clock rate (guessed: v6e has
+# that of v5p, tpu7x 2.2 GHz). Between slices: a host's network cards, 200 Gbit/s for four chips (v4, v5p) or eight
+# (v5e), 400 for four (v6e, tpu7x). GPU: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM): NVLink 3 and 4 have
+# 300 and 450 GB/s one way; nodes have one network card a GPU, of 200 (A100) and 400 Gbit/s. Memory: 92 % of what
+# nvidia-smi tells (81,920, 81,559 and 143,771 MiB), as launch/environment.sh gives it to XLA.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         ("TPU v4",), 275e12, 8.6e12, 30.75 * GIB, 1228 * GB, 45 * GB, 6.25 * GB, torus=3, wrap=4,

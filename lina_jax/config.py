@@ -2,7 +2,7 @@
 
 `default()` is the editable form (an `ml_collections.ConfigDict` with every field), `freeze()` the validated one. The
 defaults are the published class-conditional model and its training settings (paper section 4; c2i, width 768); files in
-`configs/` change fields.
+`configs/` change fields. Ours, not published, are those of `ema` and `loss.mask_ratio_per`.
 """
 
 import dataclasses
@@ -215,7 +215,7 @@ class CheckpointConfig:
     every: int = 5_000  # steps
     keep_last: int = 3  # checkpoints
     keep_every: int = 0  # also keep each step divisible by this; 0: none
-    timeout: float = 1800.0  # seconds after which a stalled save ends the process, to be run again; 0: never
+    timeout: float = 1800.0  # seconds of a save, or of reading one, that end the process, to be run again; 0: never
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ MAY_BE_ZERO = frozenset({
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "checkpoint.timeout", "eval.every", "eval.batch_size", "eval.images", "eval.images_every",
     "log.every", "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
-    "model.condition_depth", "data.short_caption", "data.workers", "step_timeout",
+    "data.short_caption", "data.workers", "step_timeout",
 })  # fmt: skip
 MAY_BE_NEGATIVE = frozenset({
     "mesh.replica", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
@@ -44,6 +44,7 @@ MAY_BE_NEGATIVE = frozenset({
 })  # fmt: skip
 
 LONGEST_S = 1e9  # that threads can wait
+MOST_STEPS = 100_000  # of decoding, and of Euler in each: schedules are arrays
 
 COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # programs count in 32 bits
 
@@ -61,6 +62,8 @@ def check_value(name: str, value: Any) -> None:
             raise UserError(f"{name}={value!r}: must be below 2**31")
         if name in ("checkpoint.timeout", "data.read_timeout", "step_timeout") and number > LONGEST_S:
             raise UserError(f"{name}={value!r}: must be at most {LONGEST_S:.0e} s")
+        if name in ("sample.steps", "sample.euler_steps") and number > MOST_STEPS:
+            raise UserError(f"{name}={value!r}: must be at most {MOST_STEPS}")
         if number < 0 and name not in MAY_BE_NEGATIVE:
             raise UserError(f"{name}={value!r}: must not be negative")
         if number == 0 and name not in MAY_BE_ZERO and name not in MAY_BE_NEGATIVE:

@@ -22,7 +22,7 @@ from lina_jax import decode, example, order, reading
 from lina_jax.config import Config
 from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import PartFailed, UserError, storage_failed
 from lina_jax.reading import Split
 from lina_jax.retry import Progress, patiently
 
@@ -216,7 +216,9 @@ class Records:
         try:
             patiently(read_rest, self._timeout)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot read {error.at}: {error}") from error
+            # The cause of an error gets lost on the way from a process that reads.
+            kind = PartFailed if storage_failed(error) else UserError
+            raise kind(f"cannot read {error.at}: {error}") from error
         return list(finished.values())
 
     def _read_row(self, arrays: Arrays, row: int, wanted: Wanted, progress: Progress) -> Notes:

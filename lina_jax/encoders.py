@@ -222,7 +222,7 @@ def load_text_encoder(
 
 
 def _existing(directory: str | Path, expected: str) -> Path:
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected {expected}")
     return directory

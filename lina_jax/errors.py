@@ -46,7 +46,7 @@ class Preempted(Exception):
 
 
 class PartFailed(Exception):
-    """A device failed, a link, or a process that reads data; the same command goes on from a save. Exit code 75."""
+    """A device failed, a link, storage, or a process that reads data; the same command goes on. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:

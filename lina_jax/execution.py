@@ -38,10 +38,10 @@ def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     memory = _memory(mesh) if platform == "gpu" else 0.0
     if not memory:
         return _filled(config, remat="none" if platform == "cpu" else "dots")
-    room = FULL * memory - encoders - _state_bytes(config.model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    parts, images = mesh.shape["fsdp"] * mesh.shape["tensor"], config.batch_size / mesh.size
+    room = FULL * memory - encoders - _state_bytes(config.model) / parts
     trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
-    images = config.batch_size / mesh.size
-    return next((c for c in trials if activation_bytes(c, images) + gathered_bytes(c.model) < room), trials[-1])
+    return next((trial for trial in trials if step_bytes(trial, images, parts) < room), trials[-1])
 
 
 def for_inference(config: Config, mesh: Mesh) -> Config:
@@ -79,6 +79,15 @@ def of(model: Any) -> dict[str, Any]:
     return {name: getattr(model, name) for name in FIELDS}
 
 
+def step_bytes(config: Config, images: float, parts: int, gathered: float = 1.0) -> float:
+    """Bytes that a device needs beside its part of the state, by estimate.
+
+    Gradients, as the state cut into `parts`; activations of so many images; the share `gathered` of blocks' matrices.
+    """
+    gradients = 4 * _matrix_parameters(config.model) / parts
+    return gradients + activation_bytes(config, images) + gathered * gathered_bytes(config.model)
+
+
 def activation_bytes(config: Config, images: float) -> float:
     """Bytes of a device with so many images of a batch, by estimate: what blocks keep, and what the widest works on.
 
@@ -95,10 +104,15 @@ def activation_bytes(config: Config, images: float) -> float:
     kept, working = (KEPT, WORKING) if model.attention_kernel == "xla" else (KEPT_WITH_KERNELS, WORKING_WITH_KERNELS)
     blocks = sum(depth * tokens for depth, tokens in stacks) * width
     total = kept[model.remat] * (blocks + model.head_depth * head)
-    if model.remat == "none":  # scores of softmax, in the model's dtype and in float32
-        softmax = {"linear": 0.0, "softmax": 1.0, "hybrid": 1 / model.softmax_period}[model.attention]
-        total += softmax * sum(depth * tokens**2 for depth, tokens in stacks) * model.heads * (size + 4)
-    return images * (total + working * max((condition + max(image, text)) * width, head)) / config.optim.accumulate
+    alive = working * max((condition + max(image, text)) * width, head)
+    if model.attention != "linear":  # scores of softmax, in the model's dtype and in float32
+        score = model.heads * (size + 4)
+        if model.remat == "none":
+            layers = 1 if model.attention == "softmax" else 1 / model.softmax_period
+            total += layers * sum(depth * tokens**2 for depth, tokens in stacks) * score
+        else:
+            alive += (condition + max(image, text)) ** 2 * score
+    return images * (total + alive) / config.optim.accumulate
 
 
 def gathered_bytes(model: ModelConfig) -> float:
@@ -107,8 +121,8 @@ def gathered_bytes(model: ModelConfig) -> float:
 
 
 def _state_bytes(model: ModelConfig) -> float:
-    """Of blocks' matrices, float32: parameters, gradients, two moments, EMA."""
-    return 5 * 4 * _matrix_parameters(model)
+    """Of blocks' matrices, float32: parameters, two moments, EMA."""
+    return 4 * 4 * _matrix_parameters(model)
 
 
 def _matrix_parameters(model: ModelConfig) -> float:

@@ -57,15 +57,13 @@ def write_program(
 
 
 def _condition(plan: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:
-    """Class numbers, or a text: bytes, token ids of the text encoder, or its features, and how many of them count."""
+    """Class numbers, or a text: bytes or token ids of the text encoder, and how many of them count."""
     model = plan.config.model
     if model.condition == "class":
         return {"label": _int32(batch)}
     text = _int32(batch, model.text_length)
     if model.text_encoder == "bytes":
         text = jax.ShapeDtypeStruct(text.shape, jnp.uint8)
-    elif not plan.encoders.text:
-        text = jax.ShapeDtypeStruct((*text.shape, model.text_dim), jnp.float32)
     return {"text": text, "text_length": _int32(batch)}
 
 

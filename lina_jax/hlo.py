@@ -37,7 +37,8 @@ _SLOW = frozenset({
     "logistic", "erf", "sine", "cosine", "power", "remainder", "atan2",
 })  # fmt: skip
 _SLOW_OPS = 8  # vector operations of one of them, about
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", *EXCHANGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +296,7 @@ def collective_kind(instruction: Instruction) -> str | None:
 
 
 def collective_bytes(instruction: Instruction, scope: dict[str, Instruction]) -> float:
-    """Bytes of the whole array that devices bring together or spread: the gathered, the summed, the exchanged one."""
+    """Bytes of the whole array that devices bring together or spread; of one device's part that they exchange."""
     if instruction.opcode.startswith("reduce-scatter"):
         return sum(shape.bytes for name in instruction.operands for shape in scope[name].shapes)
     arrays = [shape for shape in instruction.shapes if shape.dims or shape.dtype not in ("u32", "s32")]

@@ -28,7 +28,10 @@ COMPARED = (
 
 
 # Fields that say how a row was set up: rows of one call may differ in them.
-SETUP = ("overrides", "dtype", "mesh", "remat", "scan_layers", "attention_kernel", "device")
+SETUP = (
+    "overrides", "dtype", "mesh", "remat", "scan_layers", "attention_kernel", "device",
+    "threads", "prefetch", "seconds", "memory_batches",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +65,18 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Tim
     """
     calls = {}
     for name, call in sides.items():
-        _run(call, 1)
-        wanted = max(1, math.ceil(RUN_S / max(_run(call, 1)[0], 1e-9)))
+        timed(call, 1)
+        wanted = max(1, math.ceil(RUN_S / max(timed(call, 1)[0], 1e-9)))
         calls[name] = int(multihost_utils.broadcast_one_to_all(wanted))
     taken = {name: [] for name in sides}
     for _ in range(runs):
         for name, call in sides.items():
-            taken[name].append(_run(call, calls[name]))
+            taken[name].append(timed(call, calls[name]))
     return {name: Timing(*zip(*pairs, strict=True), calls[name]) for name, pairs in taken.items()}
 
 
-def _run(call: Callable[[], Any], calls: int) -> tuple[float, float]:
-    """(seconds, processor seconds) of one of `calls` calls."""
+def timed(call: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
+    """(seconds, processor seconds) of one of `calls` calls, which return arrays to wait for."""
     started, used = time.perf_counter(), time.process_time()
     for _ in range(calls):
         result = call()
@@ -118,9 +121,11 @@ class Earlier:
             self._rows = collections.defaultdict(list)
             for row in rows:
                 self._rows[_what(row)].append(row)
+                if not all(isinstance(row.get(name) or 0, int | float) for name in COMPARED):
+                    raise TypeError("a figure is no number")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--compare={path}: {error}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--compare={path}: expected lines that `benchmark` printed") from error
 
     def ratios(self, row: Row) -> dict[str, float] | None:

@@ -91,8 +91,9 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     left = len(devices) // max(1, math.prod(n for n in sizes.values() if n > 0))
     if -1 not in (sizes["data"], sizes["replica"]):
         return _mesh(sizes | {"fsdp": left}, devices)
-    node_of = nodes(devices)
-    near = max(1, node_of.count(node_of[0]) // max(1, sizes["sequence"] * sizes["tensor"]))
+    node_of, others = nodes(devices), max(1, sizes["sequence"] * sizes["tensor"])
+    node = node_of.count(node_of[0])
+    near = 1 if node % others else node // others
     fsdp = math.gcd(left, WHOLE_TILES, near)
     while True:
         try:

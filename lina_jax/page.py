@@ -50,7 +50,8 @@ def build(studio: Studio) -> gr.Blocks:
             gr.Examples([[text] for text in studio.examples], [condition], label="For example")
         with gr.Row():
             seed = gr.Number(0, label="Seed", elem_id="seed")
-            steps = gr.Number(config.sample.steps, label=f"Steps, 1 to {config.model.image_tokens}", elem_id="steps")
+            most = config.model.image_tokens
+            steps = gr.Number(min(config.sample.steps, most), label=f"Steps, 1 to {most}", elem_id="steps")
             guidance = gr.Number(config.sample.guidance, label="Guidance, 1 = none", elem_id="guidance")
             num = gr.Number(4, label=f"Pictures, 1 to {MOST_IMAGES}", elem_id="num")
             pause = gr.Slider(0, 1, 0.1, step=0.05, label="Pause, seconds", elem_id="pause")

@@ -5,7 +5,7 @@ python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [
 
 Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory of
 a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
-alone on stdout, the table goes to stderr. --search tries remat policies (on GPUs also unrolled layers and kernels of
+alone on stdout, the table goes to stderr. --search tries remat policies (on GPUs with and without kernels of
 attention), meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install
 'lina_jax[tpu]'`; docs/planning.md says what the figures mean.
 """
@@ -150,6 +150,7 @@ def _compiled(
             {"name": c.name, "kind": c.kind, "axes": c.axes, "bytes": c.bytes, "times": c.times, "seconds": c.exposed,
              "source": c.source}
             for c in sorted(estimate.collectives, key=lambda c: -c.exposed)
+            if c.exposed > 0
         ],
         "slowest": [
             {"name": name, "seconds": seconds, "source": source, **dataclasses.asdict(work)}

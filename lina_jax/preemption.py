@@ -161,3 +161,10 @@ class Watchdog:
                         errors.RUN_AGAIN,
                     )
                 self._changed.wait(left)
+
+
+@contextlib.contextmanager
+def limited(seconds: float, otherwise: str) -> Iterator[None]:
+    """Within, a watchdog's time for work that has no steps: what is said when it is over. 0 s: any time."""
+    with Watchdog(0.0) as watchdog, watchdog.allowing(seconds, otherwise):
+        yield

@@ -26,6 +26,13 @@ ATTENTION_RANKS = {
     **dict.fromkeys(("key_scale", "value_scale", "key_scale_gamma", "key_scale_tau", "dw_conv.weight"), 4),
     "key_gate.weight": 2,
 }
+NUMBERS_OF_AUTOENCODER = ("kind", "stride", "scaling_factor", "shift_factor")
+# What a scheduler must be, where it says so.
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+}
 TEXT_SAMPLING = {"steps": 128, "guidance": 7.0, "guidance_schedule": "constant"}  # of the published evaluation
 
 
@@ -125,7 +132,7 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
     named = "config.json"
     facts.add(named, _from_transformer(pipeline.transformer, text="text_embed.weight" in shapes))
     facts.add(f"{named} (image_size)", _grid_of_size(pipeline.transformer))
-    facts.add("model_index.json", _from_index(pipeline.index))
+    facts.add("model_index.json", _from_index(pipeline.index, given))
     facts.add("the weights' metadata", _from_metadata(pipeline.metadata.get("model", {}), given))
     assumed = [] if given else _assume(facts, shapes)
     problems = facts.contradictions()
@@ -134,12 +141,13 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
     if length and all(grids) and length != sum(math.prod(grid) for grid in grids):
         problems.append(f"model.image_grid, model.condition_grid: {grids[0]} and {grids[1]}, gates of {length} tokens")
     autoencoder = _autoencoder(pipeline, facts, given, problems)
+    shift = _shift(pipeline, given, problems)
     if problems:
         raise UserError(f"{pipeline.source}: not one model; " + "; ".join(problems))
     if not given:
         _require(pipeline, facts)
     try:
-        return _config(pipeline, facts, given, autoencoder), assumed
+        return _config(pipeline, facts, given, autoencoder, shift), assumed
     except UserError as error:
         raise UserError(f"{pipeline.source}: {error}") from error
 
@@ -284,11 +292,16 @@ def _grid_of_size(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_grid": (height // stride // patch, width // stride // patch)}
 
 
-def _from_index(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention, normalisation, convolution and gate, by the name of the published module."""
+def _from_index(index: Mapping[str, Any], given: Config | None) -> dict[str, Any]:
+    """Attention, normalisation, convolution and gate, by the name of the published module.
+
+    Raises UserError for a module that is not known here, unless the user says what it is.
+    """
     match index.get("transformer"):
         case [str() as module, *_]:
-            return variant_of(module)
+            if not (fields := variant_of(module)) and not given:
+                raise UserError(f"model_index.json: {module} is not known here; --config can say what it computes")
+            return fields
     return {}
 
 
@@ -338,23 +351,28 @@ def _require(pipeline: Pipeline, facts: Facts) -> None:
 
 def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:
     """Fields of the autoencoder's config; contradictions go to `problems`."""
-    channels, fields = facts.get("model.latent_channels"), {}
+    channels, said = facts.get("model.latent_channels"), Facts()
+    ours = dataclasses.asdict(given.autoencoder) if given else {}
+
+    def agreed(source: str, fields: Mapping[str, Any]) -> None:
+        if given:
+            said.add("--config", {name: ours[name] for name in fields if name in ours}, "autoencoder.")
+        said.add(source, fields, "autoencoder.")
+        problems.extend(said.contradictions())
+
     if pipeline.vae:
         there = describe_autoencoder(pipeline.vae)
         fields = {"kind": "mar" if there.last_level_attention else "sdxl", "stride": there.stride}
         fields |= {"scaling_factor": there.scaling_factor, "shift_factor": there.shift_factor}
-        said = Facts()
         said.add("the tensors", {"latent_channels": channels})
         said.add("vae/", {"latent_channels": there.latent_channels})
-        if given:
-            ours = dataclasses.asdict(given.autoencoder)
-            said.add("--config", {name: ours[name] for name in fields}, "autoencoder.")
-        said.add("vae/", fields, "autoencoder.")
-        problems += said.contradictions()
+        agreed("vae/", fields)
         return {**fields, "path": str(pipeline.vae)}
-    if given:
-        return dataclasses.asdict(given.autoencoder)
     if saved := pipeline.metadata.get("autoencoder"):
+        agreed("the weights' metadata", {name: saved[name] for name in NUMBERS_OF_AUTOENCODER if name in saved})
+    if given:
+        return ours
+    if saved:
         return {**saved, "path": ""}
     for kind, sizes in AUTOENCODERS.items():
         if channels == sizes.latent_channels:
@@ -364,13 +382,32 @@ def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problem
     )
 
 
-def _config(pipeline: Pipeline, facts: Facts, given: Config | None, autoencoder: Mapping[str, Any]) -> Config:
+def _shift(pipeline: Pipeline, given: Config | None, problems: list[str]) -> float:
+    """Of the noise levels; contradictions go to `problems`. Raises UserError for a scheduler that is not ours."""
+    said, scheduler = Facts(), pipeline.scheduler
+    for name, expected in SCHEDULER.items():
+        if (value := scheduler.get(name, expected)) != expected:
+            raise UserError(f"scheduler_config.json: {name}={value!r}: expected {expected!r}")
+    if given:
+        said.add("--config", {"shift": given.loss.shift}, "loss.")
+    if "shift" in scheduler:
+        said.add("scheduler_config.json", {"shift": scheduler["shift"]}, "loss.")
+    match pipeline.metadata.get("loss"):
+        case {"shift": shift}:
+            said.add("the weights' metadata", {"shift": shift}, "loss.")
+    problems += said.contradictions()
+    return said.get("loss.shift") or 1.0
+
+
+def _config(
+    pipeline: Pipeline, facts: Facts, given: Config | None, autoencoder: Mapping[str, Any], shift: float
+) -> Config:
     fields = dataclasses.asdict(given or Config())
     if not given:
         fields["model"] |= {name.removeprefix("model."): value for name, value in facts.values.items()}
         if fields["model"]["condition"] == "text":
             fields["sample"] |= TEXT_SAMPLING
-        fields["loss"]["shift"] = pipeline.scheduler.get("shift", 1.0)
+        fields["loss"]["shift"] = shift
     path = fields["autoencoder"]["path"]
     fields["autoencoder"] |= autoencoder
     if path:

@@ -1,6 +1,7 @@
 """Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
 
 import bisect
+import errno
 import functools
 import hashlib
 import itertools
@@ -103,6 +104,8 @@ class Split:
             if re.search("chunk (data|header) hash mismatch", str(error)):
                 raise ValueError(str(error)) from error
             _readers().drop(path)
+            if number := _errno_of(error):
+                raise OSError(number, str(error)) from error
             raise
         return record
 
@@ -117,6 +120,13 @@ class Split:
         number = bisect.bisect_right(self._ends, index)
         shard = self._shards[number]
         return shard.path, shard.skip + shard.take - (self._ends[number] - index)
+
+
+def _errno_of(error: Exception) -> int | None:
+    """What the system said of an error, of which ArrayRecord keeps the words alone."""
+    if isinstance(error, OSError):
+        return None
+    return next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
 
 
 def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:

@@ -135,8 +135,8 @@ def collective_seconds(
     share = ATTAINED[chip.platform]["link"]
     domains = len(set(nodes))
     near = len(members) // domains
-    # An all-reduce is a reduce-scatter and an all-gather; of an all-to-all a quarter of a ring's traffic passes a link.
-    rounds = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}.get(kind, 1.0)
+    exchanged = kind in hlo.EXCHANGES
+    rounds = 2.0 if kind == "all-reduce" else 1.0  # a reduce-scatter and an all-gather
     seconds = 0.0
     if near > 1:
         rate, latency = chip.link, GPU_LATENCY
@@ -144,9 +144,14 @@ def collective_seconds(
             rate, latency = _torus_rate(members, chip, extent)
         if kind == "collective-permute":
             return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)
-        seconds += rounds * (size * (near - 1) / near / (share * rate) + latency)
+        passing = size * (near - 1) / near
+        if exchanged:  # around a ring each part travels a quarter of it, in the mean; through a switch it goes straight
+            passing = size / 4 if chip.torus else passing / len(members)
+        seconds += rounds * (passing / (share * rate) + latency)
     if domains > 1:
         part = size if kind == "collective-permute" else size / near * (domains - 1) / domains
+        if exchanged:
+            part /= domains
         seconds += rounds * (part / (share * chip.slow_link) + SLOW_LATENCY)
     return seconds
 
@@ -251,7 +256,9 @@ class _Walk:
         seconds += OVERHEAD
         self.result.work += work.times(times)
         self._bound(bound, times * seconds)
-        self.result.slowest.append((times * seconds, instruction.name, self._module.source(instruction), work))
+        self.result.slowest.append(
+            (times * seconds, instruction.name, self._module.source(instruction), work.times(times))
+        )
         return seconds
 
     def _copy(self, instruction: hlo.Instruction, computation: str, times: float) -> float:
@@ -288,6 +295,8 @@ class _Walk:
         if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
+        if kind in hlo.EXCHANGES:  # its result is one device's part
+            size *= len(groups[0])
         seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
         axes, source, name = self._axes(groups), self._module.source(inner), instruction.name
         return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, self._links(groups))

@@ -22,6 +22,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from lina_jax import (
+    config_checks,
     config_file,
     decode,
     encoders,
@@ -227,12 +228,16 @@ def settings_of_flags(config: Config, values: flags.FlagValues) -> SampleConfig:
 
 def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfig:
     """The config's settings with those that were given on the command line. Raises UserError for impossible ones."""
-    settings = dataclasses.replace(config.sample, **{k: v for k, v in overrides.items() if v is not None})
-    if settings.steps < 1 or settings.euler_steps < 1:
-        raise UserError(f"--steps={settings.steps} --euler_steps={settings.euler_steps}: both must be at least 1")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    settings = dataclasses.replace(config.sample, **given)
+    if "guidance" in given:  # a ramp does not begin above what was asked for
+        settings = dataclasses.replace(settings, guidance_min=min(settings.guidance_min, settings.guidance))
+    for name in ("steps", "euler_steps"):
+        if not 1 <= (value := getattr(settings, name)) <= config_checks.MOST_STEPS:
+            raise UserError(f"--{name}={value}: expected 1 to {config_checks.MOST_STEPS}")
     for name in ("guidance", "temperature"):
         value = getattr(settings, name)
-        if not np.isfinite(value) or value < 0:
+        if not abs(value) <= np.finfo(np.float32).max or value < 0:
             raise UserError(f"--{name}={value}: must be finite and not negative")
     if settings.annealing != "none" and settings.annealing_min > settings.euler_steps:
         raise UserError(
@@ -250,7 +255,9 @@ def requested(
     prompts = list(prompts)
     if prompts_file:
         try:
-            lines = Path(prompts_file).read_text(encoding="utf-8-sig").split("\n")  # some editors write a BOM
+            lines = (
+                Path(prompts_file).expanduser().read_text(encoding="utf-8-sig").split("\n")
+            )  # some editors write a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={prompts_file}: {error}") from error
         if not (read := [line.strip() for line in lines if line.strip()]):

@@ -45,7 +45,7 @@ def search(
     compiles: int,
     fixed_batch: bool,
 ) -> dict[str, Any]:
-    """The report of the fastest config that fits, or else of the fastest, with `recommended` and `tried`.
+    """The report of the fastest config that fits, or else of the one that lacks least, with `recommended` and `tried`.
 
     And with `overrides`, the flags that make of `config` what is recommended.
 
@@ -66,24 +66,25 @@ def search(
             print(f"  refused: {reason}", file=sys.stderr, flush=True)
             tried.append(dataclasses.asdict(candidate) | {"fits": False, "refused": reason})
             continue
-        mfu = report.get("predicted_mfu", 0.0)
+        mfu = report.get("predicted_mfu")
         print(
-            f"  {'fits' if report['fits'] else 'does not fit'}, {report['memory_bytes']['total'] / GIB:.1f} GiB, "
-            f"MFU {mfu:.1%}",
+            f"  {'fits' if report['fits'] else 'does not fit'}, {report['memory_bytes']['total'] / GIB:.1f} GiB"
+            + (f", MFU {mfu:.1%}" if mfu else ""),
             file=sys.stderr,
             flush=True,
         )
         tried.append(dataclasses.asdict(candidate) | {"fits": report["fits"], "predicted_mfu": mfu})
         report["recommended"] = dataclasses.asdict(candidate)
         report["overrides"] = overrides(config, recommended(config, report["recommended"], devices))
-        if best is None or (report["fits"], report.get("images_per_s", 0)) > (
-            best["fits"],
-            best.get("images_per_s", 0),
-        ):
+        if best is None or _worth(report) > _worth(best):
             best = report
     if best is None:
         raise refusal
     return best | {"tried": tried}
+
+
+def _worth(report: dict[str, Any]) -> tuple[bool, float]:
+    return report["fits"], report["images_per_s" if report["fits"] else "headroom_bytes"]
 
 
 def apply(config: Config, chosen: dict[str, Any]) -> Config:
@@ -121,8 +122,6 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
         except UserError as refusal:
             refusals.append(refusal)
             continue
-        near = where.chip.torus or fsdp * sequence * tensor <= where.shape[1]
-        link = where.chip.link if near else where.chip.slow_link
         for batch, remat, way in itertools.product(sorted(sizes), policies, ways):
             candidate = Candidate(batch, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate))
@@ -134,9 +133,9 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             if (fsdp, tensor) not in held:
                 held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, device_mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
-            ahead = _ahead(candidate, where.chip) * execution.gathered_bytes(trial.model)
-            if size + ahead + execution.activation_bytes(trial, images) < execution.FULL * where.chip.memory:
-                found.append((_seconds_an_image(trial, candidate, where.chip, link, images, size), candidate))
+            kept = _gathered_at_once(candidate, where.chip)
+            if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:
+                found.append((_seconds_an_image(trial, candidate, where, images, size), candidate))
     if not held:
         raise UserError(f"--search: no mesh is possible: {refusals[0]}")
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
@@ -156,27 +155,33 @@ def overrides(config: Config, recommendation: Config) -> list[str]:
     return [f"--config.{name}={made[name]}" for name in made if name == "batch_size" or made[name] != given[name]]
 
 
-def _ahead(candidate: Candidate, chip: Chip) -> float:
-    return AHEAD if chip.torus and candidate.fsdp > 1 and candidate.remat != "full" else 0.0
+def _gathered_at_once(candidate: Candidate, chip: Chip) -> float:
+    """The share of blocks' matrices that a device holds whole at the same time."""
+    if not chip.torus or candidate.remat == "none":
+        return 1.0
+    return AHEAD if candidate.fsdp > 1 and candidate.scan_layers and candidate.remat == "dots" else 0.0
 
 
-def _seconds_an_image(
-    config: Config, candidate: Candidate, chip: Chip, link: float, images: float, held: float
-) -> float:
+def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, images: float, held: float) -> float:
     """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
-    model, layers = config.model, config.model.condition_depth + config.model.image_depth
+    model, layers, chip = config.model, config.model.condition_depth + config.model.image_depth, where.chip
     again = execution.RECOMPUTED[candidate.remat]
     work = flops.training_flops(model, config.loss) * (1 + again) / (0.7 * chip.peak_flops)
-    weights = execution.gathered_bytes(model)
-    links = link * (2 if chip.torus else 1)
+    weights = execution.gathered_bytes(model) / candidate.tensor
+    nodes = where.slices if chip.torus else where.shape[0]
+    near = chip.torus or candidate.fsdp * candidate.sequence * candidate.tensor <= where.shape[1]
+    links = (chip.link if near else chip.slow_link) * (2 if chip.torus else 1)
     # Gathered forward and backward, and the gradient scattered; or the gradient summed.
-    gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - _ahead(candidate, chip))
+    kept = _gathered_at_once(candidate, chip) if chip.torus else 0.0
+    gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - kept) * config.optim.accumulate
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
+    if nodes > 1 and near:  # gradients, float32, are summed over slices or nodes
+        gathered += 4 * weights / candidate.fsdp / chip.slow_link
     tokens = model.condition_tokens + model.image_tokens
-    summed = 8 * tokens * model.width * 2 * layers / links
+    summed = 8 * tokens * model.width * 2 * layers / links * (candidate.tensor - 1)
     states = 4 * candidate.sequence * (model.width // model.heads + 1) * model.width * 4 * layers / links
-    moved = gathered / images + (candidate.tensor > 1) * summed + (candidate.sequence > 1) * states
+    moved = gathered / images + summed + (candidate.sequence > 1) * states
     update = 2 * held / chip.memory_bandwidth / images  # read and written
     return work + update + 0.5 * moved
 

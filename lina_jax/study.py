@@ -165,6 +165,8 @@ def _run(workdir: Path) -> Run:
         score = json.loads((workdir / _SCORE).read_text())
     except ValueError as error:
         raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
+    if not isinstance(score, dict) or not isinstance(score.get("step"), int):
+        raise UserError(f"{workdir / _SCORE} names no step: it is no measurement of this run")
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
     return Run(
         name=workdir.name,

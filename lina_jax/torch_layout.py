@@ -318,9 +318,3 @@ def mismatches(table: list[Entry], given: Mapping[str, tuple[int, ...]], shapes:
 def unpublished(table: list[Entry], shapes: Tree) -> list[str]:
     """Arrays of ours that no published tensor holds."""
     return sorted("/".join(path) for path in flatten_dict(shapes).keys() - {entry.path for entry in table})
-
-
-def to_torch(table: list[Entry], tree: Tree) -> dict[str, np.ndarray]:
-    """Published names and layouts of our tree."""
-    flat = flatten_dict(tree)
-    return {entry.key: entry.to_torch(np.asarray(flat[entry.path])) for entry in table}

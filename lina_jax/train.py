@@ -74,12 +74,23 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_same("layers", execution.of(plan.config.model))
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
-    begun, warm = warm_start.begin(plan) if warm_start.due(config, workdir) else (None, None)
+    seconds = config.checkpoint.timeout
+    begun, warm = None, None
+    reading = functools.partial(
+        preemption.limited, seconds, f"reading weights has taken {seconds:g} s (checkpoint.timeout)"
+    )
+    if warm_start.due(config, workdir):
+        with reading():
+            begun, warm = warm_start.begin(plan)
     alone = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     mesh.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
-    run = checkpoints.restore(plan) if resumed else begun or plan.init()
+    if resumed:
+        with reading():
+            run = checkpoints.restore(plan)
+    else:
+        run = begun or plan.init()
     first = int(run.step)
     overdue = periodic.overdue(config, workdir, first)
     if first >= config.steps and not overdue:
@@ -104,7 +115,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
-    seconds = config.checkpoint.timeout
     timely = functools.partial(watchdog.allowing, seconds, f"a save has taken {seconds:g} s (checkpoint.timeout)")
 
     def save() -> None:

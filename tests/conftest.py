@@ -1,6 +1,7 @@
 """What the tests share: fake devices, a tiny dataset, tiny configs, and batches for them."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -31,6 +32,7 @@ jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a 
 # that has it no more ignores the option), and a program is not split for threads, as other tests have the other cores.
 COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()  # read with the first device
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell starts in the background ignore Ctrl-C
 gc.disable()  # traced programs are millions of objects, among which little is garbage: once a file is enough
 
 

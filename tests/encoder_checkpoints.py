@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from golden_case import by_published_names
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -115,7 +116,7 @@ def _random(make, table, dtype: str, seed: int) -> dict[str, np.ndarray]:
     """Random tensors by their published names, at a scale that keeps activations of order 1."""
     rng = np.random.default_rng(seed)
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
-    named = torch_layout.to_torch(table, jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes))
+    named = by_published_names(table, jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes))
 
     def drawn(name, shape):
         if len(shape) > 1:

@@ -75,7 +75,7 @@ class Case:
 
     def check_grads(self, table: list[torch_layout.Entry], grads) -> None:
         """Recorded gradients of weights, by their published names."""
-        named = torch_layout.to_torch(table, grads)
+        named = by_published_names(table, grads)
         for key in [name.removeprefix("grads.") for name in self.left if name.startswith("grads.")]:
             if key.endswith(".weight_rows"):
                 self.check(f"grads.{key}", named[key.removesuffix("_rows")][self["label_ids"]])
@@ -99,6 +99,12 @@ def loaded(make, table, weights):
 def module(make, table, weights):
     graphdef, tree = loaded(make, table, weights)
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, tree))
+
+
+def by_published_names(table: list[torch_layout.Entry], tree) -> dict[str, np.ndarray]:
+    """Our tree by published names, in published layouts."""
+    flat = flatten_dict(tree)
+    return {entry.key: entry.to_torch(np.asarray(flat[entry.path])) for entry in table}
 
 
 def tokens_of(latents: np.ndarray, patch: int) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden_case import Case, tokens_of
+from golden_case import Case, by_published_names, tokens_of
 
 from lina_jax import generate, mesh, optim, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints
@@ -143,7 +143,7 @@ def transformer(case: Case, given: Imported) -> None:
     flat = flatten_dict(trained_grads) | flatten_dict(frozen_grads)
     grads = unflatten_dict(flat)
     case.check_grads(table, grads)
-    named = torch_layout.to_torch(table, grads)
+    named = by_published_names(table, grads)
     case.check("outputs.all_grad_norms", [np.linalg.norm(named[key]) for key in case.manifest["param_order"]])
 
 
@@ -240,7 +240,7 @@ def train_steps(case: Case, given: Imported) -> None:
     flat_frozen = flatten_dict(frozen)
     for kind, tree in (("params", run.params), ("ema", run.ema)):
         both = unflatten_dict(flatten_dict(tree) | flat_frozen)
-        named = torch_layout.to_torch(table, both)
+        named = by_published_names(table, both)
         for name in [n for n in case.left if n.startswith(f"outputs.{kind}.")]:
             case.check(name, named[name.removeprefix(f"outputs.{kind}.")])
 

@@ -127,7 +127,9 @@ def test_of_earlier_lines_those_set_up_alike_count(tmp_path):
     assert earlier.ratios(row | {"attention_kernel": "another"}) is None  # of which of the two?
 
 
-@pytest.mark.parametrize("text", ["[]", "nothing", '{"benchmark": "train"}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "nothing", '{"benchmark": "train"}', '{"benchmark": "train", "config": "a.py", "median_s": "x"}']
+)
 def test_other_files_are_no_earlier_lines(text, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match="expected lines that `benchmark` printed"):
@@ -171,6 +173,7 @@ def test_a_batch_that_does_not_fit():
         (("data", "--tokens=320"), "--tokens belongs to attention; `data` does not know it"),
         (("attention", "--tokens=320,x"), "--tokens=320,x: expected positive whole numbers"),
         (("train", "--config=configs/bench.py", "--compare=none.json"), "--compare=none.json"),
+        (("train", "--config=configs/bench.py", "--batches=3000000000"), "batch_size=3000000000: must be below 2**31"),
     ],
 )
 def test_mistakes_are_one_line(run_module, arguments, message):

@@ -1,10 +1,12 @@
 """Batches follow from (seed, step) alone, whatever the processes and the restarts, and survive bad records."""
 
+import errno
 import io
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, datas
 from PIL import Image
 
 from lina_jax import data, decode, reading, retry
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import RUN_AGAIN, PartFailed, UserError, ending
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,21 @@ def test_a_lost_shard_ends_with_its_name(tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"cannot read record .* of {shard}: "):
         batches(open_records(directory), 1)
+
+
+def test_storage_that_fails_asks_for_a_restart_from_a_worker_too(tmp_path, monkeypatch):
+    """What grain brings from a worker process has lost its cause."""
+
+    def stale(split, index):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
+    source = open_records(dataset(tmp_path / "data"))
+    monkeypatch.setattr(reading.Split, "__getitem__", stale)
+    with pytest.raises(PartFailed) as caught:
+        batches(source, 1)
+    line, code = ending(pickle.loads(pickle.dumps(caught.value)))
+    assert code == RUN_AGAIN and "Stale file handle" in line
 
 
 def test_a_dataset_of_bad_records_ends_with_the_last(tmp_path):

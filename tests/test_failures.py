@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 
 import jax
@@ -52,6 +53,7 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
     def leave(line, code):
         said.append((line, code))
         ended.set()
+        sys.exit()  # which ends the watchdog's thread
 
     said, ended, batches = [], threading.Event(), importlib.import_module("lina_jax.train").device_batches
     monkeypatch.setattr("lina_jax.train.device_batches", stopping)
@@ -75,6 +77,7 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     def leave(line, code):
         said.append((line, code))
         ended.set()
+        sys.exit()  # which ends the watchdog's thread
 
     said, ended, whole = [], threading.Event(), integrity.record
     monkeypatch.setattr(integrity, "record", record)
@@ -84,6 +87,25 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     assert code == RUN_AGAIN and line.startswith(
         "error: a save has taken 0.5 s (checkpoint.timeout), the stacks of all"
     )
+
+
+def test_a_checkpoint_that_cannot_be_read_in_time_ends_the_run(tiny_text, tmp_path, monkeypatch):
+    def restore(*args):
+        ended.wait()
+        return whole(*args)
+
+    def leave(line, code):
+        said.append((line, code))
+        ended.set()
+        sys.exit()  # which ends the watchdog's thread
+
+    train(tiny_text(steps=1), tmp_path / "run")
+    said, ended, whole = [], threading.Event(), Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    monkeypatch.setattr("lina_jax.errors.leave", leave)
+    train(tiny_text(steps=1, checkpoint={"timeout": 0.5}), tmp_path / "run")
+    line, code = said[0]
+    assert code == RUN_AGAIN and line.startswith("error: reading weights has taken 0.5 s (checkpoint.timeout)")
 
 
 def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(tiny_text, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ class TpuChip(Chip):
         ({"data": 8, "sequence": 4}, 1, {"data": 8, "fsdp": 3, "sequence": 4}),
         ({"replica": 2}, 1, {"replica": 2, "data": 3, "fsdp": 16}),
         ({"sequence": 2}, 12, {"data": 12, "fsdp": 4, "sequence": 2}),
+        ({"sequence": 3}, 12, {"data": 32, "fsdp": 1, "sequence": 3}),  # eight chips are no multiple of three
     ],
     ids=str,
 )

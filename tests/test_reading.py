@@ -1,5 +1,6 @@
 """Datasets are read at random, whatever the storage does; what cannot be read is named."""
 
+import errno
 import json
 import os
 import pickle
@@ -93,6 +94,20 @@ def test_a_file_that_has_shrunk_is_a_failure_of_the_storage(sharded):
     with pytest.raises((OSError, RuntimeError)):
         split[2]
     assert len(split[4])
+
+
+def test_what_the_system_says_of_a_read_is_known(sharded):
+    """ArrayRecord has its words alone. Here the file becomes one that cannot be read at that place."""
+    split = reading.open_split(sharded, "train")
+    split[2]
+    shard = str(sharded / "tiny-train.array_record-00001-of-00003")
+    (number,) = (n for n in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{n}") == shard)
+    with open("/proc/self/mem", "rb") as unreadable:
+        os.dup2(unreadable.fileno(), int(number))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        split[3]
+    assert caught.value.errno == errno.EIO
+    assert len(split[3])  # opened anew
 
 
 class Storage:

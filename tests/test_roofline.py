@@ -155,6 +155,14 @@ def test_a_sum_over_the_mesh_is_an_all_reduce_over_its_axes(axis, along):
     assert found.collective_bytes == {along: {"all-reduce": 64 * 4}}
 
 
+def test_of_an_exchange_the_whole_array_counts():
+    where = grid(fsdp=8)
+    rows, columns = (NamedSharding(where, PartitionSpec(*cut)) for cut in (("fsdp", None), (None, "fsdp")))
+    x = jax.device_put(jnp.ones((64, 64)), rows)
+    text = jax.jit(lambda x: x, out_shardings=columns).lower(x).compile().as_text()
+    assert roofline.estimate(hlo.Module(text), CHIP, where).collective_bytes == {"fsdp": {"all-to-all": 64 * 64 * 4}}
+
+
 def test_what_is_exchanged_while_others_compute_counts_once():
     text = """ENTRY %main (p: f32[1024]) -> f32[1024] {
   %p = f32[1024]{0} parameter(0)
@@ -347,6 +355,17 @@ def test_sixteen_chips_gather_over_open_lines():
     line = [d for d in torus(2, 2, 4) if d.coords[:2] == (0, 0)]
     rate = roofline.ATTAINED["tpu"]["link"] * CHIPS["v5p"].link
     assert gather_seconds(line, CHIPS["v5p"], (2, 2, 4)) == pytest.approx(1e9 * 3 / 4 / rate + 4 * roofline.HOP)
+
+
+def test_an_exchange_goes_around_a_ring_but_straight_through_a_switch():
+    """Of a device's part each link of a ring of four carries a fourth to the neighbour, and by halves what goes on."""
+    chip, ring = CHIPS["v5p"], [d for d in torus(4, 4, 4) if d.coords[1:] == (0, 0)]
+    rate, part = roofline.ATTAINED["tpu"]["link"] * chip.link, 1e9 / 4 / 4
+    exchanged = gather_seconds(ring, chip, (4, 4, 4), "all-to-all")
+    assert exchanged == pytest.approx(2 * part / rate + 2 * roofline.HOP)
+    switched, gpus = CHIPS["h200"], torus(8, 1, 1)
+    rate, part = roofline.ATTAINED["cuda"]["link"] * switched.link, 1e9 / 8 / 8
+    assert gather_seconds(gpus, switched, (), "all-to-all") == pytest.approx(7 * part / rate + roofline.GPU_LATENCY)
 
 
 def test_between_slices_each_device_sends_its_part_over_the_slow_link():

@@ -74,7 +74,7 @@ def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
     def plan(config):
         if next(reports) >= 2 - refused:
             raise UserError("more memory on chip than there is")
-        return {"fits": True, "memory_bytes": {"total": 1}, "predicted_mfu": 0.5}
+        return {"fits": True, "memory_bytes": {"total": 1}, "predicted_mfu": 0.5, "images_per_s": 1.0}
 
     def found():
         return search.search(tiny(batch_size=16), where, jax.devices(), plan, compiles=2, fixed_batch=True)
@@ -84,6 +84,25 @@ def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
             found()
     else:
         assert [each["fits"] for each in found()["tried"]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("reports", "best"),
+    [
+        ([(False, -9), (False, -1), (False, -5)], 1),
+        ([(False, -1), (True, 10), (True, 20)], 2),
+    ],
+    ids=["lacks least", "fastest"],
+)
+def test_a_search_recommends_what_fits_and_is_fastest_or_else_lacks_least(reports, best, tiny):
+    where, number = topology.Topology("v5e", CHIPS["v5e"], (2, 4)), iter(range(3))
+
+    def plan(config):
+        fits, figure = reports[at := next(number)]
+        return {"at": at, "fits": fits, "images_per_s": figure, "headroom_bytes": figure, "memory_bytes": {"total": 1}}
+
+    found = search.search(tiny(batch_size=16), where, jax.devices(), plan, compiles=3, fixed_batch=True)
+    assert found["at"] == best
 
 
 def test_ways_of_running_layers_take_turns_in_a_search(tiny):
@@ -104,7 +123,7 @@ def test_what_a_search_recommends_is_told_as_flags_of_training(tiny):
 
     def plan(config):
         planned.append(flatten(config))
-        return {"fits": True, "memory_bytes": {"total": 1}}
+        return {"fits": True, "memory_bytes": {"total": 1}, "images_per_s": 1.0}
 
     report = search.search(given, where, jax.devices(), plan, compiles=1, fixed_batch=True)
     flags = dict(flag.removeprefix("--config.").split("=") for flag in report["overrides"])

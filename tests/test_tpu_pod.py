@@ -1,13 +1,15 @@
 """launch/tpu_pod.sh and launch/detached.sh: the run goes on when a pod is taken away, disconnected or shut down."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 from pretended_cloud import CLOUD, TPU_POD
 
-LAUNCH = Path(__file__).parent.parent / "launch"
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
 
 
 def verbs_of(calls: list[list[str]]) -> list[str]:
@@ -62,8 +64,10 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
     assert (home / "runs").read_text() == "\n"
 
 
+# What docs/pods.md says to run on each worker.
+STOP = re.search(r"--command='(kill .*)'", (ROOT / "docs" / "pods.md").read_text())[1].replace("RUN", "run-1")
 # Before the second round.
-SHUT_DOWN = """
+SHUT_DOWN = f"""
 home = os.environ["HOME"]
 if "ssh" in words:
     if not os.path.exists(home + "/go"):
@@ -71,7 +75,7 @@ if "ssh" in words:
     elif not os.path.exists(home + "/down"):
         while not os.path.exists(home + "/up"): pass
         open(home + "/down", "w").close()
-        os.kill(int(open(home + "/run-1/run-1.pid").read().split()[0]), 15)
+        subprocess.run(["bash", "-c", {STOP!r}], cwd=home, check=True)
         while not os.path.exists(home + "/run-1/run-1.code"): pass
 """
 
@@ -143,6 +147,21 @@ def test_a_mistake_on_a_tpu_pod_ends_there(launch):
     words = [*TPU_POD, "--requirements=", "--", "bash", "-c", "echo a mistake; exit 2"]
     result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *words, ANSWER=CLOUD)
     assert result.returncode == 2 and "a mistake" in result.stdout
+    assert len(starts_on_pod(calls)) == 1
+
+
+# The run is at work on one worker, which waits for another.
+ONE_FAILED = """
+if "ssh" in words:
+    if "launch/detached.sh" in words[-1]: sys.exit(124)
+    print("run-1/run-1.code:78")
+    sys.exit()
+"""
+
+
+def test_a_worker_that_is_not_to_start_again_is_not_waited_for(launch):
+    result, calls, _ = launch(LAUNCH / "tpu_pod.sh", *TPU_POD, "--", "train", ANSWER=ONE_FAILED + CLOUD)
+    assert result.returncode == 78
     assert len(starts_on_pod(calls)) == 1
 
 

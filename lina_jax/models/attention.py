@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         if read:
             q = by_head(self.qkv.part(0, read(x)), None)
             k, v = (by_head(self.qkv.part(i, x)) for i in (1, 2))
-            q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (len(x), *angles.shape[1:])))
+            q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (x.shape[0], *angles.shape[1:])))
         else:
             q, k, v = map(by_head, self.qkv.split(x))
         return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
