@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lina_jax import places
 from lina_jax.errors import UserError
-from lina_jax.retry import Progress, patiently
+from lina_jax.retry import Progress, of_storage, patiently
 
 _PARTIAL = ".partial"
 # What file systems tell of a file that changes when it is written anew; the first that is there counts.
@@ -111,7 +111,7 @@ class Copy:
 
     def _listed(self) -> dict[str, _File]:
         try:
-            listed = patiently(lambda _: self._files.ls(self._root, detail=True), self._timeout)
+            listed = patiently(lambda _: of_storage(lambda: self._files.ls(self._root, detail=True)), self._timeout)
         except FileNotFoundError:
             raise UserError(f"data.path={self._source} does not exist") from None
         except (OSError, RuntimeError) as error:
@@ -147,7 +147,7 @@ class Copy:
             return partial
 
         try:
-            partial = patiently(copy, self._timeout)
+            partial = patiently(lambda progress: of_storage(lambda: copy(progress)), self._timeout)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot copy {self._source}/{name} to {self.directory}: {error}") from error
         os.replace(partial, self.directory / name)

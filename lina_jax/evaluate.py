@@ -200,6 +200,8 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
     if values.samples_from and (wrong := [n for n in ("scenes", "geneval", "npz") if values[n].value]):
         raise UserError(f"--{wrong[0]} needs a model that draws: --workdir instead of --samples_from")
+    if values.geneval_rewritten and not values.geneval:
+        raise UserError(f"--geneval_rewritten={values.geneval_rewritten}: needs --geneval=FILE, the prompts themselves")
     if values.reference and not values.inception:
         raise UserError(f"--reference={values.reference} needs --inception=FILE (weights of Inception v3)")
     least_values = {"scenes": 0, "number": 2, "per_device": 1, "reference_number": 0, "geneval_images": 1}

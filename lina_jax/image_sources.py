@@ -7,6 +7,7 @@ own devices. Which image has a number does not depend on the batch or the mesh.
 import dataclasses
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from lina_jax.data import Records
 from lina_jax.decode import Column, Moments, Pixels
 from lina_jax.errors import UserError
 from lina_jax.models import vae
+from lina_jax.sources import base
 from lina_jax.state import Blueprint, Program, Tree
 
 PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config on which pictures depend
@@ -132,8 +134,10 @@ def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
     )
 
 
-def open_images(path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None) -> Read:
-    """A folder of pictures, an npz file (its arr_0, in order), or a split of a prepared dataset.
+def open_images(
+    path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None, *, in_order: bool = True
+) -> Read:
+    """A folder of pictures, an npz file (its arr_0; `in_order`, as ADM's suite reads it), or a split of a dataset.
 
     Of latents, the autoencoder of the `plan` decodes the means. Raises UserError for anything else, and where pictures
     are not of one size.
@@ -147,14 +151,17 @@ def open_images(path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | 
         if array is None or array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
             found = "no arr_0" if array is None else f"arr_0 is {array.shape} {array.dtype}"
             raise UserError(f"{path}: {found}, expected uint8 images (N, H, W, 3) in arr_0")
-        facts = _file_facts(path, len(array))  # in order, as in ADM's suite
-        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), facts, shuffled=False)
+        facts = _file_facts(path, len(array))
+        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), facts, shuffled=not in_order)
     raise UserError(f"{path}: not a folder of pictures, an .npz file or a prepared dataset")
 
 
 def _folder(path: Path, mesh: Mesh) -> Read:
-    found = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    files = [file for file in found if not sample.is_grid(file)]
+    fs, root = base.filesystem(str(path))
+    found = sorted(Path(name) for name in base.files_below(fs, root))
+    found = [file for file in found if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    files = [file for file in shown if not sample.is_grid(file)]
     if not files:
         raise UserError(f"{path}: no .png, .jpg or .webp pictures in it")
 
@@ -174,7 +181,9 @@ def _folder(path: Path, mesh: Mesh) -> Read:
                 raise UserError(f"{files[number]} is {sides[0]}, {files[0].name} is {sides[1]}: one size is needed")
         return np.stack(made)
 
-    names = hashlib.sha256("\n".join(f"{f.relative_to(path)} {f.stat().st_size}" for f in files).encode())
+    names = hashlib.sha256(
+        "\n".join(f"{f.relative_to(root)} {f.stat().st_size}" for f in files).encode(errors="surrogateescape")
+    )
     return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
 
 
@@ -188,11 +197,14 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
         def read(numbers: np.ndarray) -> np.ndarray:
             arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
-            records.note(notes)
+            if notes.bad:  # another record stands in its place
+                raise UserError(f"{path}: {notes.bad[0][2]}")
             return np.array(arrays[name])
 
         return read
 
+    if not len(opened):
+        raise UserError(f"{path}: split {split!r} is empty")
     if opened.form.moments:
         decode = _decoder(path, opened.form.moments, plan)
         facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
@@ -247,5 +259,5 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
             if kind.hasobject:
                 raise ValueError("it holds Python objects")
             return np.memmap(path, kind, "r", file.tell(), shape, "F" if fortran else "C")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole npz file ({error})") from error

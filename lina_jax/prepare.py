@@ -85,6 +85,8 @@ class Settings:
         columns = tuple(f"{name}_column" for name in Fields._fields)
         for name in ("input", *columns) if self.source == "shapes" else ("train",):
             self._refuse(name, f"--source={self.source}")
+        if self.source in ("webdataset", "folder"):  # where an image stands, names of files tell
+            self._refuse("image_column", f"--source={self.source}")
         for name in () if self.autoencoder else ("text_encoder", "dtype", "batch_size"):
             self._refuse(name, "pixels: it needs --autoencoder")
         if self.autoencoder:
@@ -362,7 +364,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out={values.out}: shards are written as local files; name a disk or a mounted bucket")
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
-    if values.distributed or values.coordinator:
+    together = values.distributed or values.coordinator
+    mine = ("process_index", "process_count") if together else ("processes", "process_id")
+    for name in mine:
+        if values[name].value is not None and (name, values[name].value) != ("processes", 1):
+            other = "jax.distributed knows it" if together else "it needs --coordinator; alone, --process_index"
+            raise UserError(f"--{name}={values[name].value}: {other}")
+    if together:
         # Who has done its share waits for the others at the end, a day at most.
         with hosts.together(config_file.given_flags()):
             if jax.process_count() == 1:

@@ -104,7 +104,7 @@ class Split:
             if re.search("chunk (data|header) hash mismatch", str(error)):
                 raise ValueError(str(error)) from error
             _readers().drop(path)
-            if number := _errno_of(error):
+            if (number := errno_of(error)) and not isinstance(error, OSError):
                 raise OSError(number, str(error)) from error
             raise
         return record
@@ -122,10 +122,10 @@ class Split:
         return shard.path, shard.skip + shard.take - (self._ends[number] - index)
 
 
-def _errno_of(error: Exception) -> int | None:
-    """What the system said of an error, of which ArrayRecord keeps the words alone."""
+def errno_of(error: Exception) -> int | None:
+    """What the system said of an error, of which ArrayRecord keeps the words alone; None if it said nothing."""
     if isinstance(error, OSError):
-        return None
+        return error.errno
     return next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
 
 

@@ -32,6 +32,16 @@ class Progress:
             raise TimeoutError("given up")
 
 
+def of_storage(call: Callable[[], T]) -> T:
+    """`call()`, which asks a bucket; what its library raises of its own kinds (of credentials, links) is OSError."""
+    try:
+        return call()
+    except (OSError, RuntimeError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def patiently(
     call: Callable[[Progress], T],
     timeout: float,

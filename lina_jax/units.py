@@ -102,7 +102,7 @@ class WorkDirectory:
                 splits[split].append(serialize(record))
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
         receipt = {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
-        (partial / "receipt.json").write_text(json.dumps(receipt))
+        places.write_json(partial / "receipt.json", receipt)
         try:
             partial.rename(place)
         except OSError:

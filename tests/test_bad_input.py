@@ -89,7 +89,7 @@ def parquet(raw):
     (raw / "labels.txt").write_text("cat\ndog\n")
     bad = {
         "a.parquet:1": "missing image", "a.parquet:2": "empty caption", "a.parquet:3": "missing label",
-        "a.parquet:4": "label 9 is not one of the 2 in labels.txt", "a.parquet:5": "undecodable image: .*",
+        "a.parquet:4": "label 9 is not one of the 2 classes", "a.parquet:5": "undecodable image: .*",
         "b.parquet": "unreadable file: .*",
     }  # fmt: skip
     return {"source": "parquet", "input": f"{raw}/*.parquet"}, bad, 1

@@ -170,6 +170,20 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
     assert np.max(np.abs(theirs.astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
 
+def test_rotary_models_go_out_as_programs(tiny, rough, save_run, tmp_path):
+    """Their angles are of any number of images, too."""
+    config = tiny(model={"rotary": True, "width": 32, "heads": 1}, sample={"steps": 2, "euler_steps": 1, "stages": 1})
+    plan = state.blueprint(config, mesh.holding(config.model))
+    convert.to_stablehlo(save_run(tmp_path / "run", plan, rough(plan)), tmp_path / "program", platforms=("cpu",))
+    exported = jax.export.deserialize((tmp_path / "program" / "sample.stablehlo").read_bytes())
+    weights = load_file(tmp_path / "program" / "weights.safetensors")
+    labels, numbers = np.array([0, 2, 1], np.int32), np.arange(3, dtype=np.int32)
+    theirs = np.asarray(exported.call(weights, {"label": labels}, numbers, np.int32(7)))
+    plan, params, frozen, _ = sample.load(tmp_path / "run")
+    ours = sample.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
+    assert np.max(np.abs(theirs.astype(int) - ours)) <= 1  # as above
+
+
 def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path):
     write_autoencoder(tmp_path / "vae", scaling_factor=0.2)
     write_phi(tmp_path / "phi")

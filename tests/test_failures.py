@@ -39,6 +39,7 @@ def test_a_run_that_diverges_stops_and_leaves_the_checkpoint_before(exploding, t
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, monkeypatch):
     """After three steps, of which the first compiles for longer than a step may take."""
 
@@ -66,6 +67,7 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
 
 
 @pytest.mark.parametrize("stuck", [0, 2], ids=["when_the_next_is_due", "at_the_end"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypatch):
     """As on storage that no longer answers. The last has nothing after it that would wait."""
 
@@ -89,6 +91,7 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     )
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_checkpoint_that_cannot_be_read_in_time_ends_the_run(tiny_text, tmp_path, monkeypatch):
     def restore(*args):
         ended.wait()

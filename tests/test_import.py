@@ -136,9 +136,17 @@ def change_config(**fields):
     return damage
 
 
-def shift_in_words(source: Path) -> None:
-    (source / "scheduler").mkdir()
-    (source / "scheduler" / "scheduler_config.json").write_text('{"shift": "three"}')
+def write_scheduler(**fields):
+    def write(source: Path) -> None:
+        (source / "scheduler").mkdir()
+        (source / "scheduler" / "scheduler_config.json").write_text(json.dumps(fields))
+
+    return write
+
+
+def rename_module(source: Path) -> None:
+    index = {"transformer": [f"{published_names.MODULE}_linear7", "NOVATransformer3DModel"]}
+    (source / "model_index.json").write_text(json.dumps(index))
 
 
 def reshape(end: str, shape: tuple[int, ...]):
@@ -164,7 +172,10 @@ def reshape(end: str, shape: tuple[int, ...]):
          ["model.image_grid: (12, 12) by config.json, (16, 16) by config.json (image_size)",
           "(12, 12) and (8, 8), gates of 320 tokens"]),
         (change_config(arch=5), ["config.json: arch=[5]: expected three names"]),
-        (shift_in_words, ["transformer: loss.shift='three': expected float"]),
+        (write_scheduler(shift="three"), ["transformer: loss.shift='three': expected float"]),
+        (write_scheduler(_class_name="DDPM"), ["scheduler_config.json: _class_name='DDPM': expected 'FlowMatchEuler"]),
+        (write_scheduler(num_train_timesteps=500), ["scheduler_config.json: num_train_timesteps=500: expected 1000"]),
+        (rename_module, ["transformer_nova_linear7 is not known here; --config can say what it computes"]),
         (reshape(".key_scale", ()), ["attn.key_scale is (), expected 4 axes"]),
         (reshape(".dw_conv.weight", (800,)), ["attn.dw_conv.weight is (800,), expected 4 axes"]),
         (reshape("encoder.patch_embed.proj.weight", (0, 4, 2, 2)), ["is (0, 4, 2, 2), expected 4 axes, none"]),
@@ -177,6 +188,34 @@ def test_bad_input_is_one_message_and_leaves_nothing(damage, parts, tmp_path):
         convert.from_torch(source, tmp_path / "run")
     assert all(part in str(caught.value) for part in parts), caught.value
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_shift_of_a_config_must_be_that_of_the_scheduler(tmp_path):
+    case = Case("transformer_c2i")
+    source, given = write_pipeline(case, tmp_path / "in"), given_config(case)
+    write_scheduler(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0)(source)
+    with pytest.raises(UserError, match=r"loss.shift: 1.0 by --config, 3.0 by scheduler_config.json"):
+        convert.from_torch(source, tmp_path / "run", given)
+    shifted = dataclasses.replace(given, loss=dataclasses.replace(given.loss, shift=3.0))
+    assert convert.from_torch(source, tmp_path / "run", shifted).loss.shift == 3.0
+    assert convert.from_torch(source, tmp_path / "again").loss.shift == 3.0
+
+
+def test_a_bare_file_of_ours_brings_its_shift_and_autoencoder(tmp_path):
+    case = Case("transformer_c2i")
+    given = given_config(case)
+    ours = dataclasses.replace(
+        given,
+        loss=dataclasses.replace(given.loss, shift=3.0),
+        autoencoder=dataclasses.replace(given.autoencoder, scaling_factor=0.9),
+    )
+    convert.from_torch(write_pipeline(case, tmp_path / "in"), tmp_path / "run", ours)
+    convert.to_torch(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "out" / WEIGHTS).rename(tmp_path / "bare.safetensors")
+    back = convert.from_torch(tmp_path / "bare.safetensors", tmp_path / "back")
+    assert (back.loss.shift, back.autoencoder.scaling_factor) == (3.0, 0.9)
+    with pytest.raises(UserError, match=r"scaling_factor: 0.2325 by --config, 0.9 by the weights' metadata"):
+        convert.from_torch(tmp_path / "bare.safetensors", tmp_path / "other", given)
 
 
 def test_a_text_buffer_of_another_type_is_as_published(tmp_path):

@@ -92,7 +92,7 @@ def test_rejects_are_accounted_for(tmp_path):
         "truncated image": (encoded(1, size=(64, 64), kind="JPEG")[:-40], "c", 0),
         "empty caption": (encoded(1), " \n", 0),
         "missing label": (encoded(1), "d", None),
-        "label 7 is not one of the 2 in labels.txt": (encoded(1), "e", 7),
+        "label 7 is not one of the 2 classes": (encoded(1), "e", 7),
     }
     pattern = parquet(tmp_path / "raw", [*bad.values(), (encoded(1), None, 0), *good(10)])
     (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")
@@ -180,6 +180,7 @@ def test_class_names_that_changed_are_noticed(tmp_path, small_units):
         ({"image_column": "text"}, "--image_column='text'.* holds string there"),
         ({"label_column": "text"}, "--label_column='text'.* not an integer"),
         ({"train": 5}, "--train=5 does not apply"),
+        ({"source": "webdataset", "image_column": "png"}, "--image_column='png' does not apply to --source=webdataset"),
         ({"text_encoder": "phi"}, "--text_encoder='phi' does not apply to pixels"),
         ({"quality": 101}, "--quality=101"),
         ({"resolution": 0}, "--resolution=0"),

@@ -1,6 +1,7 @@
 """What is measured depends on (weights, seed, number) and on nothing beside; what was done before a kill counts."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from lina_jax import (
     image_sources,
     mesh,
     quality,
+    records,
     reference,
     shapes,
     state,
@@ -269,9 +271,34 @@ def test_compressed_and_damaged_npz_files(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
     np.savez_compressed(tmp_path / "small.npz", arr_0=array)
     np.testing.assert_array_equal(image_sources.npz_array(tmp_path / "small.npz", "arr_0"), array)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"cut.npz: not a whole npz file"):
-        image_sources.npz_array(tmp_path / "cut.npz", "arr_0")
+    content = (tmp_path / "small.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:200])
+    (tmp_path / "flipped.npz").write_bytes(content[:60] + bytes(byte ^ 255 for byte in content[60:80]) + content[80:])
+    for name in ("cut", "flipped"):
+        with pytest.raises(UserError, match=f"{name}.npz: not a whole npz file"):
+            image_sources.npz_array(tmp_path / f"{name}.npz", "arr_0")
+
+
+def test_a_folder_of_pictures_may_link_others_and_hides_what_is_hidden(one_device, tmp_path):
+    for place in ("all/a", "all/.thumbs", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / "caf\udce9.png")
+    (tmp_path / "all" / "b").symlink_to(tmp_path / "elsewhere")
+    assert image_sources.open_images(tmp_path / "all", one_device).count == 2
+
+
+def test_a_record_that_cannot_be_measured_is_named(one_device, tmp_path):
+    """Training takes the next one in its place."""
+    with records.create(tmp_path / "data", "data", records.pixel_features([])) as writer:
+        for i in range(4):
+            picture = io.BytesIO()
+            Image.new("RGB", (4 + 4 * (i == 2), 4)).save(picture, "PNG")
+            writer.write("train", image=picture.getvalue(), caption="", short_caption="", label=-1, key=str(i))
+    source = image_sources.open_images(tmp_path / "data", one_device)
+    with pytest.raises(UserError, match=r"record 2 of .*data-train"):
+        source.batch(np.arange(4))
+    with pytest.raises(UserError, match=r"split 'train\[:0\]' is empty"):
+        image_sources.open_images(tmp_path / "data", one_device, "train[:0]")
 
 
 def test_text_models_draw_the_captions_of_the_data(tiny_text, devices):

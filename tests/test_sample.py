@@ -78,6 +78,20 @@ def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_guidance_that_is_given_is_not_exceeded_on_the_way_to_it(tiny):
+    """So that 1 is none, whatever a config's ramp begins with."""
+    config = tiny(sample={"guidance": 5.0, "guidance_min": 3.0})
+    assert sample.sample_settings(config, {"guidance": 1.0}).guidance_min == 1.0
+    assert sample.sample_settings(config, {"guidance": 4.0}).guidance_min == 3.0
+
+
+@pytest.mark.parametrize("name", ["steps", "euler_steps"])
+@pytest.mark.parametrize("value", [0, 10**12])
+def test_steps_that_cannot_be_made_are_refused(tiny, name, value):
+    with pytest.raises(UserError, match=f"--{name}={value}: expected 1 to 100000"):
+        sample.sample_settings(tiny(), {name: value})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

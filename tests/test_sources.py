@@ -1,7 +1,9 @@
 """Readers of raw collections: every item comes once, in order, and what is broken costs itself alone."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 
 import fsspec
@@ -185,6 +187,44 @@ def test_what_is_no_tar_is_one_reject(webdataset, data):
     assert reason.startswith("not a tar archive")
 
 
+def test_a_sparse_file_without_sense_costs_itself(webdataset):
+    """Its note is one that Python's reader does not expect."""
+    source = webdataset(tar(pairs("a"), **{"GNU.sparse.map": "a,b"}))
+    assert list(reasons(source)) == ["a.tar"]
+
+
+@pytest.mark.parametrize("reads", [2, 5, 9])
+def test_storage_that_fails_is_no_damage(webdataset, reads, monkeypatch):
+    """It may be back soon, and a reject would be for ever."""
+
+    class Failing(io.FileIO):
+        def read(self, size=-1):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    left = reads
+    source = webdataset(tar(pairs("abc")))
+    opened = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda path, **how: opened(fileobj=Failing(path), **how))
+    with pytest.raises(OSError, match="Input/output error"):
+        items(source)
+
+
+def test_what_libraries_of_buckets_raise_is_of_the_storage(monkeypatch):
+    class NoCredentials(Exception):
+        pass
+
+    def refused():
+        raise NoCredentials("log in")
+
+    monkeypatch.setattr("lina_jax.retry.FIRST_PAUSE_S", 0)
+    with pytest.raises(UserError, match="cannot read s3://bucket: NoCredentials: log in"):
+        base.patient("s3://bucket", refused)
+
+
 def test_a_bucket_is_read_like_a_disk():
     with fsspec.open("memory://bucket/a.tar", "wb") as file:
         file.write(tar(pairs("ab")))
@@ -356,6 +396,17 @@ def test_tfds_datasets_are_read(prepared):
     assert [unit.count for unit in source.units] == [2, 2, 1]
     assert items(source) == [Example(f"train:{i}", png(i), f"nº {i}", "", i % 2) for i in range(5)]
     assert [item.caption for item in items(TfdsSource(f"{prepared}:test", Fields("image", "caption"), 2))] == ["last"]
+
+
+def test_shards_of_tfds_that_were_read_are_closed(prepared):
+    source = TfdsSource(str(prepared), Fields("image", "caption", "", "label"), 2)
+
+    def held():
+        links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        return [path for path in links if path.startswith(str(prepared))]
+
+    assert len(items(source)) == 5
+    assert held() == []
 
 
 def test_what_tfds_cannot_give_is_named(prepared, tmp_path):

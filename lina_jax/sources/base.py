@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import fsspec
 import numpy as np
 
-from lina_jax.errors import UserError
-from lina_jax.retry import patiently
+from lina_jax.errors import UserError, storage_failed
+from lina_jax.retry import of_storage, patiently
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
 
@@ -72,6 +72,12 @@ class Source(Protocol):
         """The number of items, and exactly so many of them."""
 
 
+def raise_if_storage(error: Exception) -> None:
+    """Raises an error of storage, which may be back soon, instead of making it a reject for ever."""
+    if storage_failed(error):
+        raise error
+
+
 class Unusable(Exception):
     """Why an item cannot be used; sources turn it into a `Reject`."""
 
@@ -121,7 +127,7 @@ def _label(value: Any, classes: int) -> int:
     if label < 0:
         raise Unusable("missing label")
     if classes and label >= classes:
-        raise Unusable(f"label {label} is not one of the {classes} in labels.txt")
+        raise Unusable(f"label {label} is not one of the {classes} classes")
     return label
 
 
@@ -194,7 +200,7 @@ def local_file(path: str) -> Iterator[str]:
 def patient(path: str, call: Callable[[], T]) -> T:
     """`call()`, tried again while the storage fails. Raises UserError naming the path, FileNotFoundError at once."""
     try:
-        return patiently(lambda _: call(), _STALLED_S)
+        return patiently(lambda _: of_storage(call), _STALLED_S)
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError) as error:

@@ -100,6 +100,7 @@ class FolderSource:
         except (FileNotFoundError, ValueError):  # the latter: a name that no file can have
             return Reject(row.path, "missing file")
         except OSError as error:
+            base.raise_if_storage(error)
             return Reject(row.path, f"unreadable file: {error.strerror or error}")
         values = (row.columns.get(column) for column in self._fields[1:])
         return base.checked(row.path, self._fields, image, *values, len(self.label_names))

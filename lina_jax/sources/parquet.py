@@ -68,6 +68,7 @@ class ParquetSource:
                         yield self._item(keys[row], batch, i)
                     row += 1
         except (pa.ArrowException, OSError) as error:
+            base.raise_if_storage(error)
             yield from (Reject(keys[row], f"unreadable row group: {error}") for row in left)
 
     def _item(self, key: str, batch: pa.RecordBatch, row: int) -> Example | Reject:
@@ -88,6 +89,7 @@ class ParquetSource:
             with _opened(path) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
+            base.raise_if_storage(error)
             self._broken[path] = str(error)
             return 1
         for name, column in self._fields._asdict().items():

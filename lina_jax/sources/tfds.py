@@ -1,10 +1,12 @@
 """Datasets that TFDS has prepared as ArrayRecord."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from lina_jax import reading
 from lina_jax.errors import UserError
 from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
@@ -38,21 +40,24 @@ class TfdsSource:
                 raise UserError(f"--{name}_column={feature!r}: records have {', '.join(features)}")
         label = features[fields.label] if fields.label else None
         self.label_names = tuple(label.names or ()) if isinstance(label, tfds.features.ClassLabel) else ()
-        decoders = {fields.image: tfds.decode.SkipDecoding()}
-        self._records = builder.as_data_source(self._split, decoders=decoders)
+        self._builder, self._decoders = builder, {fields.image: tfds.decode.SkipDecoding()}
         files = builder.info.splits[self._split].filepaths
         self.contents = [(file.name, file.stat().length) for file in files]
-        self.units = base.ranges(place, len(self._records), unit_items)
+        self.units = base.ranges(place, builder.info.splits[self._split].num_examples, unit_items)
 
     @contextlib.contextmanager
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
-        yield unit.count, map(self._item, range(unit.start, unit.stop))
+        # One of its own: it keeps the shards open that it has read from.
+        records = self._builder.as_data_source(self._split, decoders=self._decoders)
+        yield unit.count, (self._item(records, i) for i in range(unit.start, unit.stop))
 
-    def _item(self, i: int) -> Example | Reject:
+    def _item(self, records: Sequence[dict[str, Any]], i: int) -> Example | Reject:
         key = f"{self._split}:{i}"
         try:
-            record = self._records[i]
+            record = records[i]
         except Exception as error:  # the readers of shards and of protos each raise their own kinds
+            if number := reading.errno_of(error):  # too many open files, say
+                raise OSError(number, str(error)) from error
             return Reject(key, f"unreadable record: {type(error).__name__}")
         values = (record[feature] if feature else None for feature in self._fields)
         return base.checked(key, self._fields, *values, len(self.label_names))

@@ -12,7 +12,7 @@ from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _BLOCK = tarfile.BLOCKSIZE
-_UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError)
+_UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)  # the last: sparse files
 
 
 class _Sample(NamedTuple):
@@ -50,6 +50,7 @@ class WebDatasetSource:
                 archive = stack.enter_context(tarfile.open(path, ignore_zeros=True))
                 samples = list(_samples(archive))
             except _UNREADABLE as error:
+                base.raise_if_storage(error)
                 yield 1, iter([Reject(name, f"not a tar archive: {str(error).splitlines()[0]}")])
                 return
             yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
@@ -85,7 +86,8 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
                     return
                 start += _BLOCK + -(-note // _BLOCK) * _BLOCK
                 archive.fileobj.seek(start)
-        except _UNREADABLE:  # a compressed archive that ends early
+        except _UNREADABLE as error:  # a compressed archive that ends early
+            base.raise_if_storage(error)
             yield _Sample(f"byte {start}", {}, "broken tar member")
 
     current = _Sample("", {})
@@ -131,14 +133,15 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members up to the end of the file, be it in the middle of one."""
     try:
         yield from archive
-    except _UNREADABLE:
-        return
+    except _UNREADABLE as error:
+        base.raise_if_storage(error)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
         return archive.extractfile(member).read()
-    except _UNREADABLE:
+    except _UNREADABLE as error:
+        base.raise_if_storage(error)
         raise base.Unusable("truncated tar member") from None
 
 
