@@ -362,6 +362,8 @@ def _quality_of_files(
     count = min(values.number, source.count) if not values["number"].present else values.number
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
+    if count < 2:
+        raise UserError(f"--samples_from={values.samples_from}: {count} images; two at least are needed")
     if values.reference and _OF_IMAGES & set(metrics):
         named = f"--samples_from={values.samples_from}: {count} images"
         reference.check_count(named, count, Path(values.reference).expanduser())

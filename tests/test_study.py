@@ -114,6 +114,14 @@ def test_a_study_is_tables_and_a_plot(runs_of, tiny):
     assert Image.open(directory / "loss.png").width > 800
 
 
+def test_a_score_that_is_of_no_step_is_named(runs_of):
+    """As of pictures that were measured beside a run."""
+    directory = runs_of((1.0, 0, {}))
+    (directory / "run0" / "evaluation" / "score.json").write_text('{"quality": {}}')
+    with pytest.raises(UserError, match=r"run0/evaluation/score.json names no step"):
+        study.read(directory)
+
+
 def test_unequal_budgets_are_refused(runs_of, tmp_path):
     with pytest.raises(UserError, match=r"unequal budgets cannot be compared \(40 images: run0; 48 images: run1"):
         study.gather(runs_of((1.0, 0, {}), (0.9, 1, {}), step=5))
