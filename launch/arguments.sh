@@ -105,7 +105,8 @@ setting_up() {
   local option given=()
   for option; do given+=("--$option=${!option}"); done
   words=(bash -c "trap 'exit 75' TERM # preempted before there is a command that could save
-trap '[ \$? -ne 0 ] || { echo \"error: the set-up ended its shell\" >&2; exit $set_up_failed; }' EXIT
+trap 'code=\$?
+[ \$code -eq 75 ] || [ \$code -gt 128 ] || { echo \"error: the set-up ended its shell with \$code\" >&2; exit $set_up_failed; }' EXIT
 eval $(quoted "$setup") || { echo 'error: the set-up failed' >&2; exit $set_up_failed; }
 trap - EXIT
 cd $(quoted "$PWD") || exit

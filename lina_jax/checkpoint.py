@@ -49,7 +49,7 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             create=create,
             cleanup_tmp_directories=create,  # of a save that was killed; whoever only reads leaves those of a run alone
-            # What stalls is noticed by the watchdog of whoever waits for it; what is slow may take its time.
+            # In training what stalls is noticed by the watchdog; what is slow may take its time.
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=hosts.PATIENCE_S, post_finalization_callback=self._record_digests
             ),

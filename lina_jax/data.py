@@ -181,7 +181,8 @@ class Records:
     def read(self, wanted: Sequence[Wanted], batches: int = 1) -> tuple[Arrays, Notes]:
         """The rows of one batch; `batches` of such calls run at the same time and share the threads.
 
-        Raises UserError, naming shard and record, if storage fails or too many bad records follow.
+        Raises, naming shard and record, PartFailed where storage fails that may be back, and UserError where it fails
+        otherwise or too many bad records follow.
         """
         arrays = decode.empty(self._columns, len(wanted))
         read_rows = functools.partial(self._read_rows, arrays, wanted)

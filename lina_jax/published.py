@@ -396,7 +396,8 @@ def _shift(pipeline: Pipeline, given: Config | None, problems: list[str]) -> flo
         case {"shift": shift}:
             said.add("the weights' metadata", {"shift": shift}, "loss.")
     problems += said.contradictions()
-    return said.get("loss.shift") or 1.0
+    shift = said.get("loss.shift")
+    return 1.0 if shift is None else shift
 
 
 def _config(

@@ -126,7 +126,8 @@ def errno_of(error: Exception) -> int | None:
     """What the system said of an error, of which ArrayRecord keeps the words alone; None if it said nothing."""
     if isinstance(error, OSError):
         return error.errno
-    return next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
+    said = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
+    return said[max(said, key=len)] if said else None
 
 
 def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:

@@ -59,7 +59,7 @@ def load(
     out: Path | None = None,
     plan: Blueprint | None = None,
 ) -> Reference:
-    """The reference in an npz file, or of a folder's or a prepared dataset's first `count` images (0: all).
+    """The reference in an npz file, or of the first `count` images (0: all) of what has no statistics.
 
     `images` says that the features of single images are needed. What is computed of a folder or dataset is written to
     `out`, which needs `work`: that holds what is done until it is whole. A dataset of latents needs the `plan` of a run

@@ -1,12 +1,16 @@
 """Patience with storage: calls that fail or stall are tried again, with growing pauses."""
 
+import errno
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from absl import logging
+
+from lina_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -33,13 +37,19 @@ class Progress:
 
 
 def of_storage(call: Callable[[], T]) -> T:
-    """`call()`, which asks a bucket; what its library raises of its own kinds (of credentials, links) is OSError."""
+    """`call()`, which asks a bucket: errors of its library's own kinds become OSError.
+
+    They count as passing, like those of links, but for what names speak of credentials and permissions.
+    """
     try:
         return call()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, UserError):
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        kind = type(error).__name__
+        told = f"{kind}: {error}"
+        lasts = re.search("credential|auth|permission|forbidden", kind, re.IGNORECASE)
+        raise (OSError(told) if lasts else OSError(errno.EREMOTEIO, told)) from error
 
 
 def patiently(

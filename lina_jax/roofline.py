@@ -140,13 +140,18 @@ def collective_seconds(
     seconds = 0.0
     if near > 1:
         rate, latency = chip.link, GPU_LATENCY
-        if chip.torus:
-            rate, latency = _torus_rate(members, chip, extent)
+        rings = _rings(members, chip, extent) if chip.torus else []
+        if rings:
+            rate = sum(links for _, links in rings) * chip.link
+            latency = HOP * max(1.0, sum(length / links for length, links in rings))
         if kind == "collective-permute":
             return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)
         passing = size * (near - 1) / near
-        if exchanged:  # around a ring each part travels a quarter of it, in the mean; through a switch it goes straight
-            passing = size / 4 if chip.torus else passing / len(members)
+        if exchanged:  # of each device's part; around a ring it travels a quarter of it, in the mean
+            passing /= len(members)
+            if rings:
+                rate = chip.link
+                passing = size / len(members) * max(length / 4 / links for length, links in rings)
         seconds += rounds * (passing / (share * rate) + latency)
     if domains > 1:
         part = size if kind == "collective-permute" else size / near * (domains - 1) / domains
@@ -156,17 +161,14 @@ def collective_seconds(
     return seconds
 
 
-def _torus_rate(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> tuple[float, float]:
-    """(bytes a second into each member over all links of the rings it is in, seconds of latency around them)."""
-    rate = hops = 0.0
+def _rings(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> list[tuple[int, int]]:
+    """(length, links into each member: two of a closed one) of the rings along each axis; none within one chip."""
+    rings = []
     for axis, full in enumerate(extent):
-        spanned = len({device.coords[axis] for device in members})
-        if spanned > 1:
-            closed = spanned == full and chip.closed(extent, axis)
-            rate += chip.link * (2 if closed else 1)
-            hops += spanned / 2 if closed else spanned
-    # Two devices of one chip share its links.
-    return rate or chip.link, HOP * max(hops, 1.0)
+        length = len({device.coords[axis] for device in members})
+        if length > 1:
+            rings.append((length, 1 + (length == full and chip.closed(extent, axis))))
+    return rings
 
 
 def _occupy(free: dict[str, float], now: float, collective: Collective) -> float:

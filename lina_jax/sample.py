@@ -255,12 +255,10 @@ def requested(
     prompts = list(prompts)
     if prompts_file:
         try:
-            lines = (
-                Path(prompts_file).expanduser().read_text(encoding="utf-8-sig").split("\n")
-            )  # some editors write a BOM
+            text = Path(prompts_file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={prompts_file}: {error}") from error
-        if not (read := [line.strip() for line in lines if line.strip()]):
+        if not (read := [line.strip() for line in text.split("\n") if line.strip()]):
             raise UserError(f"--prompts_file={prompts_file}: there is no prompt in it")
         prompts += read
     if config.model.condition == "text":

@@ -133,7 +133,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             if (fsdp, tensor) not in held:
                 held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, device_mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
-            kept = _gathered_at_once(candidate, where.chip)
+            kept = _gathered_at_once(candidate, where.chip) / tensor
             if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:
                 found.append((_seconds_an_image(trial, candidate, where, images, size), candidate))
     if not held:

@@ -16,12 +16,16 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # and so in the processes of the sides
 
 import numpy as np
 from absl import flags
@@ -84,7 +88,8 @@ class PyTorch:
             loss = model.loss(moments, label, config.loss, rng)
             loss.backward()
             optimizer.step()
-            return loss.item()
+            if not math.isfinite(loss.item()):
+                raise RuntimeError("the loss is not finite")
 
         return call
 
@@ -117,7 +122,8 @@ class PyTorch:
     def _noisy(self, model):
         with self.torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(0.02 * self.torch.randn_like(parameter) + ("scale" in name or "norm" in name))
+                norm = "norm" in name and name.endswith(".weight") and parameter.ndim == 1
+                parameter.copy_(0.02 * self.torch.randn_like(parameter) + ("scale" in name or norm))
         return model
 
 
@@ -163,11 +169,20 @@ def main(argv: list[str]) -> None:
     medians = {side: np.median(times, axis=1) for side, times in taken.items()}  # of each turn
     for side, times in taken.items():
         others = {other: theirs / medians[side] for other, theirs in medians.items() if other != side}
-        row = {"benchmark": what, "side": side, **({"tokens": values.tokens} if what == "attention" else {})}
-        row |= {"median_s": np.median(times[..., 0]), "min_s": times[..., 0].min(), "max_s": times[..., 0].max()}
-        row |= {"cpu_s": np.median(times[..., 1]), "turns": values.turns, "calls": values.calls}
-        row |= {"of": {other: np.median(ratio[:, 0]) for other, ratio in others.items()}}
-        row |= {"of_cpu": {other: np.median(ratio[:, 1]) for other, ratio in others.items()}}
+        row = {
+            "benchmark": what,
+            "side": side,
+            **({"tokens": values.tokens} if what == "attention" else {}),
+            "median_s": np.median(times[..., 0]),
+            "min_s": times[..., 0].min(),
+            "max_s": times[..., 0].max(),
+            "cpu_s": np.median(times[..., 1]),
+            "turns": values.turns,
+            "calls": values.calls,
+            "host_cpus": os.cpu_count(),
+            "of": {other: np.median(ratio[:, 0]) for other, ratio in others.items()},
+            "of_cpu": {other: np.median(ratio[:, 1]) for other, ratio in others.items()},
+        }
         print(json.dumps(row), flush=True)
 
 

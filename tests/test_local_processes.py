@@ -169,7 +169,7 @@ def test_background_jobs_of_a_set_up_are_not_taken_for_processes(launch):
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "ran\n")
 
 
-@pytest.mark.parametrize(("setup", "code"), [("false", 78), ("exit 7", 7), ("exit 0", 78)])
+@pytest.mark.parametrize(("setup", "code"), [("false", 78), ("exit 7", 78), ("exit 0", 78), ("exit 75", 75)])
 def test_a_set_up_that_fails_ends_a_worker_for_good(setup, code, launch, tmp_path):
     words = ["--accelerator=cpu", "--max_restarts=3", f"--code_file={tmp_path}/code", f"--setup=echo one; {setup}"]
     result, _, _ = launch(LAUNCH / "worker.sh", *words, "--", "echo", "ran")

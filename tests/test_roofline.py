@@ -363,6 +363,9 @@ def test_an_exchange_goes_around_a_ring_but_straight_through_a_switch():
     rate, part = roofline.ATTAINED["tpu"]["link"] * chip.link, 1e9 / 4 / 4
     exchanged = gather_seconds(ring, chip, (4, 4, 4), "all-to-all")
     assert exchanged == pytest.approx(2 * part / rate + 2 * roofline.HOP)
+    plane = [d for d in torus(4, 4, 4) if d.coords[2] == 0]  # a part of each of sixteen; both axes at the same time
+    exchanged = gather_seconds(plane, chip, (4, 4, 4), "all-to-all")
+    assert exchanged == pytest.approx(1e9 / 16 / 2 / rate + 4 * roofline.HOP)
     switched, gpus = CHIPS["h200"], torus(8, 1, 1)
     rate, part = roofline.ATTAINED["cuda"]["link"] * switched.link, 1e9 / 8 / 8
     assert gather_seconds(gpus, switched, (), "all-to-all") == pytest.approx(7 * part / rate + roofline.GPU_LATENCY)

@@ -1,6 +1,7 @@
 """WebDataset tar shards: consecutive members KEY.EXTENSION make one sample."""
 
 import contextlib
+import io
 import json
 import lzma
 import tarfile
@@ -13,6 +14,19 @@ from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _BLOCK = tarfile.BLOCKSIZE
 _UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)  # the last: sparse files
+
+
+class _File(io.FileIO):
+    """One that remembers how it failed: while Python tries kinds of compression, it takes that for another kind."""
+
+    failure: OSError | None = None
+
+    def readinto(self, buffer) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 class _Sample(NamedTuple):
@@ -45,12 +59,13 @@ class WebDatasetSource:
         name = self._short[unit.path]
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(base.local_file(unit.path))
+            file = stack.enter_context(_File(path))
             try:
                 # A header that cannot be read is stepped over, like the zeros between archives that were joined.
-                archive = stack.enter_context(tarfile.open(path, ignore_zeros=True))
+                archive = stack.enter_context(tarfile.open(fileobj=io.BufferedReader(file), ignore_zeros=True))
                 samples = list(_samples(archive))
             except _UNREADABLE as error:
-                base.raise_if_storage(error)
+                base.raise_if_storage(file.failure or error)
                 yield 1, iter([Reject(name, f"not a tar archive: {str(error).splitlines()[0]}")])
                 return
             yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
