@@ -28,8 +28,8 @@ from lina_jax.train import train
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 200  # for processes to get somewhere, or to end
 HEARTBEAT_S = 6
-# Relative difference of the loss of a step. Nothing but the order of sums may differ:
-# measured 9e-8 over eleven steps.
+# Relative difference of the loss of a step. Nothing but the order of sums may differ: measured 3.8e-7 at most over 150
+# steps of 2 devices beside 8 (at a learning rate of 1e-3 it is 6e-7 at step 30, 1e-3 at 38). An update is worth 2e-3.
 TOLERANCE = 1e-6
 
 
@@ -119,7 +119,8 @@ def check_losses(workdir: Path, reference: dict[int, float], steps) -> None:
 
 @pytest.fixture(scope="module")
 def config(tiny_text):
-    return tiny_text()
+    """How far a run gets before it hears a signal depends on the machine: at a high rate, rounding would grow."""
+    return tiny_text(optim={"learning_rate": 3e-5})
 
 
 @pytest.fixture(scope="module")
