@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import test_images
-import test_sources
-from test_sources import pairs, png, tar
+import test_webdataset
+from test_sources import png
+from test_webdataset import pairs, tar
 
 from lina_jax.prepare import Settings, prepare
 
@@ -16,8 +17,8 @@ LONG = 60  # bytes of caption allowed
 GOOD = test_images.GOOD | {"wrong extension": (png(7), 7)}
 IMAGES = {re.sub(r"\W", "_", name): reason for name, (_, reason) in test_images.BAD.items()}
 IMAGES["empty"] = "missing image"
-TAR = {key: reason for key, (_, reason) in test_sources.TAR_DAMAGE.items()}
-JSON = dict(zip((f"json{i}" for i in range(12)), test_sources.JSON_DAMAGE.values(), strict=True))
+TAR = {key: reason for key, (_, reason) in test_webdataset.TAR_DAMAGE.items()}
+JSON = dict(zip((f"json{i}" for i in range(12)), test_webdataset.JSON_DAMAGE.values(), strict=True))
 
 
 def images_and_captions(raw):
@@ -27,7 +28,7 @@ def images_and_captions(raw):
         for name, (data, _) in names.items():
             key = re.sub(r"\W", "_", name)
             members += [(f"{key}.jpg", data), (f"{key}.txt", b"a caption")]
-    for key, (sample, _) in test_sources.TAR_DAMAGE.items():
+    for key, (sample, _) in test_webdataset.TAR_DAMAGE.items():
         members += [(name.replace("x.", f"{key}.", 1), data) for name, data in sample]
     members += [("long.png", png()), ("long.txt", b"x" * (LONG + 1)), *pairs(["again", "other", "again"])]
     members += [("caf\udce9.txt", b"no image, and a name that is not UTF-8")]
@@ -39,7 +40,7 @@ def images_and_captions(raw):
 
 def descriptions(raw):
     """Captions and labels in JSON: one tar."""
-    members = pairs_of_json([*test_sources.JSON_DAMAGE, b'{"c": "fine", "l": 1}'])
+    members = pairs_of_json([*test_webdataset.JSON_DAMAGE, b'{"c": "fine", "l": 1}'])
     (raw / "a.tar").write_bytes(tar(members))
     settings = {"source": "webdataset", "input": f"{raw}/*.tar", "caption_column": "json.c", "label_column": "json.l"}
     return settings, {f"a.tar:{key}": reason for key, reason in JSON.items()}, 1

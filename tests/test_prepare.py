@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import test_sources
+import test_webdataset
 from PIL import Image
 
 from lina_jax import example, reading, records, units
@@ -292,7 +292,7 @@ def test_one_bad_tar_of_many_is_no_end(tmp_path, first):
     """Judged by the whole collection, whichever process meets it."""
     (tmp_path / "raw").mkdir()
     for i in range(4):
-        data = b"garbage" * 100 if i == first else test_sources.tar(test_sources.pairs(map(str, range(30))))
+        data = b"garbage" * 100 if i == first else test_webdataset.tar(test_webdataset.pairs(map(str, range(30))))
         (tmp_path / "raw" / f"{i}.tar").write_bytes(data)
     made = Settings(source="webdataset", input=f"{tmp_path}/raw/*.tar", resolution=4, validation=6)
     for index in range(3):
@@ -354,9 +354,9 @@ def tars(tmp_path):
     """Six tars of 12 captioned images; each has one that does not decode."""
     (tmp_path / "raw").mkdir()
     for i in range(6):
-        members = test_sources.pairs(f"{i}-{j}" for j in range(11))
+        members = test_webdataset.pairs(f"{i}-{j}" for j in range(11))
         members += [("bad.jpg", b"?"), ("bad.txt", b"a caption")]
-        (tmp_path / "raw" / f"{i}.tar").write_bytes(test_sources.tar(members))
+        (tmp_path / "raw" / f"{i}.tar").write_bytes(test_webdataset.tar(members))
     return {"source": "webdataset", "input": f"{tmp_path}/raw/*.tar", "resolution": 8, "validation": 8}
 
 

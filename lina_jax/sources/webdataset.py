@@ -59,13 +59,14 @@ class WebDatasetSource:
         name = self._short[unit.path]
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(base.local_file(unit.path))
-            file = stack.enter_context(_File(path))
+            file = None
             try:
+                file = stack.enter_context(_File(path))
                 # A header that cannot be read is stepped over, like the zeros between archives that were joined.
                 archive = stack.enter_context(tarfile.open(fileobj=io.BufferedReader(file), ignore_zeros=True))
                 samples = list(_samples(archive))
             except _UNREADABLE as error:
-                base.raise_if_storage(file.failure or error)
+                base.raise_if_storage((file and file.failure) or error)
                 yield 1, iter([Reject(name, f"not a tar archive: {str(error).splitlines()[0]}")])
                 return
             yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
