@@ -1,4 +1,4 @@
-"""WebDataset tars: every sample comes once, in order, whatever is damaged beside it; storage that fails is no damage."""
+"""WebDataset tars: every sample comes once, in order, whatever is damaged; storage that fails is no damage."""
 
 import errno
 import gzip
