@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lina_jax import (
     config_checks,
+    errors,
     execution,
     flops,
     generate,
@@ -295,14 +296,13 @@ def _kernel(asked: str) -> str:
 
 
 def _shapes(model: ModelConfig) -> Row:
-    half = model.image_depth // 2
     return {
         "text_tokens": model.text_tokens if model.condition == "text" else 1,
         "condition_tokens": model.condition_tokens,
         "image_tokens": model.image_tokens,
         "width": model.width,
         "heads": model.heads,
-        "blocks": [model.condition_depth, half, half],
+        "blocks": [model.condition_depth, *model.halves],
         "head_width": model.head_width,
         "head_depth": model.head_depth,
     }
@@ -335,7 +335,7 @@ def _that_fits(batch: int) -> Iterator[None]:
     except programs.OutOfMemory as error:
         raise UserError(f"batch {batch} does not fit: {error}") from error
     except jax.errors.JaxRuntimeError as error:
-        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):  # the latter: CPUs
+        if not errors.exhausted(error):
             raise
         raise UserError(f"batch {batch} does not fit: {str(error).splitlines()[0]}") from error
 

@@ -59,6 +59,11 @@ class ModelConfig:
     attention_kernel: str = "auto"  # auto | xla | pallas (on TPUs and GPUs): the core of linear attention
 
     @property
+    def halves(self) -> tuple[int, int]:
+        """Blocks that encode visible tokens, and blocks that decode all, of an odd number the larger part."""
+        return self.image_depth // 2, self.image_depth - self.image_depth // 2
+
+    @property
     def image_tokens(self) -> int:
         return self.image_grid[0] * self.image_grid[1]
 
@@ -249,6 +254,7 @@ class EvalConfig:
     inception: str = ""  # file with the FID weights of Inception v3
     reference: str = ""  # ADM's npz file, or one that `lina_jax.evaluate` has made
     per_device: int = 16  # images that each device works on at once
+    timeout: float = 21_600.0  # seconds of measuring, previews too, that end the process, to be run again; 0: never
 
 
 @dataclasses.dataclass(frozen=True)

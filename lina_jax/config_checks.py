@@ -35,6 +35,7 @@ MAY_BE_ZERO = frozenset({
     "optim.warmup_steps", "optim.warmup_factor", "optim.weight_decay", "optim.clip_norm", "optim.b1", "optim.b2",
     "ema.decay", "sample.temperature", "sample.guidance", "sample.guidance_min",
     "checkpoint.keep_every", "checkpoint.timeout", "eval.every", "eval.batch_size", "eval.images", "eval.images_every",
+    "eval.timeout",
     "log.every", "log.preview_every", "log.preview_images", "log.profile_start", "log.profile_steps", "log.peak_flops",
     "data.short_caption", "data.workers", "step_timeout",
 })  # fmt: skip
@@ -60,7 +61,7 @@ def check_value(name: str, value: Any) -> None:
             raise UserError(f"{name}={value!r}: must be finite")
         if isinstance(number, int) and abs(number) >= 2**31 and not name.startswith(COUNTED_BY_HOSTS):
             raise UserError(f"{name}={value!r}: must be below 2**31")
-        if name in ("checkpoint.timeout", "data.read_timeout", "step_timeout") and number > LONGEST_S:
+        if name.endswith("timeout") and number > LONGEST_S:
             raise UserError(f"{name}={value!r}: must be at most {LONGEST_S:.0e} s")
         if name in ("sample.steps", "sample.euler_steps") and number > MOST_STEPS:
             raise UserError(f"{name}={value!r}: must be at most {MOST_STEPS}")
@@ -79,7 +80,7 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
 
     require(model.width % model.heads == 0, f"model.width={model.width} is not divisible by model.heads={model.heads}")
     require(model.width % 4 == 0, f"model.width={model.width}: position tables need a multiple of 4")
-    require(model.image_depth % 2 == 0, f"model.image_depth={model.image_depth}: two halves need an even depth")
+    require(model.image_depth > 1, f"model.image_depth={model.image_depth}: both halves need a block")
     require(model.conv_kernel % 2 == 1, f"model.conv_kernel={model.conv_kernel}: must be odd")
     h, w = model.image_grid
     if autoencoder.kind == "identity":

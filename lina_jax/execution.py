@@ -97,8 +97,12 @@ def activation_bytes(config: Config, images: float) -> float:
     model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens
     text = model.text_tokens if model.condition == "text" else 1
-    visible, half = max_visible(config.loss, image), model.image_depth // 2
-    stacks = (model.condition_depth, text + condition), (half, condition + visible), (half, condition + image)
+    visible, (encoders, decoders) = max_visible(config.loss, image), model.halves
+    stacks = (
+        (model.condition_depth, text + condition),
+        (encoders, condition + visible),
+        (decoders, condition + image),
+    )
     width = model.width * size
     head = config.loss.repeat * image * model.head_width * size
     kept, working = (KEPT, WORKING) if model.attention_kernel == "xla" else (KEPT_WITH_KERNELS, WORKING_WITH_KERNELS)

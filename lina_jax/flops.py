@@ -60,9 +60,9 @@ def condition_flops(model: ModelConfig) -> int:
 
 def image_flops(model: ModelConfig, visible: int, read: int | None = None) -> int:
     """z of `read` tokens (None: all) of one image, `visible` of which exist: embedding, encoder half, decoder half."""
-    c, n, half = model.condition_tokens, model.image_tokens, model.image_depth // 2
-    total = stack_flops(model, 0, half, c + visible)
-    total += stack_flops(model, half, half, c + n, conv=model.depthwise_conv, read=read)
+    c, n, (encoders, decoders) = model.condition_tokens, model.image_tokens, model.halves
+    total = stack_flops(model, 0, encoders, c + visible)
+    total += stack_flops(model, encoders, decoders, c + n, conv=model.depthwise_conv, read=read)
     return total + 2 * n * model.token_dim * model.width
 
 

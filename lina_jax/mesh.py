@@ -15,8 +15,8 @@ from lina_jax import config_checks, places
 from lina_jax.config import TIME_FEATURES, Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
-# From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once a
-# step; `tensor` exchanges activations in every layer.
+# From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once for
+# each micro-batch; `tensor` exchanges activations in every layer.
 AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
 # Logical axis -> mesh axes. Parameters, their moments and EMA, and the frozen encoders: the first large axis is
@@ -27,11 +27,15 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("replica", "data", "fsdp"),
     "tokens": ("sequence",),  # of condition and image; data and encoders are whole along it
     "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, channels of autoencoders
+    "rows": ("fsdp",),  # of large tables with a row for each token
     "heads": ("tensor",),  # attention heads
     "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
     "inner": ("tensor", "fsdp"),  # heads or hidden units, of a matrix that maps them to the residual stream
     "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate
 }
+
+# Numbers of a layer's table of gates from which on it is cut: those of images up to 1024 px are smaller.
+LARGE_TABLE = 2**18
 
 # Into as many parts widths of 1024 and 1536 can be cut so that the rows of each are a multiple of 16: of other shards,
 # XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
@@ -233,6 +237,8 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     _divides(mesh, "the number of features of a time", TIME_FEATURES, size["fsdp"])
     _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
     _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
+    if (tokens := model.condition_tokens + model.image_tokens) * model.heads >= LARGE_TABLE:
+        _divides(mesh, "the number of condition and image tokens", tokens, size["fsdp"])
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0
     if size["sequence"] > 1 and rows // size["sequence"] < edge:
         raise UserError(

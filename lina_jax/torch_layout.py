@@ -161,7 +161,7 @@ def text_embed(key: str, path: Path) -> Iterator[Entry]:
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of the whole model, ours against theirs."""
-    c, half = config, config.image_depth // 2
+    c, (encoders, decoders) = config, config.halves
     linear_kind = c.attention != "softmax"
     variant = {"split_q": linear_kind and c.normalization == "subtraction", "conv": False, "gate": "none"}
     gated = {**variant, "conv": c.depthwise_conv, "gate": c.kv_gate}
@@ -173,8 +173,8 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     )
     for theirs, ours, first, depth, kind in (
         ("video_encoder", "condition_encoder", 0, c.condition_depth, variant),
-        ("image_encoder", "encoder", 0, half, variant),
-        ("image_encoder", "decoder", half, half, gated),
+        ("image_encoder", "encoder", 0, encoders, variant),
+        ("image_encoder", "decoder", encoders, decoders, gated),
     ):
         for name, is_softmax, layers in layer_runs(first, depth, period):
             for layer in layers:

@@ -103,8 +103,12 @@ def draws_of(case: Case, repeat: int, prefix: str = "") -> Draws:
     )
 
 
-def loss_of(model: LINA, tokens, condition, draws: Draws):
-    total = model.loss(tokens, condition, draws, flow.training_sigmas())
+def sigmas_of(case: Case) -> np.ndarray:
+    return flow.training_sigmas(case.config.get("shift", 1.0))
+
+
+def loss_of(model: LINA, tokens, condition, draws: Draws, sigmas: np.ndarray):
+    total = model.loss(tokens, condition, draws, sigmas)
     return total / (draws.timestep.shape[0] * jnp.sum(draws.mask) + 1e-5)
 
 
@@ -112,7 +116,7 @@ def transformer(case: Case, given: Imported) -> None:
     config, table, graphdef, trained, frozen = given
     repeat, batch = case.config["loss_repeat"], case.config["batch"]
     tokens, condition = tokens_of(case["x"], config.patch_size), condition_of(case, config, batch)
-    draws, sigmas = draws_of(case, repeat), flow.training_sigmas()
+    draws, sigmas = draws_of(case, repeat), sigmas_of(case)
 
     @jax.jit
     def forward(trained, frozen):
@@ -131,9 +135,9 @@ def transformer(case: Case, given: Imported) -> None:
 
     @jax.jit
     def loss_and_grads(trained, frozen):
-        return jax.value_and_grad(lambda t, f: loss_of(nnx.merge(graphdef, t, f), tokens, condition, draws), (0, 1))(
-            trained, frozen
-        )
+        return jax.value_and_grad(
+            lambda t, f: loss_of(nnx.merge(graphdef, t, f), tokens, condition, draws, sigmas), (0, 1)
+        )(trained, frozen)
 
     for name, value in forward(trained, frozen).items():
         if name in case:
@@ -219,7 +223,7 @@ def train_steps(case: Case, given: Imported) -> None:
     case.check("outputs.lrs", [schedule(s) for s in range(c["steps"])])
 
     def objective(params, tokens, condition, draws):
-        return loss_of(nnx.merge(graphdef, params, frozen), tokens, condition, draws)
+        return loss_of(nnx.merge(graphdef, params, frozen), tokens, condition, draws, sigmas_of(case))
 
     @jax.jit
     def update(run, tokens, condition, draws):

@@ -154,7 +154,7 @@ class Lina(nn.Module):
         self.mask_embed.mask_token = nn.Parameter(0.02 * torch.randn(1, c.width))
         self.video_encoder = Encoder(c, c.condition_depth, 2 * c.patch_size)
         self.video_encoder.patch_embed.requires_grad_(False)
-        self.image_encoder = Encoder(c, c.image_depth, c.patch_size, decoders=c.image_depth // 2)
+        self.image_encoder = Encoder(c, c.image_depth, c.patch_size, decoders=c.halves[1])
         self.image_decoder = DiffusionMLP(c)
         self.register_buffer("image_positions", positions(c.image_grid, c.width), persistent=False)
         self.register_buffer("condition_positions", positions(c.condition_grid, c.width), persistent=False)

@@ -174,7 +174,7 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("model.image_grid", (0, 16), "model.image_grid=(0, 16): must be positive"),
         ("model.heads", 7, "model.width=768 is not divisible by model.heads=7"),
         ("model.width", 774, "model.width=774 is not divisible by model.heads=12"),
-        ("model.image_depth", 31, "model.image_depth=31: two halves need an even depth"),
+        ("model.image_depth", 1, "model.image_depth=1: both halves need a block"),
         ("model.conv_kernel", 4, "model.conv_kernel=4: must be odd"),
         ("model.image_grid", (1, 1), "model.image_grid=(1, 1): needs more than one token"),
         ("loss.condition_dropout", 1.0, "loss.condition_dropout=1.0: must be in [0, 1)"),

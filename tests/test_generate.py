@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -142,12 +141,12 @@ def test_temperature_one_has_noise(draw):
     assert np.mean(draw(seed=3, steps=1) != draw(steps=1)) > 0.1
 
 
-@pytest.mark.parametrize("steps", [2, 16, 64])
-@pytest.mark.parametrize(("most", "least"), [(25, 5), (50, 1), (10, 10)])
+@pytest.mark.parametrize("steps", [2, 16, 46, 64])
+@pytest.mark.parametrize(("most", "least"), [(25, 5), (50, 5), (10, 10)])
 def test_linear_annealing_of_euler_steps_is_the_published_rule(steps, most, least):
-    """int((K - 1 - i) / (K - 1) * (max - min) + min), in exact arithmetic."""
-    exact = [int(Fraction(steps - 1 - i, steps - 1) * (most - least) + least) for i in range(steps)]
-    assert flow.annealed_steps("linear", steps, most, least).tolist() == exact
+    """In floating point, as published: of 46 steps from 50 to 5 an exact ratio would give the 20th one more."""
+    published = [int((steps - 1 - i) / (steps - 1) * (most - least) + least) for i in range(steps)]
+    assert flow.annealed_steps("linear", steps, most, least).tolist() == published
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lina_jax import mesh
+from lina_jax.config import MeshConfig
 from lina_jax.models.layers import Linear, spread
 
 WIDTH, PARTS = 16, 3
@@ -59,3 +61,16 @@ def test_vectors_are_added_as_broadcasting_says(shape):
         outcome(lambda v, x: x + spread(v, x), vector, tokens),
         outcome(lambda v, x: x + v, vector, tokens),
     )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("shape", [(6,), (2, 1, 6), (1, 2048, 1)], ids=["one", "of images", "of tokens"])
+def test_gradients_of_vectors_are_rounded_once(shape, devices):
+    """Sums over thousands of bfloat16 tokens: kept in bfloat16 on the way, they are off by 2 to 20 %."""
+    tokens = jnp.zeros((2, 2048, 6), jnp.bfloat16)
+    direction = jax.random.uniform(jax.random.key(0), tokens.shape).astype(tokens.dtype)
+    with jax.set_mesh(mesh.build(MeshConfig(tensor=devices), jax.devices()[:devices])):
+        (found,) = jax.jit(lambda v: jax.vjp(lambda v: spread(v, tokens), v)[1](direction))(jnp.ones(shape))
+    axes = tuple(axis for axis, n in enumerate((1,) * (3 - len(shape)) + shape) if n == 1)
+    wanted = np.sum(np.asarray(direction, np.float64), axes).reshape(shape)
+    np.testing.assert_allclose(found, wanted, rtol=0.004)

@@ -1,5 +1,7 @@
 """Eight devices compute what one computes, whatever the mesh, and hold only their parts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from lina_jax import hlo, mesh, state
 from lina_jax.config import MeshConfig
+from lina_jax.models import attention
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.layers import over_variables
 from lina_jax.models.transformer import Block, apply_layers, by_image, stacked
@@ -208,6 +211,25 @@ def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(tiny, 
     ]
     assert len(large) > 20
     assert [path for path, leaf, sharding in large if sharding.shard_shape(leaf.shape) == leaf.shape] == []
+
+
+def test_gates_of_large_images_are_cut_as_weights_are(alone, config_of, rough, batch_of, error_between, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE_TABLE", 1)
+    config = config_of("class")
+    plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=4, sequence=2)))
+    gates = [leaf for path, leaf in jax.tree.leaves_with_path(plan.shapes.params) if "_scale" in str(path[-1])]
+    assert gates and all(4 * math.prod(gate.sharding.shard_shape(gate.shape)) == gate.size for gate in gates)
+    loss, gradient = first_step(plan, rough, batch_of(config))
+    want_loss, want_gradient = alone["class"]
+    assert abs(loss / want_loss - 1) < TOLERANCE["class"]
+    assert error_between(gradient, want_gradient) < TOLERANCE["class"]
+
+
+def test_of_the_largest_images_nothing_large_is_whole_on_a_device(load_preset):
+    plan = state.blueprint(load_preset("t2i:4096"), mesh.build(MeshConfig(data=1, fsdp=8)))
+    arrays = [leaf for path, leaf in jax.tree.leaves_with_path(plan.shapes) if path[0].name != "frozen"]
+    whole = [leaf for leaf in arrays if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
+    assert mesh.device_bytes(whole) < 0.01 * mesh.device_bytes(arrays)
 
 
 def test_constrain_does_nothing_without_a_mesh():

@@ -4,6 +4,7 @@ Sequences are stored shard by shard (see `sequence`); the plain order where the 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import by_platform, constrain, one_cpu, platform, portable
+from lina_jax.mesh import LARGE_TABLE, by_platform, constrain, one_cpu, platform, portable
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
-from lina_jax.models.layers import Linear, rotate
+from lina_jax.models.layers import Linear, rotate, spread
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
 NORMALIZER_EPS = 1e-6
@@ -69,10 +70,9 @@ class Attention(nnx.Module):
             self.key_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
             self.value_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
         for name in GATE_NAMES.get(c.gate, ()):
-            shape, axes = (
-                ((c.tokens, 1), (None, None)) if c.gate == "shared" else ((c.tokens, c.heads), (None, "heads"))
-            )
-            setattr(self, name, nnx.Param(jnp.ones(shape), axes=axes))
+            shape = (c.tokens, 1 if c.gate == "shared" else c.heads)
+            rows = "rows" if math.prod(shape) >= LARGE_TABLE else None
+            setattr(self, name, nnx.Param(jnp.ones(shape), axes=(rows, None if c.gate == "shared" else "heads")))
 
     def __call__(
         self, x: jax.Array, *,
@@ -183,7 +183,8 @@ class Attention(nnx.Module):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
             y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), triton)
-            return jnp.pad(rearrange(y, "b h w d -> b (h w) d") + bias, ((0, 0), (first, 0), (0, 0)))
+            y = rearrange(y, "b h w d -> b (h w) d")
+            return jnp.pad(y + spread(sequence.everywhere(bias), y), ((0, 0), (first, 0), (0, 0)))
 
         arrays = [a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...])]
         if triton:
@@ -227,7 +228,7 @@ def _token_axis() -> int:
 
 def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
     """x (B, `order`, d) times gate (.., `order`), H or 1."""
-    return x if gate is None else x * gate[..., None].astype(x.dtype)
+    return x if gate is None else x * spread(gate[..., None], x)
 
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:

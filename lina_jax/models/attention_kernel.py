@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lina_jax.models import sequence
+from lina_jax.models.layers import spread
 from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, on_each_device, over_tokens, product
 
 
@@ -68,7 +69,7 @@ def linear_attention(
     gates = [
         jnp.ones((batch, length, heads), dtype)
         if gate is None
-        else jnp.broadcast_to(gate.astype(dtype), (batch, length, heads))
+        else spread(gate, jax.ShapeDtypeStruct((batch, length, heads), dtype))
         for gate in ((key, value) if normalizer is None else (key, value, normalizer))
     ]
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, *bias.shape[1:]))

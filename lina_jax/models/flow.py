@@ -3,8 +3,6 @@
 sigma = 1 is pure noise, sigma = 0 the data; x_sigma = sigma * noise + (1 - sigma) * data; the velocity is noise - data.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +59,12 @@ def guidance_schedule(kind: str, low: float, high: float, steps: int) -> np.ndar
 
 def annealed_steps(kind: str, steps: int, most: int, least: int) -> np.ndarray:
     """Euler steps of each decoding step (steps,), int32: fewer for later tokens (DiSA, arXiv 2505.20297)."""
-    left = np.linspace(1.0, 0.0, steps) if steps > 1 else np.ones(1)
+    left = np.arange(steps)[::-1] / (steps - 1) if steps > 1 else np.ones(1)
     factor = {
         "none": np.ones(steps),
         "linear": left,
-        "cosine": np.array([0.5 * (1 - math.cos(math.pi * f)) for f in left]),
+        "cosine": 0.5 * (1 - np.cos(np.pi * left)) + 1e-12,  # so that rounding takes no step from exact ratios
         "two_stage": (left >= 0.5).astype(float),
     }[kind]
-    # The published rule truncates; the addend forgives representation error in exact ratios.
-    return (factor * (most - least) + least + 1e-9).astype(np.int32)
+    # Rounded as by the published code, Python's arithmetic of int((K - 1 - i) / (K - 1) * (most - least) + least).
+    return (factor * (most - least) + least).astype(np.int32)

@@ -44,32 +44,50 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     if not one_cpu():
         return jnp.tensordot(x, kernel, contracted)
     rows = x.reshape(-1, math.prod(kernel.shape[:contracted]))
-    y = rows @ kernel.reshape(rows.shape[-1], -1)
+    matrix = kernel.reshape(rows.shape[-1], -1)
+    y = _of_few_rows(rows, matrix) if len(rows) < min(matrix.shape) else rows @ matrix
     return y.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:])
 
 
-def spread(vector: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The vector (*outputs), or on meshes those of images (B, 1, *outputs), against `tokens` (..., *outputs).
+@jax.custom_vjp
+def _of_few_rows(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """rows @ matrix. The gradient of few rows is made in columns: XLA:CPU would turn the whole matrix over for it."""
+    return rows @ matrix
 
-    On one CPU the gradient of one vector for all is a product with ones, a third of the time of XLA's sums over tokens.
+
+def _few_rows_gradient(arrays: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, matrix = arrays
+    columns = jax.lax.dot_general(matrix, gradient, (((1,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(columns).T, rows.T @ gradient  # without it XLA would exchange the operands
+
+
+_of_few_rows.defvjp(lambda rows, matrix: (_of_few_rows(rows, matrix), (rows, matrix)), _few_rows_gradient)
+
+
+def spread(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """The vector (*outputs), or on meshes those of images (B, 1, *outputs), as an array like `tokens` (..., *outputs).
+
+    Its gradient, a sum over many tokens, is added up in float32, which JAX's is not where tokens are bfloat16. On one
+    CPU that of one vector for all is a product with ones, a third of the time of XLA's sums over tokens.
     """
-    vector = vector.astype(tokens.dtype)
-    same_for_all = vector.shape == tokens.shape[tokens.ndim - vector.ndim :]
-    return _repeated(tokens.shape, vector.shape, vector) if one_cpu() and same_for_all else vector
+    shape, dtype = tokens.shape, tokens.dtype
+    leading = len(shape) - vector.ndim
+    axes = (*range(leading), *(leading + i for i, n in enumerate(vector.shape) if n != shape[leading + i]))
 
+    @jax.custom_vjp
+    def everywhere(vector):
+        return jnp.broadcast_to(vector.astype(dtype), shape)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _repeated(shape: tuple[int, ...], outputs: tuple[int, ...], vector: jax.Array) -> jax.Array:
-    del outputs
-    return jnp.broadcast_to(vector, shape)
+    def summed(_, gradient):
+        if one_cpu() and axes and len(axes) == leading:
+            rows = gradient.reshape(-1, math.prod(shape[leading:]))
+            total = jnp.ones((1, len(rows)), dtype) @ rows
+        else:
+            total = jnp.sum(gradient, axes, dtype=jnp.promote_types(dtype, jnp.float32))
+        return (total.reshape(vector.shape).astype(vector.dtype),)
 
-
-def _sum_of_tokens(shape: tuple[int, ...], outputs: tuple[int, ...], _, gradient: jax.Array) -> tuple[jax.Array]:
-    rows = gradient.reshape(-1, math.prod(outputs))
-    return ((jnp.ones((1, len(rows)), rows.dtype) @ rows).reshape(outputs),)
-
-
-_repeated.defvjp(lambda *args: (_repeated(*args), None), _sum_of_tokens)
+    everywhere.defvjp(lambda vector: (everywhere(vector), None), summed)
+    return everywhere(vector)
 
 
 class Linear(nnx.Module):

@@ -30,6 +30,7 @@ from lina_jax.models.layers import (
     grid_positions,
     position_table,
     rotary_angles,
+    spread,
 )
 from lina_jax.models.transformer import Transformer
 
@@ -86,9 +87,9 @@ class LINA(nnx.Module):
         self.condition_encoder = stack(plain, c.condition_depth)
         self.condition_norm = LayerNorm(c.width)
         self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, inner=False)
-        half = c.image_depth // 2
-        self.encoder = stack(plain, half)
-        self.decoder = stack(gated, half, first=half)
+        encoders, decoders = c.halves
+        self.encoder = stack(plain, encoders)
+        self.decoder = stack(gated, decoders, first=encoders)
         self.image_norm = LayerNorm(c.width)
         self.head = DiffusionHead(
             c.token_dim,
@@ -125,7 +126,7 @@ class LINA(nnx.Module):
             )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
-        queries = jnp.broadcast_to(queries.astype(self.dtype), (batch, count, self.config.width))
+        queries = spread(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
         if valid is not None:
             valid = sequence.arrange(valid, jnp.ones((batch, count), bool))
         x = constrain(sequence.arrange(embedded, queries), "batch", "tokens", None)
@@ -134,7 +135,8 @@ class LINA(nnx.Module):
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
-        return jnp.where(mask[..., None], self.mask_token[...].astype(self.dtype), self.patch_embed(tokens))
+        embedded = self.patch_embed(tokens)
+        return jnp.where(mask[..., None], spread(self.mask_token[...], embedded), embedded)
 
     def encode_image(
         self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None

@@ -183,7 +183,9 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
         value = gathered(value, *(None,) * (value.ndim - len(names)), *names)
         if stacked:
             value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
-            value = constrain(value, None, "batch", None, *(None if name == "embed" else name for name in names))
+            value = constrain(
+                value, None, "batch", None, *(None if name in ("embed", "rows") else name for name in names)
+            )
         return variable.replace(value)
 
     return nnx.merge(graph, over_variables(copy, state))
