@@ -30,6 +30,7 @@ Tree = Any
 Path = tuple[str, ...]  # of an array in a tree
 Batch = dict[str, jax.Array]
 SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
+INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # of keys: no training step has these numbers
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +109,7 @@ class Blueprint:
     def init(self) -> TrainState:
         """A fresh state, each array made where it will live."""
         make = functools.partial(_initial_state, self.config, self.optimizer)
-        return self._once(make, self.shardings, jax.random.key(self.config.seed))
+        return self._once(make, self.shardings, key_of(self.config, INITIAL))
 
     def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
         """Some of the arrays that a fresh state has, trained or frozen; the others are not made."""
@@ -120,7 +121,7 @@ class Blueprint:
             return {path: drawn[path] for path in paths}
 
         shardings = {path: shapes[path].sharding for path in paths}
-        return self._once(make, shardings, jax.random.key(self.config.seed))
+        return self._once(make, shardings, key_of(self.config, INITIAL))
 
     def start(self, params: Tree, frozen: Tree) -> TrainState:
         """A fresh state of these weights, which are donated to it."""
@@ -214,6 +215,11 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
     return TrainState(count, count, count, count, params, frozen, opt_state, params)
 
 
+def key_of(config: Config, purpose: jax.Array | np.uint32) -> jax.Array:
+    """Of a run's randomness, by training step or one of the constants above."""
+    return jax.random.fold_in(jax.random.key(config.seed), purpose)
+
+
 def _initial_weights(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
     _, params, frozen = nnx.split(LINA(config.model, rngs=Keys(key)), nnx.Param, Frozen)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
@@ -270,7 +276,7 @@ def make_train_step(plan: Blueprint) -> Program:
             return model.loss(tokens, condition, draws, sigmas) / weight
 
     def step(state: TrainState, batch: Batch, weights: Tree):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = key_of(config, state.step)
         examples = jnp.arange(config.batch_size)
         tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, config.loss)
@@ -366,7 +372,7 @@ def make_eval_step(plan: Blueprint) -> Program:
     loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
 
     def step(params, frozen, batch, examples, weights):
-        key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no training step has this number
+        key = key_of(config, VALIDATION)
         tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
         losses = plan.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)

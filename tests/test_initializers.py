@@ -1,10 +1,14 @@
 """What a first state is drawn with."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lina_jax import state
+from lina_jax.models.draws import draw
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import Linear
 from lina_jax.models.transformer import stacked
@@ -30,3 +34,22 @@ def test_stacked_layers_start_as_those_of_nnx():
         found, wanted = (jax.tree.leaves(nnx.state(layers)) for layers in (stacked(make, 3, keys), build(rngs)))
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_no_layer_starts_as_the_noise_of_a_training_step(tiny, one_device):
+    """Kernels grow with the bits that make them, and so does noise: of the same bits their ranks are the same."""
+    plan = state.blueprint(tiny(model={"scan_layers": True}), one_device)
+    weights = [leaf[0] for leaf in jax.tree.leaves(plan.init().params) if leaf.ndim > 2 and leaf[0].size > 1000]
+    config = plan.config
+    model = dataclasses.replace(config.model, image_grid=(16, 16))
+
+    @jax.jit
+    def noise_of(step):
+        return draw(state.key_of(config, step), jnp.arange(1), model, config.loss).noise
+
+    def ranks(x):
+        return np.argsort(np.argsort(np.ravel(x)[:500]))
+
+    noises = [ranks(noise_of(step)) for step in range(32)]
+    likeness = np.corrcoef([*map(ranks, weights), *noises])[: len(weights), len(weights) :]
+    assert len(weights) > 5 and np.abs(likeness).max() < 0.3
