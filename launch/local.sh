@@ -24,6 +24,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 processes=2 accelerator='' devices='' port='' grace=120
 read_arguments "processes accelerator devices port grace" "$@"
 need name
+case "${words[*]:0:4} " in
+  "python -m lina_jax.convert "* | "python -m lina_jax.plan "* | "python -m lina_jax.benchmark attention "* | \
+    "python -m lina_jax.benchmark data "*) refuse "${words[*]:2:2}: this runs in one process" ;;
+esac
 [ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
 whole processes 1
 [ -z "$devices" ] || whole devices 1

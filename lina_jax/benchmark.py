@@ -160,4 +160,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prefetch", 4, "batches kept ready", lower_bound=1)
     flags.DEFINE_integer("memory_batches", 10_000, "over which memory is watched", lower_bound=10)
     hosts.define_flags()
+    flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main, commands=tuple(COMMANDS))

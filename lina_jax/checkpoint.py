@@ -71,7 +71,7 @@ class Checkpoints:
         items["progress"] = ocp.args.PyTreeSave(_progress(state))
         self.wait()  # for the save before, to which `_saving` belongs until it is finished
         self._saving = step
-        with _naming_failures(self.directory):
+        with _naming_failures(self.directory, self._saving):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def save_weights(self, params: Tree, frozen: Tree) -> None:
@@ -82,7 +82,7 @@ class Checkpoints:
         trees = dict(zip(ALONE, (params, frozen), strict=True))
         items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
         self._saving = 0
-        with _naming_failures(self.directory):
+        with _naming_failures(self.directory, self._saving):
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -154,14 +154,19 @@ class Checkpoints:
         _, items, _ = self._restore_sound(step, (*wanted,), lambda there: wanted, partial=True)
         return int(items["progress"]["updates"])
 
+    def check(self) -> None:
+        """Raises UserError when a save that is under way has failed."""
+        with _naming_failures(self.directory, self._saving):
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError when a save failed."""
-        with _naming_failures(self.directory):
+        with _naming_failures(self.directory, self._saving):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """After everything is on disk. Raises UserError when a save failed."""
-        with _naming_failures(self.directory):
+        with _naming_failures(self.directory, self._saving):
             self._manager.close()
 
     def _restore_sound(
@@ -284,8 +289,8 @@ class _Damaged(Exception):
 
 
 @contextlib.contextmanager
-def _naming_failures(directory: Path) -> Iterator[None]:
-    """Turns what a failed write raises (a full disk, lost permissions) into one line naming the place."""
+def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]:
+    """Turns what a failed write raises (a full disk, lost permissions) into one line naming the place, and the step."""
     try:
         yield
     except UserError:
@@ -297,7 +302,8 @@ def _naming_failures(directory: Path) -> Iterator[None]:
             raise reason from None
         system = _of_the_system(error)
         line = system.strerror if system else next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"saving to {directory} failed, earlier checkpoints are intact: {line}") from system or error
+        what = "saving" if step is None else f"saving step {step}"
+        raise UserError(f"{what} to {directory} failed, earlier checkpoints are intact: {line}") from system or error
 
 
 def _of_the_system(error: BaseException) -> OSError | None:

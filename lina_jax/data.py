@@ -200,6 +200,10 @@ class Records:
             if (dataset, index) not in self._bad:
                 self._bad.add((dataset, index))
                 logging.warning("skipping a bad record: %s", reason)
+        if notes.truncated and not self._truncated:
+            logging.warning(
+                "captions are longer than the model reads (model.text_length) and are cut: the log counts them"
+            )
         self._truncated += notes.truncated
 
     @functools.cached_property

@@ -83,7 +83,9 @@ class Label:
 
     def fill(self, arrays: Arrays, row: int, fields: Fields, variant: Variant) -> bool:
         label = fields["label"]
-        if self.classes is not None and not 0 <= label < self.classes:
+        if self.classes is not None and label < 0:
+            raise ValueError("it has no label, which model.condition=class needs")
+        if self.classes is not None and not label < self.classes:
             raise ValueError(f"the label is {label}, expected 0 to {self.classes - 1}")
         arrays["label"][row] = label
         return False

@@ -3,7 +3,7 @@
 python -m lina_jax.demo --workdir=DIR [--host=localhost] [--port=7860] [--data=DIR] [--batch_size=1]
     [--raw] [--checkpoint=STEP] [--autoencoder=DIR] [--text_encoder=DIR] [--mesh=AXES]
 
-Needs Gradio (`pip install 'lina_jax[demo]'`). Who can reach the port can draw; Ctrl-C ends it. Nothing is fetched from
+Needs Gradio (`pip install -e '.[demo]'`). Who can reach the port can draw; Ctrl-C ends it. Nothing is fetched from
 elsewhere, and nothing is told to anyone. Each picture comes with the command that draws it again, to the byte.
 """
 
@@ -16,6 +16,7 @@ from absl import flags
 from lina_jax import errors, sample
 from lina_jax.errors import UserError
 from lina_jax.studio import Studio
+from lina_jax.workdir import load_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,17 +24,19 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if not values.workdir:
         raise UserError("--workdir=DIR (a training directory) is needed")
+    workdir = Path(values.workdir).expanduser()
+    load_config(workdir)  # names what is no training directory, before all that takes time
     try:
         from lina_jax import page
     except ModuleNotFoundError as error:
-        raise UserError(f"the page needs Gradio ({error}): pip install 'lina_jax[demo]'") from error
+        raise UserError(f"the page needs Gradio ({error}): pip install -e '.[demo]'") from error
     try:
         door = socket.create_server((values.host, values.port))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host={values.host} --port={values.port}: {error}") from error
     with door:
         studio = Studio(
-            Path(values.workdir).expanduser(),
+            workdir,
             data=values.data,
             batch_size=values.batch_size,
             ema=not values.raw,

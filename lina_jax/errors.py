@@ -22,6 +22,8 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+import lina_jax
+
 _EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's names of flag types
 
 RUN_AGAIN = 75
@@ -64,7 +66,16 @@ def ending(error: BaseException) -> tuple[str, int] | None:
             return f"error: {error}; run the same command again", RUN_AGAIN
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
+    if exhausted(error):
+        reason = str(error).strip().splitlines()[0]
+        return f"error: {reason}; fewer images at once need less, and of training more optim.accumulate", 2
     return None
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether JAX's runtime found no memory on a device."""
+    words = ("RESOURCE_EXHAUSTED", "Out of memory")  # the latter: CPUs
+    return type(error).__name__ == "JaxRuntimeError" and any(word in str(error) for word in words)
 
 
 def storage_failed(error: BaseException | None) -> bool:
@@ -96,6 +107,8 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
+    if signal.getsignal(signal.SIGINT) is lina_jax.interrupted_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Traced programs are many objects, among which little is garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)

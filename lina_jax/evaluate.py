@@ -399,4 +399,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "of captions, decoding order and noise")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
     hosts.define_flags()
+    flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main)

@@ -178,7 +178,8 @@ def _folder(path: Path, mesh: Mesh) -> Read:
         for number, image in zip(numbers, made, strict=True):
             if image.shape != shape:
                 sides = [f"{s[1]} x {s[0]}" for s in (image.shape, shape)]
-                raise UserError(f"{files[number]} is {sides[0]}, {files[0].name} is {sides[1]}: one size is needed")
+                there = f"{files[number]} is {sides[0]}, {files[0].name} is {sides[1]}"
+                raise UserError(f"{there}: one size is needed (as lina_jax.prepare makes)")
         return np.stack(made)
 
     names = hashlib.sha256(

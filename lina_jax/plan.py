@@ -45,6 +45,9 @@ DAY = 86_400.0
 
 Report = dict[str, Any]
 
+# Of JSON, also where a program does not fit, and nobody knows: null.
+ALWAYS = ("collective_bytes", "predicted_mfu", "predicted_step_s", "images_per_s")
+
 
 def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, sampling: bool = True) -> Report:
     """Everything that is printed, as what JSON can hold; sizes in bytes of one device, times in seconds.
@@ -267,7 +270,7 @@ def main(argv: Sequence[str]) -> None:
         for name in ("exposed_collectives", "slowest"):
             if name in part:
                 part[name] = part[name][: max(values.detail, 10)]
-    print(json.dumps(report))
+    print(json.dumps(dict.fromkeys(ALWAYS) | report))
 
 
 if __name__ == "__main__":

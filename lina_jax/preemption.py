@@ -128,7 +128,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
-        """Work that has a time of its own, and what is said when that is over.
+        """Work that has a time of its own, 0 s: any, and what is said when that is over.
 
         Then a step that was timed has its full time. After an error the time goes on, for what ends the run.
         """
@@ -139,10 +139,6 @@ class Watchdog:
             self.restart()
         else:
             self._set(0.0, "")
-
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        """For what may take any time."""
-        return self.allowing(0.0, "")
 
     def _set(self, seconds: float, otherwise: str, *, is_open: bool = True) -> None:
         with self._changed:

@@ -396,4 +396,5 @@ def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None
 if __name__ == "__main__":
     define_flags()
     hosts.define_flags()
+    flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main)

@@ -376,4 +376,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "images drawn at once")
     flags.DEFINE_string("out", None, "directory for the pictures")
     hosts.define_flags()
+    flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main)

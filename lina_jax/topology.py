@@ -72,7 +72,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     chip = topology.chip
     if chip.torus:
-        _require("libtpu", topology, "pip install 'lina_jax[tpu]'")
+        _require("libtpu", topology, "pip install -e '.[tpu]'")
         os.environ.update(_TPU_ENVIRONMENT)
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(
             [*xla_flags.of_tpu(topology.name), os.environ.get("LIBTPU_INIT_ARGS", "")]
@@ -82,7 +82,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         if math.prod(topology.shape) == 1:  # libtpu takes a host to have four
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:
-        _require("jax_cuda12_plugin", topology, "pip install 'lina_jax[plan-gpu]'")
+        _require("jax_cuda12_plugin", topology, "pip install -e '.[plan-gpu]'")
         os.environ["XLA_FLAGS"] = " ".join([*xla_flags.GPU, os.environ.get("XLA_FLAGS", "")])
         name = topology.name.upper()
         target = resources.files("lina_jax").joinpath(f"targets/{topology.name}.txtpb").read_text()

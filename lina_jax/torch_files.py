@@ -199,7 +199,7 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: {path.suffix} files need PyTorch (pip install torch); safetensors do not") from error
+        raise UserError(f"{path}: only .safetensors files are read without PyTorch (pip install torch)") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of damaged files it raises many kinds, and advises to run their code

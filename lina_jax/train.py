@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     overdue = periodic.overdue(config, workdir, first)
     if first >= config.steps and not overdue:
         checkpoints.close()
-        _conclude(config, workdir, first)
+        _conclude(config, workdir, first, idle=True)
         return run
     kernel_check.check(plan.config.model)
     write_config(workdir, config)
@@ -115,6 +115,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     pending = None  # metrics of the step before, fetched while the next one runs
+    measuring = functools.partial(
+        watchdog.allowing, config.eval.timeout, f"measuring has taken {config.eval.timeout:g} s (eval.timeout)"
+    )
     timely = functools.partial(watchdog.allowing, seconds, f"a save has taken {seconds:g} s (checkpoint.timeout)")
 
     def save() -> None:
@@ -131,7 +134,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
             end.callback(finish)
             if not resumed:
                 save()
-            _measure(measurements, overdue, first, run, writer, save)
+            with measuring():
+                _measure(measurements, overdue, first, run, writer, save)
             owed = False  # a checkpoint
             for step in range(first + 1, config.steps + 1):
                 profile(config, workdir, first, step, run)
@@ -144,6 +148,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     throughput.restart()
                     watchdog.restart()
                 run, scalars = train_step(run, batch)
+                checkpoints.check()
                 if pending:
                     _report(config, writer, throughput, progress, train_records, *pending)
                     watchdog.restart()
@@ -162,7 +167,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                             owed = False
                         if preempted:
                             raise _preempted(step)
-                        with watchdog.paused():
+                        with measuring():
                             _measure(measurements, due, step, run, writer, save)
             profile(config, workdir, first, config.steps + 1, run)
     except KeyboardInterrupt:
@@ -260,7 +265,8 @@ def _say(line: str) -> None:
 
 
 def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
-    _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
+    if not first:
+        _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
     _say(
         f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
         f"{execution.described(**execution.of(plan.config.model))}; "
@@ -293,15 +299,16 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
     return in_a_row
 
 
-def _conclude(config: Config, workdir: Path, step: int) -> None:
-    """Draw the loss of a run that has come to its end, and say where everything is."""
+def _conclude(config: Config, workdir: Path, step: int, *, idle: bool = False) -> None:
+    """Draw the loss of a run that has come to its end, and say where everything is, or that it was there before."""
     if jax.process_index() != 0:
         return
-    if step > config.steps:
+    if step == config.steps:
+        with places.new_file(workdir / "loss.png") as partial:
+            plots.losses(workdir / "metrics.jsonl", partial)
+    if idle:
         print(f"{workdir} is already at step {step}, steps={config.steps}: nothing to do", file=sys.stderr)
         return
-    with places.new_file(workdir / "loss.png") as partial:
-        plots.losses(workdir / "metrics.jsonl", partial)
     print(f"finished at step {step}: checkpoints/, loss.png and metrics.jsonl are in {workdir}", file=sys.stderr)
 
 
@@ -323,4 +330,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go")
     flags.DEFINE_bool("allow_config_change", False, "go on in a workdir that was trained with another config")
     hosts.define_flags()
+    flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main)

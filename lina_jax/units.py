@@ -51,7 +51,7 @@ class WorkDirectory:
         collection = hashlib.sha256(repr((source.contents, source.units, source.label_names)).encode()).hexdigest()
         if begun.exists():
             there = json.loads(begun.read_text())
-            compare(there, settings, f"{self.path} was begun with other settings")
+            compare(there, settings, f"{self.path} was begun with other settings (remove it, or choose another --out)")
             if there["collection"] != collection:
                 raise UserError(f"{source.name} has changed since {self.path} was begun: remove that directory")
         else:

@@ -87,7 +87,8 @@ def test_a_batch_may_exceed_the_dataset(clean):
         ({"image": png(0, (6, 4))}, {}, r"the image is \(6, 4\), expected \(4, 6\)"),
         ({"caption": " "}, {}, "the caption is empty"),
         ({"caption": b"\xff\xfe"}, {}, "can't decode"),
-        ({"label": -1}, {"num_classes": COUNT}, "the label is -1, expected 0 to 19"),
+        ({"label": -1}, {"num_classes": COUNT}, "it has no label, which model.condition=class needs"),
+        ({"label": COUNT}, {"num_classes": COUNT}, "the label is 20, expected 0 to 19"),
     ],
 )
 def test_a_bad_record_is_replaced_by_the_next(tmp_path, caplog, bad, kwargs, reason):
@@ -197,10 +198,12 @@ def test_a_read_that_hangs_is_read_again(clean, tmp_path, monkeypatch):
     assert source.skipped == 0
 
 
-def test_long_captions_are_cut_and_counted(tmp_path):
+def test_long_captions_are_cut_counted_and_told_once(tmp_path, caplog):
     source = open_records(dataset(tmp_path / "data", i2={"caption": "0123456789"}))
     for _ in range(2):
         assert bytes(one(source, 2)["text"]) == b"01234567"
+    (message,) = caplog.messages
+    assert message.startswith("captions are longer than the model reads (model.text_length)")
     assert one(source, 3)["text_length"] < LENGTH
     assert (source.truncated, source.skipped) == (2, 0)
 

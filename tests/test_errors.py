@@ -30,6 +30,9 @@ def main(argv):
         raise KeyboardInterrupt("go on from step 7")
     if flags.FLAGS.count == 6:
         raise OSError(errno.ENOSPC, "No space left on device")
+    if flags.FLAGS.count == 8:
+        import jax
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nat length")
     if flags.FLAGS.count == 7:
         try:
             raise OSError(errno.ESTALE, "Stale file handle")
@@ -49,6 +52,12 @@ errors.run(main)
         ("--count=5", 130, "interrupted; go on from step 7"),
         ("--count=6", 2, "error: [Errno 28] No space left on device"),
         ("--count=7", 75, "error: cannot read a.arrayrecord; run the same command again"),
+        (
+            "--count=8",
+            2,
+            "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; fewer images at once need less, "
+            "and of training more optim.accumulate",
+        ),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
         ("--count=0", 2, "error: --count=0: 0 is not a positive integer"),
         ("--label=cat", 2, "error: --label=cat: expected a whole number"),
@@ -84,6 +93,17 @@ def test_ctrl_c_is_heard_where_python_would_forget_it():
     """In finalizers, and in what jax runs with every garbage collection, errors are printed and go no further."""
     result = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_while_a_command_imports_ends_it(tmp_path):
+    """Libraries would swallow the exception in their callbacks, or tell of a module that could not be imported."""
+    (tmp_path / "ml_collections.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    (tmp_path / "sitecustomize.py").write_text(listening)  # whoever runs the tests in the background ignores it
+    command = [sys.executable, "-m", "lina_jax.train", "--help"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("argument", ["-h", "--help", "--helpfull"])

@@ -92,6 +92,26 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_measuring_that_does_not_end_is_ended(tiny_text, tmp_path, monkeypatch):
+    """As where a device hangs in a validation: no step would end, and nothing else would tell."""
+
+    def take(*args):
+        ended.wait()
+
+    def leave(line, code):
+        said.append((line, code))
+        ended.set()
+        sys.exit()  # which ends the watchdog's thread
+
+    said, ended = [], threading.Event()
+    monkeypatch.setattr("lina_jax.periodic.Measurements.take", take)
+    monkeypatch.setattr("lina_jax.errors.leave", leave)
+    train(tiny_text(steps=1, eval={"timeout": 0.5}), tmp_path / "run")
+    line, code = said[0]
+    assert code == RUN_AGAIN and line.startswith("error: measuring has taken 0.5 s (eval.timeout)")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_checkpoint_that_cannot_be_read_in_time_ends_the_run(tiny_text, tmp_path, monkeypatch):
     def restore(*args):
         ended.wait()

@@ -220,6 +220,8 @@ def test_a_model_that_does_not_fit_is_an_answer(tiny, config_file):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert not report["fits"]
+    assert report["predicted_mfu"] is report["predicted_step_s"] is report["images_per_s"] is None
+    assert report["collective_bytes"] is None
     assert report["headroom_bytes"] < 0
 
 

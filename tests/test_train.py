@@ -139,9 +139,10 @@ def test_what_a_run_leaves_to_look_at(finished):
     assert list((workdir / "events").glob("*tfevents*"))
 
 
-def test_a_finished_run_started_again_changes_nothing(config, finished, tmp_path, identical):
+def test_a_finished_run_started_again_changes_nothing(config, finished, tmp_path, identical, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     assert identical(whole(train(config, tmp_path / "run")), finished[1])
+    assert capsys.readouterr().err == f"{tmp_path / 'run'} is already at step 6, steps=6: nothing to do\n"
 
 
 def test_fewer_steps_than_are_done_change_nothing(config, finished, tmp_path, identical, capsys):
@@ -387,7 +388,7 @@ def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(
     assert "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]
     place = tmp_path / "run" / "checkpoints"
-    assert line == f"error: saving to {place} failed, earlier checkpoints are intact: File too large"
+    assert line == f"error: saving step 9 to {place} failed, earlier checkpoints are intact: File too large"
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     assert identical(whole(checkpoints.restore(state.blueprint(config, one_device))), finished[1])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 9
