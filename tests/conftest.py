@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lina_jax import mesh, sample, state
@@ -171,6 +172,29 @@ def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:
 @pytest.fixture(scope="session")
 def rough():
     return rough_state
+
+
+def adam_moment(run: state.TrainState, name: str = "mu"):
+    """Adam's first moment, or its second, "nu", of each parameter; with b1 = 0 the first is the gradient."""
+    return optax.tree.get(run.opt_state, name)
+
+
+@pytest.fixture(scope="session")
+def moment():
+    return adam_moment
+
+
+@pytest.fixture(scope="session")
+def first_step():
+    """(config, devices) -> (loss, gradient) of the first step from a rough state; b1 has to be 0."""
+
+    def step(config: Config, devices):
+        assert config.optim.b1 == 0
+        plan = state.blueprint(config, devices)
+        run, metrics = state.make_train_step(plan)(rough_state(plan), random_batch(config))
+        return float(metrics["loss"]), jax.device_get(adam_moment(run))
+
+    return step
 
 
 def write_run(directory: Path, plan: state.Blueprint, run: state.TrainState) -> Path:

@@ -173,17 +173,9 @@ def test_fixtures_hold_with_the_kernel(name, device, no_plain_path):
 
 
 @on_each_device
-def test_a_step_on_a_mesh_is_that_of_one_device(
-    device, tiny, one_device, rough, batch_of, error_between, no_plain_path
-):
-    def first_step(config, devices):
-        plan = state.blueprint(config, devices)
-        run, metrics = state.make_train_step(plan)(rough(plan), batch_of(config))
-        return float(metrics["loss"]), jax.device_get(run.opt_state[1][0].mu)
-
+def test_a_step_on_a_mesh_is_that_of_one_device(device, tiny, one_device, first_step, error_between, no_plain_path):
     def config(kernel):
         model = {"remat": "dots", "scan_layers": True, "mask_text_padding": True, "condition": "text"}
-        # Without b1 Adam's first moment is the gradient.
         return tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0})
 
     want_loss, want = first_step(config("xla"), one_device)

@@ -22,12 +22,6 @@ from lina_jax.models.transformer import Block, apply_layers, by_image, stacked
 TOLERANCE = {"class": 2e-6, "text": 4e-6}
 
 
-def first_step(plan, rough, batch) -> tuple[float, object]:
-    """(loss, gradient) of one step; with b1 = 0 Adam's first moment is the gradient."""
-    run, metrics = state.make_train_step(plan)(rough(plan), batch)
-    return float(metrics["loss"]), jax.device_get(run.opt_state[1][0].mu)
-
-
 @pytest.fixture(scope="module")
 def config_of(tiny):
     def make(condition, scan=False, accumulate=1):
@@ -38,14 +32,9 @@ def config_of(tiny):
 
 
 @pytest.fixture(scope="module")
-def alone(config_of, one_device, rough, batch_of):
+def alone(config_of, one_device, first_step):
     """(loss, gradient) on one device, by kind of condition."""
-
-    def step(condition):
-        config = config_of(condition)
-        return first_step(state.blueprint(config, one_device), rough, batch_of(config))
-
-    return {condition: step(condition) for condition in ("class", "text")}
+    return {condition: first_step(config_of(condition), one_device) for condition in ("class", "text")}
 
 
 @pytest.mark.parametrize(
@@ -60,10 +49,9 @@ def alone(config_of, one_device, rough, batch_of):
     ids=str,
 )
 def test_eight_devices_give_the_loss_and_gradients_of_one(
-    condition, sizes, alone, config_of, rough, batch_of, error_between
+    condition, sizes, alone, config_of, first_step, error_between
 ):
-    config = config_of(condition)
-    loss, gradient = first_step(state.blueprint(config, mesh.build(MeshConfig(**sizes))), rough, batch_of(config))
+    loss, gradient = first_step(config_of(condition), mesh.build(MeshConfig(**sizes)))
     want_loss, want_gradient = alone[condition]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
@@ -72,12 +60,11 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_three_axes_with_loops_and_micro_batches_give_the_gradients_of_one_device(
-    scan, accumulate, alone, config_of, rough, batch_of, error_between
+    scan, accumulate, alone, config_of, first_step, error_between
 ):
     """Where XLA's partitioner may exchange tokens of few images in place of weights, it pairs those of others."""
     config = config_of("class", scan, accumulate)
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
-    loss, gradient = first_step(plan, rough, batch_of(config))
+    loss, gradient = first_step(config, mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     want_loss, want_gradient = alone["class"]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE["class"]
@@ -171,9 +158,9 @@ def local_share(tree) -> float:
 
 
 @pytest.mark.parametrize("name", ["params", "ema", "mu", "nu"])
-def test_parameters_moments_and_average_are_cut_over_fsdp(name, tiny, rough):
+def test_parameters_moments_and_average_are_cut_over_fsdp(name, tiny, rough, moment):
     run = rough(state.blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=8))))
-    tree = getattr(run if name in ("params", "ema") else run.opt_state[1][0], name)
+    tree = getattr(run, name) if name in ("params", "ema") else moment(run, name)
     # What is not cut are vectors: biases, norms, gates; here about a tenth of all numbers.
     assert local_share(tree) < 0.25
 
