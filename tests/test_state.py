@@ -10,7 +10,7 @@ import pytest
 from lina_jax import mesh, state
 from lina_jax.config import EmaConfig, LossConfig, MeshConfig
 from lina_jax.models import flow
-from lina_jax.models.draws import draw, max_visible, visible_count
+from lina_jax.models.draws import draw, latent_noise, max_visible, visible_count
 from lina_jax.models.transformer import layer_runs
 
 
@@ -52,20 +52,29 @@ def test_sums_between_nodes_end_in_time_where_layers_are_unrolled(changes, barri
 
 @pytest.fixture(scope="module")
 def poisoned(plan, rough):
-    """A state with one infinite parameter."""
+    """A state of which the loss, or but its gradient, is infinite."""
 
-    def make():
+    def make(bias=jnp.inf, scale=1.0):
         run = rough(plan)
-        run.params["head"]["out"]["bias"] = jnp.full_like(run.params["head"]["out"]["bias"], jnp.inf)
+        out = run.params["head"]["out"]
+        out |= {"bias": jnp.full_like(out["bias"], bias), "kernel": scale * out["kernel"]}
         return run
 
     return make
 
 
-def test_a_non_finite_step_changes_nothing_but_counters(plan, train_step, poisoned, batch_of, identical):
-    before = jax.device_get(poisoned())
-    after, metrics = train_step(poisoned(), batch_of(plan.config))
-    assert not np.isfinite(metrics["loss"])
+@pytest.mark.parametrize(
+    ("poison", "loss_is_finite"),
+    [({}, False), ({"bias": 1e17, "scale": 1e3}, True)],  # a loss of 1e34, of which the gradient's squares overflow
+    ids=["loss", "gradient alone"],
+)
+def test_a_non_finite_step_changes_nothing_but_counters(
+    poison, loss_is_finite, plan, train_step, poisoned, batch_of, identical
+):
+    before = jax.device_get(poisoned(**poison))
+    after, metrics = train_step(poisoned(**poison), batch_of(plan.config))
+    assert np.isfinite(metrics["loss"]) == loss_is_finite
+    assert not np.isfinite(metrics["grad_norm"])
     for name in ("params", "frozen", "opt_state", "ema"):
         assert identical(getattr(after, name), getattr(before, name)), name
     assert [int(n) for n in (after.step, after.updates, after.skipped, after.skipped_in_a_row)] == [1, 0, 1, 1]
@@ -118,6 +127,13 @@ def test_draws_of_an_example_do_not_depend_on_its_company(tiny, identical):
         assert identical(few, jnp.take(all_, jnp.array([5, 2]), axis)), name
 
 
+def test_noise_of_latents_follows_from_step_and_example(identical):
+    function = jax.jit(lambda step, ids: latent_noise(jax.random.fold_in(jax.random.key(7), step), ids, (2, 3)))
+    one, next_one = (np.asarray(function(step, jnp.arange(8))) for step in (0, 1))
+    assert len(np.unique([*one, *next_one], axis=0)) == 16
+    assert identical(function(0, jnp.array([5, 2])), one[[5, 2]])
+
+
 @pytest.fixture(scope="module")
 def many_draws(tiny):
     """Draws of 4096 examples of one step, and the same of another."""
@@ -138,6 +154,11 @@ def test_draws_differ_between_steps(many_draws):
 def test_draws_differ_between_examples(many_draws):
     noise = np.asarray(many_draws[0].noise)[0]
     assert len(np.unique(noise, axis=0)) == len(noise)
+
+
+def test_conditions_are_dropped_as_often_as_is_set(many_draws):
+    """One in ten of 4096, which chance changes by 0.005."""
+    assert np.mean(many_draws[0].drop) == pytest.approx(LossConfig().condition_dropout, abs=0.03)
 
 
 def test_every_token_is_masked_equally_often(many_draws):
