@@ -1,4 +1,4 @@
-"""The optimisers: what Muon does to matrices, and that AdamW keeps the rest."""
+"""The optimisers: what Muon does to matrices, that AdamW keeps the rest; clipping and the schedule."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lina_jax import mesh, optim, state
-from lina_jax.config import MeshConfig
+from lina_jax.config import MeshConfig, OptimConfig
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +98,34 @@ def test_the_momentum_of_muon_is_cut_over_fsdp(muon):
     leaves = [leaf for leaf in jax.tree.leaves(momentum) if leaf.ndim > 2]
     assert leaves
     assert all(8 * math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(("length", "kept"), [(1.0, 1e-3), (1e-4, 1e-4)], ids=["long", "short"])
+def test_long_gradients_are_shortened_before_adam_sees_them(length, kept):
+    """As a whole, not array by array. Adam undoes a factor, but for an eps of the gradient's size."""
+    params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+    direction = {"a": jnp.array([0.6, 0.0, 0.0]), "b": jnp.array([[0.0, 0.8], [0.0, 0.0]])}
+
+    def update(length, **settings):
+        config = OptimConfig(eps=1e-3, warmup_steps=0, learning_rate=1.0, **settings)
+        optimizer = optim.optimizer(config, 10, {"a": True, "b": True}, {})
+        gradient = jax.tree.map(lambda x: length * x, direction)
+        return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+    want = update(kept)
+    for name, array in update(length, clip_norm=1e-3).items():
+        np.testing.assert_allclose(array, want[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_cosine_ends_at_the_final_learning_rate(warmup):
+    config = OptimConfig(schedule="cosine", learning_rate=1e-3, final_learning_rate=2e-4, warmup_steps=warmup)
+    rate = optim.learning_rate(config, steps=110)
+    half = (110 + warmup) // 2
+    assert [float(rate(n)) for n in (warmup, half, 110, 1000)] == pytest.approx([1e-3, 6e-4, 2e-4, 2e-4])
+
+
+def test_a_warm_up_is_linear_and_the_peak_is_kept():
+    config = OptimConfig(learning_rate=1e-3, warmup_steps=4, warmup_factor=0.2)
+    rate = optim.learning_rate(config, steps=100)
+    assert [float(rate(n)) for n in (0, 1, 3, 99)] == pytest.approx([0.4e-3, 0.6e-3, 1e-3, 1e-3])
