@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -335,6 +336,13 @@ def test_short_captions_are_shown_by_chance_where_there_are_any(tmp_path):
     with_one = [shown for label, shown in seen if label < COUNT // 2]
     assert abs(np.mean(with_one) - 0.5) < 0.1  # of 400: four standard deviations
     assert not any(shown for label, shown in seen if label >= COUNT // 2)
+
+
+def test_flips_and_short_captions_are_drawn_apart(tmp_path):
+    """Of 4000, which chance changes by 0.7 %."""
+    shown = Counter(open_records(dataset(tmp_path / "data"), short_caption=0.5, flip=True).variants(1, range(4000)))
+    assert len(shown) == 4
+    assert all(abs(count / 4000 - 0.25) < 0.04 for count in shown.values())
 
 
 def test_flips_are_by_chance_and_follow_from_seed_and_position(tmp_path):

@@ -1,8 +1,11 @@
 """Cached latents and text features come out padded, whole and as the config needs them."""
 
+import io
+
 import numpy as np
 import pytest
 from numbered_records import SIZE, batches, dataset, one, png
+from PIL import Image
 
 from lina_jax import data, decode, reading, records
 from lina_jax.errors import UserError
@@ -74,6 +77,19 @@ def test_pictures_of_another_size_are_resized_on_request(tmp_path):
     source = data.Records([reading.open_split(directory, "train")], columns)
     assert (one(source, 5)["image"] == 9).all()
     assert source.skipped == 0
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 60)], ids=["wide", "high"])
+def test_pictures_of_another_shape_are_cut_to_their_center(size, tmp_path):
+    """Dark, between bright margins: the filter looks a little over the edge, which measured 24."""
+    height, width = size
+    pixels = np.full((*size, 3), 200, np.uint8)
+    pixels[(height - 40) // 2 : (height + 40) // 2, (width - 60) // 2 : (width + 60) // 2] = 9
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    directory = dataset(tmp_path / "data", i5={"image": file.getvalue()})
+    source = data.Records([reading.open_split(directory, "train")], [decode.Pixels(SIZE, resize=True)])
+    assert (one(source, 5)["image"] < 50).all()
 
 
 @pytest.fixture(scope="module")
