@@ -24,14 +24,35 @@ def validation_losses(text_plan, rough):
     return losses
 
 
-def test_validation_does_not_depend_on_the_batch_size(validation_losses):
+@pytest.fixture(scope="module")
+def at_once(validation_losses):
+    """Losses of six examples in one batch."""
+    return validation_losses(6)
+
+
+def test_validation_does_not_depend_on_the_batch_size(validation_losses, at_once):
     """Six examples at once, or in padded batches of four: to the last digit that is told."""
-    assert validation_losses(4) == validation_losses(6)
+    assert validation_losses(4) == at_once
 
 
-def test_validation_does_not_depend_on_the_mesh(validation_losses, tiny_text):
+def test_validation_does_not_depend_on_the_mesh(validation_losses, at_once, tiny_text):
     eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
-    assert validation_losses(6, eight) == validation_losses(6)
+    assert validation_losses(6, eight) == at_once
+
+
+def test_validation_does_not_depend_on_how_a_run_draws(validation_losses, at_once, tiny_text, one_device):
+    """So that runs can be compared that repeat the head more often, or share a mask ratio in each step."""
+    drawn = {"repeat": 5, "mask_ratio_per": "step", "condition_dropout": 0.9}
+    assert validation_losses(6, state.blueprint(tiny_text(loss=drawn), one_device)) == at_once
+
+
+def test_parameters_and_their_average_have_losses_of_their_own(text_plan, rough):
+    run, other = rough(text_plan), rough(text_plan, seed=1)
+    measured = validation.Validation(text_plan.config, data.open_records(text_plan.config, "validation"))
+    both = measured.both(text_plan, run.params, other.params, run.frozen)
+    raw, ema = (measured.losses(text_plan, params, run.frozen) for params in (run.params, other.params))
+    assert raw["loss"] != ema["loss"]
+    assert both == raw | {f"{name}_ema": value for name, value in ema.items()}
 
 
 def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
