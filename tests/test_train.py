@@ -18,6 +18,7 @@ from PIL import Image
 from lina_jax import mesh, metrics, preemption, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
+from lina_jax.flops import training_flops
 from lina_jax.train import train
 from lina_jax.workdir import check_config, load_config, write_config
 
@@ -123,9 +124,14 @@ def test_what_a_run_reports(finished, config):
         assert promised <= row.keys()
         assert np.isfinite(row["loss"])
         assert row["skipped"] == 0
+        assert row["images_per_s"] > 0
+        flops = row["images_per_s"] * training_flops(config.model, config.loss)
+        assert row["model_flops_per_s"] == pytest.approx(flops)
     assert [row["learning_rate"] for row in rows[:3]] == pytest.approx([0.5005e-3, 1e-3, 1e-3])  # warm-up of 2
     levels = {f"validation/loss{level}{kind}" for level in LEVELS for kind in ("", "_ema")}
     assert levels <= rows[-1].keys()
+    assert all(rows[-1][name] > 0 for name in levels)
+    assert rows[-1]["validation/loss"] != rows[-1]["validation/loss_ema"]
 
 
 LEVELS = ("", "_sigma_0.00_0.25", "_sigma_0.25_0.50", "_sigma_0.50_0.75", "_sigma_0.75_1.00")
