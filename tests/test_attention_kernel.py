@@ -115,6 +115,9 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
     ours, others = (distance(outcome(function, core, arguments, direction)) for function in (kernels, plain))
     for a, b in zip(ours, others, strict=True):
         assert a < 1.25 * b, (ours, others)
+    # Products in float32, which take longer, would leave the rounding of the results alone, 0.0022 at most. Measured:
+    # 0.0049.
+    assert max(ours) > 0.003
 
 
 @on_each_device

@@ -240,9 +240,10 @@ def test_bfloat16_stays_close_to_float32(unrolled, plan_of, rough, batch_of, err
     run = rough(plan)
     (loss, velocity), grads = loss_and_gradient(plan, batch_of(plan.config))(run.params, run.frozen)
     (want_loss, want_velocity), want_grads = unrolled
-    # bfloat16 keeps 8 bits (0.4 %) and every layer rounds anew. Measured: velocity 1.1 %, gradient 5.1 %, loss 0.12 %.
-    assert error_between(velocity, want_velocity) < 0.03
-    assert error_between(grads, want_grads) < 0.15
+    # bfloat16 keeps 8 bits (0.4 %) and every layer rounds anew. Measured: velocity 1.0 %, gradient 1.1 %, loss 0.11 %.
+    # Nearer than one rounding is what computes in float32 all the same.
+    assert 0.004 < error_between(velocity, want_velocity) < 0.03
+    assert 0.004 < error_between(grads, want_grads) < 0.035
     assert abs(loss / want_loss - 1) < 0.004
 
 
