@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lina_jax import benchmark_data, benchmark_model, hlo, measure, programs, roofline
@@ -49,6 +51,7 @@ def test_attention_stands_beside_softmax_and_earlier_lines(run_module, tmp_path)
     names = ["attention_forward", "attention_forward_softmax", "attention", "attention_softmax"]
     assert [row["benchmark"] for row in rows] == names
     assert all(row.keys() >= OF_PROGRAMS | {"tokens_per_s"} for row in rows)
+    assert all(row["tokens_per_s"] == pytest.approx(20 / row["median_s"]) for row in rows)
     forward, _, both, softmax = rows
     assert both["model_flops"] == 3 * forward["model_flops"]
     assert both["flops_of_attention_softmax"] == both["model_flops"] / softmax["model_flops"]
@@ -64,6 +67,7 @@ def test_training_from_the_command_line(run_module, tiny, config_file):
     (row,) = printed(run_module("benchmark", "train", *flags))
     assert row.keys() >= OF_PROGRAMS | {"images_per_s", "mfu"}
     assert (row["benchmark"], row["runs"], row["shapes"]["batch"]) == ("train_softmax", 2, 4)
+    assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
     assert row["mfu"] == pytest.approx(row["model_flops"] / row["median_s"] / 1e9)
     assert row["overrides"] == {"log.peak_flops": "1000000000.0"}
 
@@ -73,6 +77,7 @@ def test_sampling_from_the_command_line(run_module, tiny, config_file):
     (row,) = printed(run_module("benchmark", "sample", f"--config={config}", "--repeats=1"))
     assert row.keys() >= OF_PROGRAMS | {"images_per_s"}
     assert (row["benchmark"], row["shapes"]["batch"], row["shapes"]["autoencoder"]) == ("sample", 4, False)
+    assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
 
 
 def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
@@ -105,6 +110,27 @@ def test_sides_take_turns_and_results_are_waited_for(monkeypatch):
     assert [name for name in log if name != "wait"] == [*"aabb", *"abab"]  # to warm up and to know how long; then runs
     assert all(after == "wait" for name, after in itertools.pairwise([*log, "wait"]) if name != "wait")
     assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+
+
+def test_seconds_are_those_of_one_call(monkeypatch):
+    """However many calls a run makes until it lasts long enough to be timed."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
+    monkeypatch.setattr(measure, "time", clock)
+
+    def call():
+        now[0] += 0.125
+        return np.zeros(1)
+
+    (timing,) = measure.in_turns({"a": call}, runs=2).values()
+    assert timing.calls == 3  # of RUN_S
+    assert list(timing.seconds) == [0.125] * 2
+    assert list(timing.cpu_seconds) == [0.25] * 2
+
+
+def test_memory_of_this_process_is_told_in_bytes():
+    """An interpreter that has JAX takes more than these 50 MB, and less than a TB."""
+    assert 50e6 < measure.memory()["host_peak_bytes"] < 1e12
 
 
 def test_earlier_lines_match_by_what_was_measured(tmp_path):

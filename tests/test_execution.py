@@ -97,6 +97,23 @@ def test_wide_numbers_and_scores_of_softmax_are_counted(of_preset):
     assert size(**SOFTMAX) > 30 * GIB > size()
 
 
+def test_micro_batches_take_turns_in_the_memory_of_one(of_preset):
+    def size(accumulate):
+        config = of_preset("t2i:256", **SCANNED, remat="none")
+        return execution.activation_bytes(
+            dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=accumulate)), 8
+        )
+
+    assert size(accumulate=4) == size(accumulate=1) / 4
+
+
+def test_a_step_needs_room_for_its_part_of_float32_gradients(of_preset):
+    """Of the matrices of blocks: those of the preset are 1.36e9 of 1.45e9 parameters."""
+    config = of_preset("t2i:256", **SCANNED, remat="none")
+    gradients = execution.step_bytes(config, 8, parts=16, gathered=0.0) - execution.activation_bytes(config, 8)
+    assert gradients == pytest.approx(4 * 1.36e9 / 16, rel=0.01)
+
+
 def test_programs_without_gradients_have_a_way_of_their_own(tiny, one_device, monkeypatch):
     """As on GPUs, where training unrolls layers and sampling scans them: the pictures are the same."""
     inputs = {"label": np.array([0, 2], np.int32)}, np.arange(2, dtype=np.int32), np.int32(0)

@@ -219,6 +219,17 @@ def test_of_the_largest_images_nothing_large_is_whole_on_a_device(load_preset):
     assert mesh.device_bytes(whole) < 0.01 * mesh.device_bytes(arrays)
 
 
+def test_the_gradient_of_a_gathered_parameter_is_cut_as_the_parameter_is():
+    """Where it is made, so that no device adds up, or waits for, a whole one."""
+    with jax.set_mesh(mesh.build(MeshConfig(data=1, fsdp=4, tensor=2))):
+
+        def pulled(x, g):
+            return jax.vjp(lambda x: mesh.gathered(x, "embed", "heads"), x)[1](g)[0]
+
+        found = jax.jit(pulled)(jnp.ones((8, 8)), jnp.ones((8, 8)))
+    assert found.sharding.spec == mesh.spec("embed", "heads")
+
+
 def test_constrain_does_nothing_without_a_mesh():
     x = np.ones((2, 2), np.float32)
     assert mesh.constrain(x, "batch", None) is x

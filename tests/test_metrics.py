@@ -1,5 +1,6 @@
-"""The speed that a run reports is that of its training, at any pace."""
+"""The speed that a run reports is that of its training, at any pace; what metrics.jsonl may hold."""
 
+import json
 import types
 
 import jax
@@ -46,3 +47,17 @@ def test_mfu_is_the_share_of_what_all_devices_could(tiny, clock):
     clock.now += 1
     rates = throughput.rates(1)
     assert rates["mfu"] == pytest.approx(rates["model_flops_per_s"] / (1e9 * jax.device_count()))
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    """Many readers of JSON refuse NaN, which Python would write."""
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(3, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5})
+    writer.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    (line,) = writer.path.read_text().splitlines()
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"step": 3, "loss": None, "grad_norm": None, "learning_rate": 0.5}

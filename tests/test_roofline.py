@@ -307,14 +307,6 @@ def test_a_slice_fetched_ahead_is_waited_for_as_far_as_computation_does_not_hide
     assert beside.seconds == pytest.approx(max(alone.seconds, hidden))
 
 
-def test_an_instruction_takes_the_longest_of_its_three_times():
-    share = roofline.ATTAINED["cuda"]
-    work = hlo.Work(matmul_flops=1e12, vector_ops=1.0, traffic=1e9)
-    assert roofline.instruction_seconds(work, CHIP) == (1e12 / (share["matmul"] * CHIP.peak_flops), "matmul")
-    work = hlo.Work(matmul_flops=1e9, vector_ops=1.0, traffic=1e12)
-    assert roofline.instruction_seconds(work, CHIP) == (1e12 / (share["memory"] * CHIP.memory_bandwidth), "memory")
-
-
 def torus(*extent: int, slices: int = 1) -> list[SimpleNamespace]:
     """Devices of slices of a torus."""
     places = [(x, y, z) for x in range(extent[0]) for y in range(extent[1]) for z in range(extent[2])]
