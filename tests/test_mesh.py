@@ -182,19 +182,33 @@ def test_two_axes_on_one_mesh_axis_are_refused(names):
         mesh.spec(*names)
 
 
-def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(tiny, batch_of):
-    """Of the state; the text table, which is read a few rows at a time, is frozen and small."""
+@pytest.fixture(scope="module")
+def over_fsdp(tiny, batch_of):
+    """(plan, train step compiled) for eight devices that share the state."""
     config = tiny(model={"condition": "class"}, batch_size=8)
     plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
     batch = jax.device_put(batch_of(config), mesh.sharding(plan.mesh, "batch"))
-    compiled = state.make_train_step(plan).lower(plan.shapes, batch).compile()
+    return plan, state.make_train_step(plan).lower(plan.shapes, batch).compile()
+
+
+def test_a_step_writes_the_state_where_it_was(over_fsdp):
+    """Or else a device would hold it twice. What else there is are metrics, and addresses of the arrays."""
+    plan, compiled = over_fsdp
+    memory, held = compiled.memory_analysis(), mesh.device_bytes(plan.shapes)
+    assert memory.output_size_in_bytes >= held
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.05 * held
+
+
+def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(over_fsdp):
+    """Of the state; the text table, which is read a few rows at a time, is frozen and small."""
+    plan, compiled = over_fsdp
     (run, _, _), _ = compiled.input_shardings
     large = [
         (path, leaf, sharding)
         for (path, leaf), sharding in zip(
             jax.tree.leaves_with_path(plan.shapes), jax.tree.leaves(run, is_leaf=lambda x: x is None), strict=True
         )
-        if leaf.size >= config.model.width**2 and path[0].name != "frozen"
+        if leaf.size >= plan.config.model.width**2 and path[0].name != "frozen"
     ]
     assert len(large) > 20
     assert [path for path, leaf, sharding in large if sharding.shard_shape(leaf.shape) == leaf.shape] == []

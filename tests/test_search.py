@@ -147,3 +147,34 @@ def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
     slow = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], memory_bandwidth=1e6), (2, 4))
     first = search.ranked(tiny(batch_size=16), slow, jax.devices(), fixed_batch=True)[0]
     assert first.fsdp * first.tensor == 8
+
+
+@pytest.fixture
+def best_first(tiny):
+    """(fsdp, images) of what a search would try, in its order, on eight chips of these rates; tokens are not cut."""
+
+    def find(shape=(2, 4), slices=1, fixed_batch=True, accumulate=1, **rates):
+        where = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], **rates), shape, slices=slices)
+        model = {"heads": 1, "remat": "full"}  # no `tensor`
+        config = tiny(batch_size=64, model=model, optim={"accumulate": accumulate})
+        found = search.ranked(config, where, jax.devices(), fixed_batch=fixed_batch)
+        return [(each.fsdp, each.batch_size) for each in found if each.sequence == 1]
+
+    return find
+
+
+def test_a_search_first_cuts_the_state_into_whole_tiles_but_not_where_micro_batches_gather_it_anew(best_first):
+    """Memory is so slow that each cut would pay; a width of 32 has whole tiles for two parts."""
+    assert [fsdp for fsdp, _ in best_first(memory_bandwidth=3e11)] == [2, 8, 4, 1]
+    assert best_first(memory_bandwidth=3e11, accumulate=8)[0] == (1, 64)
+
+
+def test_a_search_cuts_gradients_that_slow_links_between_slices_sum(best_first):
+    apart = {"shape": (2, 2), "slices": 2, "memory_bandwidth": float("inf")}
+    assert [fsdp for fsdp, _ in best_first(**apart)] == [4, 2, 1]
+    assert [fsdp for fsdp, _ in best_first(**apart, slow_link=float("inf"))] == [1, 2, 4]
+
+
+def test_a_search_prefers_many_images_for_each_gathering_of_the_weights(best_first):
+    found = best_first(memory_bandwidth=float("inf"), fixed_batch=False)
+    assert [images for fsdp, images in found if fsdp == 2] == [512, 256, 128, 64, 32, 16, 8]

@@ -1,0 +1,48 @@
+"""What a model in bfloat16 keeps in bfloat16, and what in float32; programs are traced, none is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lina_jax import state
+from lina_jax.models import flow
+from lina_jax.models.draws import draw
+
+VARIANTS = {"classes": {}, "text": {"condition": "text"}, "rotary": {"rotary": True, "heads": 1}}
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny, one_device):
+    return lambda **model: state.blueprint(tiny(model={"dtype": "bfloat16"} | model), one_device)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_stay_narrow_through_all_blocks(variant, narrow, batch_of):
+    """A float32 vector that is added to them would make the rest of the stream, and its gradient, twice as large."""
+    plan = narrow(**VARIANTS[variant])
+    model = plan.config.model
+    tokens = jnp.zeros((8, model.image_tokens, model.token_dim))
+    mask = jnp.zeros(tokens.shape[:2], bool)
+
+    def stages(params, frozen, condition):
+        lina = plan.model(params, frozen)
+        c = lina.encode_condition(condition)
+        return {"c": c, "tokens": lina.mask_image(tokens, mask), "z": lina.encode_image(tokens, mask, 8, c)}
+
+    found = jax.eval_shape(stages, plan.shapes.params, plan.shapes.frozen, plan.condition({}, batch_of(plan.config)))
+    assert {name: array.dtype for name, array in found.items()} == dict.fromkeys(found, jnp.bfloat16)
+
+
+def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_of):
+    """A gradient of it is a sum over many tokens, to which bfloat16 would soon add nothing more."""
+    plan = narrow()
+    config, sigmas = plan.config, flow.training_sigmas()
+
+    def loss(params, frozen, batch):
+        draws = draw(jax.random.key(0), jnp.arange(8), config.model, config.loss)
+        tokens, condition = state.split_batch(plan, {}, batch, None)
+        return plan.model(params, frozen).loss(tokens, condition, draws, sigmas)
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(plan.shapes.params, plan.shapes.frozen, batch_of(config)))
+    assert f"f32[{len(sigmas)},{config.model.head_width}]" in program
+    assert f"bf16[{len(sigmas)}," not in program
