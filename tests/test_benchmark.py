@@ -85,10 +85,16 @@ def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
     monkeypatch.setitem(vae.PUBLISHED, "sdxl", small)  # the published one takes long to compile
     model, sample = {"latent_channels": 8, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}  # other latents than its
     autoencoder = {"kind": "sdxl", "stride": 8}
-    config = tiny(model=model, sample=sample, autoencoder=autoencoder, mesh={"data": 4, "fsdp": 2})
+    log = {"peak_flops": 1e9}
+    config = tiny(model=model, sample=sample, autoencoder=autoencoder, mesh={"data": 4, "fsdp": 2}, log=log)
+    made, compile_program = [], programs.compile_program
+    monkeypatch.setattr(programs, "compile_program", lambda *args: made.append(compile_program(*args)) or made[0])
     (row,) = benchmark_model.sample(config, [], runs=1, autoencoder=True)
     assert (row["devices"], row["mesh"], row["shapes"]["batch"]) == (8, {"data": 4, "fsdp": 2}, 8)
     assert row["shapes"]["autoencoder"]
+    one = roofline.count(hlo.Module(made[0].text), unknown_trips=config.sample.euler_steps)
+    assert row["compiled_flops"] == 8 * one.matmul_flops
+    assert row["mfu"] == pytest.approx(row["model_flops"] / row["median_s"] / 8e9)
 
 
 def test_sides_take_turns_and_results_are_waited_for(monkeypatch):
@@ -236,3 +242,14 @@ def test_no_program_of_the_preset_does_more_than_it_did(name, load_preset, one_d
     most = 1.001 * products, 1.05 * traffic, 1.1 * temporaries
     assert all(now <= bound for now, bound in zip(counted, most, strict=True)), counted
     assert counted[0] >= 0.98 * products, f"record {counted}"
+
+
+def test_memory_of_training_is_linear_in_tokens():
+    """Of a layer, forward and backward: 16 times as many tokens take no more than 16 times as much (softmax: 250)."""
+
+    def temporaries(tokens):
+        sizes = benchmark_model.AttentionSizes(tokens, 32, 2, "float32")
+        _, compiled = benchmark_model.attention_layer(sizes, "linear", 1, backward=True)
+        return compiled.temporaries
+
+    assert temporaries(5120) <= 16 * temporaries(320)

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from lina_jax import state
+from lina_jax import generate, state
 from lina_jax.models import flow
 from lina_jax.models.draws import draw
 
@@ -46,3 +47,20 @@ def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_o
     program = str(jax.make_jaxpr(jax.grad(loss))(plan.shapes.params, plan.shapes.frozen, batch_of(config)))
     assert f"f32[{len(sigmas)},{config.model.head_width}]" in program
     assert f"bf16[{len(sigmas)}," not in program
+
+
+@pytest.mark.parametrize("make", [generate.make_sampler, generate.make_strips], ids=["sampler", "strips"])
+def test_loops_of_sampling_read_matrices_of_blocks_that_are_narrow_already(make, narrow):
+    """Or else they would be narrowed, and gathered, in each of many Euler steps."""
+    plan = narrow()
+    program = make(plan, plan.config.sample, *[3] * (make is generate.make_strips))
+    inputs = {"label": np.zeros(4, np.int32)}, np.arange(4, dtype=np.int32), np.int32(0), *program.trailing
+    with jax.set_mesh(plan.mesh):
+        traced = program.jitted.trace(plan.shapes.params, plan.shapes.frozen, *inputs)
+    loops = [each for each in traced.jaxpr.eqns if each.primitive.name == "scan"][: plan.config.sample.stages]
+    stacks = {leaf.shape for leaf in jax.tree.leaves(plan.shapes.params) if leaf.shape[0] == 1}  # of one block each
+    matrices = {shape for shape in stacks if np.prod(shape) >= plan.config.model.width**2}
+    for loop in loops:
+        read = [value.aval for value in loop.invars if value.aval.shape in matrices]
+        assert {array.shape for array in read} == matrices
+        assert {array.dtype for array in read} == {jnp.dtype(jnp.bfloat16)}
