@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import generate, mesh, state
+from lina_jax import generate, hlo, mesh, programs, state
 from lina_jax.config import MeshConfig
 from lina_jax.models import sequence
 
@@ -95,6 +95,27 @@ def test_devices_exchange_sums_and_edges_only(deep, cut, batch_of):
         re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program)
     )
     assert exchanged == {"all-reduce", "collective-permute"}
+
+
+def test_beside_fsdp_weights_and_tables_are_gathered_but_no_tokens(tiny):
+    """A batch of 14 tells which arrays are of images: no other has an axis that 7 divides."""
+    model = {
+        "image_grid": (8, 8), "condition_grid": (4, 4), "condition": "text", "text_encoder": "features",
+        "text_length": 10,
+    }  # fmt: skip
+    config = tiny(batch_size=14, model=model)
+    program, arguments = programs.train_step(config, mesh.build(MeshConfig(data=1, fsdp=2, sequence=4)))
+    module = hlo.Module(program.lower(*arguments).compile().as_text())
+    exchanged = {kind: set() for kind in hlo.COLLECTIVES}
+    for computation in module.computations:
+        for instruction in module.instructions(computation):
+            if kind := hlo.collective_kind(instruction):
+                exchanged[kind] |= {shape.dims for shape in instruction.shapes}
+    of_images = {kind: {dims for dims in shapes if any(n % 7 == 0 for n in dims)} for kind, shapes in exchanged.items()}
+    edges = {(7, config.model.conv_kernel // 2, 8, config.model.width)}
+    assert exchanged["all-gather"]
+    sums = of_images.pop("all-reduce")
+    assert sums and {kind: shapes for kind, shapes in of_images.items() if shapes} == {"collective-permute": edges}
 
 
 @pytest.mark.parametrize("shards", [2, 4])
