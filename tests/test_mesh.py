@@ -214,13 +214,14 @@ def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(over_f
     assert [path for path, leaf, sharding in large if sharding.shard_shape(leaf.shape) == leaf.shape] == []
 
 
-def test_gates_of_large_images_are_cut_as_weights_are(alone, config_of, rough, batch_of, error_between, monkeypatch):
+def test_gates_of_large_images_are_cut_as_weights_are(alone, config_of, first_step, error_between, monkeypatch):
     monkeypatch.setattr(attention, "LARGE_TABLE", 1)
     config = config_of("class")
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=4, sequence=2)))
+    devices = mesh.build(MeshConfig(data=1, fsdp=4, sequence=2))
+    plan = state.blueprint(config, devices)
     gates = [leaf for path, leaf in jax.tree.leaves_with_path(plan.shapes.params) if "_scale" in str(path[-1])]
     assert gates and all(4 * math.prod(gate.sharding.shard_shape(gate.shape)) == gate.size for gate in gates)
-    loss, gradient = first_step(plan, rough, batch_of(config))
+    loss, gradient = first_step(config, devices)
     want_loss, want_gradient = alone["class"]
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want_gradient) < TOLERANCE["class"]
