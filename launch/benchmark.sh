@@ -10,6 +10,9 @@
 # Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that
 # do not fit, are named at the end (exit code 1); the rest is measured all the same. Each size has a process of its own,
 # so that the peak of its memory is its own.
+#
+# Where there are several devices, layers are measured on one, models cut over all of them, and batches are for each:
+# a batch of one picture needs a machine, or CUDA_VISIBLE_DEVICES=0, with one.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
