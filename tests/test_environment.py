@@ -19,14 +19,14 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 
 
-def flags_of(kind: str) -> dict[str, str]:
-    """The environment that `accelerator_flags` adds."""
+def flags_of(kind: str, **given: str) -> dict[str, str]:
+    """The environment that `accelerator_flags` adds to what is given."""
     text = f"source {LAUNCH}/environment.sh && accelerator_flags {kind} && env -0"
-    bare = {"PATH": os.environ["PATH"]}
+    bare = {"PATH": os.environ["PATH"]} | given
     lines = subprocess.run(["bash", "-c", text], env=bare, capture_output=True, text=True, check=True).stdout.split(
         "\0"
     )
-    return dict(line.partition("=")[::2] for line in lines if line) | bare
+    return dict(line.partition("=")[::2] for line in lines if line)
 
 
 ENTRY_POINTS = ("train", "sample", "evaluate", "prepare", "convert", "benchmark", "plan", "demo")
@@ -111,12 +111,24 @@ def test_a_machine_gets_the_flags_of_its_tpus(tmp_path):
     assert xla_flags.here("gpu", tmp_path) == xla_flags.GPU
 
 
-def test_flags_of_the_user_come_last():
-    text = f"source {LAUNCH}/environment.sh && accelerator_flags gpu && echo $XLA_FLAGS"
-    mine = "--xla_gpu_enable_latency_hiding_scheduler=false"
-    env = {"PATH": os.environ["PATH"], "XLA_FLAGS": mine}
-    result = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
-    assert result.stdout.split()[-1] == mine and len(result.stdout.split()) > 1
+@pytest.mark.parametrize(
+    ("kind", "variable", "mine"),
+    [
+        ("gpu", "XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false"),
+        ("tpu", "LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=16384"),
+    ],
+)
+def test_flags_of_the_user_come_last(kind, variable, mine):
+    *others, last = flags_of(kind, **{variable: mine})[variable].split()
+    assert last == mine and others
+
+
+def test_gpus_get_settings_that_the_user_may_change():
+    """Most of the memory, kernels in XLA's order, and from NCCL the link that failed."""
+    settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "WARN"}
+    assert settings.items() <= flags_of("gpu").items()
+    mine = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "NCCL_DEBUG": "INFO"}
+    assert mine.items() <= flags_of("gpu", **mine).items()
 
 
 def test_the_images_copy_and_install_what_there_is():

@@ -56,10 +56,26 @@ def test_a_tpu_pod_is_asked_for_by_topology(launch):
     assert setup.endswith("&& {\n" + SETUP.removeprefix("--setup=") + "\n}")
 
 
+@pytest.mark.parametrize(
+    ("topology", "kind", "image"),
+    [
+        ("v4:2x2x2", "v4", "tpu-ubuntu2204-base"),
+        ("v5p:4x4x4", "v5p", "v2-alpha-tpuv5"),
+        ("v6e:4x4", "v6e", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_each_kind_of_tpu_has_an_image_of_its_own(topology, kind, image, launch):
+    """As Google's documentation pairs them."""
+    result, _, _ = launch(LAUNCH / "tpu_pod.sh", "--dry-run", *TPU_POD, f"--topology={topology}", "--", "train")
+    words = result.stdout.split()
+    assert f"--type={kind}" in words and f"--runtime-version={image}" in words
+
+
 def test_gke_runs_the_command_of_the_image(launch):
-    _, [call], _ = launch(LAUNCH / "gke.sh", *PLACES["gke"], SETUP, "--", *AWKWARD)
+    _, [call], _ = launch(LAUNCH / "gke.sh", *PLACES["gke"], "--grace=300", SETUP, "--", *AWKWARD)
     assert call[:4] == ["xpk", "workload", "create", "--workload=run-1"] and call[-1] == "--spot"
     assert {"--tpu-type=v5p-4x4x4", "--num-slices=2", "--restart-on-exit-codes=75", "--max-restarts=100"} < set(call)
+    assert "--termination-grace-period-seconds=300" in call
     command = next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
     worker = ["/opt/lina_jax/launch/worker.sh", "--accelerator=tpu", SETUP, "--"]
     assert shlex.split(command) == ["exec", *worker, *MODULE]
@@ -107,6 +123,7 @@ def test_slurm_gives_time_to_save(place, launch):
     for batch in batches_of(launch, place):
         options = options_of(batch)
         assert options["signal"] == "TERM@120" and {"requeue", "partition", "time"} <= options.keys()
+        assert options["open-mode"] == "append"  # or each start would erase the log of those before
         assert shellcheck("--severity=warning", "-", text=batch) == ""
 
 
@@ -237,6 +254,15 @@ def test_lines_of_an_earlier_sweep_are_kept(launch, tmp_path):
     (tmp_path / "lines.jsonl").touch()
     result, _, _ = launch(LAUNCH / "benchmark.sh", "--accelerator=cpu", f"--out={tmp_path / 'lines.jsonl'}")
     assert (result.returncode, result.stderr) == (2, f"error: --out={tmp_path / 'lines.jsonl'} is there already\n")
+
+
+def test_ctrl_c_ends_a_sweep_and_not_one_of_its_measurements(launch, tmp_path):
+    python, calls = tmp_path / "interrupted", tmp_path / "interrupts"
+    python.write_text(f"#!/bin/sh\necho >>{calls}\nexit 130\n")
+    python.chmod(0o755)
+    words = ["--accelerator=cpu", f"--out={tmp_path / 'lines.jsonl'}", f"--python={python}"]
+    result, _, _ = launch(LAUNCH / "benchmark.sh", *words)
+    assert (result.returncode, calls.read_text()) == (130, "\n")
 
 
 def shellcheck(*files, text: str | None = None) -> str:

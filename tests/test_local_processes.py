@@ -25,6 +25,9 @@ mine = todo[me][min(started, len(todo[me])) - 1]
 for number, code in {signal.SIGTERM: 75, signal.SIGINT: 130}.items():
     heed = {"deaf": signal.SIG_IGN, "loading": signal.SIG_DFL}.get(mine, lambda *_, code=code: os._exit(code))
     signal.signal(number, heed)
+if mine == "deaf" and not os.fork():  # its child is deaf too, and keeps stdout open, to whose end `launch` reads
+    signal.alarm(90)
+    signal.pause()
 if len(todo) == 2:
     with contextlib.suppress(FileExistsError):
         os.mkfifo(here / f"meet{started}")
@@ -84,7 +87,7 @@ def test_local_processes_start_and_end_together(table, code, number_of_starts, l
     assert [len(each) for each in starts(home)] == [number_of_starts] * 2
 
 
-def test_a_process_that_does_not_end_is_killed(launch, process):
+def test_a_process_that_does_not_end_is_killed_with_its_children(launch, process):
     result, _, _ = launch(LAUNCH / "local.sh", *LOCAL, "--grace=0", "--", *process(_0=["deaf"], _1=[2]))
     assert result.returncode == 2 and "process 0 ended with 137" in result.stderr
 
@@ -125,6 +128,13 @@ def test_a_worker_passes_sigterm_on_and_does_not_restart(state, tmp_path, proces
         worker.communicate(timeout=30)
     assert worker.returncode == 75 and (tmp_path / "code").read_text() == "75\n"
     assert len((tmp_path / "0").read_text().splitlines()) == 1
+
+
+def test_a_worker_never_ends_with_the_code_by_which_one_is_known_to_be_at_work(launch, tmp_path):
+    """launch/detached.sh ends with 124 then, as `timeout` does when its time is over."""
+    words = ["--accelerator=cpu", f"--code_file={tmp_path}/code", "--", "bash", "-c", "exit 124"]
+    result, _, _ = launch(LAUNCH / "worker.sh", *words)
+    assert result.returncode == 1 and (tmp_path / "code").read_text() == "1\n"
 
 
 def test_a_worker_that_is_stopped_while_it_sets_up_asks_to_be_run_again(launch, tmp_path):
