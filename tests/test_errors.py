@@ -133,3 +133,12 @@ def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match=rf"^--out={tmp_path}/new: {tmp_path} cannot be written"):
         places.check("out", tmp_path / "new")
+
+
+def test_a_json_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Otherwise a machine that loses its power then may leave an empty file under that name."""
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: order.append("named") or replace(*names))
+    places.write_json(tmp_path / "a.json", {"steps": 9})
+    assert order == [(tmp_path / "a.json").stat().st_size, "named"]

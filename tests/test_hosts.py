@@ -58,14 +58,21 @@ def test_two_processes_of_one_number_are_refused():
     assert "UserError: two processes have --process_id=1" in answers(free_port(), 0, 1, 1, timeout=30).values()
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n", b"lina_jax 1 3\n"], ids=["a stranger", "one that died since"])
-def test_who_has_gone_again_is_passed_over(said):
+@pytest.mark.parametrize(
+    ("said", "stays"),
+    [(b"GET / HTTP/1.1\r\n", False), (b"lina_jax 1 3\n", False), (b"", True)],
+    ids=["a stranger", "one that died since", "one that says nothing"],
+)
+def test_who_does_not_take_part_is_passed_over(said, stays, monkeypatch):
+    monkeypatch.setattr(roll_call, "_PATIENCE_S", 0.5)
     port = free_port()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as until_the_end:
         first = pool.submit(answers, port, 0, count=3, timeout=30)
         while not first.done():  # until it listens
-            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)) as line:
-                line.sendall(said)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as call:
+                call.enter_context(socket.create_connection(("localhost", port))).sendall(said)
+                if stays:
+                    until_the_end.push(call.pop_all())
                 break
         assert answers(port, 1, 2, count=3, timeout=30) == {0: "", 1: ""}
         assert first.result() == {0: ""}

@@ -105,6 +105,19 @@ def test_sigterm_at_the_start_asks_to_be_run_again_and_leaves_nothing(tiny_text,
     assert not (tmp_path / "run").exists()
 
 
+def test_sigterm_does_after_a_run_what_it_did_before():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("after"))
+    try:
+        with preemption.Notice() as notice:
+            signal.raise_signal(signal.SIGTERM)
+            assert notice.reached() and not heard
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["after"]
+
+
 def test_ctrl_c_waits_once_for_what_is_being_finished(capfd):
     done = []
     for times in (1, 2):
@@ -123,6 +136,8 @@ from lina_jax import errors, preemption
 
 def main(argv):
     with preemption.Watchdog(0.2) as watchdog:
+        with watchdog.allowing(0.3, "a save has taken 0.3 s"):
+            pass  # the first save
         threading.Event().wait(0.5)  # the first step compiles
         watchdog.restart()
         with watchdog.allowing(0.0, ""):

@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ports import free_port
 
+import lina_jax
 from lina_jax.errors import RUN_AGAIN
 
 PROGRAM = """
@@ -189,6 +192,24 @@ def test_directories_of_equal_names_are_told_apart(tmp_path):
     said = "process 1 sees the run absent, process 0 there: all processes must work in one shared directory\n"
     with two_processes(LOOKING, "--connect_timeout=20", cwd=own) as processes:
         assert ends(processes) == [(f"process 1: error: {said}", 2), (f"error: {said}", 2)]
+
+
+AT_WORK = """
+def work(process):
+    print("at work", flush=True)
+"""
+
+
+def test_processes_with_different_code_do_not_begin(tmp_path):
+    """Neither does process 0, with which the others are compared."""
+    shutil.copytree(Path(lina_jax.__file__).parent, tmp_path / "lina_jax")
+    with (tmp_path / "lina_jax" / "train.py").open("a") as file:
+        file.write("# another version\n")
+    with two_processes(AT_WORK, cwd=lambda process: tmp_path if process else None) as processes:
+        told = [process.communicate(timeout=100) for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+    assert [done for done, _ in told] == ["", ""]
+    assert all("error: process 1 differs from process 0: code=" in said for _, said in told), told
 
 
 FAILING = """

@@ -1,9 +1,11 @@
 """Datasets are read at random, whatever the storage does; what cannot be read is named."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
+import queue
 import shutil
 import threading
 
@@ -150,11 +152,50 @@ def test_a_stalled_read_is_tried_again():
         storage.mended.set()
 
 
-def test_mistakes_are_not_tried_again():
-    def call(progress):
-        raise KeyError("typo")
+def test_a_stalled_read_that_goes_on_later_learns_that_it_was_given_up():
+    """It would read on, beside the one that was begun in its place."""
+    begun, mended = queue.SimpleQueue(), threading.Event()
 
-    with pytest.raises(KeyError):
+    def call(progress):
+        begun.put(progress)
+        mended.wait()
+
+    with pytest.raises(TimeoutError, match="no answer for"):
+        retry.patiently(call, timeout=0.01, tries=1)
+    mended.set()
+    with pytest.raises(TimeoutError, match="given up"):
+        begun.get().check()
+
+
+def test_a_read_that_gets_on_may_take_any_time(monkeypatch):
+    """Here it reaches something, and then no more, in each of three times `timeout`."""
+    go_on, reached = threading.Semaphore(0), threading.Semaphore(0)
+    waits, join = itertools.count(), threading.Thread.join
+
+    def let_time_pass(thread, timeout):
+        if next(waits) < 3:
+            go_on.release()
+            reached.acquire()
+        else:
+            join(thread)
+
+    def call(progress):
+        for record in range(3):
+            go_on.acquire()
+            progress.reach(f"record {record}")
+            reached.release()
+        return "all"
+
+    monkeypatch.setattr(threading.Thread, "join", let_time_pass)
+    assert retry.patiently(call, timeout=60, tries=1) == "all"
+
+
+@pytest.mark.parametrize("mistake", [KeyError, FileNotFoundError])
+def test_mistakes_are_not_tried_again(mistake):
+    def call(progress):
+        raise mistake("typo")
+
+    with pytest.raises(mistake):
         retry.patiently(call, timeout=60, pause=lambda _: pytest.fail("it was tried again"))
 
 
