@@ -198,13 +198,23 @@ AT_WORK = """
 def work(process):
     print("at work", flush=True)
 """
+# It tells what differs after a while, in which others might begin.
+ANOTHER_VERSION = """
+compare = check_same
+
+def check_same(*args):
+    try:
+        compare(*args)
+    finally:
+        threading.Event().wait(0.5)
+"""
 
 
 def test_processes_with_different_code_do_not_begin(tmp_path):
     """Neither does process 0, with which the others are compared."""
     shutil.copytree(Path(lina_jax.__file__).parent, tmp_path / "lina_jax")
-    with (tmp_path / "lina_jax" / "train.py").open("a") as file:
-        file.write("# another version\n")
+    with (tmp_path / "lina_jax" / "hosts.py").open("a") as file:
+        file.write(ANOTHER_VERSION)
     with two_processes(AT_WORK, cwd=lambda process: tmp_path if process else None) as processes:
         told = [process.communicate(timeout=100) for process in processes]
         assert [process.returncode for process in processes] == [2, 2]
