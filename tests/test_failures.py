@@ -11,10 +11,12 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lina_jax import integrity, metrics, places, state
 from lina_jax.checkpoint import Checkpoints
+from lina_jax.config import CheckpointConfig
 from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
 from lina_jax.train import train
 
@@ -159,6 +161,28 @@ def test_ctrl_c_during_the_last_save_waits_for_it(tiny_text, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 2"):
         train(tiny_text(steps=2), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "2" / "digests.json").exists()
+
+
+def test_a_save_that_is_overtaken_by_the_next_has_its_digests(tmp_path, monkeypatch):
+    """They are made at the end of a save, here when the next one has come to wait for it."""
+
+    def late(self):
+        waited_for.wait()
+        record(self)
+
+    def wait(self):
+        waited_for.set()
+        return until_finished(self)
+
+    waited_for, record = threading.Event(), Checkpoints._record_digests
+    until_finished = ocp.CheckpointManager.wait_until_finished
+    monkeypatch.setattr(Checkpoints, "_record_digests", late)
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    for step in (1, 2):
+        checkpoints.save(state.TrainState(*[np.array(step, np.int32)] * 4, *[{"a": np.ones(4)}] * 4))
+    checkpoints.close()
+    assert all((tmp_path / "checkpoints" / step / integrity.DIGESTS).exists() for step in "12")
 
 
 def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from lina_jax import mesh, metrics, preemption, state
+from lina_jax import mesh, metrics, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
 from lina_jax.flops import training_flops
@@ -165,15 +166,15 @@ def measured(workdir):
     return [line for line in lines if "loss" not in line], previews
 
 
-def raise_at(patch, name, call, error):
-    """A method of lina_jax raises an error when it is called for this time."""
+def signal_at(patch, name, call, number):
+    """This process gets a signal when a method of lina_jax is called for this time."""
     module, kind, method = name.split(".")
     kind = getattr(importlib.import_module(f"lina_jax.{module}"), kind)
     original, calls = getattr(kind, method), itertools.count(1)
 
     def counted(*args, **options):
         if next(calls) == call:
-            raise error
+            signal.raise_signal(number)
         return original(*args, **options)
 
     patch.setattr(kind, method, counted)
@@ -184,21 +185,26 @@ def raise_at(patch, name, call, error):
 def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_path, identical, name, call):
     """Between a save and what is due after it, at steps 3 and 6; what is recorded by then is not measured again."""
     with pytest.MonkeyPatch.context() as patch:
-        raise_at(patch, name, call, KeyboardInterrupt)
+        signal_at(patch, name, call, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt, match=f"go on from step {3 * call}"):
             train(config, tmp_path / "run")
     assert identical(whole(train(config, tmp_path / "run")), finished[1])
     assert measured(tmp_path / "run") == measured(finished[0])
 
 
-@pytest.mark.parametrize("question", [3, 4])  # after step 3; while its validation goes on
-def test_what_was_due_when_a_run_was_preempted_is_measured_when_it_goes_on(question, config, finished, tmp_path):
-    questions = itertools.count(1)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("metrics.Writer.scalars", 2), ("validation.Validation.losses", 2), ("sample.Previews.draw", 1)],
+    ids=["in_step_3", "validation", "previews"],
+)
+def test_what_was_due_when_sigterm_came_is_measured_when_the_run_goes_on(name, call, config, finished, tmp_path):
     rarely = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preemption.Notice, "reached", lambda self: next(questions) == question)
-        with pytest.raises(Preempted, match="go on from step 3"):
+        signal_at(patch, name, call, signal.SIGTERM)
+        with pytest.raises(Preempted, match="go on from step 3") as caught:
             train(rarely, tmp_path / "run")
+    assert ending(caught.value)[1] == RUN_AGAIN
+    assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
     train(config, tmp_path / "run")
     assert measured(tmp_path / "run") == measured(finished[0])
 
@@ -322,6 +328,21 @@ def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
             ) as caught:
                 checkpoints.restore(state.blueprint(config, one_device))
         assert ending(caught.value)[1] == RUN_AGAIN
+    assert checkpoints.steps() == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")], ids=["host", "device"]
+)
+def test_a_checkpoint_that_finds_no_memory_is_not_damaged(config, finished, tmp_path, one_device, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(type(error)):
+        checkpoints.restore(state.blueprint(config, one_device))
     assert checkpoints.steps() == [0, 3, 6]
 
 

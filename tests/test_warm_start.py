@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from lina_jax import mesh, state, torch_layout, warm_start
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.config import Config, MeshConfig
+from lina_jax.config import Config, InitFromConfig, MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.train import train
 from lina_jax.workdir import write_config
@@ -134,6 +134,19 @@ def test_arrays_that_are_not_taken_are_those_of_a_fresh_run(begun, donor, one_de
             "loaded" if loaded else "restarted" if name.startswith("head/out/") else "skipped"
         )
         assert np.array_equal(array, (taken if loaded else fresh)[name]), name
+
+
+def test_the_first_list_that_fits_decides(donor):
+    """exclude, include, restart, recompute."""
+    plan = donor[1]
+    model = plan.config.model, {path: leaf.shape for path, leaf in flatten_dict(plan.shapes.params).items()}
+    lists = {"exclude": ("head/*",), "include": ("head/*", "*/attention/*"), "restart": ("*_scale",)}
+    rules = InitFromConfig(path="donor", **lists, recompute=("*/attention/key_scale",))
+    done = {"/".join(path): decision.action for path, decision in warm_start.decide(rules, model, model).items()}
+    for name, action in done.items():
+        included = "/attention/" in name and not name.startswith("head/")
+        assert action == ("skipped" if not included else "restarted" if name.endswith("_scale") else "loaded"), name
+    assert set(done.values()) == {"skipped", "restarted", "loaded"}
 
 
 def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_device, tmp_path):
