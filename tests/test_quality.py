@@ -1,10 +1,10 @@
 """What is measured depends on (weights, seed, number) and on nothing beside; what was done before a kill counts."""
 
 import dataclasses
-import io
 import json
 import os
 import shutil
+import signal
 import zipfile
 
 import jax
@@ -14,22 +14,11 @@ from inception_weights import write
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lina_jax import (
-    data,
-    evaluate,
-    featurise,
-    image_sources,
-    mesh,
-    quality,
-    records,
-    reference,
-    shapes,
-    state,
-    train,
-)  # fmt: skip
+from lina_jax import data, evaluate, featurise, image_sources, mesh, quality, reference, shapes, state, train
 from lina_jax.config import MeshConfig
-from lina_jax.errors import UserError
+from lina_jax.errors import Preempted, UserError
 from lina_jax.featurise import Network
+from lina_jax.workdir import saved_steps
 
 COUNT = 44
 
@@ -176,6 +165,30 @@ def test_what_was_done_for_other_pictures_does_not_count(
     assert "is of another evaluation that was not finished: it is replaced" in capsys.readouterr().err
 
 
+def test_what_was_done_by_another_network_does_not_count(source, networks, measure, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks[1], "digest", "of other weights")
+        with pytest.raises(KeyboardInterrupt):
+            measure(of=Killed(source(1), 19), work=tmp_path / "work")
+    assert (tmp_path / "work" / "000000.npz").exists()
+    again = Killed(source(1), 4)
+    with pytest.raises(KeyboardInterrupt):
+        measure(of=again, work=tmp_path / "work")
+    assert again.made == [0, 1, 2, 3]
+
+
+def test_a_chunk_whose_writing_was_cut_off_is_not_done(tmp_path, monkeypatch):
+    def cut_off(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    chunk = featurise.Chunk(0, featurise.Features(*[np.zeros((12, 1))] * 3), np.zeros((0, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(np, "savez", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        featurise.Done(tmp_path, {}).add(chunk)
+    assert featurise.Done(tmp_path, {}).count == 0
+
+
 def test_the_npz_file_is_adms_and_measures_the_same(measure, whole, networks, devices, compared, tmp_path):
     labels = np.arange(COUNT) % 3
     measure(work=tmp_path / "work", npz=tmp_path / "samples.npz", labels=labels)
@@ -199,19 +212,6 @@ def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices,
     folder = image_sources.open_images(tmp_path, devices[1])
     with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: one size is needed"):
         folder.batch(np.arange(COUNT + 1))
-
-
-def test_the_first_pictures_of_a_sorted_folder_stand_for_all(devices, tmp_path):
-    """Of three classes one after the other; what `sample` and systems put beside pictures is none of them."""
-    for number in range(60):
-        Image.new("L", (8, 8), 100 * (number // 20)).save(tmp_path / f"{number:03d}.png")
-    for name in ("grid.png", "settings.json", "._000.png"):
-        (tmp_path / name).touch()
-    folder = image_sources.open_images(tmp_path, devices[1])
-    assert folder.count == 60
-    assert set(np.asarray(folder.batch(np.arange(12)))[:, 0, 0, 0].tolist()) == {0, 100, 200}
-    numbers = np.asarray(folder.batch(np.arange(60)))[:, 0, 0, 0].tolist()
-    assert sorted(numbers) == [0] * 20 + [100] * 20 + [200] * 20
 
 
 def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_data):
@@ -267,50 +267,6 @@ def test_files_that_are_no_reference_are_named(networks, tmp_path, arrays, messa
         reference.load(tmp_path / "bad.npz", networks[1], per_device=4, work=None, images=True)
 
 
-def test_compressed_and_damaged_npz_files(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
-    np.savez_compressed(tmp_path / "small.npz", arr_0=array)
-    np.testing.assert_array_equal(image_sources.npz_array(tmp_path / "small.npz", "arr_0"), array)
-    content = (tmp_path / "small.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(content[:200])
-    (tmp_path / "flipped.npz").write_bytes(content[:60] + bytes(byte ^ 255 for byte in content[60:80]) + content[80:])
-    for name in ("cut", "flipped"):
-        with pytest.raises(UserError, match=f"{name}.npz: not a whole npz file"):
-            image_sources.npz_array(tmp_path / f"{name}.npz", "arr_0")
-
-
-def test_a_folder_of_pictures_may_link_others_and_hides_what_is_hidden(one_device, tmp_path):
-    for place in ("all/a", "all/.thumbs", "elsewhere"):
-        (tmp_path / place).mkdir(parents=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / place / "caf\udce9.png")
-    (tmp_path / "all" / "b").symlink_to(tmp_path / "elsewhere")
-    assert image_sources.open_images(tmp_path / "all", one_device).count == 2
-
-
-def test_a_record_that_cannot_be_measured_is_named(one_device, tmp_path):
-    """Training takes the next one in its place."""
-    with records.create(tmp_path / "data", "data", records.pixel_features([])) as writer:
-        for i in range(4):
-            picture = io.BytesIO()
-            Image.new("RGB", (4 + 4 * (i == 2), 4)).save(picture, "PNG")
-            writer.write("train", image=picture.getvalue(), caption="", short_caption="", label=-1, key=str(i))
-    source = image_sources.open_images(tmp_path / "data", one_device)
-    with pytest.raises(UserError, match=r"record 2 of .*data-train"):
-        source.batch(np.arange(4))
-    with pytest.raises(UserError, match=r"split 'train\[:0\]' is empty"):
-        image_sources.open_images(tmp_path / "data", one_device, "train[:0]")
-
-
-def test_text_models_draw_the_captions_of_the_data(tiny_text, devices):
-    config = tiny_text()
-    records = data.open_records(config, "validation")
-    rows = image_sources.captions_of(records, 100)(np.array([0, 7, 8, 9]))
-    assert len(records) == 8
-    np.testing.assert_array_equal(rows["text"][2:], image_sources.captions_of(records, 100)(np.array([0, 1]))["text"])
-    caption = shapes.scene("validation", 0).caption.encode()[:24]
-    assert bytes(rows["text"][0][: rows["text_length"][0]]) == caption
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_text, weights, compared, devices, tmp_path_factory):
     """(config, workdir, state) of three steps on one device that were measured after the second and the last."""
@@ -340,26 +296,31 @@ def test_the_training_loop_measures_its_average(trained, devices):
     assert not (workdir / "measuring").exists()
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_measurement_that_was_killed_in_the_training_loop_goes_on(
-    trained, tmp_path, train_on_one_device, monkeypatch, step
+@pytest.mark.parametrize(
+    ("number", "error", "step"),
+    [(signal.SIGTERM, Preempted, 2), (signal.SIGINT, KeyboardInterrupt, 3)],
+    ids=["sigterm", "ctrl_c"],
+)
+def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
+    number, error, step, trained, tmp_path, train_on_one_device, monkeypatch
 ):
     """Also where the run has come to its last step."""
     config, workdir, _ = trained
     batch, made = image_sources.Drawn.batch, []
 
-    def killed(source, numbers):
-        if source.facts["step"] == step and numbers[-1] >= 24:
-            raise KeyboardInterrupt
+    def stopped(source, numbers):
+        if source.facts["step"] == step and numbers[-1] == 27:
+            signal.raise_signal(number)
         return batch(source, numbers)
 
     def counted(source, numbers):
         made.extend((source.facts["step"], number) for number in numbers.tolist())
         return batch(source, numbers)
 
-    monkeypatch.setattr(image_sources.Drawn, "batch", killed)
-    with pytest.raises(KeyboardInterrupt, match=f"go on from step {step}"):
+    monkeypatch.setattr(image_sources.Drawn, "batch", stopped)
+    with pytest.raises(error, match=f"go on from step {step}"):
         train.train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run")[-1] == step
     monkeypatch.setattr(image_sources.Drawn, "batch", counted)
     train.train(config, tmp_path / "run")
     assert min(made) == (step, 12)  # a chunk of 12 was done, and the next one gathered when the kill came

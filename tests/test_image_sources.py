@@ -1,0 +1,67 @@
+"""Images to measure are read by number, of folders, files and datasets; what cannot be measured is named."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lina_jax import data, image_sources, records, shapes
+from lina_jax.errors import UserError
+
+
+def test_the_first_pictures_of_a_sorted_folder_stand_for_all(one_device, tmp_path):
+    """Of three classes one after the other; what `sample` and systems put beside pictures is none of them."""
+    for number in range(60):
+        Image.new("L", (8, 8), 100 * (number // 20)).save(tmp_path / f"{number:03d}.png")
+    for name in ("grid.png", "settings.json", "._000.png"):
+        (tmp_path / name).touch()
+    folder = image_sources.open_images(tmp_path, one_device)
+    assert folder.count == 60
+    assert set(np.asarray(folder.batch(np.arange(12)))[:, 0, 0, 0].tolist()) == {0, 100, 200}
+    numbers = np.asarray(folder.batch(np.arange(60)))[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == [0] * 20 + [100] * 20 + [200] * 20
+
+
+def test_compressed_and_damaged_npz_files(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=array)
+    np.testing.assert_array_equal(image_sources.npz_array(tmp_path / "small.npz", "arr_0"), array)
+    content = (tmp_path / "small.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:200])
+    (tmp_path / "flipped.npz").write_bytes(content[:60] + bytes(byte ^ 255 for byte in content[60:80]) + content[80:])
+    for name in ("cut", "flipped"):
+        with pytest.raises(UserError, match=f"{name}.npz: not a whole npz file"):
+            image_sources.npz_array(tmp_path / f"{name}.npz", "arr_0")
+
+
+def test_a_folder_of_pictures_may_link_others_and_hides_what_is_hidden(one_device, tmp_path):
+    for place in ("all/a", "all/.thumbs", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / "caf\udce9.png")
+    (tmp_path / "all" / "b").symlink_to(tmp_path / "elsewhere")
+    assert image_sources.open_images(tmp_path / "all", one_device).count == 2
+
+
+def test_a_record_that_cannot_be_measured_is_named(one_device, tmp_path):
+    """Training takes the next one in its place."""
+    with records.create(tmp_path / "data", "data", records.pixel_features([])) as writer:
+        for i in range(4):
+            picture = io.BytesIO()
+            Image.new("RGB", (4 + 4 * (i == 2), 4)).save(picture, "PNG")
+            writer.write("train", image=picture.getvalue(), caption="", short_caption="", label=-1, key=str(i))
+    source = image_sources.open_images(tmp_path / "data", one_device)
+    with pytest.raises(UserError, match=r"record 2 of .*data-train"):
+        source.batch(np.arange(4))
+    with pytest.raises(UserError, match=r"split 'train\[:0\]' is empty"):
+        image_sources.open_images(tmp_path / "data", one_device, "train[:0]")
+
+
+def test_text_models_draw_the_captions_of_the_data(tiny_text):
+    config = tiny_text()
+    records = data.open_records(config, "validation")
+    rows = image_sources.captions_of(records, 100)(np.array([0, 7, 8, 9]))
+    assert len(records) == 8
+    np.testing.assert_array_equal(rows["text"][2:], image_sources.captions_of(records, 100)(np.array([0, 1]))["text"])
+    caption = shapes.scene("validation", 0).caption.encode()[:24]
+    assert bytes(rows["text"][0][: rows["text_length"][0]]) == caption
