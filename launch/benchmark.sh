@@ -55,11 +55,13 @@ if [ -z "$dry_run" ] && [ -z "$python" ]; then make_environment .venv-benchmark 
 python=${python:-python}
 
 failed=() lines=$out
-if [ -n "$dry_run" ]; then lines=/dev/null; fi
+# Commands are told on stdout where they are all that is asked for.
+if [ -n "$dry_run" ]; then lines=/dev/null told=1; else told=2; fi
+exec 3>&$told
 # attempt COMMAND...: run it, or note that it failed.
 attempt() {
-  printf '%q ' "$@" >&2
-  echo >&2
+  printf '%q ' "$@" >&3
+  echo >&3
   if [ -n "$dry_run" ]; then return; fi
   local code=0
   timeout --foreground 1800 "$@" || code=$? # in the foreground, so that Ctrl-C reaches it

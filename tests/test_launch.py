@@ -242,7 +242,8 @@ def test_a_sweep_measures_presets_that_there_are(launch, load_preset, tmp_path):
     result, _, _ = launch(LAUNCH / "benchmark.sh", "--dry-run", "--accelerator=gpu", f"--out={out}")
     assert result.returncode == 0, result.stderr
     assert not out.exists()
-    lines = [shlex.split(line) for line in result.stderr.splitlines()]
+    assert not result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
     presets = {word for line in lines for word in line if word.startswith("--config=")}
     wanted = {"imagenet256_c2i:w1536", "t2i:256", "t2i:512", "t2i:1024"}
     assert {preset.removeprefix("--config=configs/").replace(".py", "") for preset in presets} == wanted
