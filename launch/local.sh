@@ -25,8 +25,10 @@ processes=2 accelerator='' devices='' port='' grace=120
 read_arguments "processes accelerator devices port grace" "$@"
 need name
 case "${words[*]:0:4} " in
-  "python -m lina_jax.convert "* | "python -m lina_jax.plan "* | "python -m lina_jax.benchmark attention "* | \
-    "python -m lina_jax.benchmark data "*) refuse "${words[*]:2:2}: this runs in one process" ;;
+  "python -m lina_jax.convert "* | "python -m lina_jax.plan "*) refuse "${words[2]#*.} runs in one process" ;;
+  "python -m lina_jax.benchmark attention "* | "python -m lina_jax.benchmark data "*)
+    refuse "benchmark ${words[3]} runs in one process"
+    ;;
 esac
 [ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
 whole processes 1

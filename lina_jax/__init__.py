@@ -14,6 +14,7 @@ def interrupted_importing(signum, frame) -> None:
     os._exit(130)
 
 
-# So Python calls itself while it looks for the module of `python -m lina_jax.NAME`.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# "-m" is what Python calls itself while it looks for the module of `python -m lina_jax.NAME`.
+_is_command = sys.argv[:1] == ["-m"] and any(word.startswith("lina_jax.") for word in sys.orig_argv)
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted_importing)

@@ -335,9 +335,9 @@ def _that_fits(batch: int) -> Iterator[None]:
     except programs.OutOfMemory as error:
         raise UserError(f"batch {batch} does not fit: {error}") from error
     except jax.errors.JaxRuntimeError as error:
-        if not errors.exhausted(error):
+        if not (line := errors.exhausted(error)):
             raise
-        raise UserError(f"batch {batch} does not fit: {str(error).splitlines()[0]}") from error
+        raise UserError(f"batch {batch} does not fit: {line}") from error
 
 
 def _peak(config: Config) -> float:

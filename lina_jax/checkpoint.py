@@ -44,6 +44,7 @@ class Checkpoints:
         self.directory = workdir.resolve() / "checkpoints"
         self._aside = workdir.resolve() / "damaged"
         self._saving: int | None = None
+        self._under_way = False
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
@@ -70,7 +71,7 @@ class Checkpoints:
         items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in WEIGHTS}
         items["progress"] = ocp.args.PyTreeSave(_progress(state))
         self.wait()  # for the save before, to which `_saving` belongs until it is finished
-        self._saving = step
+        self._saving, self._under_way = step, True
         with _naming_failures(self.directory, self._saving):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -155,9 +156,10 @@ class Checkpoints:
         return int(items["progress"]["updates"])
 
     def check(self) -> None:
-        """Raises UserError when a save that is under way has failed."""
-        with _naming_failures(self.directory, self._saving):
-            self._manager.check_for_errors()
+        """Raises UserError when the last save has failed; one that is under way is not waited for."""
+        if self._under_way and not self._manager.is_saving_in_progress():
+            self._under_way = False
+            self.wait()  # which alone tells of an error that its thread has met
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError when a save failed."""

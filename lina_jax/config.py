@@ -41,7 +41,7 @@ class ModelConfig:
     width: int = 768
     heads: int = 12
     condition_depth: int = 16
-    image_depth: int = 32  # half of it encodes visible tokens, half decodes all
+    image_depth: int = 32  # see `halves`
     mlp_ratio: int = 4
     head_width: int = 768
     head_depth: int = 6
@@ -62,6 +62,13 @@ class ModelConfig:
     def halves(self) -> tuple[int, int]:
         """Blocks that encode visible tokens, and blocks that decode all, of an odd number the larger part."""
         return self.image_depth // 2, self.image_depth - self.image_depth // 2
+
+    @property
+    def gate_numbers(self) -> int:
+        """Of one learned table of gates of an image block; 0: there is none."""
+        if self.attention == "softmax" or self.kv_gate in ("none", "dynamic"):
+            return 0
+        return (self.condition_tokens + self.image_tokens) * (1 if self.kv_gate == "shared" else self.heads)
 
     @property
     def image_tokens(self) -> int:

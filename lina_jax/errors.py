@@ -12,6 +12,7 @@ import gc
 import inspect
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,9 @@ _PASSING = {
     errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED,
     errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
+# What runtimes say of arrays that find no room, and of kernels that do not fit a chip, which is a mistake of ours.
+_NO_MEMORY = re.compile("out of memory|allocat", re.IGNORECASE)
+_ON_CHIP = re.compile("vmem|smem|shared memory", re.IGNORECASE)
 _leaving = threading.Lock()
 
 
@@ -66,16 +70,17 @@ def ending(error: BaseException) -> tuple[str, int] | None:
             return f"error: {error}; run the same command again", RUN_AGAIN
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
-    if exhausted(error):
-        reason = str(error).strip().splitlines()[0]
-        return f"error: {reason}; fewer images at once need less, and of training more optim.accumulate", 2
+    if line := exhausted(error):
+        return f"error: {line}; fewer images at once need less, and of training more optim.accumulate", 2
     return None
 
 
-def exhausted(error: BaseException) -> bool:
-    """Whether JAX's runtime found no memory on a device."""
-    words = ("RESOURCE_EXHAUSTED", "Out of memory")  # the latter: CPUs
-    return type(error).__name__ == "JaxRuntimeError" and any(word in str(error) for word in words)
+def exhausted(error: BaseException) -> str:
+    """What JAX's runtime says of memory that a device lacks for arrays; "" of any other error."""
+    if type(error).__name__ != "JaxRuntimeError":
+        return ""
+    lines = map(str.strip, str(error).splitlines())
+    return next((line for line in lines if _NO_MEMORY.search(line) and not _ON_CHIP.search(line)), "")
 
 
 def storage_failed(error: BaseException | None) -> bool:
@@ -107,8 +112,6 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
-    if signal.getsignal(signal.SIGINT) is lina_jax.interrupted_importing:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Traced programs are many objects, among which little is garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)
@@ -117,6 +120,8 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
     absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
+        if signal.getsignal(signal.SIGINT) is lina_jax.interrupted_importing:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         app.run(guarded, flags_parser=_parse_flags)
     except KeyboardInterrupt as stop:
         leave(*ending(stop))

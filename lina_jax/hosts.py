@@ -94,6 +94,8 @@ def _runtime_failure(error: BaseException) -> str:
     """What JAX's runtime says of a device or a link that failed; "" of any other error."""
     if not isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_NO_BACKEND):
         return ""
+    if errors.exhausted(error):
+        return ""
     reason = (str(error).splitlines() or ["no reason given"])[0][:200]
     return "" if any(status in reason for status in _LASTING) else reason
 

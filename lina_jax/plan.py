@@ -7,7 +7,7 @@ Compiles the train step and the sampling step for the devices of the topology an
 a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
 alone on stdout, the table goes to stderr. --search tries remat policies (on GPUs with and without kernels of
 attention), meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install
-'lina_jax[tpu]'`; docs/planning.md says what the figures mean.
+'.[tpu]'`; docs/planning.md says what the figures mean.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ DAY = 86_400.0
 
 Report = dict[str, Any]
 
-# Of JSON, also where a program does not fit, and nobody knows: null.
+# Keys that the JSON always has: null where a program does not fit.
 ALWAYS = ("collective_bytes", "predicted_mfu", "predicted_step_s", "images_per_s")
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lina_jax import config as config_lib
 from lina_jax import init_rules
@@ -65,7 +66,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     def choose(there: Shapes) -> Flat:
         decisions.update(decide(asked, (plan.config.model, here), (theirs.model, there)))
         taken = {
-            path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=shapes[path].sharding)
+            path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=_placed(shapes[path], decision))
             for path, decision in decisions.items()
             if decision.action in ("loaded", "recomputed")
         }
@@ -164,6 +165,15 @@ def _misfit(
         fits = here[path] == there[path] and (not gate or _grids(model) == _grids(other))
     grids = f" (grids {_grids(other)}, here {_grids(model)})" if gate else ""
     return "" if fits else f"{there[path]} there, {here[path]} here{grids}"
+
+
+def _placed(ours: jax.ShapeDtypeStruct, decision: Decision) -> NamedSharding:
+    """Where an array of theirs is read to: as ours, but gates of another grid with all rows, which may not divide."""
+    place = ours.sharding
+    if decision.action == "loaded":
+        return place
+    layers, _, heads = place.spec
+    return NamedSharding(place.mesh, PartitionSpec(layers, None, heads))
 
 
 def _grids(model: ModelConfig) -> tuple[Grid, Grid]:

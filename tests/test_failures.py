@@ -1,5 +1,6 @@
 """What ends a training run by itself: losses that diverge, batches that do not come, logs that cannot be written."""
 
+import errno
 import importlib
 import itertools
 import os
@@ -66,6 +67,20 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
     line, code = said[0]
     assert code == RUN_AGAIN
     assert line.startswith("error: no step has ended for 0.5 s (step_timeout)")
+
+
+def test_a_save_that_fails_ends_the_run_before_the_next_is_due(tiny_text, tmp_path, monkeypatch):
+    def record(folder):
+        if not folder.name.startswith("0."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(folder)
+
+    whole = integrity.record
+    monkeypatch.setattr(integrity, "record", record)
+    config = tiny_text(steps=200, checkpoint={"every": 100}, log={"every": 1, "preview_images": 0})
+    with pytest.raises(UserError, match=r"saving step 100 to .* No space left on device"):
+        train(config, tmp_path / "run")
+    assert 100 <= [*metrics.rows_as_written(tmp_path / "run" / "metrics.jsonl")][-1]["step"] < 200
 
 
 @pytest.mark.parametrize("stuck", [0, 2], ids=["when_the_next_is_due", "at_the_end"])

@@ -235,6 +235,7 @@ def work(process):
     [
         ('jax.errors.JaxRuntimeError("INTERNAL', RUN_AGAIN),
         ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED', 1),
+        ('jax.errors.JaxRuntimeError("Out of memory allocating 9 bytes', 2),
         ("RuntimeError(\"Unable to initialize backend 'tpu': UNAVAILABLE", RUN_AGAIN),
         ('RuntimeError("a bug', 1),
     ],

@@ -21,7 +21,7 @@ VARIANTS = {
     "dynamic gate, rematerialised, scanned": {"kv_gate": "dynamic", "remat": "full", "scan_layers": True},
     "key gate": {"kv_gate": "key"},
     "subtraction, value gate": {"normalization": "subtraction", "kv_gate": "value"},
-    "hybrid, shared gate": {"attention": "hybrid", "softmax_period": 2, "kv_gate": "shared"},
+    "hybrid, shared gate": {"attention": "hybrid", "softmax_period": 2, "kv_gate": "shared", "image_depth": 3},
     "rotary": {"rotary": True, "heads": 1},
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lina_jax import mesh, state
-from lina_jax.config import EmaConfig, LossConfig, MeshConfig
+from lina_jax.config import EmaConfig, LossConfig, MeshConfig, ModelConfig
 from lina_jax.models import flow
 from lina_jax.models.draws import draw, latent_noise, max_visible, visible_count
 from lina_jax.models.transformer import layer_runs
@@ -267,10 +267,11 @@ def test_every_gate_learns_under_both_normalisations(gate, normalization, plan_o
 
 @pytest.mark.parametrize(
     ("depth", "period", "softmax"),
-    [(32, 8, [7, 15, 23, 31]), (4, 2, [1, 3]), (4, 3, [2]), (2, 8, []), (2, 1, [0, 1])],
+    [(32, 8, [7, 15, 23, 31]), (4, 2, [1, 3]), (5, 2, [1, 3]), (4, 3, [2]), (2, 8, []), (2, 1, [0, 1])],
 )
 def test_hybrid_layers_are_counted_through_both_halves(depth, period, softmax):
-    halves = [*layer_runs(0, depth // 2, period), *layer_runs(depth // 2, depth // 2, period)]
+    encoders, decoders = ModelConfig(image_depth=depth).halves
+    halves = [*layer_runs(0, encoders, period), *layer_runs(encoders, decoders, period)]
     assert [i for _, is_softmax, layers in halves if is_softmax for i in layers] == softmax
     assert [i for _, _, layers in halves for i in layers] == list(range(depth))
 

@@ -13,6 +13,7 @@ from lina_jax import mesh, state, torch_layout, warm_start
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, InitFromConfig, MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.models import attention
 from lina_jax.train import train
 from lina_jax.workdir import write_config
 
@@ -87,8 +88,11 @@ def test_the_loss_is_that_of_the_donor(begun, donor, batch_of):
 LARGER = {"model": {"image_grid": (8, 8), "condition_grid": (4, 4)}}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("rules", "action"), [("resolution", "restarted"), ("interpolate", "recomputed")])
-def test_a_larger_grid_has_gates_of_its_own_and_all_else_of_the_donor(begun, donor, rules, action):
+def test_a_larger_grid_has_gates_of_its_own_and_all_else_of_the_donor(begun, donor, rules, action, large, monkeypatch):
+    """Also where they are cut over devices: 80 tokens can be, the donor's 20 cannot."""
+    monkeypatch.setattr(attention, "LARGE_TABLE", 1 if large else attention.LARGE_TABLE)
     run, report, _ = begun(changes=LARGER, rules=rules)
     ours, theirs = flat(run.params, run.frozen), flat(donor[2].ema, donor[2].frozen)
     for name, done in actions(report).items():

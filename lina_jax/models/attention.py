@@ -18,7 +18,7 @@ from lina_jax.mesh import LARGE_TABLE, by_platform, constrain, one_cpu, platform
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
-from lina_jax.models.layers import Linear, rotate, spread
+from lina_jax.models.layers import Linear, rotate, scaled, spread
 
 RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
 NORMALIZER_EPS = 1e-6
@@ -186,7 +186,7 @@ class Attention(nnx.Module):
             y = rearrange(y, "b h w d -> b (h w) d")
             return jnp.pad(y + spread(sequence.everywhere(bias), y), ((0, 0), (first, 0), (0, 0)))
 
-        arrays = [a.astype(dtype) for a in (x, self.conv_kernel[...], self.conv_bias[...])]
+        arrays = [x.astype(dtype), self.conv_kernel[...].astype(dtype), self.conv_bias[...]]
         if triton:
             # Channels do not see each other: cut as the result that this is added to.
             tokens = ("batch", "tokens", "heads")
@@ -228,7 +228,7 @@ def _token_axis() -> int:
 
 def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
     """x (B, `order`, d) times gate (.., `order`), H or 1."""
-    return x if gate is None else x * spread(gate[..., None], x)
+    return x if gate is None else scaled(x, gate[..., None])
 
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
