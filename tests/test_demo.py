@@ -208,12 +208,13 @@ def test_the_page_tells_the_time_of_drawing_alone(studio, ask, monkeypatch):
     ("arguments", "line"),
     [
         ([], r"error: --workdir=DIR \(a training directory\) is needed"),
-        (["--workdir=."], r"error: the page needs Gradio .*: pip install 'lina_jax\[demo\]'"),
+        (["--workdir=."], r"error: \. is not a training directory: it has no config.json"),
+        (["--workdir=WORKDIR"], r"error: the page needs Gradio .*: pip install -e '\.\[demo\]'"),
     ],
 )
-def test_without_what_it_needs_it_ends_with_one_line(arguments, line):
+def test_without_what_it_needs_it_ends_with_one_line(arguments, line, workdir):
     program = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_module('lina_jax.demo', run_name='__main__')"
-    command = [sys.executable, "-c", program, *arguments]
+    command = [sys.executable, "-c", program, *(word.replace("WORKDIR", str(workdir)) for word in arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert re.fullmatch(line, result.stderr.strip())

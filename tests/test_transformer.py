@@ -118,6 +118,7 @@ def test_sums_in_time_change_no_number():
         return jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
 
     programs = [lowered(in_time) for in_time in (False, True)]
-    assert [program.as_text().count("optimization_barrier") for program in programs] == [0, 2]
+    without, with_sums = (program.as_text().count("optimization_barrier") for program in programs)
+    assert with_sums == without + 2
     for a, b in zip(*(jax.tree.leaves(program.compile()(params, x)) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
