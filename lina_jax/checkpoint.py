@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lina_jax import errors, hosts, integrity
 from lina_jax.config import CheckpointConfig
-from lina_jax.errors import UserError
+from lina_jax.errors import PartFailed, UserError
 from lina_jax.state import Blueprint, TrainState, Tree
 from lina_jax.workdir import is_imported, saved_steps
 
@@ -305,7 +305,10 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         system = _of_the_system(error)
         line = system.strerror if system else next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "saving" if step is None else f"saving step {step}"
-        raise UserError(f"{what} to {directory} failed, earlier checkpoints are intact: {line}") from system or error
+        said = f"{what} to {directory} failed, earlier checkpoints are intact: {line}"
+        if jax.process_count() > 1 and not (system or isinstance(error, OSError)):
+            raise PartFailed(said) from error  # of another process, as far as anybody can tell
+        raise UserError(said) from system or error
 
 
 def _of_the_system(error: BaseException) -> OSError | None:

@@ -15,7 +15,7 @@ import pytest
 
 from lina_jax import checkpoint, metrics, periodic, preemption, state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, UserError
+from lina_jax.errors import RUN_AGAIN, PartFailed, UserError
 
 DEADLINE_S = 240  # for a subprocess to get somewhere
 
@@ -166,6 +166,9 @@ def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch,
     lost = jax.errors.JaxRuntimeError("UNAVAILABLE: the following tasks are unhealthy")
     with pytest.raises(jax.errors.JaxRuntimeError, match="unhealthy"), checkpoint._naming_failures(tmp_path):
         raise TimeoutError("Timed out while waiting for a barrier.") from lost
+    part = pytest.raises(PartFailed, match="failed, earlier checkpoints are intact: UNKNOWN: Gloo")
+    with part, checkpoint._naming_failures(tmp_path):
+        raise ValueError("UNKNOWN: Gloo AllGather failed")
     whole = pytest.raises(UserError, match="failed, earlier checkpoints are intact: No space left")
     with whole, checkpoint._naming_failures(tmp_path):
         raise OSError("No space left on device")
