@@ -1,7 +1,7 @@
 """Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
 
 Cost: six to ten minutes on two CPU cores, with environment, data and pictures. Expected after 2800 steps (40
-captions of each category): scene score 0.88 for single objects, 0.95 for colours, next to 0 for counts, pairs and
+captions of each category): scene score 0.78 for single objects, 0.98 for colours, next to 0 for counts, pairs and
 relations.
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
