@@ -156,7 +156,7 @@ class Checkpoints:
         return int(items["progress"]["updates"])
 
     def check(self) -> None:
-        """Raises UserError when the last save has failed; one that is under way is not waited for."""
+        """Raises UserError, or PartFailed, when the last save has failed; one that is under way is not waited for."""
         if self._under_way and not self._manager.is_saving_in_progress():
             self._under_way = False
             self.wait()  # which alone tells of an error that its thread has met

@@ -64,13 +64,6 @@ class ModelConfig:
         return self.image_depth // 2, self.image_depth - self.image_depth // 2
 
     @property
-    def gate_numbers(self) -> int:
-        """Of one learned table of gates of an image block; 0: there is none."""
-        if self.attention == "softmax" or self.kv_gate in ("none", "dynamic"):
-            return 0
-        return (self.condition_tokens + self.image_tokens) * (1 if self.kv_gate == "shared" else self.heads)
-
-    @property
     def image_tokens(self) -> int:
         return self.image_grid[0] * self.image_grid[1]
 

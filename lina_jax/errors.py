@@ -77,7 +77,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
 
 def exhausted(error: BaseException) -> str:
     """What JAX's runtime says of memory that a device lacks for arrays; "" of any other error."""
-    if type(error).__name__ != "JaxRuntimeError":
+    if type(error).__name__ != "JaxRuntimeError":  # by name: not all that ends so has imported jax
         return ""
     lines = map(str.strip, str(error).splitlines())
     return next((line for line in lines if _NO_MEMORY.search(line) and not _ON_CHIP.search(line)), "")

@@ -237,8 +237,9 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     _divides(mesh, "the number of features of a time", TIME_FEATURES, size["fsdp"])
     _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
     _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
-    if model.gate_numbers >= LARGE_TABLE:
-        tokens = model.condition_tokens + model.image_tokens
+    tokens = model.condition_tokens + model.image_tokens
+    columns_of_gates = {"none": 0, "dynamic": 0, "shared": 1}.get(model.kv_gate, model.heads)
+    if tokens * columns_of_gates >= LARGE_TABLE:
         _divides(mesh, "the number of condition and image tokens", tokens, size["fsdp"])
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0
     if size["sequence"] > 1 and rows // size["sequence"] < edge:

@@ -108,7 +108,7 @@ def test_sums_in_time_are_of_the_layers_three_behind(monkeypatch):
 def test_sums_in_time_change_no_number():
     depth = transformer.LAYERS_TO_SUM + 2
     graph, params = nnx.split(Transformer(AttentionConfig(WIDTH, 4), depth, 2, scan=False, rngs=nnx.Rngs(0)))
-    x = jax.random.normal(jax.random.key(0), (1, 6, WIDTH))
+    x = jax.random.normal(jax.random.key(0), (1, WIDTH, WIDTH))  # gradients of fewer rows have barriers of their own
 
     def lowered(in_time):
         def loss(params, x):
@@ -118,7 +118,6 @@ def test_sums_in_time_change_no_number():
         return jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
 
     programs = [lowered(in_time) for in_time in (False, True)]
-    without, with_sums = (program.as_text().count("optimization_barrier") for program in programs)
-    assert with_sums == without + 2
+    assert [program.as_text().count("optimization_barrier") for program in programs] == [0, 2]
     for a, b in zip(*(jax.tree.leaves(program.compile()(params, x)) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import batch_parts, constrain, gathered, loops_gather_late
+from lina_jax.mesh import RULES, batch_parts, constrain, gathered, loops_gather_late
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
@@ -183,9 +183,8 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
         value = gathered(value, *(None,) * (value.ndim - len(names)), *names)
         if stacked:
             value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
-            value = constrain(
-                value, None, "batch", None, *(None if name in ("embed", "rows") else name for name in names)
-            )
+            whole = (None if "fsdp" in RULES.get(name, ()) else name for name in names)
+            value = constrain(value, None, "batch", None, *whole)
         return variable.replace(value)
 
     return nnx.merge(graph, over_variables(copy, state))
