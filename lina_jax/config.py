@@ -6,17 +6,14 @@ defaults are the published class-conditional model and its training settings (pa
 """
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
 
 from lina_jax import config_checks
+from lina_jax.config_fields import build, editable, flatten
 from lina_jax.errors import UserError
 
 TIME_FEATURES = 256  # cosines and sines by which a time is told, as published
@@ -306,40 +303,17 @@ FREE_ON_RESUME = (
 
 def default() -> ml_collections.ConfigDict:
     """Every field with its default, as the locked ConfigDict that a file in `configs/` edits and flags override."""
-    return ml_collections.ConfigDict(_editable(Config()), convert_dict=True).lock()
-
-
-def _editable(config: Any) -> dict[str, Any]:
-    """Fields as they are; of those that are None their type is kept, for flags."""
-    hints, fields = typing.get_type_hints(type(config)), {}
-    for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
-            fields[name] = _editable(value)
-        else:
-            fields[name] = config_dict.placeholder(_given(hints[name])) if value is None else value
-    return fields
+    return ml_collections.ConfigDict(editable(Config()), convert_dict=True).lock()
 
 
 def freeze(given: Mapping[str, Any]) -> Config:
     """The validated config. Raises UserError naming the field, its value and what is allowed."""
-    config = _build(Config, given, "")
+    config = build(Config, given)
     for name, value in flatten(config).items():
         config_checks.check_value(name, value)
     config_checks.check_model(config.model, config.autoencoder)
     config_checks.check_run(config)
     return config
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{'model.width': 768, ...} in field order."""
-    flat = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = value
-    return flat
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -358,63 +332,3 @@ def differences(old: Config, new: Config) -> list[str]:
 def free_on_resume(name: str) -> bool:
     """Whether a field ('mesh.data') changes neither the function, nor the optimiser, nor the data order."""
     return any(name == free or name.startswith(free + ".") for free in FREE_ON_RESUME)
-
-
-def check_name(name: str) -> None:
-    """Raises UserError unless `name` ('model.width', 'model') is a field or a group of fields."""
-    kind, prefix = Config, ""
-    for key in name.split("."):
-        if not dataclasses.is_dataclass(kind):
-            raise UserError(f"unknown config field {name} ({prefix.rstrip('.')} is a field, not a group of them)")
-        hints = typing.get_type_hints(kind)
-        if key not in hints:
-            raise _unknown(name, prefix, key, hints)
-        kind, prefix = hints[key], f"{prefix}{key}."
-
-
-def _unknown(name: str, prefix: str, key: str, known: Collection[str]) -> UserError:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-    return UserError(f"unknown config field {name} ({hint})")
-
-
-def _build(kind: type, given: Any, prefix: str) -> Any:
-    if not isinstance(given, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{prefix.rstrip('.') or 'config'}: {given!r} is not a group of fields")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key in given:
-        if key not in fields:
-            raise _unknown(prefix + str(key), prefix, str(key), fields)
-        value = given[key]
-        nested = dataclasses.is_dataclass(hints[key])
-        values[key] = (
-            _build(hints[key], value, f"{prefix}{key}.") if nested else _typed(prefix + key, hints[key], value)
-        )
-    return kind(**values)
-
-
-def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value as the field's type; ints pass as floats and lists as tuples, nothing else is converted."""
-    if isinstance(hint, types.UnionType):  # bool | None
-        if value is None:
-            return None
-        hint = _given(hint)
-    if isinstance(hint, types.GenericAlias):  # tuple[int, int], tuple[str, ...]
-        args = typing.get_args(hint)
-        kind, length = args[0], None if args[-1] is Ellipsis else len(args)
-        if not isinstance(value, tuple | list) or (length is not None and len(value) != length):
-            wanted = "a list" if length is None else f"{length} values"
-            raise UserError(f"{name}={value!r}: expected {wanted} of type {kind.__name__}")
-        return tuple(_typed(name, kind, v) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint:
-        raise UserError(f"{name}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _given(hint: Any) -> type:
-    """bool of bool | None."""
-    return typing.get_args(hint)[0]

@@ -10,7 +10,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from lina_jax import config as config_lib
+from lina_jax import config_fields
+from lina_jax.config import Config
 from lina_jax.errors import UserError
 
 
@@ -61,5 +62,5 @@ class _Parser(flags.ArgumentParser):
         config = load(path)
         for argument in sys.argv[1:]:
             if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-                config_lib.check_name(override[1])
+                config_fields.check_name(Config, override[1])
         return config

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lina_jax import config as config_lib
-from lina_jax import export, export_program, published, torch_layout
+from lina_jax import config_fields, export, export_program, published, torch_layout
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
@@ -161,7 +161,7 @@ def describe(path: Path) -> str:
 
 def _shown_fields(config: Config) -> dict[str, Any]:
     """The function, not the training."""
-    flat = config_lib.flatten(config)
+    flat = config_fields.flatten(config)
     return {name: value for name, value in flat.items() if name.startswith(("model.", "autoencoder."))}
 
 

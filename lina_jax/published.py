@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lina_jax import config as config_lib
+from lina_jax import config_fields
 from lina_jax.config import Config, ModelConfig
 from lina_jax.encoders import describe_autoencoder
 from lina_jax.errors import UserError
@@ -125,7 +126,7 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
     """
     facts = Facts()
     if given:
-        fields = {name: value for name, value in config_lib.flatten(given).items() if name.startswith("model.")}
+        fields = {name: value for name, value in config_fields.flatten(given).items() if name.startswith("model.")}
         facts.add("--config", fields, "")
     shapes = pipeline.tensors.shapes
     facts.add("the tensors", _from_shapes(pipeline.source, shapes))

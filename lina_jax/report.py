@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 
 import lina_jax
 from lina_jax import generate, pictures, places, plots, reading, sample
-from lina_jax.config import Config, SampleConfig, flatten
+from lina_jax.config import Config, SampleConfig
+from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
 from lina_jax.image_sources import placed
 from lina_jax.quality import METRICS

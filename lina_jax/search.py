@@ -10,7 +10,8 @@ import jax
 
 from lina_jax import execution, flops, mesh, programs, state
 from lina_jax.chips import Chip
-from lina_jax.config import Config, flatten
+from lina_jax.config import Config
+from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
 

@@ -26,7 +26,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from lina_jax import config as config_lib
-from lina_jax import config_file, errors, places, plots
+from lina_jax import config_fields, config_file, errors, places, plots
 from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
@@ -139,7 +139,7 @@ def _check_recipes(where: str, configs: Mapping[str, Config], judged: Mapping[st
     """Raises UserError where runs differ in what is no choice of the study, nor follows from one."""
     seen: dict[tuple, tuple] = {}
     for run, config in configs.items():
-        fields = config_lib.flatten(config)
+        fields = config_fields.flatten(config)
         for name, value in (_recipe(config) | judged[run]).items():
             choice = fields[_FOLLOWING[name]] if name in _FOLLOWING else None
             known, other = seen.setdefault((name, choice), (value, run))
@@ -197,7 +197,7 @@ def _recipe(config: Config) -> dict[str, Any]:
     judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # where it ends
     return {
         name: value
-        for name, value in config_lib.flatten(config).items()
+        for name, value in config_fields.flatten(config).items()
         if name in judges or not (name in _CHOSEN or config_lib.free_on_resume(name))
     }
 

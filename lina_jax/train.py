@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from lina_jax import config as config_lib
 from lina_jax import (
+    config_fields,
     config_file,
     data,
     errors,
@@ -319,7 +320,7 @@ def main(argv: Sequence[str]) -> None:
     if values.config is None or not values.workdir:
         raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")
     config = config_lib.freeze(values.config)
-    facts = {"--workdir": values.workdir, **config_lib.flatten(config)}
+    facts = {"--workdir": values.workdir, **config_fields.flatten(config)}
     with hosts.together(facts, preemption=True):
         train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
 

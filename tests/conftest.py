@@ -22,6 +22,7 @@ from lina_jax import mesh, sample, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, default, freeze
 from lina_jax.prepare import Settings, prepare
+from lina_jax.train import train
 from lina_jax.workdir import write_config
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +152,22 @@ def traced_once():
         for owner, name in ((state, "make_train_step"), (state, "make_eval_step"), (sample, "Stepper")):
             patch.setattr(owner, name, sharing(getattr(owner, name)))
         yield
+
+
+@pytest.fixture(scope="session")
+def config(tiny_text) -> Config:
+    """Of the run that is `finished`: with Muon, whose state has AdamW's in it."""
+    previews = {"preview_images": 2, "preview_every": 3, "preview_prompts": ("a red circle",)}
+    return tiny_text(optim={"name": "muon"}, log=previews, eval={"every": 3, "examples": 6})
+
+
+@pytest.fixture(scope="module")  # compiled as the tests of the file are
+def finished(config, tmp_path_factory, one_device) -> tuple[Path, state.TrainState]:
+    """Workdir and last state, on the host, of a run of six steps in one go."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
+        return workdir, jax.device_get(train(config, workdir))
 
 
 def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lina_jax import config_file
-from lina_jax.config import check_name, default, differences, flatten, freeze
+from lina_jax.config import Config, default, differences, freeze
+from lina_jax.config_fields import check_name, flatten
 from lina_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -82,9 +83,9 @@ def test_config_files_with_mistakes_are_named(tmp_path, text, message):
 )
 def test_names_of_fields_are_checked_as_a_whole(name, message):
     with pytest.raises(UserError) as error:
-        check_name(name)
+        check_name(Config, name)
     assert str(error.value) == message
-    check_name("model.width")
+    check_name(Config, "model.width")
 
 
 @pytest.fixture

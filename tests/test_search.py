@@ -7,7 +7,7 @@ import pytest
 
 from lina_jax import search, topology
 from lina_jax.chips import CHIPS
-from lina_jax.config import flatten
+from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
 
 
