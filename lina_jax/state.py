@@ -379,6 +379,7 @@ def make_eval_step(plan: Blueprint) -> Program:
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
         level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
         bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
-        return jnp.einsum("rbn,rbnl->bl", losses, bins), jnp.sum(bins, axis=(0, 2))
+        sums = jnp.einsum("rbn,rbnl->bl", losses, bins, precision=jax.lax.Precision.HIGHEST)
+        return sums, jnp.sum(bins, axis=(0, 2))
 
     return plan.jit(step, plan.encoders.weights)

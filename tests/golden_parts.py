@@ -10,7 +10,7 @@ from flax import nnx
 from golden_case import Case, loaded, module, tokens_of
 
 from lina_jax import torch_layout
-from lina_jax.models import flow, head, layers
+from lina_jax.models import embeddings, flow, head, layers
 from lina_jax.models.attention import GATE_NAMES, Attention, AttentionConfig
 from lina_jax.models.transformer import Block
 
@@ -139,7 +139,7 @@ def embed_time_cond(case: Case) -> None:
 def embed_label(case: Case) -> None:
     c = case.config
     table = list(torch_layout.label_embed("", ()))
-    embed = module(lambda rngs: layers.LabelEmbed(c["num_classes"], c["dim"], rngs=rngs), table, case.weights)
+    embed = module(lambda rngs: embeddings.LabelEmbed(c["num_classes"], c["dim"], rngs=rngs), table, case.weights)
     case.check("outputs.eval", embed(jnp.asarray(case["ids"])))
     kept = case["train_u"][:, 0] > c["dropout_train"]
     case.check("outputs.train", embed(jnp.where(kept, case["train_ids"], c["num_classes"])))
@@ -149,7 +149,7 @@ def embed_text(case: Case) -> None:
     c = case.config
 
     def make(rngs):
-        return layers.TextEmbed(c["token_dim"], c["dim"], rngs=rngs, dtype=jnp.float32)
+        return embeddings.TextEmbed(c["token_dim"], c["dim"], rngs=rngs, dtype=jnp.float32)
 
     embed = module(make, list(torch_layout.text_embed("", ())), case.weights)
     features = np.zeros((len(c["lens"]), c["num_tokens"], c["token_dim"]), np.float32)
@@ -191,7 +191,7 @@ def embed_pos(case: Case) -> None:
 def embed_video_pos(case: Case) -> None:
     c = case.config
     embed = module(
-        lambda rngs: layers.TimeEmbed(c["dim"], rngs=rngs), list(torch_layout.time_embed("", ())), case.weights
+        lambda rngs: embeddings.TimeEmbed(c["dim"], rngs=rngs), list(torch_layout.time_embed("", ())), case.weights
     )
     table = layers.position_table(tuple(c["base_size"]), c["dim"])
     case.check("outputs.time_embed_t1", embed()[:, None])

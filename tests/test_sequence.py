@@ -137,6 +137,27 @@ def test_room_is_exceeded_less_than_once_in_a_hundred_million_draws():
         assert tail(tokens, tokens // shards, int(0.3 * tokens), places) < 1e-8
 
 
+@pytest.mark.parametrize(
+    ("platform", "images", "axes", "tokens", "visible", "places"),
+    [
+        ("gpu", 2, {}, 1024, 307, 308),
+        ("gpu", 1, {}, 4096, 1228, 1232),
+        ("gpu", 8, {}, 256, 77, 77),
+        ("gpu", 8, {"data": 4, "fsdp": 2}, 256, 77, 80),
+        ("gpu", 3, {}, 20, 19, 20),
+        ("tpu", 2, {}, 1024, 307, 307),
+    ],
+)
+def test_gpus_have_whole_tiles_of_visible_tokens(platform, images, axes, tokens, visible, places, monkeypatch):
+    """And no more than an image has tokens; those that are too many do not exist."""
+    monkeypatch.setattr(sequence, "platform", lambda: platform)
+    mask = jnp.broadcast_to(jnp.arange(tokens) >= visible, (images, tokens))
+    with jax.set_mesh(mesh.build(MeshConfig(**axes), jax.devices() if axes else jax.devices()[:1])):
+        ids, exists = jax.jit(lambda mask: sequence.on_visible(lambda *both: both, mask, visible))(mask)
+    assert ids.shape == exists.shape == (images, places)
+    np.testing.assert_array_equal(exists, np.broadcast_to(np.arange(places) < visible, exists.shape))
+
+
 def tail(tokens: int, shard: int, visible: int, places: int) -> float:
     """P(more than `places` of `visible` tokens, drawn from `tokens`, lie in a shard of `shard`)."""
     ways = [

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from lina_jax.decode import encode_text
-from lina_jax.models.layers import ByteEncoder
+from lina_jax.models.embeddings import ByteEncoder
 
 
 @pytest.fixture(scope="module")

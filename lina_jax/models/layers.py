@@ -1,4 +1,4 @@
-"""Patches, positions, linear maps, norms and the embeddings of conditions.
+"""Patches, positions, linear maps and norms.
 
 Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
 `axes`, the logical names of its axes (see `mesh.RULES`), `decay=False` where weight decay must leave it alone, and
@@ -16,13 +16,9 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from lina_jax.config import TIME_FEATURES
 from lina_jax.mesh import one_cpu
-from lina_jax.models.initializers import normal, uniform
+from lina_jax.models.initializers import uniform
 
-PADDING_ROWS = 512  # of the text padding table in published checkpoints
-WORD_LENGTH = 16  # bytes; what is longer is read as several words
-WORD_TAPS = 5  # of the convolutions over words
 NORM_EPS = 1e-5
 
 
@@ -301,109 +297,3 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     return rearrange([cos * even - sin * odd, sin * even + cos * odd], "two b n h d -> b n h (d two)").astype(x.dtype)
-
-
-class TimeEmbed(nnx.Module):
-    """The constant vector that published models add to every condition token (frame 0 of the video table); frozen."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        # Evaluated once per step on one row: float32 whatever the activations are.
-        self.mlp = MLP(TIME_FEATURES, width, width, jax.nn.silu, rngs=rngs, dtype=jnp.float32, kind=Frozen)
-        self.norm = LayerNorm(width, kind=Frozen)
-
-    def __call__(self, frames: int = 1) -> jax.Array:
-        """(frames, D)."""
-        count = TIME_FEATURES // 2
-        frequencies = 10_000.0 ** (-np.arange(count) / count)
-        angles = np.outer(np.arange(frames), frequencies)
-        return self.norm(self.mlp(jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)))
-
-
-class LabelEmbed(nnx.Module):
-    """Class ids (B,) -> (B, 1, D). Row `num_classes` is the unconditional class."""
-
-    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
-        self.table = nnx.Param(normal()(rngs.params(), (num_classes + 1, width)), axes=(None, "embed"))
-        self.norm = LayerNorm(width, kind=Frozen)
-
-    def __call__(self, labels: jax.Array) -> jax.Array:
-        return self.norm(self.table[...][labels])[:, None]
-
-
-class TextEmbed(nnx.Module):
-    """Text features (B, L, D_text) and their lengths (B,) -> (B, L, D); rows past the length come from a fixed table.
-
-    Length 0 is the unconditional prompt. The table is saved with the model and never trained. `learned` says that the
-    features are learned with the model.
-    """
-
-    def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, learned: bool = False):
-        self.padding = Frozen(normal()(rngs.params(), (PADDING_ROWS, text_dim)), axes=(None, None))
-        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, inner=learned)
-        self.norm = LayerNorm(width, kind=Frozen)
-        self.dtype = dtype
-
-    def pad(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
-        length = features.shape[1]
-        present = jnp.arange(length)[None, :, None] < lengths[:, None, None]
-        return jnp.where(present, features.astype(self.dtype), self.padding[:length].astype(self.dtype))
-
-    def __call__(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
-        return self.norm(self.proj(self.pad(features, lengths)))
-
-
-class ByteEncoder(nnx.Module):
-    """Learned text features for runs without a pretrained encoder, one for each of at most W words.
-
-    Bytes (B, L) and lengths (B,) -> features (B, W, D_text) and their number (B,). Words end at spaces, or after
-    WORD_LENGTH bytes; what comes after W words is heard in the last. The blocks that read the features are blind to
-    order, so it is written into them here: a letter is its embedding times one of its place in the word, a word the sum
-    of its letters plus one of its place in the text, and residual gated depthwise convolutions let neighbouring words
-    speak of each other. What differs between two captions must not drown in what they share (blocks normalise after
-    each sum): hence small positions, and gates rather than one-sided activations, whose mean would be the same for all
-    text.
-    """
-
-    def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        def param(shape, std, matrix=None):
-            return nnx.Param(normal(std)(rngs.params(), shape), axes=(None,) * len(shape), matrix=matrix)
-
-        self.bytes = param((256, width), 1.0)
-        self.places = param((WORD_LENGTH, width), 1.0)
-        self.positions = param((words, width), 0.1)
-        self.taps = param((layers, 2, WORD_TAPS, width), WORD_TAPS**-0.5)
-        self.mix = param((layers, width, width), width**-0.5, matrix=((1,), (2,)))
-        self.dtype = dtype
-
-    def __call__(self, text: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        words = len(self.positions[...])
-        member, place = _spelling(text, lengths, words)
-        letters = (self.bytes[...][text] * self.places[...][place]).astype(self.dtype)
-        member = member.astype(self.dtype)
-        # The root keeps long words as loud as short ones.
-        loudness = jax.lax.rsqrt(jnp.maximum(jnp.sum(member, axis=1), 1.0))[..., None]
-        count = jnp.sum(jnp.any(member > 0, axis=1), axis=1, dtype=lengths.dtype)
-        present = (jnp.arange(words)[None] < count[:, None])[..., None].astype(self.dtype)
-        x = jnp.einsum("blw,bld->bwd", member, letters) * loudness + self.positions[...].astype(self.dtype)
-        x = x * present
-        for (signal, gate), mix in zip(
-            self.taps[...].astype(self.dtype), self.mix[...].astype(self.dtype), strict=True
-        ):
-            x = (x + (_windowed(x, signal) * jax.nn.sigmoid(_windowed(x, gate))) @ mix) * present
-        return x, count
-
-
-def _spelling(text: jax.Array, lengths: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
-    """Which word each byte belongs to, (B, L, W) bool, and its place in that word, (B, L) int32; text (B, L)."""
-    index = jnp.arange(text.shape[1])
-    letter = (text != ord(" ")) & (index < lengths[:, None])
-    after_blank = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
-    place = (index - jax.lax.cummax(jnp.where(after_blank, index, 0), axis=1)) % WORD_LENGTH
-    word = jnp.minimum(jnp.cumsum(letter & (place == 0), axis=1) - 1, words - 1)
-    return letter[..., None] & (word[..., None] == jnp.arange(words)), place
-
-
-def _windowed(x: jax.Array, taps: jax.Array) -> jax.Array:
-    """Depthwise convolution of x (B, L, D) with taps (T, D), zero padding."""
-    padded = jnp.pad(x, ((0, 0), (len(taps) // 2, len(taps) // 2), (0, 0)))
-    return sum(padded[:, i : i + x.shape[1]] * tap for i, tap in enumerate(taps))

@@ -17,16 +17,13 @@ from lina_jax.mesh import constrain, one_cpu
 from lina_jax.models import chunks, flow, sequence
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.draws import Draws
+from lina_jax.models.embeddings import ByteEncoder, LabelEmbed, TextEmbed, TimeEmbed, look_up
 from lina_jax.models.head import DiffusionHead
 from lina_jax.models.initializers import normal
 from lina_jax.models.layers import (
-    ByteEncoder,
     Frozen,
-    LabelEmbed,
     LayerNorm,
     Linear,
-    TextEmbed,
-    TimeEmbed,
     grid_positions,
     position_table,
     rotary_angles,
@@ -226,11 +223,10 @@ def _velocities(
 ) -> jax.Array:  # fmt: skip
     """(R, B, N, p*p*C), from `times` (1000, r), the embedding of `sigmas`, and z (B, N, D), both shared by the repeats.
 
-    tokens (B, N, p*p*C); noise (R, B, N, p*p*C); timestep (R, B, N). `times` are narrowed last: the
-    gradient of an entry is a sum over many tokens, in float32.
+    tokens (B, N, p*p*C); noise (R, B, N, p*p*C); timestep (R, B, N).
     """
     noisy = flow.interpolate(tokens, noise, jnp.asarray(sigmas)[timestep])
-    return head(noisy, times[timestep].astype(head.dtype), head.embed.condition(z))
+    return head(noisy, look_up(times, timestep, head.dtype), head.embed.condition(z))
 
 
 def _squared_errors(velocity: jax.Array, tokens: jax.Array, noise: jax.Array) -> jax.Array:

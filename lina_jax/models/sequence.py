@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
+from lina_jax.mesh import batch_parts, platform
+
 T = TypeVar("T")
 
 AXIS = "sequence"
@@ -23,6 +25,7 @@ AXIS = "sequence"
 # Standard deviations above the mean up to which a shard has room for visible tokens. A normal variable is larger once
 # in 1e9 draws.
 SPREAD = 6.0
+TILE = 8  # rows
 RARELY = "rarely"  # scope of what runs when that happens; estimates leave it out
 
 
@@ -143,13 +146,22 @@ def room(tokens: int, visible: int) -> int:
     """
     s, share = shards(), visible / tokens
     deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
-    wanted = math.ceil((visible / s + SPREAD * deviation) / 8) * 8
+    wanted = math.ceil((visible / s + SPREAD * deviation) / TILE) * TILE
     return min(wanted, max_in_shard(tokens, visible))
 
 
 def max_in_shard(tokens: int, visible: int) -> int:
     """The most of `visible` tokens that one shard of an image of `tokens` can have."""
     return min(visible, tokens // shards())
+
+
+def _whole_tiles(places: int, mask: jax.Array) -> int:
+    """As many places, or the few more with which a GPU has a multiple of TILE rows: XLA pads copies of all others."""
+    if platform() != "gpu":
+        return places
+    images = max(1, mask.shape[0] // batch_parts(jax.sharding.get_abstract_mesh()))
+    step = TILE // math.gcd(TILE, images)
+    return min(-(-places // step) * step, mask.shape[1] // shards())
 
 
 def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
@@ -169,7 +181,7 @@ def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, v
 
     few, many = room(tokens, visible), max_in_shard(tokens, visible)
     if few == many:
-        return with_room(many, mask)
+        return with_room(_whole_tiles(many, mask), mask)
     fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few
 
     # What a branch keeps for its gradient has room, and is cleared, whichever runs: this one keeps nothing.
