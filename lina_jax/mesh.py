@@ -72,19 +72,15 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     raise UserError(f"{refusals.get('config') or refusals['mesh']}; no mesh.sequence helps")
 
 
-class _NoLayout(UserError):
-    """JAX finds none of a mesh on a slice."""
-
-
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it neighbours in the machine.
 
     `fsdp` of 0 is chosen: with `data` or `replica` -1 as many of the devices that the other axes leave as divide
-    WHOLE_TILES, are in one slice or node (`nodes`) and of which JAX finds a layout, else all of them. `sequence` of 0
-    is 1, as no batch is known here.
+    WHOLE_TILES and are in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known
+    here.
 
     Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
-    fit the slices of a TPU, or JAX finds no layout of them.
+    fit the slices of a TPU.
     """
     config_checks.check_mesh(config)
     devices = jax.devices() if devices is None else devices
@@ -98,14 +94,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     node_of, others = nodes(devices), max(1, sizes["sequence"] * sizes["tensor"])
     node = node_of.count(node_of[0])
     near = 1 if node % others else node // others
-    fsdp = math.gcd(left, WHOLE_TILES, near)
-    while True:
-        try:
-            return _mesh(sizes | {"fsdp": fsdp}, devices)
-        except _NoLayout:
-            if fsdp == 1:
-                raise
-            fsdp //= 2
+    return _mesh(sizes | {"fsdp": math.gcd(left, WHOLE_TILES, near)}, devices)
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
@@ -174,16 +163,34 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         # Node by node. The last axes change fastest, so that `replica` and `data` are the ones between nodes.
         order = sorted(range(len(devices)), key=lambda i: (node_of[i], devices[i].id))
         return np.array([devices[i] for i in order], object).reshape(shape)
-    slices = len(set(node_of))
-    inner, outer = (sizes["replica"] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    slices = [
+        [device for device, node in zip(devices, node_of, strict=True) if node == number]
+        for number in sorted(set(node_of))
+    ]
+    inner = (sizes["replica"] // len(slices), *shape[1:])
+    return np.concatenate([_in_slice(inner, part) for part in slices])
+
+
+def _in_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Of a TPU, neighbours in the mesh neighbours in the torus."""
     try:
-        if slices > 1:
-            return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (ValueError, TypeError) as error:  # of slices with an edge of 20 or 28, whatever splits it
-        raise _NoLayout(
-            f"mesh: JAX finds no layout of {_product(sizes)} on such slices; set another mesh.fsdp"
-        ) from error
+    except (ValueError, TypeError):  # of edges like 12, 20 and 28 it finds few layouts (jax 0.10)
+        return _in_boxes(shape, devices)
+
+
+def _in_boxes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The axes behind `data` are boxes of the torus, which take of each edge as much as divides it."""
+    places = np.array([device.coords for device in devices])
+    places -= places.min(axis=0)
+    torus = np.empty(places.max(axis=0) + 1, object)
+    torus[tuple(places.T)] = devices
+    left, counts = math.prod(shape[2:]), []
+    for edge in torus.shape:
+        part = math.gcd(edge, left)
+        counts += [edge // part, part]
+        left //= part
+    return torus.reshape(counts).transpose(0, 2, 4, 1, 3, 5).reshape(shape)
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -178,8 +178,7 @@ def table(report: Report, detail: int = 0) -> str:
     if "predicted_mfu" in report:
         rows += [
             f"  step               {report['predicted_step_s'] * 1e3:.1f} ms, MFU {report['predicted_mfu']:.1%}",
-            f"  FLOPs of a step    model {report['model_flops'] / 1e12:,.0f} T, "
-            f"compiled {report['compiled_flops'] / 1e12:,.0f} T",
+            f"  FLOPs of a step    model {_flops(report['model_flops'])}, compiled {_flops(report['compiled_flops'])}",
             f"  images             {report['images_per_s']:,.0f}/s",
             f"  {report['steps']:,} steps  {report['days']:.1f} days, {report['chip_hours']:,.0f} chip-hours",
         ]
@@ -189,10 +188,13 @@ def table(report: Report, detail: int = 0) -> str:
             rows += [
                 f"  {made['images']} images     {made['predicted_s']:.2f} s, {made['images_per_s']:,.1f} images/s, "
                 f"MFU {made['predicted_mfu']:.1%}",
-                f"  FLOPs              model {made['model_flops'] / 1e12:,.0f} T, "
-                f"compiled {made['compiled_flops'] / 1e12:,.0f} T",
+                f"  FLOPs              model {_flops(made['model_flops'])}, compiled {_flops(made['compiled_flops'])}",
             ]
     return "\n".join(rows)
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.0f} T" if count >= 1e13 else f"{count / 1e9:,.0f} G"
 
 
 def _layers(part: Report) -> str:

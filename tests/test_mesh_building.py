@@ -223,30 +223,23 @@ def test_a_mesh_on_the_command_line_that_says_too_much_is_named(text, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize(("most", "made"), [(4, 4), (1, 1)])
-def test_fsdp_of_zero_is_one_for_which_jax_finds_a_layout(most, made, monkeypatch):
-    """Of 4 x 4 x 20 chips of v5p it finds none with 32 (jax 0.10)."""
+@dataclasses.dataclass(frozen=True)
+class PlacedChip(TpuChip):
+    """In a slice of 4 x 6 x 10 chips, of which JAX finds no layout with these axes (jax 0.10)."""
 
-    def arrange(shape, devices, **_):
-        if shape[mesh.AXES.index("fsdp")] > most:
-            raise TypeError("int() argument must be a string, not 'NoneType'")
-        return np.array(devices, object).reshape(shape)
-
-    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", arrange)
-    shape = mesh.build(MeshConfig(fsdp=0), [TpuChip(i, 0, 0) for i in range(8)]).shape
-    assert (shape["data"], shape["fsdp"]) == (8 // made, made)
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 4, self.id // 4 % 6, self.id // 24 % 10
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_a_slice_for_which_jax_finds_no_layout_is_one_line(slices, monkeypatch):
-    """As of 4 x 4 x 20 chips of v5p with fsdp of 32 (jax 0.10)."""
-
-    def fail(*_, **__):
-        raise TypeError("int() argument must be a string, not 'NoneType'")
-
-    for name in ("create_device_mesh", "create_hybrid_device_mesh"):
-        monkeypatch.setattr(mesh.mesh_utils, name, fail)
-    devices = [TpuChip(i, 0, i * slices // 8) for i in range(8)]
-    made = f"replica={slices} x data={2 // slices} x fsdp=4"
-    with pytest.raises(UserError, match=rf"^mesh: JAX finds no layout of {made} .* on such slices; set another"):
-        mesh.build(MeshConfig(replica=slices, fsdp=4), devices)
+@pytest.mark.parametrize("inner", [{"fsdp": 16}, {"fsdp": 0}, {"fsdp": 4, "sequence": 2, "tensor": 2}], ids=str)
+def test_where_jax_finds_no_layout_neighbours_are_boxes_of_the_torus(slices, inner):
+    devices = [PlacedChip(i, 0, i // 240) for i in range(240 * slices)]
+    made = mesh.build(MeshConfig(replica=slices, **inner), devices).devices
+    assert sorted(chip.id for chip in made.flat) == list(range(240 * slices))
+    boxes = made.reshape(-1, 16)
+    for box in boxes:
+        assert len({chip.slice_index for chip in box}) == 1
+        places = np.array([chip.coords for chip in box])
+        assert sorted(np.ptp(places, axis=0) + 1) == [2, 2, 4]
