@@ -167,6 +167,8 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         [device for device, node in zip(devices, node_of, strict=True) if node == number]
         for number in sorted(set(node_of))
     ]
+    if len(counts := {len(part) for part in slices}) > 1:
+        raise UserError(f"mesh: slices of {' and '.join(map(str, sorted(counts)))} devices: all must be alike")
     inner = (sizes["replica"] // len(slices), *shape[1:])
     return np.concatenate([_in_slice(inner, part) for part in slices])
 
@@ -175,22 +177,23 @@ def _in_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     """Of a TPU, neighbours in the mesh neighbours in the torus."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (ValueError, TypeError):  # of edges like 12, 20 and 28 it finds few layouts (jax 0.10)
+    except (ValueError, TypeError):  # of edges like 20, 28 and 44 it finds few layouts (jax 0.10)
         return _in_boxes(shape, devices)
 
 
 def _in_boxes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The axes behind `data` are boxes of the torus, which take of each edge as much as divides it."""
-    places = np.array([device.coords for device in devices])
+    """The axes behind `data` are boxes of the torus: the cores of a chip, then of each edge as much as divides it."""
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(axis=0)
     torus = np.empty(places.max(axis=0) + 1, object)
     torus[tuple(places.T)] = devices
     left, counts = math.prod(shape[2:]), []
-    for edge in torus.shape:
+    for edge in torus.shape[::-1]:
         part = math.gcd(edge, left)
-        counts += [edge // part, part]
+        counts = [edge // part, part, *counts]
         left //= part
-    return torus.reshape(counts).transpose(0, 2, 4, 1, 3, 5).reshape(shape)
+    axes = range(len(counts))
+    return torus.reshape(counts).transpose(*axes[::2], *axes[1::2]).reshape(shape)
 
 
 def _product(sizes: dict[str, int]) -> str:

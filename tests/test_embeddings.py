@@ -14,17 +14,17 @@ from lina_jax.models import embeddings
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "sequence": 4}], ids=["one_device", "mesh"])
 def test_gradients_of_rows_are_sums_in_float32(dtype, platform, axes, monkeypatch):
-    """Of 512 tokens that read one row in two: in bfloat16 a sum of these would be of two digits."""
+    """As 300 of 512 tokens read the same row, a sum in bfloat16 would have two digits."""
     monkeypatch.setattr(embeddings, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     table = rng.standard_normal((5, 8)).astype(np.float32)
-    ids = np.where(rng.random((4, 128)) < 0.5, 3, rng.integers(0, 5, (4, 128)))
+    ids = np.where(rng.random((4, 128)) < 0.5, 3, rng.integers(0, 5, (4, 128))).astype(np.uint8)
     given = jnp.asarray(1 + rng.standard_normal((4, 128, 8)), dtype)
     devices = mesh.build(MeshConfig(**axes), jax.devices()[:8] if axes else jax.devices()[:1])
 
     @jax.jit
     def both(table, ids, given):
-        rows, pull = jax.vjp(lambda table: embeddings.look_up(table, ids, dtype), table)
+        rows, pull = jax.vjp(jax.checkpoint(lambda table: embeddings.look_up(table, ids, dtype)), table)
         return rows, *pull(given)
 
     with jax.set_mesh(devices):
@@ -34,4 +34,4 @@ def test_gradients_of_rows_are_sums_in_float32(dtype, platform, axes, monkeypatc
     assert gradient.dtype == jnp.float32
     expected = np.zeros((5, 8))
     np.add.at(expected, ids, np.asarray(given, np.float64))
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4)  # 300 is rounded by 3e-5 once; measured: 9e-5

@@ -21,6 +21,7 @@ from lina_jax import convert, describe, export, mesh, sample, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import freeze
 from lina_jax.errors import UserError
+from lina_jax.models import sequence
 from lina_jax.workdir import load_config, write_config
 
 
@@ -170,8 +171,10 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
     assert np.max(np.abs(theirs.astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
 
-def test_rotary_models_go_out_as_programs(tiny, rough, save_run, tmp_path):
-    """Their angles are of any number of images, too."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rotary_models_go_out_as_programs(platform, tiny, rough, save_run, tmp_path, monkeypatch):
+    """Their angles are of any number of images, too; so is all else, also where a machine has GPUs."""
+    monkeypatch.setattr(sequence, "platform", lambda: platform)
     config = tiny(model={"rotary": True, "width": 32, "heads": 1}, sample={"steps": 2, "euler_steps": 1, "stages": 1})
     plan = state.blueprint(config, mesh.holding(config.model))
     convert.to_stablehlo(save_run(tmp_path / "run", plan, rough(plan)), tmp_path / "program", platforms=("cpu",))

@@ -225,21 +225,41 @@ def test_a_mesh_on_the_command_line_that_says_too_much_is_named(text, message):
 
 @dataclasses.dataclass(frozen=True)
 class PlacedChip(TpuChip):
-    """In a slice of 4 x 6 x 10 chips, of which JAX finds no layout with these axes (jax 0.10)."""
+    """In a slice of 4 x 6 x 10 chips."""
 
     @property
     def coords(self) -> tuple[int, int, int]:
-        return self.id % 4, self.id // 4 % 6, self.id // 24 % 10
+        return 8 + self.id % 4, self.id // 4 % 6, self.id // 24 % 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Core(PlacedChip):
+    """One of two of a chip in a slice of 2 x 6 x 10."""
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id // 2 % 2, self.id // 4 % 6, self.id // 24 % 10
 
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("inner", [{"fsdp": 16}, {"fsdp": 0}, {"fsdp": 4, "sequence": 2, "tensor": 2}], ids=str)
-def test_where_jax_finds_no_layout_neighbours_are_boxes_of_the_torus(slices, inner):
-    devices = [PlacedChip(i, 0, i // 240) for i in range(240 * slices)]
+@pytest.mark.parametrize(("kind", "edges"), [(PlacedChip, [1, 2, 2, 4]), (Core, [2, 2, 2, 2])])
+def test_where_jax_finds_no_layout_neighbours_are_boxes_of_the_torus(slices, inner, kind, edges, monkeypatch):
+    """As of 4 x 4 x 20 chips of v5p with fsdp of 32 (jax 0.10)."""
+
+    def fail(*_, **__):
+        raise TypeError("int() argument must be a string, not 'NoneType'")
+
+    monkeypatch.setattr(mesh.mesh_utils, "create_device_mesh", fail)
+    devices = [kind(i, 0, i // 240, core_on_chip=i % 2 if kind is Core else 0) for i in range(240 * slices)]
     made = mesh.build(MeshConfig(replica=slices, **inner), devices).devices
-    assert sorted(chip.id for chip in made.flat) == list(range(240 * slices))
-    boxes = made.reshape(-1, 16)
-    for box in boxes:
-        assert len({chip.slice_index for chip in box}) == 1
-        places = np.array([chip.coords for chip in box])
-        assert sorted(np.ptp(places, axis=0) + 1) == [2, 2, 4]
+    assert sorted(device.id for device in made.flat) == list(range(240 * slices))
+    for box in made.reshape(-1, 16):
+        assert len({device.slice_index for device in box}) == 1
+        places = np.array([(*device.coords, device.core_on_chip) for device in box])
+        assert sorted(np.ptp(places, axis=0) + 1) == edges
+
+
+def test_slices_that_are_not_alike_are_one_line():
+    with pytest.raises(UserError, match=r"^mesh: slices of 2 and 4 devices: all must be alike$"):
+        mesh.build(MeshConfig(replica=2), [TpuChip(i, 0, i // 4) for i in range(6)])

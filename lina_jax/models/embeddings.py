@@ -21,23 +21,25 @@ def look_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     On accelerators as a product with ones and zeros: of JAX's own gradient GPUs add rows in the order of chance, so
     that no run would be like another, and TPUs one after the other.
     """
-    if platform() == "cpu":
-        return table[ids].astype(dtype)
+    return _rows(table, ids, dtype) if platform() == "cpu" else _multiplied_rows(table, ids, dtype)
 
-    @jax.custom_vjp
-    def rows(table):
-        return table[ids].astype(dtype)
 
-    def gradient(_, of_rows):
-        ones, axes = jax.nn.one_hot(ids, len(table), dtype=of_rows.dtype), tuple(range(ids.ndim))
-        summed = jnp.tensordot(
-            ones, of_rows, (axes, axes),
-            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return (summed.astype(table.dtype),)
+def _rows(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return table[ids].astype(dtype)
 
-    rows.defvjp(lambda table: (rows(table), None), gradient)
-    return rows(table)
+
+_multiplied_rows = jax.custom_vjp(_rows, nondiff_argnums=(2,))
+
+
+def _rows_gradient(dtype: jnp.dtype, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = kept
+    ones, axes = jax.nn.one_hot(ids.astype(jnp.int32), len(table), dtype=dtype), tuple(range(ids.ndim))
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    summed = jnp.tensordot(ones, gradient, (axes, axes), precision=exact, preferred_element_type=jnp.float32)
+    return summed.astype(table.dtype), None
+
+
+_multiplied_rows.defvjp(lambda table, ids, dtype: (_rows(table, ids, dtype), (table, ids)), _rows_gradient)
 
 
 class TimeEmbed(nnx.Module):

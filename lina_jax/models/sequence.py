@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from lina_jax.mesh import batch_parts, platform
+from lina_jax.mesh import batch_parts, platform, portable
 
 T = TypeVar("T")
 
@@ -156,8 +156,11 @@ def max_in_shard(tokens: int, visible: int) -> int:
 
 
 def _whole_tiles(places: int, mask: jax.Array) -> int:
-    """As many places, or the few more with which a GPU has a multiple of TILE rows: XLA pads copies of all others."""
-    if platform() != "gpu":
+    """As many places of a shard, or the few more with which those on a GPU are a multiple of TILE.
+
+    Products of rows that are none (condition tokens nearly always are) XLA makes of padded copies.
+    """
+    if platform() != "gpu" or portable.value:
         return places
     images = max(1, mask.shape[0] // batch_parts(jax.sharding.get_abstract_mesh()))
     step = TILE // math.gcd(TILE, images)
@@ -167,8 +170,9 @@ def _whole_tiles(places: int, mask: jax.Array) -> int:
 def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
     """function(ids, exists) over visible tokens: of each shard `room` places, or `max_in_shard` if a draw needs more.
 
-    mask (B, N), True where a token is hidden; at most `visible` > 0 are not. ids (B, S * room) are places within each
-    shard, those of visible tokens first, in raster order; `exists` says which of them are visible.
+    On GPUs images that are not cut may have a few more (`_whole_tiles`). mask (B, N), True where a token is hidden; at
+    most `visible` > 0 are not. ids (B, S * K) are places within each shard, those of visible tokens first, in raster
+    order; `exists` says which of them are visible.
     """
     tokens, s = mask.shape[1], shards()
 
