@@ -79,8 +79,8 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     WHOLE_TILES and are in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known
     here.
 
-    Raises UserError with the arithmetic when the axes do not multiply to the number of devices, or `replica` does not
-    fit the slices of a TPU.
+    Raises UserError with the arithmetic when the axes do not multiply to the number of devices, `replica` does not fit
+    the slices of a TPU, or these are not alike.
     """
     config_checks.check_mesh(config)
     devices = jax.devices() if devices is None else devices

@@ -25,7 +25,7 @@ AXIS = "sequence"
 # Standard deviations above the mean up to which a shard has room for visible tokens. A normal variable is larger once
 # in 1e9 draws.
 SPREAD = 6.0
-TILE = 8  # rows
+TILE = 8  # rows of a matrix, of which compilers want multiples
 RARELY = "rarely"  # scope of what runs when that happens; estimates leave it out
 
 
@@ -156,9 +156,10 @@ def max_in_shard(tokens: int, visible: int) -> int:
 
 
 def _whole_tiles(places: int, mask: jax.Array) -> int:
-    """As many places of a shard, or the few more with which those on a GPU are a multiple of TILE.
+    """`places` of a shard, rounded up on GPUs until those of a device's images together are a multiple of TILE.
 
-    Products of rows that are none (condition tokens nearly always are) XLA makes of padded copies.
+    XLA:GPU multiplies padded copies of matrices with other numbers of rows. Condition tokens, the other rows, nearly
+    always are such a multiple. mask (B, N).
     """
     if platform() != "gpu" or portable.value:
         return places
