@@ -12,7 +12,8 @@ import numpy as np
 from lina_jax.config import ModelConfig, SampleConfig
 from lina_jax.mesh import constrain
 from lina_jax.models import flow, vae
-from lina_jax.models.layers import unpatchify
+from lina_jax.models.draws import root_key
+from lina_jax.models.layers import gather_tokens, unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Program, Tree
 
@@ -104,7 +105,6 @@ def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Arra
 def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepInputs, shape: StepShape) -> jax.Array:
     """Tokens (B, N, p*p*C) after one more step; those that are not made yet are zero."""
     c, order, rank, noise = fixed
-    batch, total = order.shape
     count, predicted, guidance, euler, sigmas = inputs
     copies = 2 if shape.guided else 1
 
@@ -125,9 +125,11 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
             velocity = without + guidance * (with_condition - without)
         return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 
-    made = jax.lax.fori_loop(0, euler, euler_step, jnp.take_along_axis(noise, ids[..., None], axis=1))
-    rows = jnp.where(jnp.arange(shape.predicted) < predicted, ids, total)
-    return tokens.at[jnp.arange(batch)[:, None], rows].set(made, mode="drop")
+    made = jax.lax.fori_loop(0, euler, euler_step, gather_tokens(noise, ids))
+    # By gathering: of a scatter XLA's partitioner would gather the images of all devices.
+    place = rank - count
+    fresh = (place >= 0) & (place < predicted)
+    return jnp.where(fresh[..., None], gather_tokens(made, jnp.clip(place, 0, shape.predicted - 1)), tokens)
 
 
 def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, steps: Schedule) -> jax.Array:
@@ -151,7 +153,7 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
     """Decoding order (B, N) and noise (B, N, p*p*C) of each image number (B,), functions of (seed, number)."""
 
     def one(image):
-        order, noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), image))
+        order, noise = jax.random.split(jax.random.fold_in(root_key(seed), image))
         uniforms = jax.random.uniform(order, (config.image_tokens,))
         return jnp.argsort(uniforms), jax.random.normal(noise, (config.image_tokens, config.token_dim))
 

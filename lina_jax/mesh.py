@@ -286,9 +286,16 @@ def device_bytes(tree: Any) -> int:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin an activation's axes to the mesh; outside a mesh (`jax.set_mesh`) nothing happens."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin an activation's axes to the mesh; outside a mesh (`jax.set_mesh`) nothing happens.
+
+    A batch that its devices cannot share evenly stays whole, like the one unconditional image of guidance: cut, each
+    device would have padding, and layers would exchange it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
+    parts = batch_parts(mesh)
+    names = [None if name == "batch" and size % parts else name for name, size in zip(names, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 

@@ -20,7 +20,7 @@ from lina_jax.config import Config, EmaConfig, ModelConfig
 from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain, gathered
 from lina_jax.models import flow, vae
-from lina_jax.models.draws import draw, latent_noise
+from lina_jax.models.draws import draw, latent_noise, root_key
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
@@ -217,7 +217,7 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
 
 def key_of(config: Config, purpose: jax.Array | np.uint32) -> jax.Array:
     """Of a run's randomness, by training step or one of the constants above."""
-    return jax.random.fold_in(jax.random.key(config.seed), purpose)
+    return jax.random.fold_in(root_key(config.seed), purpose)
 
 
 def _initial_weights(config: Config, key: jax.Array) -> tuple[Tree, Tree]:

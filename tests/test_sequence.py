@@ -153,9 +153,9 @@ def test_gpus_have_whole_tiles_of_visible_tokens(platform, images, axes, tokens,
     monkeypatch.setattr(sequence, "platform", lambda: platform)
     mask = jnp.broadcast_to(jnp.arange(tokens) >= visible, (images, tokens))
     with jax.set_mesh(mesh.build(MeshConfig(**axes), jax.devices() if axes else jax.devices()[:1])):
-        ids, exists = jax.jit(lambda mask: sequence.on_visible(lambda *both: both, mask, visible))(mask)
-    assert ids.shape == exists.shape == (images, places)
-    np.testing.assert_array_equal(exists, np.broadcast_to(np.arange(places) < visible, exists.shape))
+        chosen = jax.jit(lambda mask: sequence.on_visible(lambda chosen: chosen, mask, visible))(mask)
+    assert chosen.ids.shape == chosen.exists.shape == (images, places)
+    np.testing.assert_array_equal(chosen.exists, np.broadcast_to(np.arange(places) < visible, (images, places)))
 
 
 def tail(tokens: int, shard: int, visible: int, places: int) -> float:

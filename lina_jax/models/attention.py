@@ -170,7 +170,7 @@ class Attention(nnx.Module):
     def _by_token(self, gate: nnx.Param) -> jax.Array:
         """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1 or B, Nc + N, H or 1)."""
         table = gate[...]
-        return sequence.rows(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
+        return sequence.table_by_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""

@@ -26,6 +26,14 @@ class Draws:
     max_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
 
 
+def root_key(seed: int | jax.Array) -> jax.Array:
+    """The key that all randomness of a seed comes from.
+
+    Threefry whatever JAX_DEFAULT_PRNG_IMPL says: of other generators a number depends on the batch that it is drawn in.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def max_visible(config: LossConfig, tokens: int) -> int:
     """The most tokens that can be visible."""
     return int(np.round((1 - config.mask_ratio_min) * tokens))

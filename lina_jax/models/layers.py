@@ -260,6 +260,11 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Arra
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
+def gather_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Tokens of each image by their indices: x (B, N, D), ids (B, K) in 0 .. N - 1 -> (B, K, D)."""
+    return jnp.take_along_axis(x, ids[..., None], axis=1, mode="promise_in_bounds")
+
+
 def position_table(grid: tuple[int, int], width: int) -> jax.Array:
     """2-D sine-cosine table (h*w, D): [sin column, cos column, sin row, cos row] at integer coordinates.
 
@@ -271,10 +276,10 @@ def position_table(grid: tuple[int, int], width: int) -> jax.Array:
         angles = np.outer(np.arange(length), frequencies)
         return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
 
-    height, width = grid
-    columns = repeat(along(width), "w d -> (h w) d", h=height)
-    rows = repeat(along(height), "h d -> (h w) d", w=width)
-    return jnp.concatenate([columns, rows], axis=1)
+    rows, columns = grid
+    of_columns = repeat(along(columns), "w d -> (h w) d", h=rows)
+    of_rows = repeat(along(rows), "h d -> (h w) d", w=columns)
+    return jnp.concatenate([of_columns, of_rows], axis=1)
 
 
 def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:

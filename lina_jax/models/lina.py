@@ -152,15 +152,16 @@ class LINA(nnx.Module):
         else:
             x = x + position_table(self.config.image_grid, self.config.width).astype(self.dtype)
 
-        def encode_visible(ids: jax.Array, exists: jax.Array) -> tuple[jax.Array, jax.Array]:
-            valid = sequence.arrange(jnp.ones((ids.shape[0], conditions), bool), exists)
+        def encode_visible(chosen: sequence.Visible) -> tuple[jax.Array, jax.Array]:
+            batch = len(chosen.ids)
+            valid = sequence.arrange(jnp.ones((batch, conditions), bool), chosen.exists)
             chosen_angles = None
             if angles is not None:
-                all_angles, all_origins = (jnp.broadcast_to(a, (ids.shape[0], *a.shape[1:])) for a in (angles, origin))
-                chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, ids))
-            h = self.encoder(sequence.arrange(c, sequence.pick(x, ids)), valid=valid, angles=chosen_angles)
+                all_angles, all_origins = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (angles, origin))
+                chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, chosen))
+            h = self.encoder(sequence.arrange(c, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
             c_encoded, h = sequence.separate(h, conditions)
-            return c_encoded, sequence.put_back(x, h, mask)
+            return c_encoded, sequence.put_back(x, h, chosen)
 
         encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:

@@ -9,7 +9,7 @@ all-reduce, rows at the edges by collective-permute. Tokens themselves are never
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from lina_jax.mesh import batch_parts, platform, portable
+from lina_jax.models.layers import gather_tokens
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def separate(x: jax.Array, conditions: int) -> tuple[jax.Array, jax.Array]:
     return tuple(rearrange(part, "b s n ... -> b (s n) ...") for part in parts)
 
 
-def rows(table: jax.Array, conditions: int) -> jax.Array:
+def table_by_shard(table: jax.Array, conditions: int) -> jax.Array:
     """Tables (B or 1, Nc + N, ...) with a row for each token, as `arrange` stores them.
 
     A table is whole on every shard and so is its gradient, a sum over shards.
@@ -129,10 +130,10 @@ def take(x: jax.Array, ids: jax.Array) -> jax.Array:
 
     def own(x, numbers, ids):
         if shards() == 1:
-            return jnp.take_along_axis(x, ids[..., None], axis=1)
+            return gather_tokens(x, ids)
         local = ids - numbers[0, 0]
         here = (local >= 0) & (local < x.shape[1])
-        mine = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[1] - 1)[..., None], axis=1)
+        mine = gather_tokens(x, jnp.clip(local, 0, x.shape[1] - 1))
         return total(jnp.where(here[..., None], mine, 0))
 
     # Not jax.lax.axis_index: inside a block of a decoding step XLA refuses its PartitionId (jax 0.10).
@@ -168,50 +169,80 @@ def _whole_tiles(places: int, mask: jax.Array) -> int:
     return min(-(-places // step) * step, mask.shape[1] // shards())
 
 
-def on_visible(function: Callable[[jax.Array, jax.Array], T], mask: jax.Array, visible: int) -> T:
-    """function(ids, exists) over visible tokens: of each shard `room` places, or `max_in_shard` if a draw needs more.
+class Visible(NamedTuple):
+    """The visible tokens of each shard, in raster order, in K places of it; the last places may be empty."""
 
-    On GPUs images that are not cut may have a few more (`_whole_tiles`). mask (B, N), True where a token is hidden; at
-    most `visible` > 0 are not. ids (B, S * K) are places within each shard, those of visible tokens first, in raster
-    order; `exists` says which of them are visible.
+    ids: jax.Array  # (B, S * K), which token of its shard stands in a place; of an empty one, some hidden token
+    exists: jax.Array  # (B, S * K), False where a place is empty
+    hidden: jax.Array  # (B, N), the tokens that stand in no place
+
+
+def on_visible(function: Callable[[Visible], T], hidden: jax.Array, visible: int) -> T:
+    """function(chosen) with `room` places in each shard, or `max_in_shard` if a draw needs more.
+
+    On GPUs images that are not cut may have a few more (`_whole_tiles`). hidden (B, N) is False for at most `visible` >
+    0 tokens of each image.
     """
-    tokens, s = mask.shape[1], shards()
+    tokens, s = hidden.shape[1], shards()
 
-    def with_room(places: int, mask: jax.Array) -> T:
-        def choose(mask):
-            ids = jnp.argsort(mask, axis=1, stable=True)[:, :places]
-            return ids, jnp.arange(places) < jnp.sum(~mask, axis=1, keepdims=True)
+    def with_room(places: int, hidden: jax.Array) -> T:
+        def choose(hidden):
+            ids = jnp.argsort(hidden, axis=1, stable=True)[:, :places]
+            return ids, jnp.arange(places) < jnp.sum(~hidden, axis=1, keepdims=True)
 
-        return function(*by_shard(choose)(mask))
+        return function(Visible(*by_shard(choose)(hidden), hidden))
 
     few, many = room(tokens, visible), max_in_shard(tokens, visible)
     if few == many:
-        return with_room(_whole_tiles(many, mask), mask)
-    fits = jnp.max(jnp.sum(rearrange(~mask, "b (s n) -> b s n", s=s), axis=2)) <= few
+        return with_room(_whole_tiles(many, hidden), hidden)
+    fits = jnp.max(jnp.sum(rearrange(~hidden, "b (s n) -> b s n", s=s), axis=2)) <= few
 
     # What a branch keeps for its gradient has room, and is cleared, whichever runs: this one keeps nothing.
     @jax.checkpoint
     @jax.named_scope(RARELY)
-    def at_full_length(mask):
-        return with_room(many, mask)
+    def at_full_length(hidden):
+        return with_room(many, hidden)
 
-    return jax.lax.cond(fits, functools.partial(with_room, few), at_full_length, mask)
-
-
-def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Tokens at places within their shards: x (B, N, D), ids (B, K) as of `on_visible` -> (B, K, D)."""
-
-    def own(x, ids):
-        return jnp.take_along_axis(x, ids[..., None], axis=1)
-
-    return by_shard(own)(x, ids)
+    return jax.lax.cond(fits, functools.partial(with_room, few), at_full_length, hidden)
 
 
-def put_back(x: jax.Array, picked: jax.Array, mask: jax.Array) -> jax.Array:
-    """x (B, N, D) with its visible tokens replaced by `picked` (B, K, D), which stand as `on_visible` chose them."""
+def pick(x: jax.Array, chosen: Visible) -> jax.Array:
+    """The visible tokens of x (B, N, D), in their places (B, S * K, D).
 
-    def own(x, picked, mask):
-        place = jnp.clip(jnp.cumsum(~mask, axis=1) - 1, 0, picked.shape[1] - 1)
-        return jnp.where(mask[..., None], x, jnp.take_along_axis(picked, place[..., None], axis=1))
+    Gradients come back by gathering, too (`put_back` is the inverse): JAX's own would be a scatter, which accelerators
+    do row by row or, adding by atomics, in an order of chance. That of an empty place is taken to be zero.
+    """
+    return by_shard(_pick)(x, chosen.ids, chosen.exists, chosen.hidden)
 
-    return by_shard(own)(x, picked, mask)
+
+def put_back(x: jax.Array, picked: jax.Array, chosen: Visible) -> jax.Array:
+    """x (B, N, D) with its visible tokens replaced by those in their places, `picked` (B, S * K, D)."""
+    visible = by_shard(_put_back)(picked, chosen.ids, chosen.exists, chosen.hidden)
+    return jnp.where(chosen.hidden[..., None], x, visible)
+
+
+@jax.custom_vjp
+def _pick(x: jax.Array, ids: jax.Array, exists: jax.Array, hidden: jax.Array) -> jax.Array:
+    del exists, hidden
+    return gather_tokens(x, ids)
+
+
+@jax.custom_vjp
+def _put_back(picked: jax.Array, ids: jax.Array, exists: jax.Array, hidden: jax.Array) -> jax.Array:
+    """(B, N, D) from (B, K, D) of one shard, zero where a token is hidden."""
+    del ids, exists
+    place = jnp.clip(jnp.cumsum(~hidden, axis=1) - 1, 0, picked.shape[1] - 1)
+    return jnp.where(hidden[..., None], 0, gather_tokens(picked, place))
+
+
+def _pick_gradient(chosen, gradient):
+    return _put_back(gradient, *chosen), None, None, None
+
+
+def _put_back_gradient(chosen, gradient):
+    _, exists, _ = chosen
+    return jnp.where(exists[..., None], _pick(gradient, *chosen), 0), None, None, None
+
+
+_pick.defvjp(lambda x, *chosen: (_pick(x, *chosen), chosen), _pick_gradient)
+_put_back.defvjp(lambda picked, *chosen: (_put_back(picked, *chosen), chosen), _put_back_gradient)
