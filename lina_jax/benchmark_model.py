@@ -71,8 +71,8 @@ class Training:
     """A state and a batch, both noise; each call is one step, and returns arrays to wait for."""
 
     def __init__(self, config: Config, devices: Mesh):
+        config = kernel_check.settled(config, devices)
         plan = state.blueprint(config, devices)
-        kernel_check.check(plan.config.model)
         program, (shapes, batch) = programs.train_step(config, devices)
         self.config = plan.config
         self.compiled = programs.compile_program(program, (shapes, batch), {})
@@ -100,8 +100,8 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     devices = _devices(config, images)
     mesh.check_model(config.model, devices)
+    config = kernel_check.settled(config, devices)
     resolved = execution.for_inference(config, devices)
-    kernel_check.check(resolved.model)
     call, compiled = sampling(config, devices, images, autoencoder=autoencoder)
     (timing,) = measure.in_turns({"sample": call}, runs).values()
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)

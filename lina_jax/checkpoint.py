@@ -73,7 +73,8 @@ class Checkpoints:
         self.wait()  # for the save before, to which `_saving` belongs until it is finished
         self._saving, self._under_way = step, True
         with _naming_failures(self.directory, self._saving):
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            begun = self._manager.save(step, args=ocp.args.Composite(**items))
+        assert begun, f"orbax did not save step {step}"
 
     def save_weights(self, params: Tree, frozen: Tree) -> None:
         """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0).
@@ -224,10 +225,11 @@ class Checkpoints:
             reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # in brackets: how it was read
             if errors.storage_failed(cause):
                 raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
+            said = f"checkpoint {step} in {self.directory} cannot be read ({reason})"
+            if integrity.fingerprint(folder):
+                raise UserError(f"{said}, though its files are those that were saved") from error
             if jax.process_count() > 1:  # others may have read it, so that all of them have to start again
-                raise UserError(
-                    f"checkpoint {step} in {self.directory} cannot be read ({reason}); if it is damaged, remove it"
-                ) from error
+                raise UserError(f"{said}; if it is damaged, remove it") from error
             raise _Damaged(reason) from error
 
     def candidates(self, step: int | None) -> list[int]:
@@ -257,7 +259,9 @@ class Checkpoints:
 
     def _record_digests(self) -> None:
         """Called by orbax in process 0 when all is written, before the folder gets its name."""
-        for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+        folders = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        assert folders, f"nothing to take digests of: {self.directory} has no unfinished checkpoint {self._saving}"
+        for folder in folders:
             integrity.record(folder)
 
 

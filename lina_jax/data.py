@@ -332,10 +332,11 @@ def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterato
         raise
 
 
-def fixed_examples(records: Records, count: int) -> Arrays:
-    """`count` examples, always the same. Raises UserError if there are fewer."""
+def fixed_examples(records: Records, count: int, chosen: Sequence[int] | None = None) -> Arrays:
+    """The `chosen` ones (all, if None) of `count` examples, always the same. Raises UserError if there are fewer."""
     if count > len(records):
         raise UserError(f"{count} examples asked, but the split has only {len(records)}")
-    arrays, notes = records.read(records.some(count))
+    wanted = records.some(count)
+    arrays, notes = records.read(wanted if chosen is None else [wanted[number] for number in chosen])
     records.note(notes)
     return arrays

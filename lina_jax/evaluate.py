@@ -277,7 +277,7 @@ class _Run:
         # Here alone both are needed, and in memory.
         other, _, _ = checkpoints.restore_weights(self._plan, ema=self._values.raw, step=self.step)
         raw, ema = (self._drawing, other) if self._values.raw else (other, self._drawing)
-        return Validation(self._config, self._records).both(self._plan, raw, ema, self._frozen)
+        return Validation(self._plan, self._records).both(raw, ema, self._frozen)
 
     def scenes(self) -> tuple[dict, np.ndarray, list[str]]:
         count = self._values.scenes

@@ -97,17 +97,8 @@ def placed(
     mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
     """What `read` gives for all numbers (B,), cut by rows over the mesh; each process reads the rows of its devices."""
-    place = mesh_lib.sharding(mesh, "batch")
-    slices = place.addressable_devices_indices_map((len(numbers),))
-    where = {device: rows.indices(len(numbers))[:2] for device, (rows,) in slices.items()}
-    parts = {rows: read(numbers[slice(*rows)]) for rows in dict.fromkeys(where.values())}
-    first = next(iter(parts.values()))
-
-    def whole(name: str) -> jax.Array:
-        pieces = [jax.device_put(parts[rows][name], device) for device, rows in where.items()]
-        return jax.make_array_from_single_device_arrays((len(numbers), *first[name].shape[1:]), place, pieces)
-
-    return {name: whole(name) for name in first}
+    rows = mesh_lib.rows_here(mesh, len(numbers))
+    return mesh_lib.placed(mesh, len(numbers), rows, read(numbers[rows]))
 
 
 def balanced_classes(config: Config) -> Conditions:

@@ -1,4 +1,4 @@
-"""Whether kernels find on this device what XLA's products find: asked once, before a run relies on them."""
+"""Whether attention kernels compute on this device what XLA's products do: asked once, before a run relies on them."""
 
 import dataclasses
 import math
@@ -6,9 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from lina_jax.config import ModelConfig
+from lina_jax import execution
+from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.models import tiles
 from lina_jax.models.attention import Attention, AttentionConfig
@@ -18,13 +22,34 @@ SMALL = 0.01  # of the norm of all gradients, added to that of each: those that 
 CONDITION, SIDE = 64, 24  # so many tokens that several programs of a GPU share an image
 
 
-def check(model: ModelConfig) -> None:
-    """Raises UserError where a layer with the model's kernels differs from one without, in value or gradient.
+def settled(config: Config, devices: Mesh) -> Config:
+    """The config without kernels, if it leaves them open and they fail on the devices here, which is logged.
 
-    Or where they do not compile. Nothing happens where the model has no kernels, or this process' devices.
+    The same in all processes. Raises UserError where kernels fail that the config asks for.
+    """
+    reason = fault(execution.resolved(config, devices).model)
+    if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
+        return config
+    reason = reason or "fails in another process"
+    if config.model.attention_kernel not in execution.OPEN:
+        raise _refusal(reason)
+    logging.warning("attention by XLA's products: on %s the kernel %s", jax.local_devices()[0].device_kind, reason)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="xla"))
+
+
+def check(model: ModelConfig) -> None:
+    """Raises UserError where the model's kernels fail on the devices of this process."""
+    if reason := fault(model):
+        raise _refusal(reason)
+
+
+def fault(model: ModelConfig) -> str:
+    """What is wrong with the model's kernels on the devices of this process: "" where they agree, or there are none.
+
+    A small layer with them is compared, in value and gradient, with one without.
     """
     if model.attention_kernel != "pallas" or model.attention == "softmax" or not tiles.device():
-        return
+        return ""
     heads = math.gcd(model.heads, 4)  # as many of 96 channels share a tile of a TPU
     layer = AttentionConfig(
         width=heads * (model.width // model.heads),
@@ -40,13 +65,16 @@ def check(model: ModelConfig) -> None:
     expected = _outcome(dataclasses.replace(layer, kernel="xla"), rotary=model.rotary)
     try:
         found = _outcome(layer, rotary=model.rotary)
-    except jax.errors.JaxRuntimeError as error:
-        raise _refusal(f"does not compile or run: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Pallas and the compilers raise what they like of what they cannot lower
+        return f"does not compile or run: {str(error).strip().splitlines()[0]}"
     sizes = [np.linalg.norm(part) for part in expected]
     small = SMALL * np.linalg.norm(sizes[1:])
     errors = [np.linalg.norm(a - b) / (size + small) for a, b, size in zip(found, expected, sizes, strict=True)]
-    if not all(error < TOLERANCE for error in errors):  # so is NaN refused
-        raise _refusal(f"differs from XLA's products by {np.max(errors):.1%}")
+    if not all(error < TOLERANCE for error in errors):  # NaN does not pass either
+        return f"differs from XLA's products by {np.max(errors):.1%}"
+    return ""
 
 
 def _refusal(reason: str) -> UserError:

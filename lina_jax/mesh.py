@@ -1,5 +1,6 @@
 """Devices to mesh, and the one table that says which array axis lives on which mesh axis."""
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -278,6 +279,30 @@ def spec(*names: str | None) -> PartitionSpec:
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     """Where an array lies whose axes have these logical names (RULES); a None is not cut."""
     return NamedSharding(mesh, spec(*names))
+
+
+def rows_here(mesh: Mesh, count: int) -> list[int]:
+    """The rows of a batch of `count` that devices of this process hold, in order.
+
+    Where `sequence` or `tensor` reach over processes, these hold the same rows.
+    """
+    slices = sharding(mesh, "batch").addressable_devices_indices_map((count,)).values()
+    return sorted(set().union(*(range(*rows.indices(count)) for (rows,) in slices)))
+
+
+def placed(mesh: Mesh, count: int, rows: Sequence[int], arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch of `count` on the devices, of which each process gives its own `rows`, those of `rows_here`."""
+    place = sharding(mesh, "batch")
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            at = bisect.bisect_left(rows, start)
+            return array[at : at + stop - start]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), place, part)
+
+    return {name: put(array) for name, array in arrays.items()}
 
 
 def device_bytes(tree: Any) -> int:

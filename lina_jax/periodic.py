@@ -82,7 +82,7 @@ class Measurements:
         """`records` are those of the validation split. Raises UserError for what cannot be read, or drawn."""
         config = plan.config
         self._plan, self._work = plan, _features(workdir)
-        self._validation = Validation(config, records)
+        self._validation = Validation(plan, records)
         self._quality = evaluate.DrawnQuality(plan, records) if config.eval.images else None
         draws = config.log.preview_images and not sample.cannot_draw(config)
         self._previews = sample.Previews(plan, workdir) if draws else None
@@ -90,7 +90,7 @@ class Measurements:
     def take(self, names: Collection[str], step: int, run: state.TrainState, writer: metrics.Writer) -> None:
         """Measure these, in all processes, and record each as soon as it is known."""
         if "validation" in names:
-            losses = self._validation.both(self._plan, run.params, run.ema, run.frozen)
+            losses = self._validation.both(run.params, run.ema, run.frozen)
             writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
         if "quality" in names:
             found = self._quality.measure(run.ema, run.frozen, step=step, work=self._work)

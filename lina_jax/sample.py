@@ -213,8 +213,8 @@ def load(
     mesh.cache_programs(workdir / "compiled")
     devices = mesh.build(config.mesh)
     mesh.check_model(config.model, devices)
+    config = kernel_check.settled(config, devices)
     plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
-    kernel_check.check(plan.config.model)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step

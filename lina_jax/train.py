@@ -12,7 +12,6 @@ Any field of the config can be overridden, for example --config.steps=500 --conf
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
 """
 
-import bisect
 import contextlib
 import functools
 import sys
@@ -71,7 +70,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    plan = state.blueprint(config, devices, encoders)
+    plan = state.blueprint(kernel_check.settled(config, devices), devices, encoders)
     hosts.check_same("layers", execution.of(plan.config.model))
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
@@ -98,7 +97,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         checkpoints.close()
         _conclude(config, workdir, first, idle=True)
         return run
-    kernel_check.check(plan.config.model)
     write_config(workdir, config)
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
@@ -162,8 +160,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     skipped = _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with throughput.paused():
-                        # Of steps that are skipped in a row all have one state, which would push out those before.
-                        if last or preempted or (owed and not skipped):
+                        # Steps that are skipped in a row have one state, copies of which would push out those before.
+                        # Measuring quality may take hours: a run that is killed meanwhile resumes here.
+                        if last or preempted or ((owed or "quality" in due) and not skipped):
                             save()
                             owed = False
                         if preempted:
@@ -179,16 +178,11 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
 
 def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
-    """Global batches on the mesh, from step `first` on; each process reads the rows that its devices hold.
-
-    Where `sequence` or `tensor` reach over processes, these hold the same rows, and each reads them.
-    """
-    count, place = config.batch_size, mesh.sharding(plan.mesh, "batch")
-    held = [range(*index[0].indices(count)) for index in place.addressable_devices_indices_map((count,)).values()]
-    rows = sorted(set().union(*held))
+    """Global batches on the mesh, from step `first` on; each process reads the rows that its devices hold."""
+    rows = mesh.rows_here(plan.mesh, config.batch_size)
     batches = data.training_batches(
         source,
-        global_batch=count,
+        global_batch=config.batch_size,
         rows=rows,
         seed=config.seed,
         start_step=first,
@@ -196,16 +190,8 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         workers=config.data.workers,
     )
 
-    def put(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            at = bisect.bisect_left(rows, start)
-            return array[at : at + stop - start]
-
-        return jax.make_array_from_callback((count, *array.shape[1:]), place, part)
-
     def next_batch() -> state.Batch:
-        return {name: put(array) for name, array in next(batches).items()}
+        return mesh.placed(plan.mesh, config.batch_size, rows, next(batches))
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread: batches come in order
     try:
@@ -291,7 +277,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
     if not (periodic.reached(step, config.log.every) or step == config.steps):
         return in_a_row
     scalars |= throughput.rates(step)
-    scalars |= {"bad_records": source.skipped, "truncated_captions": source.truncated}
+    scalars |= hosts.summed("records", {"bad_records": source.skipped, "truncated_captions": source.truncated})
     writer.scalars(step, scalars)
     shown = f"loss {scalars['loss']:.4f}  {scalars['images_per_s']:.1f} images/s"
     progress.set_postfix_str(shown)

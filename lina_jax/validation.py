@@ -1,14 +1,13 @@
 """Validation losses: how well a run predicts examples that it does not train on."""
 
 import math
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lina_jax import data, preemption, state
 from lina_jax import mesh as mesh_lib
-from lina_jax.config import Config
 from lina_jax.image_metrics import Value
 from lina_jax.state import SIGMA_BINS, Blueprint, Tree
 
@@ -18,37 +17,53 @@ _DIGITS = 5
 
 
 class Validation:
-    """Loss on fixed examples with fixed draws, whatever the checkpoint, the batch size or the mesh."""
+    """Losses on fixed examples with fixed draws, whatever the checkpoint, the batch size or the mesh.
 
-    def __init__(self, config: Config, records: data.Records):
+    Each process holds, from the start on, the examples of its devices.
+    """
+
+    def __init__(self, plan: Blueprint, records: data.Records):
+        config, self._mesh = plan.config, plan.mesh
+        self._step = state.make_eval_step(plan)
         self._count = min(config.eval.examples, len(records))
-        self._batch = config.eval.batch_size or min(config.batch_size, self._count)
-        self._examples = data.fixed_examples(records, self._count)
-        self._step = None
+        wanted = config.eval.batch_size or min(config.batch_size, self._count)
+        parts = mesh_lib.batch_parts(plan.mesh)
+        self._batch = -(-wanted // parts) * parts
+        self._rows = mesh_lib.rows_here(plan.mesh, self._batch)
+        self._held = sorted({number for start in self._starts for number in self._numbers(start)})
+        self._examples = data.fixed_examples(records, self._count, self._held)
 
-    def both(self, plan: Blueprint, params: Tree, ema: Tree, frozen: Tree) -> dict[str, float]:
+    def both(self, params: Tree, ema: Tree, frozen: Tree) -> dict[str, float]:
         """Losses of the parameters, and (names ending in _ema) of their EMA."""
-        raw, ema = self.losses(plan, params, frozen), self.losses(plan, ema, frozen)
+        raw, ema = self.losses([params, ema], frozen)
         return raw | {f"{name}_ema": value for name, value in ema.items()}
 
-    def losses(self, plan: Blueprint, params: Tree, frozen: Tree) -> dict[str, float]:
-        """'loss' and its 'loss_standard_error', and 'loss_sigma_LOW_HIGH' for each bin of noise levels."""
-        self._step = self._step or state.make_eval_step(plan)
-        size = mesh_lib.batch_parts(plan.mesh)
-        batch = -(-self._batch // size) * size
-        place = mesh_lib.sharding(plan.mesh, "batch")
-        parts = []
-        for start in range(0, self._count, batch):
-            numbers = start + np.arange(batch)
-            present = numbers < self._count
-            rows = {name: array[np.minimum(numbers, self._count - 1)] for name, array in self._examples.items()}
-            # Every process has all rows in memory, and gives its devices theirs.
-            rows, numbers = jax.tree.map(
-                lambda array: jax.make_array_from_callback(array.shape, place, array.__getitem__),
-                (rows, np.where(present, numbers, -1)),
-            )
-            parts.append(multihost_utils.process_allgather(self._step(params, frozen, rows, numbers), tiled=True))
-            preemption.heed()
+    def losses(self, weights: Sequence[Tree], frozen: Tree) -> list[dict[str, float]]:
+        """Of each of the `weights`, 'loss', 'loss_standard_error', and 'loss_sigma_LOW_HIGH' by noise level."""
+        parts: list[list[np.ndarray]] = [[] for _ in weights]
+        for start in self._starts:
+            rows = np.searchsorted(self._held, self._numbers(start))
+            numbers = start + np.array(self._rows)
+            given = {name: array[rows] for name, array in self._examples.items()}
+            given["example"] = np.where(numbers < self._count, numbers, -1)
+            batch = mesh_lib.placed(self._mesh, self._batch, self._rows, given)
+            examples = batch.pop("example")
+            for made, params in zip(parts, weights, strict=True):
+                sums = self._step(params, frozen, batch, examples)
+                made.append(multihost_utils.process_allgather(sums, tiled=True))
+                preemption.heed()
+        return [self._summary(made) for made in parts]
+
+    @property
+    def _starts(self) -> range:
+        """The first example of each batch."""
+        return range(0, self._count, self._batch)
+
+    def _numbers(self, start: int) -> list[int]:
+        """Which examples this process' rows of a batch are; after the last one it stands again, as padding."""
+        return [min(start + row, self._count - 1) for row in self._rows]
+
+    def _summary(self, parts: Sequence[np.ndarray]) -> dict[str, float]:
         total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
         edges = np.linspace(0, 1, SIGMA_BINS + 1)
         overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))

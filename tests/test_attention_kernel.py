@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import nnx
 from golden_case import GOLDEN, Case
 
-from lina_jax import generate, hlo, kernel_check, mesh, state, topology
+from lina_jax import execution, generate, hlo, kernel_check, mesh, state, topology
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models import attention, attention_kernel, tiles
@@ -130,10 +130,18 @@ def test_kernels_that_agree_with_the_plain_path_pass_the_check_of_a_run(variant,
 
 
 def broken(features):
-    def compute(core, x):
-        raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nand more")
+    def failing(error):
+        def compute(core, x):
+            raise error
 
-    return {"wrong": lambda core, x: x, "nan": lambda core, x: jnp.nan * x, "failing": compute}[features]
+        return compute
+
+    return {
+        "wrong": lambda core, x: x,
+        "nan": lambda core, x: jnp.nan * x,
+        "failing": failing(jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nand more")),
+        "unknown": failing(NotImplementedError("no lowering of such a thing")),
+    }[features]
 
 
 @pytest.mark.parametrize(
@@ -141,16 +149,23 @@ def broken(features):
     [
         ("wrong", r"differs from XLA's products by \d"),
         ("nan", "differs from XLA's products by nan%"),
-        ("failing", "does not compile or run: INTERNAL: no such instruction \\("),
+        ("failing", "does not compile or run: INTERNAL: no such instruction"),
+        ("unknown", "does not compile or run: no lowering of such a thing"),
     ],
 )
-def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, tiny, monkeypatch):
+def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, tiny, one_device, monkeypatch, caplog):
+    """One that asks for them ends; one that leaves the choice open does without, and says so."""
     monkeypatch.setattr(kernel_check, "SIDE", 8)
     monkeypatch.setattr(Core, "features", broken(features))
     config = tiny(model={"attention_kernel": "pallas"})
-    kernel_check.check(config.model)  # no kernels here, nothing is compared
+    assert kernel_check.settled(config, one_device) == config  # no kernels here, nothing is compared
     with tiles.interpreted("gpu"), pytest.raises(UserError, match=f"attention_kernel=pallas: on cpu it {reason}"):
-        kernel_check.check(config.model)
+        kernel_check.settled(config, one_device)
+    monkeypatch.setattr(execution, "ways", lambda *_: [{"scan_layers": True, "attention_kernel": "pallas"}])
+    config = tiny(model={"attention_kernel": "auto"})
+    with tiles.interpreted("gpu"):
+        assert kernel_check.settled(config, one_device).model.attention_kernel == "xla"
+    assert re.search(f"attention by XLA's products: on cpu the kernel {reason[:20]}", caplog.text)
 
 
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)

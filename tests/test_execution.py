@@ -129,14 +129,14 @@ def test_programs_without_gradients_have_a_way_of_their_own(tiny, one_device, mo
 
 
 def test_training_and_sampling_ask_whether_kernels_agree_first(tiny_text, tmp_path, monkeypatch):
-    def refuse(model):
-        raise UserError(f"asked about {model.attention_kernel}")
+    def refuse(config, devices):
+        raise UserError(f"asked about kernels: {config.model.attention_kernel}")
 
-    monkeypatch.setattr(kernel_check, "check", refuse)
+    monkeypatch.setattr(kernel_check, "settled", refuse)
     config = tiny_text()
-    with pytest.raises(UserError, match="asked about xla"):
+    with pytest.raises(UserError, match="asked about kernels: auto"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     write_config(tmp_path / "imported", config)
-    with pytest.raises(UserError, match="asked about xla"):
+    with pytest.raises(UserError, match="asked about kernels: auto"):
         sample.load(tmp_path / "imported")

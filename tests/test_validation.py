@@ -19,7 +19,8 @@ def validation_losses(text_plan, rough):
     def losses(batch_size, plan=text_plan):
         settings = dataclasses.replace(config.eval, examples=6, batch_size=batch_size)
         weights = jax.device_put((run.params, run.frozen), (plan.shardings.params, plan.shardings.frozen))
-        return validation.Validation(dataclasses.replace(config, eval=settings), records).losses(plan, *weights)
+        plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, eval=settings))
+        return validation.Validation(plan, records).losses(weights[:1], weights[1])[0]
 
     return losses
 
@@ -48,9 +49,9 @@ def test_validation_does_not_depend_on_how_a_run_draws(validation_losses, at_onc
 
 def test_parameters_and_their_average_have_losses_of_their_own(text_plan, rough):
     run, other = rough(text_plan), rough(text_plan, seed=1)
-    measured = validation.Validation(text_plan.config, data.open_records(text_plan.config, "validation"))
-    both = measured.both(text_plan, run.params, other.params, run.frozen)
-    raw, ema = (measured.losses(text_plan, params, run.frozen) for params in (run.params, other.params))
+    measured = validation.Validation(text_plan, data.open_records(text_plan.config, "validation"))
+    both = measured.both(run.params, other.params, run.frozen)
+    raw, ema = (measured.losses([params], run.frozen)[0] for params in (run.params, other.params))
     assert raw["loss"] != ema["loss"]
     assert both == raw | {f"{name}_ema": value for name, value in ema.items()}
 
@@ -59,7 +60,7 @@ def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
     config, run = text_plan.config, rough(text_plan)
     noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
     plan = state.blueprint(noisy, text_plan.mesh)
-    told = validation.Validation(noisy, data.open_records(noisy, "validation")).losses(plan, run.params, run.frozen)
+    (told,) = validation.Validation(plan, data.open_records(noisy, "validation")).losses([run.params], run.frozen)
     assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pallas_triton
 
 from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
@@ -75,6 +74,8 @@ def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
 
 def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:
     """The same for GPUs, all taps in one pass: XLA:GPU makes one for every two or three."""
+    from jax.experimental.pallas import triton as pallas_triton  # deprecated from jax 0.11 on: others do without it
+
     batch, height, width, features = gradient.shape
     length = height * width
     programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has sums of its own

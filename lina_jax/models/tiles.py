@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton
 
 from lina_jax.errors import UserError
 from lina_jax.mesh import batch_parts, platform, portable, spec
@@ -263,6 +262,8 @@ def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> j
 
 
 def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple[int, int], interpret: bool) -> Parts:
+    from jax.experimental.pallas import triton  # deprecated from jax 0.11 on: other devices do without it
+
     tokens = arrays.tokens[0].array
     batch, length = tokens.shape[:2]
     width = (arrays.summaries or results.summaries)[0].shape[2] // heads
