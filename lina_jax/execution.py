@@ -38,7 +38,8 @@ def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     memory = _memory(mesh) if platform == "gpu" else 0.0
     if not memory:
         return _filled(config, remat="none" if platform == "cpu" else "dots")
-    parts, images = mesh.shape["fsdp"] * mesh.shape["tensor"], config.batch_size / mesh.size
+    tensor = mesh.shape["tensor"]
+    parts, images = mesh.shape["fsdp"] * tensor, config.batch_size / (mesh.size / tensor)
     room = FULL * memory - encoders - _state_bytes(config.model) / parts
     trials = [_filled(config, remat=remat) for remat in RECOMPUTED]
     return next((trial for trial in trials if step_bytes(trial, images, parts) < room), trials[-1])
@@ -91,8 +92,8 @@ def step_bytes(config: Config, images: float, parts: int, gathered: float = 1.0)
 def activation_bytes(config: Config, images: float) -> float:
     """Bytes of a device with so many images of a batch, by estimate: what blocks keep, and what the widest works on.
 
-    Nothing is saved by `tensor` and `sequence`: they cut hidden units and heads, or tokens, but each device of a group
-    has a part of all the group's images.
+    Of S devices that share an image by `sequence`, each counts as having 1 / S of it. What `tensor` saves is not
+    counted: it shards hidden units and heads, but neither the stream nor the results of projections.
     """
     model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens

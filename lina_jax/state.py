@@ -290,8 +290,7 @@ def make_train_step(plan: Blueprint) -> Program:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule(state.updates)
-        # A branch: choosing number by number moves a tenth more bytes on CPUs.
-        state = jax.lax.cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
+        state = _chosen(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -308,6 +307,17 @@ def make_train_step(plan: Blueprint) -> Program:
         out_shardings=(plan.shardings, None),
         compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform, in_time=in_time),
     )
+
+
+def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
+    """What one of two functions makes of the arguments.
+
+    A branch, except on GPUs, where the host would wait until the condition is known. They choose number by number,
+    which costs nothing, as an update reads the old numbers anyway; CPUs would move a tenth more bytes.
+    """
+    if mesh_lib.platform() == "gpu":
+        return jax.tree.map(functools.partial(jnp.where, condition), function(*args), other(*args))
+    return jax.lax.cond(condition, function, other, *args)
 
 
 def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):

@@ -113,6 +113,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hidden = jax.process_index() != 0 or not sys.stderr.isatty()
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
+    profile = Profile(config, workdir, first)
     pending = None  # metrics of the step before, fetched while the next one runs
     measuring = functools.partial(
         watchdog.allowing, config.eval.timeout, f"measuring has taken {config.eval.timeout:g} s (eval.timeout)"
@@ -129,7 +130,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
     try:
         # Left from right to left: whatever ends the run, a save under way is finished, and SIGTERM waits for it.
-        with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress:
+        with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress, profile:
             end.callback(finish)
             if not resumed:
                 save()
@@ -137,7 +138,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 _measure(measurements, overdue, first, run, writer, save)
             owed = False  # a checkpoint
             for step in range(first + 1, config.steps + 1):
-                profile(config, workdir, first, step, run)
+                profile.before(step, run)
                 batch = next(batches)
                 if step == first + 1:
                     # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
@@ -169,7 +170,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                             raise _preempted(step)
                         with measuring():
                             _measure(measurements, due, step, run, writer, save)
-            profile(config, workdir, first, config.steps + 1, run)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
         raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
@@ -204,22 +204,37 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def profile(config: Config, workdir: Path, first: int, step: int, run: state.TrainState) -> None:
-    """Trace steps profile_start .. profile_start + profile_steps - 1 into WORKDIR/profile.
+class Profile:
+    """Traces `log.profile_steps` steps from `log.profile_start` on into WORKDIR/profile.
 
-    Called before each step, and once after the last, with what the step before makes. A run that resumes (at `first`)
-    within these steps traces nothing.
+    A context: what was traced is kept, whatever ends the run meanwhile. A run that resumes within these steps traces
+    nothing.
     """
-    start = config.log.profile_start
-    stop = min(start + config.log.profile_steps, config.steps + 1)
-    if not first < start < stop:
-        return
-    if step in (start, stop):
+
+    def __init__(self, config: Config, workdir: Path, first: int):
+        """`first` is the step that the run starts from."""
+        self._directory = workdir / "profile"
+        self._start, self._stop = config.log.profile_start, config.log.profile_start + config.log.profile_steps
+        self._wanted = first < self._start < self._stop
+        self._tracing = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._tracing:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, run: state.TrainState) -> None:
+        """Called before each step, with what the step before makes."""
+        if not self._wanted or step not in (self._start, self._stop):
+            return
         jax.block_until_ready(run)  # the trace would have part of a step that is still at work
-    if step == start:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if step == stop:
-        jax.profiler.stop_trace()
+        if step == self._start:
+            jax.profiler.start_trace(str(self._directory))
+        else:
+            jax.profiler.stop_trace()
+        self._tracing = step == self._start
 
 
 def _measure(

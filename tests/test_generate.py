@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +231,22 @@ def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(
     *_, last = stepper(run.params, run.frozen, labels, numbers, 0, stepper.schedule(plan.config.sample))
     whole = generate.make_sampler(plan, plan.config.sample)(run.params, run.frozen, labels, numbers, np.int32(0))
     assert_equal_to_rounding(np.asarray(stepper.pixels(last)), np.asarray(whole))
+
+
+def test_devices_draw_without_each_other(config):
+    """The unconditional image, one for all, is made by each; new tokens are placed by the device that made them."""
+    plan = state.blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
+    sampler = generate.make_sampler(plan, config.sample)
+    arguments = {"label": LABELS}, NUMBERS, np.int32(0)
+    place = mesh.sharding(plan.mesh, "batch")
+    arguments = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim else x, arguments)
+    program = sampler.lower(plan.shapes.params, plan.shapes.frozen, *arguments).compile().as_text()
+    assert not re.search(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(", program)
+
+
+def test_a_picture_does_not_depend_on_the_generator_that_jax_has_by_default(draw, config, one_device, weights):
+    with jax.default_prng_impl("rbg"):
+        plan = state.blueprint(config, one_device)
+        sampler = generate.make_sampler(plan, config.sample)
+        images = sampler(*weights, {"label": jnp.asarray(LABELS)}, jnp.asarray(NUMBERS), jnp.int32(0))
+    np.testing.assert_array_equal(images, draw())

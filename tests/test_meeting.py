@@ -106,6 +106,25 @@ def test_who_waits_at_the_end_notices_that_another_died():
     assert code == RUN_AGAIN and said.splitlines()[-1].endswith("run the same command again"), said
 
 
+COUNTING = """
+def work(process):
+    hosts.summed("records", {"bad": 5, "cut": 0})
+    hosts.barrier("counted once")
+    print(hosts.summed("records", {"bad": 10 + process, "cut": process}), flush=True)
+    hosts.barrier("counted twice")
+    print(hosts.summed("records", {"bad": 10 + process, "cut": process}), flush=True)
+"""
+
+
+def test_process_0_knows_what_all_have_counted():
+    """And what the others said last, where it comes first."""
+    with two_processes(COUNTING) as processes:
+        (first, last), others = ([eval(line) for line in p.communicate(timeout=100)[0].splitlines()] for p in processes)
+    assert first in ({"bad": 15, "cut": 0}, {"bad": 21, "cut": 1})
+    assert last == {"bad": 21, "cut": 1}
+    assert others == [{"bad": 11, "cut": 1}] * 2
+
+
 HEEDING = """
 def work(process):
     with preemption.Notice() as notice:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from lina_jax import metrics
+from lina_jax.errors import UserError
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
@@ -10,6 +12,19 @@ pytestmark = pytest.mark.usefixtures("train_on_one_device")
 def test_chosen_steps_are_profiled(tiny_text, tmp_path):
     """Also where the run ends before the last of them."""
     train(tiny_text(steps=3, log={"profile_start": 2, "profile_steps": 20}), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_is_kept_whatever_ends_the_run(tiny_text, tmp_path, monkeypatch):
+    """As here, a step that cannot be logged."""
+
+    def fail(*_):
+        raise UserError("no more")
+
+    config = tiny_text(steps=5, log={"profile_start": 2, "profile_steps": 20, "every": 3})
+    monkeypatch.setattr(metrics.Writer, "scalars", fail)
+    with pytest.raises(UserError, match="no more"):
+        train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 

@@ -158,6 +158,28 @@ def test_gpus_have_whole_tiles_of_visible_tokens(platform, images, axes, tokens,
     np.testing.assert_array_equal(chosen.exists, np.broadcast_to(np.arange(places) < visible, (images, places)))
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+def test_visible_tokens_are_moved_by_gathering_in_gradients_too(shards):
+    """Scatters take accelerators long, or add in an order of chance. Expected: what indexing by booleans gives."""
+    rng = np.random.default_rng(0)
+    hidden = np.argsort(rng.random((3, 16)), axis=1) >= np.array([[0], [3], [5]])
+    x, scale = rng.standard_normal((3, 16, 2)).astype(np.float32), np.arange(1, 33).reshape(16, 2)
+
+    def total(x):
+        def double(chosen):
+            return sequence.put_back(x, 2 * sequence.pick(x, chosen), chosen)
+
+        return jnp.sum(scale * sequence.on_visible(double, hidden, 5))
+
+    with jax.set_mesh(mesh.build(MeshConfig(sequence=shards), jax.devices()[:shards])):
+        function = jax.jit(jax.value_and_grad(total))
+        value, gradient = function(x)
+        assert "scatter" not in function.lower(x).as_text()
+    factor = np.where(hidden, 1, 2)[..., None]
+    np.testing.assert_allclose(value, np.sum(scale * factor * x), rtol=1e-6)
+    np.testing.assert_array_equal(gradient, np.broadcast_to(scale * factor, x.shape))
+
+
 def tail(tokens: int, shard: int, visible: int, places: int) -> float:
     """P(more than `places` of `visible` tokens, drawn from `tokens`, lie in a shard of `shard`)."""
     ways = [

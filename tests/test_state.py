@@ -80,6 +80,18 @@ def test_a_non_finite_step_changes_nothing_but_counters(
     assert [int(n) for n in (after.step, after.updates, after.skipped, after.skipped_in_a_row)] == [1, 0, 1, 1]
 
 
+def test_gpus_skip_a_step_without_a_branch(plan, poisoned, batch_of, identical, monkeypatch):
+    """For which their host would wait. (As a CPU runs what is traced for one.)"""
+    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+    step, batch = state.make_train_step(plan), batch_of(plan.config)
+    assert "stablehlo.case" not in step.lower(plan.shapes, batch).as_text()
+    before = jax.device_get(poisoned())
+    after, _ = step(poisoned(), batch)
+    for name in ("params", "opt_state", "ema"):
+        assert identical(getattr(after, name), getattr(before, name)), name
+    assert [int(n) for n in (after.step, after.updates, after.skipped)] == [1, 0, 1]
+
+
 def test_skipped_steps_are_counted_until_a_finite_one(plan, train_step, poisoned, rough, batch_of):
     batch = batch_of(plan.config)
     run, _ = train_step(poisoned(), batch)
