@@ -15,7 +15,7 @@ from lina_jax.data import Records
 from lina_jax.validation import Validation
 
 
-def reached(step: int, every: int) -> bool:
+def falls_on(step: int, every: int) -> bool:
     """Whether a cadence falls on a step; 0: never."""
     return every > 0 and step % every == 0
 
@@ -29,7 +29,7 @@ def due(config: Config, step: int) -> list[str]:
         cadences["previews"] = config.log.preview_every
     if not 0 < step <= config.steps:
         return []
-    return [name for name, every in cadences.items() if step == config.steps or reached(step, every)]
+    return [name for name, every in cadences.items() if step == config.steps or falls_on(step, every)]
 
 
 def overdue(config: Config, workdir: Path, step: int) -> list[str]:

@@ -196,9 +196,10 @@ def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def _matrix_axes(variable: nnx.Variable) -> tuple | None:
     """(contracted axes, output axes) of a map of features to features, stacked or not; None of anything else."""
     metadata = variable.get_metadata()
-    matrix = metadata.get("matrix")
+    if not metadata.get("between_features"):
+        return None
     stacked = len(variable.get_value().shape) - len(metadata["axes"])
-    return matrix and tuple(tuple(axis + stacked for axis in axes) for axes in matrix)
+    return tuple(tuple(axis + stacked for axis in axes) for axes in metadata["matrix"])
 
 
 def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainState:

@@ -155,7 +155,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 pending = step, scalars
                 last = step == config.steps
                 preempted = notice.reached() and not last
-                owed = owed or periodic.reached(step, config.checkpoint.every)
+                owed = owed or periodic.falls_on(step, config.checkpoint.every)
                 due = periodic.due(config, step)
                 if owed or last or preempted or due:
                     skipped = _report(config, writer, throughput, progress, train_records, *pending)
@@ -289,7 +289,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
         )
     if in_a_row:
         logging.warning("step %d skipped: loss %s, gradient norm %s", step, scalars["loss"], scalars["grad_norm"])
-    if not (periodic.reached(step, config.log.every) or step == config.steps):
+    if not (periodic.falls_on(step, config.log.every) or step == config.steps):
         return in_a_row
     scalars |= throughput.rates(step)
     scalars |= hosts.summed("records", {"bad_records": source.skipped, "truncated_captions": source.truncated})

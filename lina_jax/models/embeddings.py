@@ -78,7 +78,7 @@ class TextEmbed(nnx.Module):
 
     def __init__(self, text_dim: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, learned: bool = False):
         self.padding = Frozen(normal()(rngs.params(), (PADDING_ROWS, text_dim)), axes=(None, None))
-        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, inner=learned)
+        self.proj = Linear(text_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, between_features=learned)
         self.norm = LayerNorm(width, kind=Frozen)
         self.dtype = dtype
 
@@ -104,14 +104,14 @@ class ByteEncoder(nnx.Module):
     """
 
     def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        def param(shape, std, matrix=None):
-            return nnx.Param(normal(std)(rngs.params(), shape), axes=(None,) * len(shape), matrix=matrix)
+        def param(shape, std, **metadata):
+            return nnx.Param(normal(std)(rngs.params(), shape), axes=(None,) * len(shape), **metadata)
 
         self.bytes = param((256, width), 1.0)
         self.places = param((WORD_LENGTH, width), 1.0)
         self.positions = param((words, width), 0.1)
         self.taps = param((layers, 2, WORD_TAPS, width), WORD_TAPS**-0.5)
-        self.mix = param((layers, width, width), width**-0.5, matrix=((1,), (2,)))
+        self.mix = param((layers, width, width), width**-0.5, matrix=((1,), (2,)), between_features=True)
         self.dtype = dtype
 
     def __call__(self, text: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:

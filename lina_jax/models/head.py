@@ -30,7 +30,7 @@ class TimeCondition(nnx.Module):
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
             TIME_FEATURES, width, width, jax.nn.silu,
-            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), inner=False,
+            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), between_features=False,
         )  # fmt: skip
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
 
@@ -84,14 +84,14 @@ class DiffusionHead(nnx.Module):
         *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str = "none", scan: bool = True,
     ):  # fmt: skip
         self.patch_embed = Linear(
-            token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros, inner=False
+            token_dim, width, (None, "embed"), rngs=rngs, dtype=dtype, bias_init=zeros, between_features=False
         )
         self.embed = TimeCondition(condition_width, width, rngs=rngs, dtype=dtype)
         self.blocks = stacked(lambda rngs: DiffusionBlock(width, rngs=rngs, dtype=dtype), depth, rngs)
         self.norm = AdaptiveNorm(width, 2, rngs=rngs, dtype=dtype)
         self.out = Linear(
             width, token_dim, ("embed", None),
-            rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros, inner=False,
+            rngs=rngs, dtype=dtype, kernel_init=zeros, bias_init=zeros, between_features=False,
         )  # fmt: skip
         self.dtype, self.scan, self.remat = dtype, scan, remat
 

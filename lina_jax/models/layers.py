@@ -1,8 +1,8 @@
 """Patches, positions, linear maps and norms.
 
 Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
-`axes`, the logical names of its axes (see `mesh.RULES`), `decay=False` where weight decay must leave it alone, and
-`matrix`, the (contracted, output) axes of a map of features to features.
+`axes`, the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone. The
+kernel of a linear map also carries `matrix`, its (contracted, output) axes, and `between_features`.
 """
 
 import functools
@@ -108,8 +108,8 @@ class Linear(nnx.Module):
     """y = x W + b, contracting the last len(inputs) axes of x with the first of W.
 
     x (..., *inputs) -> (..., *outputs); W (*inputs, *outputs), b (*outputs). `axes` names the axes of W; an output axis
-    "parts" holds several maps side by side. `inner` says that x and y are both features of the network: neither data
-    nor their embedding (optimisers that know matrices treat those maps alone as such).
+    "parts" holds several maps side by side. With `between_features` x and y are both features of the network, neither
+    data nor their embedding: those matrices alone are Muon's.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Linear(nnx.Module):
         kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
         kind: type[nnx.Variable] = nnx.Param,
-        inner: bool = True,
+        between_features: bool = True,
     ):
         inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
         outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
@@ -133,7 +133,8 @@ class Linear(nnx.Module):
         self.kernel = kind(
             (kernel_init or default)(rngs.params(), (*inputs, *outputs), jnp.float32),
             axes=tuple(axes),
-            matrix=(reads, writes) if inner else None,
+            matrix=(reads, writes),
+            between_features=between_features,
         )
         self.bias = kind((bias_init or default)(rngs.params(), outputs, jnp.float32), axes=tuple(axes)[len(inputs) :])
         self.contracted = len(inputs)
@@ -235,14 +236,15 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs). `inner` says what x is, as in Linear."""
+    """fc2(activation(fc1(x))). x (..., inputs) -> (..., outputs). `between_features` is that of fc1."""
 
     def __init__(
         self, inputs, hidden, outputs, activation,
-        *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param, inner=True,
+        *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param, between_features=True,
     ):  # fmt: skip
         common = {"rngs": rngs, "dtype": dtype, "kind": kind}
-        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), kernel_init=first_init, inner=inner, **common)
+        first = {"kernel_init": first_init, "between_features": between_features}
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), **first, **common)
         self.fc2 = Linear(hidden, outputs, ("inner", None), kernel_init=second_init, **common)
         self.activation = activation
 

@@ -83,7 +83,7 @@ class LINA(nnx.Module):
         self.video_patch_embed = Linear(4 * c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, kind=Frozen)
         self.condition_encoder = stack(plain, c.condition_depth)
         self.condition_norm = LayerNorm(c.width)
-        self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, inner=False)
+        self.patch_embed = Linear(c.token_dim, c.width, (None, "embed"), rngs=rngs, dtype=dtype, between_features=False)
         encoders, decoders = c.halves
         self.encoder = stack(plain, encoders)
         self.decoder = stack(gated, decoders, first=encoders)
