@@ -1,4 +1,4 @@
-"""Datasets of records that are made of their index, and short ways to read them."""
+"""Datasets whose records follow from their index, and helpers that read them."""
 
 import io
 from itertools import islice
@@ -18,7 +18,7 @@ def png(value, size=SIZE):
 
 
 def dataset(directory, **changed):
-    """Write COUNT records made of their index, with `changed` fields: i3={"caption": "other"}."""
+    """Write COUNT records that follow from their index; `changed` replaces fields: i3={"caption": "other"}."""
     with records.create(directory, "tiny", records.pixel_features()) as writer:
         for i in range(COUNT):
             record = {"image": png(i), "caption": f"nº {i}", "short_caption": "", "label": i, "key": str(i)}
@@ -43,7 +43,7 @@ def one(source, index, **variant):
 
 
 def block(process, processes):
-    """Rows of a process's part of batches of 8."""
+    """The rows of a batch of 8 that one of `processes` processes reads."""
     size = 8 // processes
     return range(process * size, (process + 1) * size)
 

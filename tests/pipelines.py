@@ -1,4 +1,4 @@
-"""Fixtures of whole models as published pipeline directories, and what a user would write for them."""
+"""Fixtures of whole models as published pipeline directories, with the configs that users would write for them."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def given_config(case: Case) -> Config:
-    """Of a fixture, whose heads and kind of attention files need not tell."""
+    """The config of a fixture; published files need not state its heads and kind of attention."""
     config = default()
     config.update(model=dataclasses.asdict(config_of(case)), autoencoder={"stride": case.config["image_stride"]})
     return freeze(config)
@@ -42,7 +42,7 @@ def write_pipeline(case: Case, directory: Path) -> Path:
 
 
 def change_weights(change):
-    """What changes the tensors of a pipeline directory by change(tensors)."""
+    """A function that applies change(tensors) to the weights of a pipeline directory, in place."""
 
     def damage(source: Path) -> None:
         tensors = load_file(source / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Ports for processes that meet."""
+"""Free ports for processes that connect to each other."""
 
 import socket
 

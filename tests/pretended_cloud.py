@@ -1,9 +1,10 @@
-"""gcloud, as the tests of launch/tpu_pod.sh meet it: code for the fixture `launch`, and a pod to ask it for."""
+"""A fake gcloud for the tests of launch/tpu_pod.sh: code for the fixture `launch`, and flags that ask for a pod."""
 
 TPU_POD = ["--name=run-1", "--topology=v5e:16x16", "--zone=us-a", "--project=p", "--extra=--spot --network=n"]
 
-# The cloud: no queued resource at first; one that is created is active at once. FIRST is what the first ssh meets: a
-# preemption, and the code that gcloud makes of it. TROUBLE: {verb: [which calls of it, from 1, do nothing but fail]}.
+# There is no queued resource at first; one that is created is active at once. FIRST: the first ssh meets a preemption,
+# and gcloud exits with this code. TROUBLE: {verb: [numbers of its calls, from 1, that only fail]}. PRETEND: if it is
+# set, ssh runs nothing.
 CLOUD = """
 state = os.environ["HOME"] + "/state"
 now = open(state).read() if os.path.exists(state) else ""

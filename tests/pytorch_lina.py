@@ -1,7 +1,8 @@
-"""LINA in PyTorch, in the published order of operations: what beside_pytorch.py compares speeds with.
+"""LINA in PyTorch, in the published order of operations: the baseline for the speeds in beside_pytorch.py.
 
-Class conditions, tokens of one latent each; softmax attention, or linear attention with division, convolution and
-head-wise gates. Parameters have their published names. test_beside_pytorch.py holds it to the recorded fixtures.
+It has class conditions, tokens of one latent each, and softmax attention or linear attention with division, convolution
+and head-wise gates. Parameters have their published names. test_beside_pytorch.py checks it against the recorded
+fixtures.
 """
 
 import math
@@ -126,7 +127,7 @@ class DiffusionMLP(nn.Module):
         self.norm, self.head = AdaptiveNorm(c.head_width, 2), nn.Linear(c.head_width, c.token_dim)
 
     def forward(self, noisy: Tensor, timestep: Tensor, z: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Velocities of all tokens, or of the chosen ones (B, K, 1); noisy (B, C, h, w)."""
+        """Velocities of all tokens, or of those at the indices `chosen` (B, K, 1); noisy (B, C, h, w)."""
         x = self.patch_embed(noisy)
         if chosen is not None:
             x, z = pick(x, chosen), pick(z, chosen)
@@ -137,7 +138,7 @@ class DiffusionMLP(nn.Module):
 
 
 class Lina(nn.Module):
-    """`loss` and `sample` are what is timed."""
+    """The whole model; beside_pytorch.py times `loss` and `sample`."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -169,7 +170,7 @@ class Lina(nn.Module):
         return self.video_encoder.norm(x[:, embedded.shape[1] :])
 
     def encode_image(self, image: Tensor, mask: Tensor, visible: Tensor, c: Tensor) -> Tensor:
-        """z of all tokens; mask (B, N, 1) is 1 where hidden, visible (B, V, 1) numbers the others."""
+        """z of all tokens; mask (B, N, 1) is 1 at hidden tokens, visible (B, V, 1) has the indices of the others."""
         tokens = self.image_encoder.patch_embed(image)
         x = tokens * (1 - mask) + self.mask_embed.mask_token * mask + self.image_positions
         half, blocks = len(self.image_encoder.blocks) // 2, self.image_encoder.blocks
@@ -183,7 +184,7 @@ class Lina(nn.Module):
         return self.image_encoder.norm(h[:, c.shape[1] :])
 
     def errors(self, image: Tensor, label: Tensor, mask: Tensor, visible: Tensor, noise: Tensor, index: Tensor):
-        """(R B, N, 1) of images (B, C, h, w), each seen with R noises (R B, C, h, w) at levels (R B, N) of 1,000."""
+        """Errors (R B, N, 1) for images (B, C, h, w), each with R noises (R B, C, h, w) at levels (R B, N) of 1,000."""
         z = self.encode_image(image, mask, visible, self.encode_condition(label))
         repeats, sigma = len(noise) // len(image), (1000 - index) / 1000
         image, level = image.repeat(repeats, 1, 1, 1), sigma.unflatten(1, self.config.image_grid)[:, None]
@@ -192,7 +193,7 @@ class Lina(nn.Module):
         return (velocity - raster(noise - image)).square().mean(-1, keepdim=True)
 
     def loss(self, moments: Tensor, label: Tensor, settings: LossConfig, rng: np.random.Generator) -> Tensor:
-        """Of moments (B, 2 C, h, w). What is random is so as published: one ratio of masks for the batch."""
+        """The loss of moments (B, 2 C, h, w), with random draws as published: one mask ratio per batch."""
         c, batch, tokens = self.config, len(moments), self.config.image_tokens
         mean, logvar = moments.chunk(2, dim=1)
         image = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
@@ -208,7 +209,7 @@ class Lina(nn.Module):
 
     @torch.no_grad()
     def sample(self, label: Tensor, plan: Schedule, order: Tensor, noises: Iterable[Tensor]) -> Tensor:
-        """Latents (B, C, h, w) by a guided plan; order (B, N, 1); noises (B, C, h, w), one for each step."""
+        """Latents (B, C, h, w), sampled with guidance; order (B, N, 1); noises (B, C, h, w), one per step."""
         c, batch = self.config, len(label)
         encoded = self.encode_condition(torch.cat([label, torch.full_like(label, c.num_classes)]))
         image, mask = torch.zeros(batch, c.image_tokens, c.token_dim), torch.ones(batch, c.image_tokens, 1)

@@ -1,4 +1,4 @@
-"""Several processes train, stop, die and go on like one. Each is a Python of its own, on CPU devices, over gloo."""
+"""Several processes train, stop, die and resume like one: separate Python processes on CPU devices, over gloo."""
 
 import contextlib
 import dataclasses
@@ -26,16 +26,17 @@ from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 
 ROOT = Path(__file__).parent.parent
-DEADLINE_S = 200  # for processes to get somewhere, or to end
+DEADLINE_S = 200  # for processes to reach some state, or to end
 HEARTBEAT_S = 6
-# Relative difference of the loss of a step. Nothing but the order of sums may differ: measured 3.8e-7 at most over 150
-# steps of 2 devices beside 8 (at a learning rate of 1e-3 it is 6e-7 at step 30, 1e-3 at 38). An update is worth 2e-3.
+# Relative difference of the loss of a step. Only the order of summation may differ: measured 3.8e-7 at most over 150
+# steps, 2 devices against 8 (with a learning rate of 1e-3: 6e-7 at step 30, 1e-3 at step 38). One update changes the
+# loss by 2e-3.
 TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
 def start(compiled_programs, tmp_path_factory):
-    """Start `python -m lina_jax.NAME ...` in N processes that share the devices; all that live on are killed."""
+    """Start `python -m lina_jax.NAME ...` in `count` processes that share the devices; in the end they are killed."""
     started = []
 
     def run(
@@ -68,7 +69,7 @@ def start(compiled_programs, tmp_path_factory):
 
 
 class Process:
-    """One of the processes; what it writes to stderr goes to a file, so that it never waits for a reader."""
+    """One of the processes; its stderr goes to a file, so that it never blocks on a full pipe."""
 
     def __init__(self, command, cwd, env, errors):
         self._errors = errors
@@ -119,7 +120,7 @@ def check_losses(workdir: Path, reference: dict[int, float], steps) -> None:
 
 @pytest.fixture(scope="module")
 def config(tiny_text):
-    """How far a run gets before it hears a signal depends on the machine: at a high rate, rounding would grow."""
+    """A low learning rate limits the growth of rounding: how far a run gets before a signal depends on the machine."""
     return tiny_text(optim={"learning_rate": 3e-5})
 
 
@@ -135,7 +136,7 @@ def file(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(config, tmp_path_factory):
-    """Losses of one process with eight devices, that was never stopped."""
+    """Losses by step of one process with eight devices that was never interrupted."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
 
     def until(steps: int) -> dict[int, float]:
@@ -149,7 +150,7 @@ def reference(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(file, start, tmp_path_factory):
-    """A workdir of six steps of two processes with four devices each."""
+    """The workdir of a run of six steps in two processes with four devices each."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     succeed(start("train", 2, f"--config={file}", f"--workdir={workdir}"))
     return workdir
@@ -160,7 +161,7 @@ def test_two_processes_compute_what_one_computes(two, reference):
 
 
 def test_processes_that_share_images_compute_what_one_computes(file, start, tmp_path, reference):
-    """Each has all images, and half of the tokens of each."""
+    """Each process has half of the tokens of every image."""
     axes = "--config.mesh.data=1", "--config.mesh.sequence=2"
     succeed(start("train", 2, f"--config={file}", f"--workdir={tmp_path / 'run'}", *axes, devices=2))
     check_losses(tmp_path / "run", reference(6), range(1, 7))
@@ -172,11 +173,11 @@ def test_two_processes_draw_what_one_draws(two, start, tmp_path):
         out = tmp_path / str(count)
         succeed(start("sample", count, f"--workdir={two}", "--prompt=a red circle", "--num=9", f"--out={out}"))
         drawn.append([np.asarray(Image.open(out / f"{i:05d}.png"), np.int32) for i in range(9)])
-    assert np.max(np.abs(np.subtract(*drawn))) <= 1  # a value at the border between two bytes
+    assert np.max(np.abs(np.subtract(*drawn))) <= 1  # a value between two bytes may round either way
 
 
 def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
-    """Four devices in two processes, and a single device, write the same score.json, to the byte."""
+    """Four devices in two processes write the same score.json and samples as a single device, byte for byte."""
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "a {c} circle"}}\n' for c in ("red", "blue", "cyan")))
     out = tmp_path / "out"
@@ -216,7 +217,7 @@ def test_two_processes_prepare_what_one_prepares(start, tmp_path):
 
 
 def test_a_benchmark_of_two_processes_makes_the_same_calls_in_both(file, start, tmp_path):
-    """Of which the clock of one suggests ten times as many; waiting for calls that do not come would not end."""
+    """The clock of one suggests ten times as many; it would wait forever for calls that the other does not make."""
     for process in range(2):
         (tmp_path / str(process)).mkdir()
         longer = f"\n\nfrom lina_jax import measure\n\nmeasure.RUN_S *= {10**process}\n"
@@ -226,7 +227,7 @@ def test_a_benchmark_of_two_processes_makes_the_same_calls_in_both(file, start, 
 
 
 def test_two_processes_make_up_for_a_measurement(two, file, start, tmp_path):
-    """As after a kill at the last step."""
+    """As after a kill between the last save and its validation."""
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
     log = workdir / "metrics.jsonl"
@@ -264,7 +265,7 @@ def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_befo
 
 @pytest.mark.parametrize("compiling", [False, True], ids=["at_a_random_step", "before_the_first"])
 def test_sigterm_to_one_saves_the_same_step_in_all(compiling, config, file, start, tmp_path, reference):
-    """And once more while all are about to save; then one process goes on."""
+    """SIGTERM comes twice, and in the end a single process resumes the run."""
     draw, workdir = random.Random(0), tmp_path / "run"
     options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=100000"]
     processes = start("train", 2, *options, "--config.steps=100000", devices=2)
@@ -286,7 +287,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(compiling, config, file, star
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_killed_during_a_save_ends_the_other_and_both_go_on(victim, file, start, tmp_path, reference):
-    """Process 0 hosts the coordination service and names checkpoints; of the death of others only heartbeats tell."""
+    """Process 0 hosts the coordination service and renames checkpoints; other deaths show only by lost heartbeats."""
     workdir, draw = tmp_path / "run", random.Random(victim)
     checkpoints = workdir / "checkpoints"
     options = [f"--config={file}", f"--workdir={workdir}", "--config.checkpoint.every=1"]
@@ -350,4 +351,4 @@ def test_a_missing_process_is_named_by_the_command(file, start, tmp_path):
     ends = {process.end(), other.end()}
     line = "error: process 1 of 2 did not come within 3 s (--connect_timeout); run the same command again\n"
     assert (RUN_AGAIN, line) in ends
-    assert 2 in [code for code, _ in ends]  # the other one cannot have the port
+    assert 2 in [code for code, _ in ends]  # the other one cannot bind the port

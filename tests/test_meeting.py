@@ -1,4 +1,4 @@
-"""Processes that wait for each other: they can be told to stop, look at the same files, and end together."""
+"""Processes that wait for each other: they heed signals, check that they share files, and end together."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ errors.run(main)
 
 @contextlib.contextmanager
 def two_processes(work: str, *flags: str, cwd=lambda process: None):
-    """Two processes that do `work(process)`; both are killed in the end."""
+    """Two processes that run `work(process)`; both are killed on exit."""
     place = [f"--coordinator=localhost:{free_port()}", "--processes=2", *flags]
     processes = [
         subprocess.Popen(
@@ -117,7 +117,7 @@ def work(process):
 
 
 def test_process_0_knows_what_all_have_counted():
-    """And what the others said last, where it comes first."""
+    """Nobody waits: without a barrier, process 0 may still see the previous counts of the others."""
     with two_processes(COUNTING) as processes:
         (first, last), others = ([eval(line) for line in p.communicate(timeout=100)[0].splitlines()] for p in processes)
     assert first in ({"bad": 15, "cut": 0}, {"bad": 21, "cut": 1})
@@ -169,7 +169,7 @@ def work(process):
 
 
 def test_a_notice_that_comes_after_a_save_is_heard(tmp_path):
-    """Orbax asks JAX about preemption, too, with steps, which in a run that goes on are far ahead of our questions."""
+    """Orbax's manager would lose it: it asks JAX with steps, in a resumed run far larger than our question numbers."""
     with two_processes(SAVING, cwd=lambda process: tmp_path) as processes:
         assert [code for _, code in ends(processes)] == [0, 0]
 
@@ -217,7 +217,7 @@ AT_WORK = """
 def work(process):
     print("at work", flush=True)
 """
-# It tells what differs after a while, in which others might begin.
+# Delays the report of what differs, so that others would have time to begin.
 ANOTHER_VERSION = """
 compare = check_same
 
@@ -230,7 +230,7 @@ def check_same(*args):
 
 
 def test_processes_with_different_code_do_not_begin(tmp_path):
-    """Neither does process 0, with which the others are compared."""
+    """Nor does process 0, with which the others are compared."""
     shutil.copytree(Path(lina_jax.__file__).parent, tmp_path / "lina_jax")
     with (tmp_path / "lina_jax" / "hosts.py").open("a") as file:
         file.write(ANOTHER_VERSION)

@@ -1,4 +1,4 @@
-"""Eight devices compute what one computes, whatever the mesh, and hold only their parts."""
+"""Eight devices compute what one computes, on any mesh, and hold only their shards."""
 
 import math
 
@@ -16,9 +16,9 @@ from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.layers import over_variables
 from lina_jax.models.transformer import Block, apply_layers, by_image, stacked
 
-# Relative differences, of the gradient in the Euclidean norm over all of it. Nothing but the order of sums may differ:
-# measured 2.6e-7 (class) and 5.2e-7 (text). The bounds are eight times that; a forgotten reduction makes a difference
-# of order 1.
+# Relative differences; that of the gradient is in the Euclidean norm over all parameters. Only the order of summation
+# may differ: measured 2.6e-7 (class) and 5.2e-7 (text). The bounds are eight times that; a missing reduction makes a
+# difference of order 1.
 TOLERANCE = {"class": 2e-6, "text": 4e-6}
 
 
@@ -62,7 +62,7 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
 def test_three_axes_with_loops_and_micro_batches_give_the_gradients_of_one_device(
     scan, accumulate, alone, config_of, first_step, error_between
 ):
-    """Where XLA's partitioner may exchange tokens of few images in place of weights, it pairs those of others."""
+    """If XLA's partitioner exchanges tokens instead of weights, because they are few, it mixes up images."""
     config = config_of("class", scan, accumulate)
     loss, gradient = first_step(config, mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     want_loss, want_gradient = alone["class"]
@@ -76,7 +76,7 @@ def stack():
 
 
 def run_stack(stack, grid, ahead=False, scan=True):
-    """Text of the compiled program, and what it gives: the mean square of what leaves the layers, and its gradient."""
+    """(text of the compiled program, loss, gradient); the loss is the mean square of the stack's output."""
     graph, weights = stack
     x = np.random.default_rng(0).standard_normal((8, 6, 32), np.float32)
 
@@ -96,7 +96,7 @@ def run_stack(stack, grid, ahead=False, scan=True):
 
 
 def in_loops(text, kind):
-    """The collectives of this kind that run in each iteration."""
+    """The collectives of this kind outside the entry computation, which run in each iteration."""
     module = hlo.Module(text)
     loops = [name for name in module.computations if name != module.entry]
     return [i for name in loops for i in module.instructions(name) if hlo.collective_kind(i) == kind]
@@ -110,7 +110,7 @@ def test_weights_gathered_ahead_are_gathered_once_and_change_nothing(sizes, stac
     ahead, loss, gradient = run_stack(stack, fsdp, ahead=True)
     assert abs(loss / want_loss - 1) < TOLERANCE["class"]
     assert error_between(gradient, want) < TOLERANCE["class"]
-    # Where they are used, a block gathers them for its forward and again for its backward pass.
+    # Gathered where they are used, they are gathered twice: for the forward and for the backward pass of a block.
     assert len(in_loops(ahead, "all-gather")) < len(in_loops(at_use, "all-gather"))
 
 
@@ -134,7 +134,7 @@ def test_the_last_layer_makes_only_what_is_read(how, stack, one_device, error_be
 
 
 def test_tokens_are_not_exchanged_in_place_of_weights(stack):
-    """However few there are: layers are a chain of products, which would wait for each exchange."""
+    """Even if they are few: layers are a chain of matmuls, which would wait for each exchange."""
     text, *_ = run_stack(stack, mesh.build(MeshConfig(data=1, fsdp=8)), scan=False)
     module = hlo.Module(text)
     exchanged = [i for i in module.instructions(module.entry) if hlo.collective_kind(i) == "all-to-all"]
@@ -145,14 +145,14 @@ def test_tokens_are_not_exchanged_in_place_of_weights(stack):
 
 
 def test_no_layer_waits_for_sums_of_small_gradients(stack):
-    """Those of biases and norms are summed over devices once, after the loop; in it are those of matrices alone."""
+    """Gradients of biases and norms are reduced once, after the loop; inside it only those of matrices are."""
     text, *_ = run_stack(stack, mesh.build(MeshConfig(data=8)))
     sums = in_loops(text, "all-reduce")
     assert sums and all(len(shape.dims) > 1 for i in sums for shape in i.shapes)
 
 
 def local_share(tree) -> float:
-    """The part of a tree's numbers that the first device holds."""
+    """The fraction of a tree's values that the first device holds."""
     leaves = jax.tree.leaves(tree)
     return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
 
@@ -161,7 +161,7 @@ def local_share(tree) -> float:
 def test_parameters_moments_and_average_are_cut_over_fsdp(name, tiny, rough, moment):
     run = rough(state.blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=8))))
     tree = getattr(run, name) if name in ("params", "ema") else moment(run, name)
-    # What is not cut are vectors: biases, norms, gates; here about a tenth of all numbers.
+    # What is not sharded is small: biases, norms, gates; here 3.5 % of the parameters.
     assert local_share(tree) < 0.25
 
 
@@ -184,7 +184,7 @@ def test_two_axes_on_one_mesh_axis_are_refused(names):
 
 @pytest.fixture(scope="module")
 def over_fsdp(tiny, batch_of):
-    """(plan, train step compiled) for eight devices that share the state."""
+    """(plan, compiled train step) for eight devices with the state sharded over `fsdp`."""
     config = tiny(model={"condition": "class"}, batch_size=8)
     plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
     batch = jax.device_put(batch_of(config), mesh.sharding(plan.mesh, "batch"))
@@ -192,7 +192,7 @@ def over_fsdp(tiny, batch_of):
 
 
 def test_a_step_writes_the_state_where_it_was(over_fsdp):
-    """Or else a device would hold it twice. What else there is are metrics, and addresses of the arrays."""
+    """Otherwise a device would hold it twice. The rest of the output is metrics, and addresses of the arrays."""
     plan, compiled = over_fsdp
     memory, held = compiled.memory_analysis(), mesh.device_bytes(plan.shapes)
     assert memory.output_size_in_bytes >= held
@@ -200,7 +200,7 @@ def test_a_step_writes_the_state_where_it_was(over_fsdp):
 
 
 def test_no_program_argument_of_the_size_of_a_matrix_is_whole_on_a_device(over_fsdp):
-    """Of the state; the text table, which is read a few rows at a time, is frozen and small."""
+    """Frozen arrays are left out: they are small."""
     plan, compiled = over_fsdp
     (run, _, _), _ = compiled.input_shardings
     large = [
@@ -235,7 +235,7 @@ def test_of_the_largest_images_nothing_large_is_whole_on_a_device(load_preset):
 
 
 def test_the_gradient_of_a_gathered_parameter_is_cut_as_the_parameter_is():
-    """Where it is made, so that no device adds up, or waits for, a whole one."""
+    """It is sharded where it is computed, so that no device sums, or waits for, a whole one."""
     with jax.set_mesh(mesh.build(MeshConfig(data=1, fsdp=4, tensor=2))):
 
         def pulled(x, g):

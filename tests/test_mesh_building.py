@@ -1,4 +1,4 @@
-"""A mesh is built of the devices there are, or refused with the arithmetic."""
+"""A mesh is built from the available devices, or refused with the arithmetic."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_impossible_meshes_are_refused_with_the_arithmetic(sizes, arithmetic):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What mesh.build asks of a device."""
+    """The attributes of a device that mesh.build reads."""
 
     id: int
     process_index: int
@@ -45,7 +45,7 @@ class Chip:
 
 
 def chips(slices: int, processes: int, count: int = 8) -> list[Chip]:
-    """Chips of that many slices and processes."""
+    """`count` chips, divided evenly among the slices and among the processes."""
     return [Chip(i, i * processes // count, i * slices // count) for i in range(count)]
 
 
@@ -69,7 +69,7 @@ class TpuChip(Chip):
         ({"data": 8, "sequence": 4}, 1, {"data": 8, "fsdp": 3, "sequence": 4}),
         ({"replica": 2}, 1, {"replica": 2, "data": 3, "fsdp": 16}),
         ({"sequence": 2}, 12, {"data": 12, "fsdp": 4, "sequence": 2}),
-        ({"sequence": 3}, 12, {"data": 32, "fsdp": 1, "sequence": 3}),  # eight chips are no multiple of three
+        ({"sequence": 3}, 12, {"data": 32, "fsdp": 1, "sequence": 3}),  # three does not divide eight chips
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_gpus_of_a_node_are_near_however_many_processes_drive_them(nodes, proces
 
 @dataclasses.dataclass(frozen=True)
 class Unnumbered:
-    """A device of a runtime that numbers no slices."""
+    """A device of a runtime without slice numbers."""
 
     id: int
     process_index: int
@@ -124,7 +124,7 @@ def test_a_replica_is_a_slice_or_a_node(slices, processes):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"replica": 4, "fsdp": 8}, {"replica": 2, "fsdp": 4}], ids=str)
 def test_nodes_of_gpus_need_no_replica_and_fsdp_stays_in_a_node(sizes):
-    """Numbered node by node or, as tasks can be, dealt out to them."""
+    """GPUs are numbered node by node or, as tasks can be, dealt out to the nodes in turn."""
     for node in (lambda i: i // 8, lambda i: i % 4):
         gpus = [Chip(i, i, node(i)) for i in range(32)]
         blocks = mesh.build(MeshConfig(**sizes), gpus).devices.reshape(-1, sizes["fsdp"])
@@ -137,7 +137,7 @@ def test_nodes_of_gpus_need_no_replica_and_fsdp_stays_in_a_node(sizes):
     [
         ({"data": 2, "fsdp": 4}, 2, True),
         ({"replica": 2, "data": 1, "fsdp": 2, "sequence": 2}, 2, True),
-        ({"data": 1, "fsdp": 8}, 2, False),  # one sum, over all
+        ({"data": 1, "fsdp": 8}, 2, False),  # one reduction, over all devices
         ({"data": 8, "fsdp": 1}, 2, False),
         ({"data": 2, "fsdp": 4}, 1, False),
     ],
@@ -181,14 +181,14 @@ def test_slices_without_replicas_are_refused_with_what_helps(sizes, tiny):
 )  # fmt: skip
 def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
     config = tiny(**changes | {"batch_size": 8})
-    config = dataclasses.replace(config, batch_size=changes.get("batch_size", 8))  # as plans choose one
+    config = dataclasses.replace(config, batch_size=changes.get("batch_size", 8))  # not validated, as in a search
     with pytest.raises(UserError) as error:
         mesh.check(config, mesh.build(MeshConfig(**sizes)))
     assert str(error.value).startswith(message)
 
 
 def test_weights_of_which_something_cannot_be_cut_are_held_by_one_device(tiny, monkeypatch):
-    """The features of a time are 256, whatever the widths."""
+    """A timestep has 256 features, whatever the widths are."""
     three, model = jax.devices()[:3], tiny(model={"width": 48, "head_width": 48}).model
     with pytest.raises(UserError, match=r"^the number of features of a time=256 is not divisible by 3 devices"):
         mesh.check_model(model, mesh.build(MeshConfig(data=1, fsdp=3), three))
@@ -225,7 +225,7 @@ def test_a_mesh_on_the_command_line_that_says_too_much_is_named(text, message):
 
 @dataclasses.dataclass(frozen=True)
 class PlacedChip(TpuChip):
-    """In a slice of 4 x 6 x 10 chips."""
+    """A chip in a slice of 4 x 6 x 10 chips."""
 
     @property
     def coords(self) -> tuple[int, int, int]:
@@ -234,7 +234,7 @@ class PlacedChip(TpuChip):
 
 @dataclasses.dataclass(frozen=True)
 class Core(PlacedChip):
-    """One of two of a chip in a slice of 2 x 6 x 10."""
+    """One of the two cores of a chip, in a slice of 2 x 6 x 10 chips."""
 
     @property
     def coords(self) -> tuple[int, int, int]:
@@ -245,7 +245,7 @@ class Core(PlacedChip):
 @pytest.mark.parametrize("inner", [{"fsdp": 16}, {"fsdp": 0}, {"fsdp": 4, "sequence": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize(("kind", "edges"), [(PlacedChip, [1, 2, 2, 4]), (Core, [2, 2, 2, 2])])
 def test_where_jax_finds_no_layout_neighbours_are_boxes_of_the_torus(slices, inner, kind, edges, monkeypatch):
-    """As of 4 x 4 x 20 chips of v5p with fsdp of 32 (jax 0.10)."""
+    """JAX finds none for 4 x 4 x 20 chips of v5p with fsdp=32, for example (jax 0.10)."""
 
     def fail(*_, **__):
         raise TypeError("int() argument must be a string, not 'NoneType'")

@@ -1,4 +1,4 @@
-"""The speed that a run reports is that of its training, at any pace; what metrics.jsonl may hold."""
+"""The reported speed counts training time only, however often it is reported; metrics.jsonl is valid JSON."""
 
 import json
 import types
@@ -50,7 +50,7 @@ def test_mfu_is_the_share_of_what_all_devices_could(tiny, clock):
 
 
 def test_what_is_not_finite_is_written_as_null(tmp_path):
-    """Many readers of JSON refuse NaN, which Python would write."""
+    """Python would write NaN, which many JSON parsers refuse."""
     writer = metrics.Writer(tmp_path)
     writer.scalars(3, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5})
     writer.close()

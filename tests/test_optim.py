@@ -1,4 +1,4 @@
-"""The optimisers: what Muon does to matrices, that AdamW keeps the rest; clipping and the schedule."""
+"""The optimisers: Muon updates matrices, AdamW the rest; clipping and the schedule."""
 
 import math
 
@@ -13,7 +13,7 @@ from lina_jax.config import MeshConfig, OptimConfig
 
 @pytest.fixture(scope="module")
 def muon(tiny):
-    # With b1 = 0 the Nesterov momentum of Muon's AdamW is AdamW's own.
+    # With b1 = 0, the AdamW inside Muon, which has Nesterov momentum, equals plain AdamW.
     return tiny(optim={"name": "muon", "b1": 0.0, "weight_decay": 0.0, "warmup_steps": 0})
 
 
@@ -57,7 +57,7 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each(muon, one_device, ro
     for part in range(3):
         update = np.asarray(updates["attention"]["qkv"]["kernel"])[0, :, part]
         values = np.linalg.svd(update, compute_uv=False)
-        # Newton-Schulz in five steps is rough: singular values end between 0.68 and 1.14 of the same length.
+        # Five Newton-Schulz steps are approximate: singular values end between 0.68 and 1.14 times the exact value.
         values /= muon.optim.learning_rate * optim.MUON_RMS * width**0.5
         assert np.all((values > 0.6) & (values < 1.2)), values
 
@@ -88,7 +88,7 @@ def test_weight_decay_spares_layer_norms_alone(name, tiny, one_device, rough):
 def test_muon_on_eight_devices_steps_as_on_one(muon, by_muon, stepped, error_between):
     cut = stepped(state.blueprint(muon, mesh.build(MeshConfig(fsdp=4, tensor=2))))
     moved, expected = (jax.tree.map(np.subtract, after, before) for before, after in (cut, by_muon))
-    # Measured 6e-6: orthogonalising lifts the smallest singular values, and their rounding, a few hundred times.
+    # Measured 6e-6: orthogonalising scales the smallest singular values, and their rounding, up a few hundred times.
     assert error_between(moved, expected) < 5e-5
 
 
@@ -102,7 +102,7 @@ def test_the_momentum_of_muon_is_cut_over_fsdp(muon):
 
 @pytest.mark.parametrize(("length", "kept"), [(1.0, 1e-3), (1e-4, 1e-4)], ids=["long", "short"])
 def test_long_gradients_are_shortened_before_adam_sees_them(length, kept):
-    """As a whole, not array by array. Adam undoes a factor, but for an eps of the gradient's size."""
+    """By the global norm, not per array. Adam would cancel the factor, but its eps has the size of the gradient."""
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     direction = {"a": jnp.array([0.6, 0.0, 0.0]), "b": jnp.array([[0.0, 0.8], [0.0, 0.0]])}
 

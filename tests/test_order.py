@@ -1,4 +1,4 @@
-"""Which record stands at a position follows from (seed, position), with the counts that were asked for."""
+"""The record at a position is a function of (seed, position); components have the requested counts."""
 
 from collections import Counter
 from fractions import Fraction
@@ -35,7 +35,7 @@ def test_each_epoch_of_a_component_has_every_record_once(mixture):
         epochs, rest = divmod(len(drawn), length)
         assert epochs
         counts = Counter(Counter(drawn).values())
-        # After whole windows: `rest` records of the epoch that has begun, and each one of every epoch that has ended.
+        # After whole windows: each record once per complete epoch, and `rest` records of the current epoch.
         assert counts == Counter({epochs + 1: rest, epochs: length - rest})
 
 
@@ -47,7 +47,7 @@ def test_components_are_shuffled_within_a_window(mixture):
 
 
 def test_hosts_see_every_component(mixture):
-    """Blocks of 8 of a global batch of 32, for four hosts."""
+    """Each of four hosts reads a block of 8 of a global batch of 32."""
     for host in range(4):
         block = [mixture[step * 32 + host * 8 + i][0] for step in range(32) for i in range(8)]
         assert set(block) == {0, 1, 2}
@@ -71,7 +71,7 @@ def test_one_dataset_is_shuffled_by_epoch():
 
 
 def test_seeds_next_to_each_other_share_no_order():
-    """As in a study of seeds 0, 1, 2."""
+    """As in a study with seeds 0, 1, 2."""
     orders = [
         tuple(order.make([20], [Fraction(1)], seed)[epoch * 20 + i][1] for i in range(20))
         for seed in range(4)
@@ -81,14 +81,14 @@ def test_seeds_next_to_each_other_share_no_order():
 
 
 def test_equal_components_have_orders_of_their_own():
-    """A window shows 512 of the 1000 records of each; of one order they would be the same."""
+    """A window has 512 of the 1000 records of each; in a shared order they would be the same ones."""
     both = order.make([1000, 1000], [Fraction(1), Fraction(1)], seed=5)
     shown = [set(), set()]
     for position in range(WINDOW):
         component, record = both[position]
         shown[component].add(record)
     assert [len(records) for records in shown] == [512, 512]
-    assert len(shown[0] & shown[1]) < 350  # by chance 262, with a deviation of 8
+    assert len(shown[0] & shown[1]) < 350  # 262 are expected by chance, with a standard deviation of 8
 
 
 def test_ten_million_records_and_late_positions():

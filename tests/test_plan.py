@@ -1,4 +1,4 @@
-"""Plans: topologies and chips are known by their names, and real steps compile for absent TPUs."""
+"""Plans: names of topologies and chips, errors of compilers, and real steps compiled for absent TPUs and GPUs."""
 
 import importlib.util
 import json
@@ -138,7 +138,7 @@ def test_what_the_user_sets_of_libtpu_comes_after_what_the_project_sets():
     assert done.stdout.split() == [*xla_flags.of_tpu("v5e"), "--xla_tpu_scoped_vmem_limit_kib=16384"]
 
 
-# (topology, preset): the axes of the mesh that has several devices along them, at the published batch.
+# (topology, preset): the mesh axes with several devices, at the published batch size.
 MESHES = {
     ("v5e:16x16", "imagenet256_c2i:w1536"): {"data": 8, "fsdp": 32},
     ("v5e:16x16", "t2i:512"): {"data": 2, "fsdp": 32, "sequence": 4},
@@ -205,7 +205,7 @@ def test_the_step_of_a_model_compiles_for_a_tpu_and_json_stands_alone(tiny, conf
     assert report["mesh"]["fsdp"] == report["mesh"]["data"] == 2
     assert report["collective_bytes"]
     assert 0 < report["predicted_mfu"] < 1
-    # The compiler may pad and recompute; that much less, and products were not seen.
+    # The compiler may pad and recompute, which adds to it; if it is much less, matmuls were not seen.
     assert report["compiled_flops"] > 0.8 * report["model_flops"]
     memory = report["memory_bytes"]
     parts = ("params", "optimizer", "ema", "batch", "temporaries")

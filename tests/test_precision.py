@@ -1,4 +1,4 @@
-"""What a model in bfloat16 keeps in bfloat16, and what in float32; programs are traced, none is compiled."""
+"""What a bfloat16 model keeps in bfloat16, and what in float32; programs are traced, not compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def narrow(tiny, one_device):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_stay_narrow_through_all_blocks(variant, narrow, batch_of):
-    """A float32 vector that is added to them would make the rest of the stream, and its gradient, twice as large."""
+    """Adding a float32 vector to them would double the size of the rest of the stream and of its gradient."""
     plan = narrow(**VARIANTS[variant])
     model = plan.config.model
     tokens = jnp.zeros((8, model.image_tokens, model.token_dim))
@@ -35,7 +35,7 @@ def test_tokens_stay_narrow_through_all_blocks(variant, narrow, batch_of):
 
 
 def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_of):
-    """A gradient of it is a sum over many tokens, to which bfloat16 would soon add nothing more."""
+    """Its gradient is a sum over many tokens; in bfloat16, further terms would soon be rounded away."""
     plan = narrow()
     config, sigmas = plan.config, flow.training_sigmas()
 
@@ -51,7 +51,7 @@ def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_o
 
 @pytest.mark.parametrize("make", [generate.make_sampler, generate.make_strips], ids=["sampler", "strips"])
 def test_loops_of_sampling_read_matrices_of_blocks_that_are_narrow_already(make, narrow):
-    """Or else they would be narrowed, and gathered, in each of many Euler steps."""
+    """Otherwise they would be cast, and gathered, in each of many Euler steps."""
     plan = narrow()
     program = make(plan, plan.config.sample, *[3] * (make is generate.make_strips))
     inputs = {"label": np.zeros(4, np.int32)}, np.arange(4, dtype=np.int32), np.int32(0), *program.trailing

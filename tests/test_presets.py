@@ -71,7 +71,7 @@ def count(tree) -> int:
 
 @functools.cache
 def parameters(model: ModelConfig) -> tuple[int, int]:
-    """(all, trainable); the padding rows of text are a buffer and not counted."""
+    """(all, trainable) parameters; the padding rows of text are a buffer and are not counted."""
     _, trained, frozen = nnx.split(nnx.eval_shape(lambda: LINA(model, rngs=nnx.Rngs(0))), nnx.Param, Frozen)
     if model.condition == "text":
         del frozen["text_embed"]["padding"]
@@ -92,7 +92,7 @@ def test_presets_are_the_published_models(preset, load_preset):
 
 @pytest.mark.parametrize("preset", [*PRESETS, "t2i:2048", "t2i:4096"])
 def test_the_train_step_of_a_preset_fits_together(preset, load_preset, one_device):
-    """Shapes alone, nothing is computed. Fewer layers: they are scanned and all alike."""
+    """Only shapes are checked, nothing is computed. Fewer layers are enough: they are scanned and have equal shapes."""
     config = load_preset(preset)
     model = dataclasses.replace(config.model, condition_depth=1, image_depth=2, head_depth=1)
     plan = state.blueprint(dataclasses.replace(config, model=model), one_device)

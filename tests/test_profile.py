@@ -1,4 +1,4 @@
-"""Traces of the steps that were asked for."""
+"""Profiler traces of the requested steps."""
 
 import pytest
 
@@ -10,13 +10,13 @@ pytestmark = pytest.mark.usefixtures("train_on_one_device")
 
 
 def test_chosen_steps_are_profiled(tiny_text, tmp_path):
-    """Also where the run ends before the last of them."""
+    """Even if the run ends before the last of them."""
     train(tiny_text(steps=3, log={"profile_start": 2, "profile_steps": 20}), tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_trace_is_kept_whatever_ends_the_run(tiny_text, tmp_path, monkeypatch):
-    """As here, a step that cannot be logged."""
+    """Here, a step that cannot be logged ends it."""
 
     def fail(*_):
         raise UserError("no more")

@@ -1,4 +1,4 @@
-"""Long loops say in logs, too, when they will be done; short ones say nothing there."""
+"""Logs show the time left of long loops, and nothing for short ones."""
 
 import re
 

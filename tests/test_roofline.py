@@ -1,4 +1,4 @@
-"""Compiled programs are read as they are written, and seconds follow from what they hold."""
+"""Reading the text of compiled programs, and estimating seconds from it."""
 
 import json
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_a_kernel_counts_what_its_author_states():
 
 
 def test_a_kernel_for_gpus_counts_what_its_author_states():
-    """As XLA prints it: in quotation marks of quotation marks."""
+    """As XLA prints it: as a quoted string within a quoted string."""
     stated = json.dumps(tiles.stated(bytes_accessed=40, flops=640, vector_ops=7)).replace('"', "\\22")
     target = f'custom_call_target="__gpu$xla.gpu.triton", backend_config={{serialized_metadata = "{stated}"}}'
     work = roofline.count(program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}"))
@@ -72,7 +72,7 @@ def grid(**sizes):
     return mesh.build(MeshConfig(**sizes))
 
 
-CHIP = CHIPS["h200"]  # a chip without a torus: fake devices have no coordinates
+CHIP = CHIPS["h200"]  # not a torus: fake devices have no coordinates
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -124,7 +124,7 @@ ENTRY %main (x: f32[8,8]) -> (s32[], f32[8,8]) {
 
 
 def test_a_loop_counts_as_often_as_a_fused_comparison_says():
-    """As XLA:GPU leaves it where it has peeled an iteration off."""
+    """XLA:GPU leaves such a condition when it has peeled off an iteration."""
     assert roofline.count(hlo.Module(FUSED_TEST), unknown_trips=25).matmul_flops == 7 * 2 * 8**3
 
 
@@ -199,13 +199,13 @@ def test_a_slice_of_a_large_array_is_read_that_far():
     assert found.work.traffic < 4 * 64 * 4  # rows of 64 floats: one is read, one written
 
 
-# As TPUs write matrix products: (window, result, left, right, labels, multiply-adds).
+# Matmuls as compilers for TPUs write them: (window, result, left, right, labels, multiply-adds).
 CONVOLUTIONS = [
     ("", "f32[4,6]", "f32[4,5]", "f32[5,6]", "bf_io->bf", 4 * 6 * 5),
     ("{size=1}", "f32[2,4,6]", "f32[2,4,5]", "f32[1,5,6]", "0bf_0io->0bf", 2 * 4 * 6 * 5),
-    # Three outputs from one input by a kernel of three with padding: each meets the input once.
+    # Three outputs from one input by a kernel of size three with padding: each output uses the input once.
     ("{size=3 pad=2_2 rhs_reversal=1}", "f32[4,3,6]", "f32[4,1,5]", "f32[3,5,6]", "b0f_0io->b0f", 3 * 4 * 6 * 5),
-    # A batch of two as a dilated axis: each place of the kernel meets one of the two.
+    # A batch of two as a dilated axis: each tap of the kernel meets one of the two.
     ("{size=2 stride=1 lhs_dilate=2}", "f32[2,4,6]", "f32[2,4,5]", "f32[2,5,6]", "0bf_0io->0bf", 2 * 4 * 6 * 5),
 ]
 
@@ -233,7 +233,7 @@ PRODUCT = "  %dot = bf16[1024,1024]{1,0} dot(%p, %p), lhs_contracting_dims={1}, 
 def test_a_collective_is_waited_for_as_far_as_computation_does_not_hide_it():
     alone = roofline.estimate(hlo.Module(OVERLAP.replace("MIDDLE", "")), CHIP, grid())
     beside = roofline.estimate(hlo.Module(OVERLAP.replace("MIDDLE", PRODUCT)), CHIP, grid())
-    hidden = beside.seconds - beside.bound["collectives"]  # the product
+    hidden = beside.seconds - beside.bound["collectives"]  # by the matmul
     assert alone.seconds == alone.bound["collectives"] == alone.collectives[0].seconds
     assert hidden > 0
     assert beside.seconds == pytest.approx(alone.seconds)
@@ -283,7 +283,7 @@ def test_collectives_within_and_between_nodes_have_links_of_their_own(monkeypatc
         assert seconds == pytest.approx(sum(each))
     seconds, each = took(near, far)
     assert seconds == pytest.approx(max(each))
-    for kind in (near, far):  # all devices exchange over both
+    for kind in (near, far):  # a collective of all devices uses both
         seconds, each = took(kind, "{{0,1,2,3,4,5,6,7}}")
         assert seconds == pytest.approx(sum(each))
 
@@ -301,14 +301,14 @@ def test_a_slice_fetched_ahead_is_waited_for_as_far_as_computation_does_not_hide
     alone = roofline.estimate(hlo.Module(PREFETCH.replace("MIDDLE", "")), CHIP, grid())
     beside = roofline.estimate(hlo.Module(PREFETCH.replace("MIDDLE", PRODUCT)), CHIP, grid())
     rate = roofline.ATTAINED["cuda"]["memory"] * CHIP.memory_bandwidth
-    assert alone.work.traffic == 512 * 1024 * 2  # read; what is written stays on the chip
+    assert alone.work.traffic == 512 * 1024 * 2  # read from HBM; the result stays on the chip
     assert alone.seconds == pytest.approx(512 * 1024 * 2 / rate)
     hidden = beside.bound["matmul"]
     assert beside.seconds == pytest.approx(max(alone.seconds, hidden))
 
 
 def torus(*extent: int, slices: int = 1) -> list[SimpleNamespace]:
-    """Devices of slices of a torus."""
+    """The devices of `slices` slices, each a torus of this extent."""
     places = [(x, y, z) for x in range(extent[0]) for y in range(extent[1]) for z in range(extent[2])]
     return [SimpleNamespace(coords=place, slice_index=s) for s in range(slices) for place in places]
 
@@ -350,12 +350,15 @@ def test_sixteen_chips_gather_over_open_lines():
 
 
 def test_an_exchange_goes_around_a_ring_but_straight_through_a_switch():
-    """Of a device's part each link of a ring of four carries a fourth to the neighbour, and by halves what goes on."""
+    """In a ring of four, a link carries one whole piece and two halves.
+
+    A device sends a piece to each of the others; the piece for the opposite device goes half each way around.
+    """
     chip, ring = CHIPS["v5p"], [d for d in torus(4, 4, 4) if d.coords[1:] == (0, 0)]
     rate, part = roofline.ATTAINED["tpu"]["link"] * chip.link, 1e9 / 4 / 4
     exchanged = gather_seconds(ring, chip, (4, 4, 4), "all-to-all")
     assert exchanged == pytest.approx(2 * part / rate + 2 * roofline.HOP)
-    plane = [d for d in torus(4, 4, 4) if d.coords[2] == 0]  # a part of each of sixteen; both axes at the same time
+    plane = [d for d in torus(4, 4, 4) if d.coords[2] == 0]  # sixteen pieces per device; both axes work at once
     exchanged = gather_seconds(plane, chip, (4, 4, 4), "all-to-all")
     assert exchanged == pytest.approx(1e9 / 16 / 2 / rate + 4 * roofline.HOP)
     switched, gpus = CHIPS["h200"], torus(8, 1, 1)

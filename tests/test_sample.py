@@ -1,4 +1,4 @@
-"""`sample` draws what was asked for, says how, and names what it cannot draw."""
+"""`sample` draws what is requested, records its settings, and names what it cannot draw."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
 
 
 def test_guidance_that_is_given_is_not_exceeded_on_the_way_to_it(tiny):
-    """So that 1 is none, whatever a config's ramp begins with."""
+    """So 1 means no guidance, whatever the ramp of a config begins with."""
     config = tiny(sample={"guidance": 5.0, "guidance_min": 3.0})
     assert sample.sample_settings(config, {"guidance": 1.0}).guidance_min == 1.0
     assert sample.sample_settings(config, {"guidance": 4.0}).guidance_min == 3.0
@@ -114,7 +114,7 @@ def test_requests_that_a_class_model_cannot_meet(tiny, arguments, message):
     [
         ("a very large red circle on white", r"prompt 'a very .*' has 32 bytes, more than model\.text_length=24"),
         (" ", "prompt ' ' is blank"),
-        ("caf\udce9", r"prompt 'caf\\udce9' is not UTF-8"),  # as Python reads the byte E9 of a command line
+        ("caf\udce9", r"prompt 'caf\\udce9' is not UTF-8"),  # how Python decodes the byte E9 on a command line
     ],
 )
 def test_prompts_that_cannot_be_drawn_are_refused(tiny_text, prompt, message):
@@ -123,11 +123,11 @@ def test_prompts_that_cannot_be_drawn_are_refused(tiny_text, prompt, message):
 
 
 def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
-    """With what Windows' editors write at its start and at ends of lines."""
+    """With the byte order mark and the line ends that editors on Windows write."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n a cross\r\n")
     assert sample.requested(tiny_text(), [], str(file), [], 2) == ["a red circle"] * 2 + ["a cross"] * 2
-    file.write_text("a red\u2028circle\n", encoding="utf-8")  # a line to Unicode, not to editors
+    file.write_text("a red\u2028circle\n", encoding="utf-8")  # ends a line in Unicode, but not in editors
     assert sample.requested(tiny_text(), [], str(file), [], 1) == ["a red\u2028circle"]
     file.write_bytes(b"\n")
     with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: there is no prompt in it"):

@@ -1,4 +1,4 @@
-"""The judge of the shapes task says yes to what is there, and no to everything else."""
+"""The judge of the shapes task accepts what is there, and nothing else."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_blur_and_pale_colours_change_little():
 
 
 def test_a_picture_of_another_scene_is_right_only_by_chance():
-    """The verdict on any picture is the truth about its scene, whichever caption is asked."""
+    """For any caption, the verdict on a picture is the truth about its scene."""
     scenes = drawn(60, seed=4)
     found = [scene_score.detect(image) for image in rendered(scenes)]
     parsed = [shapes.parse(text) for text in captions(scenes)]
@@ -106,7 +106,7 @@ def test_a_picture_of_another_scene_is_right_only_by_chance():
     truth = np.array([[scene_score.satisfies(s, caption) for caption in parsed] for s in scenes])
     others = ~np.eye(len(scenes), dtype=bool)
     assert verdicts[others].mean() < 0.02
-    # A place or a relation just at its boundary may fall to either side.
+    # A place or a relation right at its boundary may fall on either side.
     assert np.mean(verdicts == truth) > 0.999
 
 

@@ -54,7 +54,7 @@ def test_a_search_for_which_the_mesh_allows_nothing_says_why(tiny):
 
 
 def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
-    """The same batch on the same devices is as large, and takes as long, whatever the number of their chips."""
+    """Memory and time of a batch on the same devices do not depend on how many chips they belong to."""
     config = tiny(batch_size=16, model={"heads": 1})
 
     def found(shape, memory):
@@ -68,7 +68,7 @@ def test_a_chip_of_two_devices_shares_its_images_between_them(tiny):
 
 @pytest.mark.parametrize("refused", [1, 2])
 def test_what_the_compiler_refuses_does_not_end_a_search(refused, tiny):
-    """Unless it refuses all."""
+    """Unless it refuses every candidate."""
     where, reports = topology.Topology("v5e", CHIPS["v5e"], (2, 4)), iter(range(2))
 
     def plan(config):
@@ -137,7 +137,7 @@ def test_a_search_leaves_alone_what_a_config_sets_and_open_what_devices_choose_s
     where = topology.Topology("v5e", CHIPS["v5e"], (2, 4))
     found = search.ranked(tiny(batch_size=16, model={"remat": "full"}), where, jax.devices(), fixed_batch=True)
     assert {candidate.remat for candidate in found} == {"full"}
-    given = tiny(batch_size=16, model={"scan_layers": None})  # on the CPUs that stand for chips here: remat none
+    given = tiny(batch_size=16, model={"scan_layers": None})  # the CPUs that act as chips here choose remat none
     for candidate in search.ranked(given, where, jax.devices(), fixed_batch=True):
         made = search.recommended(given, dataclasses.asdict(candidate), jax.devices())
         assert made.model.remat == ("auto" if candidate.remat == "none" else candidate.remat)
@@ -151,7 +151,7 @@ def test_where_memory_is_slow_a_search_first_cuts_the_state(tiny):
 
 @pytest.fixture
 def best_first(tiny):
-    """(fsdp, images) of what a search would try, in its order, on eight chips of these rates; tokens are not cut."""
+    """(fsdp, batch size) of a search's candidates, in order, on eight chips with these rates; sequence is 1."""
 
     def find(shape=(2, 4), slices=1, fixed_batch=True, accumulate=1, **rates):
         where = topology.Topology("v5e", dataclasses.replace(CHIPS["v5e"], **rates), shape, slices=slices)
@@ -164,7 +164,7 @@ def best_first(tiny):
 
 
 def test_a_search_first_cuts_the_state_into_whole_tiles_but_not_where_micro_batches_gather_it_anew(best_first):
-    """Memory is so slow that each cut would pay; a width of 32 has whole tiles for two parts."""
+    """Memory is so slow that any sharding would pay; a width of 32 has whole tiles for two shards."""
     assert [fsdp for fsdp, _ in best_first(memory_bandwidth=3e11)] == [2, 8, 4, 1]
     assert best_first(memory_bandwidth=3e11, accumulate=8)[0] == (1, 64)
 

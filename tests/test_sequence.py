@@ -1,4 +1,4 @@
-"""Tokens cut over devices equal one device in every variant; devices exchange sums and rows at edges, no tokens."""
+"""With sharded tokens, every variant computes what one device does; devices exchange sums and edge rows, no tokens."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from lina_jax import generate, hlo, mesh, programs, state
 from lina_jax.config import MeshConfig
 from lina_jax.models import sequence
 
-# Relative difference of the gradient in the Euclidean norm: sums in another order. Measured 3.1e-7 at most over these
-# variants; the bound is eight times that. A forgotten sum makes a difference of order 1.
+# Relative difference of the gradient in the Euclidean norm, due to the order of summation. Measured 3.1e-7 at most over
+# these variants; the bound is eight times that. A missing reduction makes a difference of order 1.
 TOLERANCE = 2.5e-6
 VARIANTS = {
     "subtraction, decoupled gate": {"normalization": "subtraction", "kv_gate": "decoupled", "condition": "text"},
@@ -28,7 +28,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def cut():
-    """A mesh that cuts batches in two and the tokens of each image in four."""
+    """A mesh that shards batches over two groups of devices and the tokens of each image over four devices."""
     return mesh.build(MeshConfig(data=2, sequence=4))
 
 
@@ -45,7 +45,7 @@ def test_a_cut_sequence_gives_the_loss_and_gradients_of_a_whole_one(
 
 @pytest.fixture
 def deep(tiny):
-    """8 rows, so that shards have room to spare and can run out of it."""
+    """A grid of 8 rows, so that shards have spare room for visible tokens and can run out of it."""
     return tiny(
         model={"image_grid": (8, 8), "condition_grid": (4, 4), "remat": "full", "scan_layers": True},
         loss={"mask_ratio_mean": 0.5, "mask_ratio_std": 0.01, "mask_ratio_min": 0.5},
@@ -82,7 +82,7 @@ def test_pictures_are_the_same(deep, one_device, cut, rough):
         return np.asarray(sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0)))
 
     one, other = draw(one_device), draw(cut)
-    # Rounding can carry a value over the step between two of 256 levels.
+    # Rounding can move a value from one of 256 levels to the next.
     assert np.max(np.abs(one.astype(int) - other)) <= 1
     assert np.mean(one != other) < 0.01
 
@@ -98,7 +98,7 @@ def test_devices_exchange_sums_and_edges_only(deep, cut, batch_of):
 
 
 def test_beside_fsdp_weights_and_tables_are_gathered_but_no_tokens(tiny):
-    """A batch of 14 tells which arrays are of images: no other has an axis that 7 divides."""
+    """A batch of 14 identifies the arrays of images: no other has an axis divisible by 7."""
     model = {
         "image_grid": (8, 8), "condition_grid": (4, 4), "condition": "text", "text_encoder": "features",
         "text_length": 10,
@@ -149,7 +149,7 @@ def test_room_is_exceeded_less_than_once_in_a_hundred_million_draws():
     ],
 )
 def test_gpus_have_whole_tiles_of_visible_tokens(platform, images, axes, tokens, visible, places, monkeypatch):
-    """And no more than an image has tokens; those that are too many do not exist."""
+    """But no more than an image has tokens; surplus places are marked as empty."""
     monkeypatch.setattr(sequence, "platform", lambda: platform)
     mask = jnp.broadcast_to(jnp.arange(tokens) >= visible, (images, tokens))
     with jax.set_mesh(mesh.build(MeshConfig(**axes), jax.devices() if axes else jax.devices()[:1])):
@@ -160,7 +160,7 @@ def test_gpus_have_whole_tiles_of_visible_tokens(platform, images, axes, tokens,
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_visible_tokens_are_moved_by_gathering_in_gradients_too(shards):
-    """Scatters take accelerators long, or add in an order of chance. Expected: what indexing by booleans gives."""
+    """Scatters are slow on accelerators, or add in a random order. The expected values come from a Boolean mask."""
     rng = np.random.default_rng(0)
     hidden = np.argsort(rng.random((3, 16)), axis=1) >= np.array([[0], [3], [5]])
     x, scale = rng.standard_normal((3, 16, 2)).astype(np.float32), np.arange(1, 33).reshape(16, 2)

@@ -54,7 +54,7 @@ def test_a_scene_is_a_pure_function_of_split_index_and_seed():
 
 
 def test_the_splits_share_no_picture():
-    """Not even to the nearest 1/32, among single objects, of which chance alone would repeat some."""
+    """Not even if single objects are rounded to 1/32; chance alone would repeat some of those."""
     seen = {"train": set(), "validation": set()}
     for split, count in (("train", 4000), ("validation", 250)):
         for s in (shapes.scene(split, i) for i in range(count)):
@@ -100,7 +100,7 @@ def test_render_paints_the_palette_with_soft_edges(resolution):
     assert image.shape == (resolution, resolution, 3) and image.dtype == np.uint8
     assert tuple(image[0, 0]) == shapes.BACKGROUNDS["white"]
     assert tuple(image[int(0.5 * resolution), int(0.4 * resolution)]) == shapes.COLORS["red"]
-    # Area and place hold at any resolution, to a quarter of a pixel (the supersampling) on the outline.
+    # Area and position are right at any resolution, to a quarter of a pixel (the supersampling) along the outline.
     redness = (255 - image[..., 1].astype(float)) / (255 - shapes.COLORS["red"][1])
     middles = (np.arange(resolution) + 0.5) / resolution
     assert abs(redness.mean() - np.pi * 0.25**2) < 2 * np.pi * 0.25 * 0.25 / resolution

@@ -34,7 +34,7 @@ def test_accumulation_changes_nothing(plan, plan_of, train_step, rough, batch_of
     whole, metrics = train_step(rough(plan), batch)
     parts = plan_of(optim={"b1": 0.0, "accumulate": 4})
     run, metrics_of_parts = state.make_train_step(parts)(rough(parts), batch)
-    # Sums in another order: measured 1e-7 (loss) and 2.3e-7 (gradient).
+    # Another order of summation: measured 1e-7 (loss) and 2.3e-7 (gradient).
     np.testing.assert_allclose(metrics_of_parts["loss"], metrics["loss"], rtol=1e-6)
     assert error_between(moment(run), moment(whole)) < 3e-6
     assert int(run.updates) == 1
@@ -52,7 +52,7 @@ def test_sums_between_nodes_end_in_time_where_layers_are_unrolled(changes, barri
 
 @pytest.fixture(scope="module")
 def poisoned(plan, rough):
-    """A state of which the loss, or but its gradient, is infinite."""
+    """A state with a loss, or only a gradient norm, that is not finite."""
 
     def make(bias=jnp.inf, scale=1.0):
         run = rough(plan)
@@ -65,7 +65,7 @@ def poisoned(plan, rough):
 
 @pytest.mark.parametrize(
     ("poison", "loss_is_finite"),
-    [({}, False), ({"bias": 1e17, "scale": 1e3}, True)],  # a loss of 1e34, of which the gradient's squares overflow
+    [({}, False), ({"bias": 1e17, "scale": 1e3}, True)],  # a loss of 1e34: squares of its gradient overflow
     ids=["loss", "gradient alone"],
 )
 def test_a_non_finite_step_changes_nothing_but_counters(
@@ -81,7 +81,7 @@ def test_a_non_finite_step_changes_nothing_but_counters(
 
 
 def test_gpus_skip_a_step_without_a_branch(plan, poisoned, batch_of, identical, monkeypatch):
-    """For which their host would wait. (As a CPU runs what is traced for one.)"""
+    """The host would wait for one. (The program is traced for a GPU, and runs on a CPU.)"""
     monkeypatch.setattr(mesh, "platform", lambda: "gpu")
     step, batch = state.make_train_step(plan), batch_of(plan.config)
     assert "stablehlo.case" not in step.lower(plan.shapes, batch).as_text()
@@ -148,7 +148,7 @@ def test_noise_of_latents_follows_from_step_and_example(identical):
 
 @pytest.fixture(scope="module")
 def many_draws(tiny):
-    """Draws of 4096 examples of one step, and the same of another."""
+    """The draws for 4096 examples in each of two steps."""
     model, loss = tiny().model, LossConfig(repeat=1)
     function = jax.jit(lambda key: draw(key, jnp.arange(4096), model, loss))
     return [function(jax.random.fold_in(jax.random.key(0), step)) for step in (0, 1)]
@@ -158,7 +158,7 @@ def test_draws_differ_between_steps(many_draws):
     one, other = many_draws
     assert not np.any(np.asarray(one.noise) == np.asarray(other.noise))
     one, other = np.asarray(one.mask), np.asarray(other.mask)
-    # Of 16 tokens three or more are visible, in one of 560 ways or more; with fewer, images can well look alike.
+    # With three or more of 16 tokens visible there are at least 560 masks; with fewer, equal masks are likely.
     alike = np.all(one == other, axis=1) & (np.sum(~one, axis=1) >= 3)
     assert np.mean(alike) < 0.01
 
@@ -169,18 +169,18 @@ def test_draws_differ_between_examples(many_draws):
 
 
 def test_conditions_are_dropped_as_often_as_is_set(many_draws):
-    """One in ten of 4096, which chance changes by 0.005."""
+    """One in ten; for 4096 examples the standard error is 0.005."""
     assert np.mean(many_draws[0].drop) == pytest.approx(LossConfig().condition_dropout, abs=0.03)
 
 
 def test_every_token_is_masked_equally_often(many_draws):
-    """In 4096 draws; counts differ by chance alone, by 6 deviations at most."""
+    """In 4096 draws, counts differ by chance only: by 6 standard deviations at most."""
     visible = np.sum(~np.asarray(many_draws[0].mask), axis=0)
     assert np.max(np.abs(visible - np.mean(visible))) < 6 * np.sqrt(np.mean(visible))
 
 
 def test_the_mean_mask_ratio_is_the_published_one(tiny):
-    """0.867 is the mean of N(1, 0.25) truncated to [0.7, 1]; that of 16384 draws has a standard error of 0.0007."""
+    """N(1, 0.25) truncated to [0.7, 1] has a mean of 0.867; the mean of 16384 draws has a standard error of 0.0007."""
     model = dataclasses.replace(tiny().model, image_grid=(16, 16))
     count = jax.vmap(lambda key: visible_count(key, LossConfig(), model.image_tokens))(
         jax.random.split(jax.random.key(0), 16_384)
@@ -204,14 +204,14 @@ def test_no_image_has_more_visible_tokens_than_the_bound(many_draws, tiny):
 
 
 def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
-    """(1 - 0.9) 25 is 2.5, which ratios a little above their least would round to 3 in float32."""
+    """(1 - 0.9) 25 is 2.5, which float32 would round to 3 for ratios just above their minimum."""
     config = LossConfig(mask_ratio_mean=0.9, mask_ratio_std=1e-5, mask_ratio_min=0.9)
     count = jax.vmap(lambda key: visible_count(key, config, 25))(jax.random.split(jax.random.key(0), 16_384))
     assert int(jnp.max(count)) == max_visible(config, 25) == 2
 
 
 def loss_and_gradient(plan, batch):
-    """Of the training objective, without the optimiser, jitted."""
+    """A jitted function for the training objective: ((loss, velocity), gradient), without the optimiser."""
     config = plan.config
     tokens, condition = state.split_batch(plan, {}, batch, None)
     draws = draw(jax.random.key(0), jnp.arange(config.batch_size), config.model, config.loss)
@@ -230,7 +230,7 @@ DEEP = {"condition_depth": 2, "image_depth": 4, "head_depth": 2}
 
 @pytest.fixture(scope="module")
 def unrolled(plan_of, rough, batch_of):
-    """(loss, velocity), gradient of layers one by one, nothing recomputed."""
+    """((loss, velocity), gradient) with unrolled layers and nothing recomputed."""
     plan = plan_of(model=DEEP)
     run = rough(plan)
     return loss_and_gradient(plan, batch_of(plan.config))(run.params, run.frozen)
@@ -242,7 +242,7 @@ def test_how_layers_run_does_not_change_the_result(scan, remat, unrolled, plan_o
     run = rough(plan)
     (loss, _), grads = loss_and_gradient(plan, batch_of(plan.config))(run.params, run.frozen)
     (want_loss, _), want_grads = unrolled
-    # Fused otherwise, rounded otherwise: measured 2.4e-7 (loss) and 2.2e-7 (gradient).
+    # Fusions differ, and so does rounding: measured 2.4e-7 (loss) and 2.2e-7 (gradient).
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     assert error_between(grads, want_grads) < 3e-6
 
@@ -252,8 +252,8 @@ def test_bfloat16_stays_close_to_float32(unrolled, plan_of, rough, batch_of, err
     run = rough(plan)
     (loss, velocity), grads = loss_and_gradient(plan, batch_of(plan.config))(run.params, run.frozen)
     (want_loss, want_velocity), want_grads = unrolled
-    # bfloat16 keeps 8 bits (0.4 %) and every layer rounds anew. Measured: velocity 1.0 %, gradient 1.1 %, loss 0.11 %.
-    # Nearer than one rounding is what computes in float32 all the same.
+    # bfloat16 keeps 8 bits (0.4 %), and every layer rounds again. Measured: velocity 1.0 %, gradient 1.1 %, loss
+    # 0.11 %. An error below that of one rounding would mean that it computes in float32.
     assert 0.004 < error_between(velocity, want_velocity) < 0.03
     assert 0.004 < error_between(grads, want_grads) < 0.035
     assert abs(loss / want_loss - 1) < 0.004
@@ -262,7 +262,7 @@ def test_bfloat16_stays_close_to_float32(unrolled, plan_of, rough, batch_of, err
 @pytest.mark.parametrize("normalization", ["division", "subtraction"])
 @pytest.mark.parametrize("gate", ["none", "head", "shared", "key", "value", "decoupled", "dynamic"])
 def test_every_gate_learns_under_both_normalisations(gate, normalization, plan_of, rough):
-    """Through the decoder half, which holds the gates: every parameter gets a finite gradient, not all zero."""
+    """Through the decoder half, which has the gates: every parameter gets a finite gradient that is not all zero."""
     plan = plan_of(model={"kv_gate": gate, "normalization": normalization})
     model, run = plan.config.model, rough(plan)
     shape = (2, model.condition_tokens + model.image_tokens, model.width)
@@ -313,7 +313,7 @@ def test_a_hybrid_learns_in_every_stack(plan_of, rough, batch_of):
 
 
 def test_a_save_compiles_nothing(tiny, rough, save_run, tmp_path, caplog):
-    """Also of arrays that all devices hold, of which each could write a part: cutting them takes a program a part."""
+    """Not for replicated arrays either: each device could write a slice, but each slice would need its own program."""
     plan = state.blueprint(tiny(), mesh.build(MeshConfig()))
     run = rough(plan)
     with jax.log_compiles():

@@ -1,4 +1,4 @@
-"""A study says what its runs say: effects by pairs, power laws with their uncertainty, nothing of unequal budgets."""
+"""Studies: effects over pairs of runs, power laws with their uncertainty, no comparison of unequal budgets."""
 
 import csv
 import importlib.util
@@ -30,7 +30,7 @@ def printed(*flags):
 
 @pytest.fixture(scope="module")
 def widths():
-    """(those that train on a CPU, the published ones)."""
+    """(widths that train on a CPU, published widths)."""
     spec = importlib.util.spec_from_file_location("ablation", ABLATION)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def widths():
 
 @pytest.fixture
 def runs_of(tiny, tmp_path):
-    """Write evaluated runs; each a (loss, seed, changes of the model), the last with other fields, too."""
+    """Write evaluated runs, each given as (loss, seed, model fields); `last` changes other fields of the last one."""
 
     def write(*runs, step=6, **last):
         for number, (loss, seed, model) in enumerate(runs):
@@ -115,7 +115,7 @@ def test_a_study_is_tables_and_a_plot(runs_of, tiny):
 
 
 def test_a_score_that_is_of_no_step_is_named(runs_of):
-    """As of pictures that were measured beside a run."""
+    """As when images that come from no run were evaluated there."""
     directory = runs_of((1.0, 0, {}))
     (directory / "run0" / "evaluation" / "score.json").write_text('{"quality": {}}')
     with pytest.raises(UserError, match=r"run0/evaluation/score.json names no step"):
@@ -227,7 +227,7 @@ echo "ran $2 $3"
 
 @pytest.fixture
 def study_of(tmp_path):
-    """A study whose first run ends with the code, or waits for SIGTERM."""
+    """A study whose first run ends with `code`; if that is "wait", it waits for SIGTERM."""
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -272,7 +272,7 @@ def test_what_is_complete_with_the_same_flags_is_skipped(ended, tmp_path):
         assert "ran lina_jax.train" in again and "ran lina_jax.evaluate --workdir" in again
         assert skipped in ended(3, *options, **other).stdout
     (record,) = tmp_path.glob("runs/*/evaluation/complete.txt")
-    record.unlink()  # as an earlier launcher leaves it
+    record.unlink()  # as an earlier version of the launcher leaves it
     assert skipped not in ended(3, *options, **other).stdout
 
 
@@ -283,7 +283,7 @@ def test_a_run_that_somebody_stops_ends_the_study(code, ended):
 
 
 def test_an_index_ends_with_the_code_of_its_run(ended):
-    """And does not begin again: its job will."""
+    """It does not restart the run: its job does."""
     alone = ended(75, "--index=0")
     assert (alone.returncode, alone.stdout, alone.stderr) == (75, "subtraction-none-none-128, seed 0\n", "")
 

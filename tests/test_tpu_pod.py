@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh and launch/detached.sh: the run goes on when a pod is taken away, disconnected or shut down."""
+"""launch/tpu_pod.sh and launch/detached.sh: the run goes on when a pod is preempted, disconnected or shut down."""
 
 import json
 import re
@@ -13,7 +13,7 @@ LAUNCH = ROOT / "launch"
 
 
 def verbs_of(calls: list[list[str]]) -> list[str]:
-    """describe, create, scp, ... of gcloud [alpha] compute tpus THINGS VERB."""
+    """The VERB (describe, create, scp, ...) of each gcloud [alpha] compute tpus THINGS VERB."""
     return [call[5 if "alpha" in call else 4] for call in calls]
 
 
@@ -36,7 +36,7 @@ def test_a_preempted_tpu_pod_is_made_anew_and_the_run_goes_on(first, launch):
     assert "ended with 137: restart 1 of" in log and "ended with 75: restart 2 of at most 100" in log
 
 
-# On the pod lies the record of an earlier run that ended with gcloud's own code.
+# The pod holds the record of an earlier run that ended with 1, the code of gcloud's own failures.
 EARLIER = """
 if "create" in words and not os.path.exists(os.environ["HOME"] + "/run-1"):
     os.mkdir(os.environ["HOME"] + "/run-1")
@@ -66,7 +66,7 @@ def test_failures_of_gcloud_end_nothing(trouble, first, launch):
 
 # What docs/pods.md says to run on each worker.
 STOP = re.search(r"--command='(kill .*)'", (ROOT / "docs" / "pods.md").read_text())[1].replace("RUN", "run-1")
-# Before the second round.
+# Shuts the worker down before the second round, that is, the second ssh.
 SHUT_DOWN = f"""
 home = os.environ["HOME"]
 if "ssh" in words:
@@ -81,7 +81,7 @@ if "ssh" in words:
 
 
 def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launch):
-    """It ends with 75 then, which nobody hears."""
+    """It ends with 75, which no connection reports."""
     again = "echo >>../runs; [ $(wc -l <../runs) -ge 2 ] || { trap 'exit 75' TERM; touch ../up; read <../go; }"
     words = [*TPU_POD, "--requirements=", "--max_restarts=1", "--", "bash", "-c", again]
     environment = {"ANSWER": SHUT_DOWN + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
@@ -90,7 +90,7 @@ def test_a_worker_whose_machine_was_shut_down_is_started_in_the_next_round(launc
     assert len(starts_on_pod(calls)) >= 2 and (home / "runs").read_text() == "\n\n"
 
 
-# The command waits for this.
+# The command waits until this opens the FIFO.
 IN_THE_SECOND_ROUND = """
 if "ssh" in words:
     go = os.environ["HOME"] + "/go"
@@ -103,7 +103,7 @@ if "ssh" in words:
 
 
 def test_a_worker_at_work_is_followed_in_rounds(launch):
-    """By which one that was lost is found: gcloud says nothing of it while another connection lasts."""
+    """A new round finds a lost worker: gcloud does not report one while another connection lasts."""
     words = [*TPU_POD, "--requirements=", "--", "bash", "-c", "echo >>../runs; read <../go || true"]
     environment = {"ANSWER": IN_THE_SECOND_ROUND + CLOUD, "LINA_FOLLOW_SECONDS": "0.01"}
     result, calls, home = launch(LAUNCH / "tpu_pod.sh", *words, **environment)
@@ -113,7 +113,7 @@ def test_a_worker_at_work_is_followed_in_rounds(launch):
 
 @pytest.mark.parametrize(("code", "said"), [("75", "ran\n"), ("3", "")])
 def test_a_process_that_has_the_number_of_a_worker_by_now_is_not_it(code, said, launch):
-    """As after a restart of the machine: a run that asks for it is started, of another the code is given at once."""
+    """As after a machine restart: a run that ended with 75 is started again; otherwise its code is returned at once."""
     detached = shlex.join([str(LAUNCH / "detached.sh"), "run", "--accelerator=cpu", "--", "echo", "ran"])
     script = f'cd; touch run.log; echo "$$ 1" >run.pid; echo {code} >run.code; bash {detached}'
     result, _, home = launch(script)
@@ -150,7 +150,7 @@ def test_a_mistake_on_a_tpu_pod_ends_there(launch):
     assert len(starts_on_pod(calls)) == 1
 
 
-# The run is at work on one worker, which waits for another.
+# One worker is at work (124) and waits for another, which has ended with 78.
 ONE_FAILED = """
 if "ssh" in words:
     if "launch/detached.sh" in words[-1]: sys.exit(124)

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends like one that was not, failures leave workdirs whole."""
+"""An interrupted run ends like an uninterrupted one, and failures leave workdirs intact."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
 
 
 def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identical):
-    """Bit for bit: parameters, their average, moments, counters."""
+    """Bit for bit: parameters, EMA, moments, counters."""
     halfway = train(dataclasses.replace(config, steps=3), tmp_path / "run")
     assert int(halfway.step) == 3
     resumed = train(config, tmp_path / "run")
@@ -32,7 +32,7 @@ def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identi
 
 
 def test_a_run_that_starts_from_weights_is_a_run(config, finished, tmp_path, identical, one_device):
-    """Bit for bit, where the weights are those of a fresh run; what they came with does not bind the training."""
+    """Bit for bit, if they are those of a fresh run; the training settings that came with them do not bind it."""
     fresh = state.blueprint(config, one_device).init()
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1.0), batch_size=4)
     write_config(tmp_path / "run", other)
@@ -135,14 +135,14 @@ def test_fewer_steps_than_are_done_change_nothing(config, finished, tmp_path, id
 
 
 def measured(workdir):
-    """What stands in the log beside the steps themselves, line by line, and the previews."""
+    """The lines of the log that are not of training steps, and the previews."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     previews = {path.name: path.read_bytes() for path in (workdir / "previews").iterdir()}
     return [line for line in lines if "loss" not in line], previews
 
 
 def signal_at(patch, name, call, number):
-    """This process gets a signal when a method of lina_jax is called for this time."""
+    """Send this process signal `number` at the `call`-th call of a method of lina_jax."""
     module, kind, method = name.split(".")
     kind = getattr(importlib.import_module(f"lina_jax.{module}"), kind)
     original, calls = getattr(kind, method), itertools.count(1)
@@ -158,7 +158,7 @@ def signal_at(patch, name, call, number):
 @pytest.mark.parametrize("name", ["validation.Validation.both", "sample.Previews.draw"])
 @pytest.mark.parametrize("call", [1, 2], ids=["midway", "at the end"])
 def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_path, identical, name, call):
-    """Between a save and what is due after it, at steps 3 and 6; what is recorded by then is not measured again."""
+    """They are cut off after the saves of steps 3 and 6; what was already recorded is not measured again."""
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, name, call, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt, match=f"go on from step {3 * call}"):
@@ -215,7 +215,7 @@ def test_arrays_that_differ_are_named(config, finished, tmp_path, tiny_text, cha
 def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(
     config, finished, run_module, config_file, tmp_path, one_device, identical
 ):
-    """No file may grow beyond 24 KiB, as on a disk that fills up."""
+    """No file may grow beyond 24 KiB, as if the disk were full."""
     shutil.copytree(finished[0], tmp_path / "run")
     longer = dataclasses.replace(config, steps=9, log=dataclasses.replace(config.log, preview_images=0))
     result = run_module(

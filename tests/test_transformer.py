@@ -1,4 +1,4 @@
-"""Stacks of blocks: their order, and what they keep for the backward pass."""
+"""Stacks of blocks: their order, what they keep for the backward pass, and when gradients are reduced."""
 
 import math
 
@@ -16,7 +16,7 @@ WIDTH = 32
 
 
 def test_blocks_follow_each_other_by_their_numbers():
-    """The names of a hundredth and later ones sort before those of others."""
+    """The names of blocks from 100 on sort before those of earlier ones."""
     config, x = AttentionConfig(WIDTH, 4), jax.random.normal(jax.random.key(0), (1, 6, WIDTH))
     early, late = (Transformer(config, 6, 2, first=first, softmax_period=3, rngs=nnx.Rngs(1)) for first in (2, 98))
     names = ("from_98", "from_99", "from_101", "from_102"), ("from_02", "from_03", "from_05", "from_06")
@@ -28,7 +28,7 @@ def test_blocks_follow_each_other_by_their_numbers():
 @pytest.mark.parametrize("normalization", ["division", "subtraction"])
 @pytest.mark.parametrize("gate", ["none", "head", "shared", "decoupled", "dynamic"])
 def test_heads_or_tokens_first_is_the_same(gate, normalization, monkeypatch):
-    """CPUs multiply in one order of axes, accelerators in the other: `attention.order`."""
+    """CPUs use one order of axes, accelerators the other: `attention.order`."""
     config = AttentionConfig(
         WIDTH, 4, normalization=normalization, gate=gate, conv_kernel=3, condition_tokens=4, grid=(3, 3)
     )
@@ -49,7 +49,7 @@ def test_heads_or_tokens_first_is_the_same(gate, normalization, monkeypatch):
 
 
 def kept(depth: int, side: int, remat: str, scan: bool, read: Read | None = None) -> tuple[int, int]:
-    """(bytes that a gradient of `depth` blocks keeps of an image, its tokens)"""
+    """(bytes that `depth` blocks keep of an image for the backward pass, number of its tokens)"""
     config = AttentionConfig(WIDTH, 4, conv_kernel=3, condition_tokens=4, grid=(side, side), dtype=jnp.bfloat16)
     model = nnx.eval_shape(lambda: Transformer(config, depth, 4, remat=remat, scan=scan, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
@@ -67,7 +67,7 @@ def kept(depth: int, side: int, remat: str, scan: bool, read: Read | None = None
     ("remat", "platform", "widths"), [("dots", "gpu", 10), ("dots", "tpu", 11), ("full", "gpu", 1), ("full", "tpu", 1)]
 )
 def test_a_block_keeps_its_products_of_each_token(remat, platform, widths, scan, monkeypatch):
-    """As docs/performance.md counts: q, k, v; output projection; both layers of the perceptron (4 + 1); the stream."""
+    """See docs/performance.md: q, k, v; output projection; both MLP layers (4 + 1); the stream; convolution on TPUs."""
     monkeypatch.setattr(attention, "platform", lambda: platform)
     sizes = {(depth, side): kept(depth, side, remat, scan) for depth in (2, 4) for side in (4, 8)}
 
@@ -82,7 +82,7 @@ def test_a_block_keeps_its_products_of_each_token(remat, platform, widths, scan,
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_the_block_of_chosen_tokens_keeps_what_others_do(remat, scan):
     whole, few = (kept(3, 16, remat, scan, read)[0] for read in (None, lambda x: x[:, :200]))
-    assert few < 1.01 * whole  # not made again, 1.3 and 2.8 times as much
+    assert few < 1.01 * whole  # 1.3 and 2.8 times as much if it is not recomputed
 
 
 def test_sums_in_time_are_of_the_layers_three_behind(monkeypatch):

@@ -1,4 +1,4 @@
-"""Validation losses are those of the examples, however they are batched and cut; scenes have a score by category."""
+"""Validation losses do not depend on batching and sharding; scenes are scored by category."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from lina_jax.config import MeshConfig
 
 @pytest.fixture(scope="module")
 def validation_losses(text_plan, rough):
-    """Validation losses, by evaluation batch size, on the mesh of the plan."""
+    """A function: evaluation batch size -> validation losses, on the mesh of the plan."""
     config, run = text_plan.config, rough(text_plan)
     records = data.open_records(config, "validation")
 
@@ -32,7 +32,7 @@ def at_once(validation_losses):
 
 
 def test_validation_does_not_depend_on_the_batch_size(validation_losses, at_once):
-    """Six examples at once, or in padded batches of four: to the last digit that is told."""
+    """Six examples at once, or in padded batches of four, agree to the last digit that is reported."""
     assert validation_losses(4) == at_once
 
 
@@ -42,7 +42,7 @@ def test_validation_does_not_depend_on_the_mesh(validation_losses, at_once, tiny
 
 
 def test_validation_does_not_depend_on_how_a_run_draws(validation_losses, at_once, tiny_text, one_device):
-    """So that runs can be compared that repeat the head more often, or share a mask ratio in each step."""
+    """Runs that repeat the head more often, or share one mask ratio per step, can therefore be compared."""
     drawn = {"repeat": 5, "mask_ratio_per": "step", "condition_dropout": 0.9}
     assert validation_losses(6, state.blueprint(tiny_text(loss=drawn), one_device)) == at_once
 
@@ -65,18 +65,18 @@ def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
 
 
 def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
-    """Of examples of equal length, that of the mean of their means; of one example, unknown."""
+    """For examples of equal length, it is that of the mean of their means; for one example it is unknown."""
     means = np.array([1.0, 4.0, 2.0, 3.0, 7.0])
     value, error = validation.mean_loss(10 * means, np.full(5, 10.0))
     assert value == pytest.approx(3.4)
     assert error == pytest.approx(np.std(means, ddof=1) / 5**0.5)
-    # Ten times as many tokens in one of them: nearer to its mean.
+    # If one example has ten times as many tokens, the result is nearer to its mean.
     assert validation.mean_loss(means * [10, 10, 10, 10, 100], np.array([10, 10, 10, 10, 100])).value > 5.5
     assert validation.mean_loss(means[:1], np.ones(1)) == (1.0, None)
 
 
 def test_scenes_are_scored_by_category(text_plan, rough):
-    """Whatever an untrained model draws; how right the judge is stands in test_scene_score."""
+    """The images of an untrained model are arbitrary; test_scene_score checks that the judge is right."""
     run = rough(text_plan)
     sampler = sample.Sampler(text_plan, text_plan.config.sample, 4)
     scores, images, captions = evaluate.scene_scores(sampler, run.ema, run.frozen, 8, seed=0)

@@ -1,4 +1,4 @@
-"""A run that starts from other weights takes what its rules say, on any mesh and grid, once."""
+"""A run that starts from other weights takes what its rules say, once, on any mesh and grid."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ GATES = ("key_scale", "value_scale")
 
 
 def save_run(workdir, plan, run) -> None:
-    """A workdir that stands at `run`."""
+    """Write a workdir whose checkpoint is `run`."""
     write_config(workdir, plan.config)
     checkpoints = Checkpoints(workdir, plan.config.checkpoint)
     checkpoints.save(run)
@@ -45,7 +45,7 @@ def donor(tiny, rough, one_device, tmp_path_factory):
 
 @pytest.fixture
 def begun(tiny, donor):
-    """(state, report, plan) of a run that starts from `donor`; its mesh (cut over eight), changes of its config."""
+    """(state, report, plan) of a run that starts from `donor`, by default on fsdp=8, with `changes` of its config."""
 
     def begin(devices=None, changes=None, **init_from):
         config = tiny(**(changes or {}), init_from={"path": str(donor[0])} | init_from)
@@ -61,7 +61,7 @@ def actions(report) -> dict[str, str]:
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_all_arrays_come_to_another_mesh(begun, donor, identical, ema):
-    """Bit for bit, cut as the new run cuts them, its EMA and counters those of a run that begins."""
+    """Bit for bit, sharded as in the new run, whose EMA equals its parameters and whose counters are 0."""
     run, report, plan = begun(ema=ema)
     want = donor[2].ema if ema else donor[2].params
     assert identical(run.params, want) and identical(run.ema, want) and identical(run.frozen, donor[2].frozen)
@@ -72,7 +72,7 @@ def test_all_arrays_come_to_another_mesh(begun, donor, identical, ema):
 
 
 def test_the_loss_is_that_of_the_donor(begun, donor, batch_of):
-    """Where model and grid are the same; eight devices and one differ by the order of sums (measured 1e-7)."""
+    """If model and grid are the same; eight devices and one differ in the order of summation (measured 1e-7)."""
 
     def loss(plan, params, frozen):
         examples = np.arange(plan.config.batch_size)
@@ -91,7 +91,7 @@ LARGER = {"model": {"image_grid": (8, 8), "condition_grid": (4, 4)}}
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("rules", "action"), [("resolution", "restarted"), ("interpolate", "recomputed")])
 def test_a_larger_grid_has_gates_of_its_own_and_all_else_of_the_donor(begun, donor, rules, action, large, monkeypatch):
-    """Also where they are cut over devices: 80 tokens can be, the donor's 20 cannot."""
+    """Also if gates are sharded over devices: 80 tokens can be, the donor's 20 cannot."""
     monkeypatch.setattr(attention, "LARGE_TABLE", 1 if large else attention.LARGE_TABLE)
     run, report, _ = begun(changes=LARGER, rules=rules)
     ours, theirs = flat(run.params, run.frozen), flat(donor[2].ema, donor[2].frozen)
@@ -106,11 +106,11 @@ def test_a_larger_grid_has_gates_of_its_own_and_all_else_of_the_donor(begun, don
 
 
 def interpolated(gates):
-    """From 2 x 2 condition and 4 x 4 image tokens to twice as many rows and columns; (layers, tokens, heads)."""
+    """Gates (layers, tokens, heads) of 2 x 2 condition and 4 x 4 image tokens, for twice as many rows and columns."""
     parts = []
     for part, side in ((gates[:, :4], 2), (gates[:, 4:], 4)):
         grid = part.reshape(len(part), side, side, -1)
-        at = np.clip((np.arange(2 * side) + 0.5) / 2 - 0.5, 0, side - 1)  # centres of pixels, in those of the donor
+        at = np.clip((np.arange(2 * side) + 0.5) / 2 - 0.5, 0, side - 1)  # pixel centres, on the donor's grid
         low, share = np.minimum(at.astype(int), side - 2), at - np.minimum(at.astype(int), side - 2)
         for axis in (1, 2):
             weight = np.expand_dims(share, [i for i in range(4) if i != axis])
@@ -141,7 +141,7 @@ def test_arrays_that_are_not_taken_are_those_of_a_fresh_run(begun, donor, one_de
 
 
 def test_the_first_list_that_fits_decides(donor):
-    """exclude, include, restart, recompute."""
+    """In the order exclude, include, restart, recompute."""
     plan = donor[1]
     model = plan.config.model, {path: leaf.shape for path, leaf in flatten_dict(plan.shapes.params).items()}
     lists = {"exclude": ("head/*",), "include": ("head/*", "*/attention/*"), "restart": ("*_scale",)}
@@ -154,7 +154,7 @@ def test_the_first_list_that_fits_decides(donor):
 
 
 def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_device, tmp_path):
-    """As NOVA does: no attention, no array of another shape."""
+    """As when starting from NOVA: arrays of attention, and those of another shape, are not taken."""
     nova = tiny(
         model={"attention": "softmax", "depthwise_conv": False, "kv_gate": "none", "head_width": 16, **LARGER["model"]}
     )
@@ -174,7 +174,7 @@ def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_de
 
 
 def published(config: Config):
-    """((model, shapes by path), path of each published tensor's array by its name)."""
+    """((model, shapes by path), {published name of a tensor: path of its array})."""
     plan = state.blueprint(config, mesh.holding(config.model))
     shapes = flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     keys = {entry.key: entry.path for entry in torch_layout.entries(config.model)}
@@ -202,7 +202,7 @@ def test_the_published_rule_of_nova_by_published_names(load_preset):
 
 
 def test_a_chain_over_resolutions_and_meshes(begun, donor, tmp_path):
-    """As the published recipe: each run begins from the one before, with more tokens, cut otherwise."""
+    """As in the published recipe: each run starts from the one before, with more tokens and on another mesh."""
     before, path = donor[2], donor[0]
     for side, sizes in ((4, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"data": 1, "fsdp": 2, "sequence": 4})):
         run, report, plan = begun(
@@ -221,7 +221,7 @@ def test_a_chain_over_resolutions_and_meshes(begun, donor, tmp_path):
 
 
 def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, train_on_one_device, tmp_path, capsys):
-    """Whatever has become of the donor."""
+    """Even if the donor is gone."""
     config = tiny_text(steps=1, eval={"every": 0, "examples": 8}, init_from={"path": str(tmp_path / "donor")})
     plan = state.blueprint(config, one_device)
     save_run(tmp_path / "donor", plan, rough(plan))

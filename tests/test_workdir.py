@@ -1,4 +1,4 @@
-"""A workdir stays with the config that it was made with."""
+"""A workdir is bound to the config that it was created with."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""A dataset of a few records of pixels, for the tests of writing and of reading."""
+"""A dataset of a few pixel records, for tests of writing and reading."""
 
 import io
 
