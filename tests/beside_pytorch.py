@@ -4,12 +4,12 @@ python tests/beside_pytorch.py train [--sides=lina_jax:linear,pytorch:linear] [-
 python tests/beside_pytorch.py sample
 python tests/beside_pytorch.py attention --sides=lina_jax:linear,lina_jax:softmax,pytorch:softmax [--tokens=320]
 
-`train` and `sample` are those of configs/bench.py, whose presets a side names; `attention` is one layer of width 1536
-with 16 heads, forward and backward. PyTorch is of the extra `convert`.
+A side is SYSTEM:ATTENTION. `train` and `sample` run the preset ATTENTION of configs/bench.py; `attention` runs one
+layer of width 1536 with 16 heads, forward and backward. PyTorch comes with the extra `convert`.
 
-Each side is a process of its own. They take turns in random order; in a turn a first call does not count and --calls
-do. A line of JSON for each side has the median of all its turns, and `of`: the median over turns of the other side's
-time divided by this one's, by the clock and in processor seconds.
+Each side is a process of its own. Sides take turns in random order; each turn makes one call that does not count, then
+--calls that do. The output is one line of JSON per side, with medians over all its turns. `of` (wall time) and `of_cpu`
+(CPU time) are medians over turns of the other side's time divided by this side's.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # and so in the processes of the sides
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the sides' processes
 
 import numpy as np
 from absl import flags
@@ -36,8 +36,8 @@ from lina_jax.config import Config, freeze
 from lina_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-IMAGES = 4  # that sampling draws at once
-WIDTH, HEADS = 1536, 16  # of the layer
+IMAGES = 4  # sampled at once
+WIDTH, HEADS = 1536, 16  # of `attention`
 
 
 def config_of(kind: str) -> Config:
@@ -45,7 +45,7 @@ def config_of(kind: str) -> Config:
 
 
 class LinaJax:
-    """Each method makes a call that returns arrays to wait for."""
+    """Each method builds a call that returns arrays to wait for."""
 
     def __init__(self, tokens: int):
         self.sizes = AttentionSizes(tokens, WIDTH, HEADS, "float32")
@@ -63,7 +63,7 @@ class LinaJax:
 
 
 class PyTorch:
-    """Each method makes a call; weights are noise, as those of the other side."""
+    """Each method builds a call; weights are noise, as on the other side."""
 
     def __init__(self, tokens: int):
         import pytorch_lina
@@ -144,7 +144,7 @@ def timed(*which, count: int) -> list[tuple[float, float]]:
 
 
 def in_turns(sides: Sequence[str], what: str, tokens: int, turns: int, calls: int) -> dict[str, np.ndarray]:
-    """Of each side (turns, calls, 2): seconds and processor seconds."""
+    """For each side, (turns, calls, 2): wall time and CPU time in seconds."""
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         workers = {side: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for side in sides}

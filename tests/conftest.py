@@ -1,4 +1,4 @@
-"""What the tests share: fake devices, a tiny dataset, tiny configs, and batches for them."""
+"""Shared by the tests: fake devices, a tiny dataset, tiny configs and batches for them."""
 
 import os
 import signal
@@ -27,20 +27,20 @@ from lina_jax.workdir import write_config
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8
-FULLY_COMPILED = {"test_environment", "test_plan", "test_roofline", "test_search"}  # they read what compilers make
+FULLY_COMPILED = {"test_environment", "test_plan", "test_roofline", "test_search"}  # they read compiled programs
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a device
-# Programs for CPUs compile in half the time, here and in subprocesses: fusions go through XLA's older code (a jaxlib
-# that has it no more ignores the option), and a program is not split for threads, as other tests have the other cores.
+# Halves compile times on CPUs, here and in subprocesses: fusions go through XLA's older emitters (a jaxlib without them
+# ignores the option), and code generation is not split over threads, since other tests use the other cores.
 COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()  # read with the first device
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell starts in the background ignore Ctrl-C
-gc.disable()  # traced programs are millions of objects, among which little is garbage: once a file is enough
+gc.disable()  # traced programs are millions of objects with little garbage: collecting once per file is enough
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """A cache for this session alone: runs of equal configs, here and in subprocesses, compile once."""
+    """A compilation cache of this session alone: equal configs compile once, here and in subprocesses."""
     directory = tmp_path_factory.mktemp("compiled")
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -65,7 +65,7 @@ def quick_compile(request):
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory) -> Path:
-    """64 captioned scenes to train on and 8 to validate, of 8 x 8 pixels."""
+    """Captioned scenes of 8 x 8 pixels: 64 for training and 8 for validation."""
     out = tmp_path_factory.mktemp("data") / "shapes"
     prepare(out, Settings(resolution=8, train=64, validation=8))
     return out
@@ -93,7 +93,7 @@ TINY = {
 
 
 def tiny_config(**changes) -> Config:
-    """A model of a few thousand parameters; `changes` as in tiny(steps=3, model={"width": 16})."""
+    """Config of a model of about 59,000 parameters; `changes` as in tiny(steps=3, model={"width": 16})."""
     config = default()
     config.update(TINY)
     config.update(changes)
@@ -128,18 +128,18 @@ def text_plan(tiny_text, one_device):
 
 @pytest.fixture
 def train_on_one_device(monkeypatch, one_device):
-    """`train` and its kin see a machine with one device."""
+    """Meshes that `train` and other programs build have one device."""
     monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
 
 
 @pytest.fixture(scope="module")
 def traced_once():
-    """Runs of equal configs within a file share their programs: of a tiny run's time most goes into tracing them."""
+    """Share programs between runs of equal configs within a file, since tracing dominates the time of tiny runs."""
     programs = {}
 
     def sharing(make):
         def shared(plan: state.Blueprint):
-            if plan.encoders.weights:  # arrays that programs keep
+            if plan.encoders.weights:  # programs hold on to these arrays
                 return make(plan)
             key = make, plan.config, plan.mesh
             if key not in programs:
@@ -156,14 +156,14 @@ def traced_once():
 
 @pytest.fixture(scope="session")
 def config(tiny_text) -> Config:
-    """Of the run that is `finished`: with Muon, whose state has AdamW's in it."""
+    """Config of the run in `finished`: with Muon, whose optimizer state includes AdamW's."""
     previews = {"preview_images": 2, "preview_every": 3, "preview_prompts": ("a red circle",)}
     return tiny_text(optim={"name": "muon"}, log=previews, eval={"every": 3, "examples": 6})
 
 
-@pytest.fixture(scope="module")  # compiled as the tests of the file are
+@pytest.fixture(scope="module")  # per module, to compile as the module's tests do
 def finished(config, tmp_path_factory, one_device) -> tuple[Path, state.TrainState]:
-    """Workdir and last state, on the host, of a run of six steps in one go."""
+    """Workdir of an uninterrupted run of six steps, and its last state on the host."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "build", lambda config, devices=None: one_device)
@@ -171,14 +171,14 @@ def finished(config, tmp_path_factory, one_device) -> tuple[Path, state.TrainSta
 
 
 def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:
-    """A state before the first step whose parameters are all random.
+    """A state before the first step with all parameters random.
 
-    At initialisation the head predicts exactly zero, so that most gradients vanish.
+    At initialisation the head predicts exactly zero, so most gradients would vanish.
     """
     rng = np.random.default_rng(seed)
 
     def drawn(path, leaf):
-        around = 1.0 if "scale" in path[-1].key else 0.0  # of norms and of gates
+        around = 1.0 if "scale" in path[-1].key else 0.0  # scales of norms and gates
         return (around + 0.12 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     params, frozen = (jax.tree_util.tree_map_with_path(drawn, t) for t in (plan.shapes.params, plan.shapes.frozen))
@@ -192,7 +192,7 @@ def rough():
 
 
 def adam_moment(run: state.TrainState, name: str = "mu"):
-    """Adam's first moment, or its second, "nu", of each parameter; with b1 = 0 the first is the gradient."""
+    """Adam's first moment ("mu") or second ("nu") of each parameter; with b1 = 0 the first is the gradient."""
     return optax.tree.get(run.opt_state, name)
 
 
@@ -203,7 +203,7 @@ def moment():
 
 @pytest.fixture(scope="session")
 def first_step():
-    """(config, devices) -> (loss, gradient) of the first step from a rough state; b1 has to be 0."""
+    """(config, devices) -> (loss, gradient) of the first step from a rough state; b1 must be 0."""
 
     def step(config: Config, devices):
         assert config.optim.b1 == 0
@@ -215,7 +215,7 @@ def first_step():
 
 
 def write_run(directory: Path, plan: state.Blueprint, run: state.TrainState) -> Path:
-    """A training directory with one checkpoint."""
+    """Write a training directory with one checkpoint; returns `directory`."""
     write_config(directory, plan.config)
     checkpoints = Checkpoints(directory, plan.config.checkpoint)
     checkpoints.save(run)
@@ -324,7 +324,7 @@ def load_preset():
     return load
 
 
-# Stands for gcloud, xpk, sbatch, srun and scontrol: notes its arguments and what it reads, then does what $ANSWER says.
+# Stub for gcloud, xpk, sbatch, srun and scontrol: logs its arguments and sbatch's standard input, then runs $ANSWER.
 STUB = f"""#!{sys.executable}
 import json, os, subprocess, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]

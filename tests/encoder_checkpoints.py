@@ -33,7 +33,10 @@ def write_autoencoder(
     old_names: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """A diffusers AutoencoderKL (config.json, safetensors); its tensors by name. `old_names`: attention as of 2022."""
+    """Write a diffusers AutoencoderKL (config.json, safetensors); returns its tensors by name.
+
+    With `old_names`, attention has its tensor names of 2022.
+    """
     config = VaeConfig(channels, layers_per_block, latent_channels, 1.0, 0.0, mar)
     table = list(torch_layout.autoencoder(config))
     tensors = _random(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), dtype=np.float32), table, dtype, seed)
@@ -66,7 +69,7 @@ def write_phi(
     tokenizer: bool = True,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """A Hugging Face PhiForCausalLM (config.json, safetensors) and a tokenizer.json; its tensors by name."""
+    """Write a Hugging Face PhiForCausalLM (config.json, safetensors, tokenizer.json); returns its tensors by name."""
     config = PhiConfig(width, layers, heads, 4 * width, vocab_size, 0.5, 1e-5, 10_000.0)
     table = list(torch_layout.phi(config))
     tensors = _random(lambda: Phi(config, rngs=nnx.Rngs(0), dtype=np.float32), table, dtype, seed)
@@ -97,7 +100,7 @@ def write_phi(
 
 
 def write_tokenizer(path: Path, vocab_size: int = 320) -> None:
-    """A byte-level BPE like the one published with Phi; any text has tokens, and spells its bytes."""
+    """Write a byte-level BPE tokenizer like the one published with Phi, which encodes and decodes any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,6 +1,6 @@
-"""Reading a fixture, and building a module with its published weights.
+"""Read a fixture, and build a module with its published weights.
 
-A fixture is `CASE.json` (what, which sizes, which tolerances) and `CASE.safetensors` (inputs, published weights,
+A fixture consists of `CASE.json` (description, sizes, tolerances) and `CASE.safetensors` (inputs, published weights,
 outputs, gradients).
 """
 
@@ -24,7 +24,7 @@ GOLDEN = Path(os.environ.get("LINA_GOLDEN_DIR") or Path(__file__).parent / "gold
 
 
 class Case:
-    """One fixture; `check` compares an array with the recording and remembers that it was checked."""
+    """One fixture; `check` compares an array with the recorded one, and `left` holds those not yet checked."""
 
     def __init__(self, name: str):
         self.name = name
@@ -74,7 +74,7 @@ class Case:
             assert value <= bound, f"{name}: {metric} {value:.3g} > {bound:.3g}"
 
     def check_grads(self, table: list[torch_layout.Entry], grads) -> None:
-        """Recorded gradients of weights, by their published names."""
+        """Check the recorded gradients of the weights in `table`."""
         named = by_published_names(table, grads)
         for key in [name.removeprefix("grads.") for name in self.left if name.startswith("grads.")]:
             if key.endswith(".weight_rows"):
@@ -102,7 +102,7 @@ def module(make, table, weights):
 
 
 def by_published_names(table: list[torch_layout.Entry], tree) -> dict[str, np.ndarray]:
-    """Our tree by published names, in published layouts."""
+    """The arrays of our tree by their published names, in published layouts."""
     flat = flatten_dict(tree)
     return {entry.key: entry.to_torch(np.asarray(flat[entry.path])) for entry in table}
 

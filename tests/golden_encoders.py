@@ -1,4 +1,4 @@
-"""Fixtures of the frozen encoders."""
+"""Checks of the fixtures of the frozen encoders."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Fixtures of the whole model: loss and gradients, sampling runs, the AdamW and EMA trajectory."""
+"""Checks of the fixtures of whole models: loss and gradients, sampling runs, the AdamW and EMA trajectory."""
 
 import dataclasses
 from pathlib import Path
@@ -56,7 +56,7 @@ def config_of(case: Case) -> ModelConfig:
 
 
 class Imported(NamedTuple):
-    """A model as a user has it: through a published pipeline directory, the command and its checkpoint."""
+    """A model as users get it: imported from a published pipeline directory and restored from the checkpoint."""
 
     config: ModelConfig
     table: list[torch_layout.Entry]
@@ -66,7 +66,7 @@ class Imported(NamedTuple):
 
 
 def load(workdir: Path, **changes) -> Imported:
-    """The model of a workdir, with changed fields of its config that leave its arrays as they are."""
+    """The model of a workdir; `changes` are fields of its config that do not affect the arrays."""
     config = load_config(workdir)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     plan = state.blueprint(config, mesh.holding(config.model))
@@ -170,7 +170,7 @@ def sample(case: Case, given: Imported) -> None:
     case.check("outputs.guidance", plan.guidance)
     model = nnx.merge(graphdef, trained, frozen)
     condition, order = condition_of(case, config, batch), jnp.asarray(case["pred_order"][..., 0])
-    # Each token is made once: of the noise drawn at every step, only that of its own step matters.
+    # Each token is predicted once, so of the noise drawn at every step only that of its own step matters.
     noise_steps = jnp.stack([tokens_of(noise, config.patch_size) for noise in case["noise"]])
     rank = np.argsort(order, axis=1)
     step_of = np.searchsorted(np.cumsum(plan.predicted), rank, side="right")
@@ -191,7 +191,7 @@ def sample(case: Case, given: Imported) -> None:
     for i in range(len(plan.predicted)):
         if f"outputs.z_step{i}" not in case:
             continue
-        copies = 2 if plan.guidance[i] > 1 else 1  # the published step has no second branch without guidance
+        copies = 2 if plan.guidance[i] > 1 else 1  # published steps without guidance run no second branch
         count, before = plan.visible[i], jnp.tile(after(i - 1) if i else jnp.zeros_like(tokens), (copies, 1, 1))
         hidden, c = np.tile(rank, (copies, 1)) >= count, encoded[: copies * batch]
         case.check(f"outputs.z_step{i}", encode_image(before, hidden, int(count), c))
@@ -213,7 +213,7 @@ def train_steps(case: Case, given: Imported) -> None:
             assert decayed[path] == (group["weight_decay"] > 0), key
     ours, published = {e.key for e in table if e.path in flatten_dict(frozen)}, set(case.manifest["frozen"])
     assert published <= ours
-    assert ours - published <= {"text_embed.weight"}  # a buffer, no parameter: a manifest may leave it out
+    assert ours - published <= {"text_embed.weight"}  # a buffer, not a parameter: a manifest may omit it
     probe = case.manifest["lr_probe"]
     published = optim.learning_rate(
         OptimConfig(learning_rate=probe["lr_max"], warmup_steps=probe["warmup_steps"]), steps=2_500_000
@@ -231,7 +231,7 @@ def train_steps(case: Case, given: Imported) -> None:
         return loss, state.apply_gradients(ema, plan.optimizer, run, grads)
 
     run, losses = state.fresh_state(trained, frozen, plan.optimizer), []
-    for s in range(c["steps"] + 1):  # the last recorded loss is that after all updates
+    for s in range(c["steps"] + 1):  # the last recorded loss follows all updates
         prefix = f"step{s}."
         tokens = tokens_of(case[f"{prefix}x"], config.patch_size)
         inputs = tokens, condition_of(case, config, c["batch"], prefix), draws_of(case, c["loss_repeat"], prefix)

@@ -1,4 +1,4 @@
-"""Fixtures of single parts: attention, blocks, the head, embeddings, RoPE, time grids."""
+"""Checks of the fixtures of single parts: attention, blocks, the head, embeddings, RoPE, time grids."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from lina_jax.models.attention import GATE_NAMES, Attention, AttentionConfig
 from lina_jax.models.transformer import Block
 
 
-# Which of our gates a published layer has, by the names of its weights.
+# Which of our gates a published layer has, judging by the names of its weights.
 def gate_of(weights: dict, heads: int) -> str:
     if "key_gate.weight" in weights:
         return "dynamic"
@@ -28,7 +28,7 @@ def gate_of(weights: dict, heads: int) -> str:
 
 
 def attention_case(config: dict, weights: dict, softmax: bool) -> tuple[AttentionConfig, dict]:
-    """Our configuration of a published attention layer, and the options of its table."""
+    """Our config of a published attention layer, and the options of `torch_layout.attention` for its weights."""
     kernel = weights["dw_conv.weight"].shape[-1] if "dw_conv.weight" in weights else 0
     split_q = "q.weight" in weights
     gate = gate_of(weights, config["num_heads"])
@@ -57,7 +57,7 @@ def attention(case: Case, kernel: str = "xla") -> None:
     table = [dataclasses.replace(e, key=e.key.removeprefix(".")) for e in table]
     graphdef, tree = loaded(lambda rngs: Attention(ours, rngs=rngs), table, case.weights)
     angles = None
-    if case.config["rope"] and not options["split_q"]:  # the published subtraction takes no notice of them
+    if case.config["rope"] and not options["split_q"]:  # published subtraction attention ignores them
         angles = layers.rotary_angles(jnp.asarray(case["pos"]), ours.width // ours.heads)
 
     @jax.jit

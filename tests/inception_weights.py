@@ -1,4 +1,4 @@
-"""Random weights of Inception v3, under the names of the published file."""
+"""Random weights of Inception v3 under the names of the published file."""
 
 import math
 
@@ -9,7 +9,7 @@ from lina_jax.models import inception
 
 
 def random_weights(thin: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Of a network whose widths are divided by `thin`; activations keep their size from layer to layer."""
+    """Weights of a network with its widths divided by `thin`; activations keep their scale from layer to layer."""
     rng, tensors = np.random.default_rng(seed), {}
     for name, layer in inception.layers(thin).items():
         fan_in = layer.inputs * math.prod(layer.size)
@@ -25,6 +25,6 @@ def random_weights(thin: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write(path, thin: int = 32, seed: int = 0):
-    """A safetensors file that `inception.load` reads; the path."""
+    """Write a safetensors file that `inception.load` reads; returns its path."""
     save_file(random_weights(thin, seed), path)
     return path

@@ -1,7 +1,7 @@
-"""The kernels of linear attention are equal to the plain path, value and gradient, on each kind of device.
+"""The kernels of linear attention match the plain path in value and gradient on each kind of device.
 
-They are interpreted where that device is not, and compiled for TPUs and GPUs that are not there, where the compilers
-are installed.
+Where the device is absent, they are interpreted. Where the compilers are installed, they are also compiled for absent
+TPUs and GPUs.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from lina_jax.errors import UserError
 from lina_jax.models import attention, attention_kernel, tiles
 from lina_jax.models.attention_kernel import Core
 
-# Largest difference, as a share of the largest number: sums in another order. Measured 1.0e-6 at most.
+# Largest difference relative to the largest value: sums run in another order. Measured: at most 1.0e-6.
 TOLERANCE = 4e-6
 HEADS = 4
 
@@ -35,7 +35,7 @@ def core_of(device, division=True):
 
 
 def kernels(core, q, k, v, gates, bias):
-    """As devices have them: GPUs queries, keys and values in one array."""
+    """The kernels with inputs as each device takes them: on GPUs, queries, keys and values in one array."""
     batch, length = q.shape[:2]
     projected = tuple(x.reshape(batch, length, -1) for x in (q, k, v))
     if core.device == "gpu":
@@ -66,7 +66,7 @@ def inputs(length, width, dtype=jnp.float32, gates=2):
 
 
 def outcome(function, core, arguments, direction):
-    """The result and the gradient of each argument."""
+    """The result, and the gradient with respect to each argument."""
 
     @jax.jit
     def both(arguments, direction):
@@ -92,7 +92,7 @@ def test_a_kernel_is_the_plain_path_in_value_and_gradient(division, gates, devic
 @on_each_device
 @pytest.mark.parametrize("length", [600, 1024], ids=["ragged", "whole tiles"])
 def test_tokens_of_many_tiles_add_up(length, device):
-    """Widths of the large presets, more tokens than a tile has, so that on GPUs several programs share an image."""
+    """Head width of the large presets, and more tokens than a tile, so that on GPUs several programs share an image."""
     core = core_of(device)
     arguments, direction = inputs(length, 96)
     found = outcome(kernels, core, arguments, direction)
@@ -115,8 +115,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_path(device):
     ours, others = (distance(outcome(function, core, arguments, direction)) for function in (kernels, plain))
     for a, b in zip(ours, others, strict=True):
         assert a < 1.25 * b, (ours, others)
-    # Products in float32, which take longer, would leave the rounding of the results alone, 0.0022 at most. Measured:
-    # 0.0049.
+    # With float32 matmuls, which are slower, only the rounding of the results would remain: at most 0.0022.
+    # Measured: 0.0049.
     assert max(ours) > 0.003
 
 
@@ -154,11 +154,11 @@ def broken(features):
     ],
 )
 def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, tiny, one_device, monkeypatch, caplog):
-    """One that asks for them ends; one that leaves the choice open does without, and says so."""
+    """A run that asks for them ends; one that leaves the choice open runs without them and logs it."""
     monkeypatch.setattr(kernel_check, "SIDE", 8)
     monkeypatch.setattr(Core, "features", broken(features))
     config = tiny(model={"attention_kernel": "pallas"})
-    assert kernel_check.settled(config, one_device) == config  # no kernels here, nothing is compared
+    assert kernel_check.settled(config, one_device) == config  # without kernels, nothing is compared
     with tiles.interpreted("gpu"), pytest.raises(UserError, match=f"attention_kernel=pallas: on cpu it {reason}"):
         kernel_check.settled(config, one_device)
     monkeypatch.setattr(execution, "ways", lambda *_: [{"scan_layers": True, "attention_kernel": "pallas"}])
@@ -206,7 +206,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(device, tiny, one_device, first_
 
 @on_each_device
 def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, rough, monkeypatch):
-    """What guidance contrasts with is one image, which no axis cuts. The last block has few queries, and no kernel."""
+    """The unconditional image is a single one, sharded over no axis. The last block has few queries and no kernel."""
     plain = attention.division_attention
 
     def of_few(q, k, *others):
@@ -225,7 +225,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
     monkeypatch.setattr(attention, "division_attention", of_few)
     with tiles.interpreted(device):
         other = draw("pallas", mesh.build(MeshConfig()))
-    assert np.abs(one - other).max() <= 1  # rounding can carry a value over the step between two of 256 levels
+    assert np.abs(one - other).max() <= 1  # rounding can move a value to the next of 256 levels
 
 
 COMPILERS = {"v5e:2x2": "libtpu", "v5p:2x2x1": "libtpu", "v6e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
@@ -238,7 +238,7 @@ LAYERS = {
 
 
 def compiled_layer(place, condition_tokens=64, **fields):
-    """Forward and backward, of a layer whose tokens are cut in two."""
+    """The compiled forward and backward pass of a layer with its tokens sharded over two devices, as text."""
     where = topology.parse(place)
     grid = mesh.build(MeshConfig(data=2, sequence=2), topology.devices(where))
     config = attention.AttentionConfig(
@@ -259,9 +259,9 @@ def compiled_layer(place, condition_tokens=64, **fields):
 @pytest.mark.parametrize("place", COMPILERS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_compilers_take_the_kernels(place, layer, no_plain_path):
-    """Two kernels, two for the gradients (and the convolution's on GPUs), and nothing of the plain path.
+    """Two forward kernels, two for gradients (on GPUs also the convolution's), and nothing of the plain path.
 
-    For tiles that the tokens do not fill, too.
+    The narrow and float32 layers have tokens that do not fill their tiles.
     """
     if not importlib.util.find_spec(COMPILERS[place]):
         pytest.skip(f"needs {COMPILERS[place]}")
@@ -275,7 +275,7 @@ def test_compilers_take_the_kernels(place, layer, no_plain_path):
         if re.search(r'custom_call_target="(tpu_custom_call|__gpu\$xla.gpu.triton)"', instruction.attributes)
     ]
     assert len(kernels) == (5 if place.startswith("h200") else 4)
-    assert all(work.matmul_flops or work.vector_ops for work in kernels)  # as their authors state
+    assert all(work.matmul_flops or work.vector_ops for work in kernels)  # from the cost that the kernel states
 
 
 def test_heads_that_are_too_wide_for_gpus_are_refused():

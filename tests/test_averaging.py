@@ -1,4 +1,4 @@
-"""Means of checkpoints, and EMAs of other decays that are as near to the exact ones as is said."""
+"""Means of checkpoints, and EMAs of other decays, which are as close to the exact ones as reported."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ average = jax.jit(state.averaged, static_argnums=0)
 
 
 def walk(kind: str, updates: int, numbers: int = 64) -> np.ndarray:
-    """Parameters (updates + 1, numbers) float32 of a training that drifts, turns around or circles."""
+    """Parameters (updates + 1, numbers) float32 of a run that drifts, stays around a point or circles."""
     rng = np.random.default_rng(0)
     steps = 0.01 * rng.standard_normal((updates + 1, numbers))
     if kind == "independent":
@@ -31,7 +31,7 @@ def walk(kind: str, updates: int, numbers: int = 64) -> np.ndarray:
 
 
 def tracked(config: EmaConfig, path: np.ndarray) -> list[np.ndarray]:
-    """The EMA after every update, by the code that trains."""
+    """The EMA after every update, computed by the training code."""
     emas = [path[0]]
     for i in range(1, len(path)):
         emas.append(np.asarray(average(config, emas[-1], path[i], np.int32(i))))
@@ -48,10 +48,10 @@ OWN = EmaConfig(decay=0.95)
     ids=str,
 )
 def test_another_decay_is_as_near_as_is_said(kind, own, decay, share):
-    """The bound holds for every number; the expected share is small, and it is met where updates are independent.
+    """The bound holds for every number; the expected share is small, and independent updates meet it.
 
-    Over 64 numbers the root of the mean square is known to a tenth: two tenths more are allowed. Rounding of the stored
-    arrays and of the sum: 1e-5 of the largest parameter.
+    A root mean square over 64 numbers is known to within 10 %, so 20 % more is allowed. Rounding of the stored arrays
+    and of the sum may add 1e-5 of the largest parameter.
     """
     path = walk(kind, 600)
     wanted = dataclasses.replace(own, decay=decay)
@@ -67,7 +67,7 @@ def test_another_decay_is_as_near_as_is_said(kind, own, decay, share):
 
 
 def test_what_is_stored_is_found():
-    """The own decay is the last EMA; every update stored makes any decay exact."""
+    """The run's own decay gives the last EMA; with every update stored, any decay is exact."""
     snapshots = [Snapshot(n, n, ema) for n in (0, 50, 100) for ema in (False, True)]
     fit = averaging.fit(OWN, OWN, snapshots)
     np.testing.assert_allclose(fit.coefficients, [0, 0, 0, 0, 0, 1], atol=1e-5)

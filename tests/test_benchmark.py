@@ -1,4 +1,4 @@
-"""Every measurement runs and prints what it promises; seconds are not tested, what the compiler counts is."""
+"""Every measurement runs and prints what it promises. Times are not tested; what the compiler counts is."""
 
 import itertools
 import json
@@ -83,7 +83,8 @@ def test_sampling_from_the_command_line(run_module, tiny, config_file):
 def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
     small = VaeConfig((32, 32), 1, latent_channels=4, scaling_factor=1.0)
     monkeypatch.setitem(vae.PUBLISHED, "sdxl", small)  # the published one takes long to compile
-    model, sample = {"latent_channels": 8, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}  # other latents than its
+    # Latents of another number of channels than that autoencoder's.
+    model, sample = {"latent_channels": 8, "kv_gate": "none"}, {"steps": 1, "guidance": 1.0}
     autoencoder = {"kind": "sdxl", "stride": 8}
     log = {"peak_flops": 1e9}
     config = tiny(model=model, sample=sample, autoencoder=autoencoder, mesh={"data": 4, "fsdp": 2}, log=log)
@@ -113,13 +114,13 @@ def test_sides_take_turns_and_results_are_waited_for(monkeypatch):
         return call
 
     timings = measure.in_turns({"a": side("a"), "b": side("b")}, runs=2)
-    assert [name for name in log if name != "wait"] == [*"aabb", *"abab"]  # to warm up and to know how long; then runs
+    assert [name for name in log if name != "wait"] == [*"aabb", *"abab"]  # a warm-up and a first timing, then the runs
     assert all(after == "wait" for name, after in itertools.pairwise([*log, "wait"]) if name != "wait")
     assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
 
 
 def test_seconds_are_those_of_one_call(monkeypatch):
-    """However many calls a run makes until it lasts long enough to be timed."""
+    """However many calls a run makes to last long enough to be timed."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
     monkeypatch.setattr(measure, "time", clock)
@@ -129,13 +130,13 @@ def test_seconds_are_those_of_one_call(monkeypatch):
         return np.zeros(1)
 
     (timing,) = measure.in_turns({"a": call}, runs=2).values()
-    assert timing.calls == 3  # of RUN_S
+    assert timing.calls == 3  # to fill RUN_S
     assert list(timing.seconds) == [0.125] * 2
     assert list(timing.cpu_seconds) == [0.25] * 2
 
 
 def test_memory_of_this_process_is_told_in_bytes():
-    """An interpreter that has JAX takes more than these 50 MB, and less than a TB."""
+    """An interpreter with JAX loaded takes more than 50 MB and less than 1 TB."""
     assert 50e6 < measure.memory()["host_peak_bytes"] < 1e12
 
 
@@ -156,7 +157,7 @@ def test_of_earlier_lines_those_set_up_alike_count(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(pallas))
     earlier = measure.Earlier(str(path))
     assert [earlier.ratios(now)["median_s"] for now in (row, pallas)] == [1.0, 1.0]
-    assert earlier.ratios(row | {"attention_kernel": "another"}) is None  # of which of the two?
+    assert earlier.ratios(row | {"attention_kernel": "another"}) is None  # compared with which of the two?
 
 
 @pytest.mark.parametrize(
@@ -214,10 +215,10 @@ def test_mistakes_are_one_line(run_module, arguments, message):
     assert message in result.stderr
 
 
-# What the compiler counts in the programs of configs/bench.py on one CPU, as configured, loops by their trips: GFLOP of
-# matrix products, GB of memory traffic, GB of temporary memory (jax 0.10.2). Whoever makes them smaller writes
-# the smaller figures here: the test asks for it. Of training, as if all tokens were masked; what the head's chunks of
-# tokens move counts as traffic, though caches hold it.
+# Counts of the compiled programs of configs/bench.py on one CPU, as configured, loop bodies times their trip counts:
+# matmul GFLOP, GB of memory traffic, GB of temporary memory (jax 0.10.2). If you make them smaller, record the smaller
+# figures here; the test asks for it when the GFLOP fall by more than 2 %. Training is counted as if all tokens were
+# masked. What the head's chunks of tokens move counts as traffic, although it stays in caches.
 RECORDED = {
     "train": (614.9, 26.4, 1.46),
     "sample": (1103.1, 48.4, 0.094),
@@ -245,7 +246,7 @@ def test_no_program_of_the_preset_does_more_than_it_did(name, load_preset, one_d
 
 
 def test_memory_of_training_is_linear_in_tokens():
-    """Of a layer, forward and backward: 16 times as many tokens take no more than 16 times as much (softmax: 250)."""
+    """A layer's forward and backward pass takes at most 16 times the memory for 16 times the tokens (softmax: 250)."""
 
     def temporaries(tokens):
         sizes = benchmark_model.AttentionSizes(tokens, 32, 2, "float32")

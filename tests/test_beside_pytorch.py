@@ -1,4 +1,4 @@
-"""The model in PyTorch, with which speeds are compared, computes the published mathematics; the command compares."""
+"""The PyTorch model used for speed comparisons computes the published mathematics, and the command compares."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def tensor(array):
 
 @pytest.fixture
 def loaded():
-    """A fixture, and the model with its weights."""
+    """Load a fixture, and the model with its weights."""
 
     def load(name):
         case = Case(name)

@@ -104,7 +104,7 @@ def change(config, **fields):
 
 
 def test_a_config_survives_json(pixels):
-    """As config.json of a workdir does, where tuples come back as lists."""
+    """As in a workdir's config.json, where tuples come back as lists."""
     assert freeze(json.loads(json.dumps(pixels))) == freeze(pixels)
 
 

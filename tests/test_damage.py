@@ -1,4 +1,4 @@
-"""Damaged checkpoints are named, and the one before is used; what cannot be read for the time being is not damaged."""
+"""Damaged checkpoints are named and the one before is used; a checkpoint that is temporarily unreadable is kept."""
 
 import dataclasses
 import errno
@@ -34,14 +34,14 @@ def flip_a_bit(folder):
 
 
 def forget_digests_and_cut(folder):
-    """As in a checkpoint of an earlier version."""
+    """Remove the digests, which checkpoints of earlier versions lack, and cut files."""
     (folder / "digests.json").unlink()
     for file in (folder / "params" / "ocdbt.process_0" / "d").iterdir():
         os.truncate(file, 100)
 
 
 def lose_all_but_weights(folder):
-    """Which then looks like a checkpoint of weights alone."""
+    """What is left looks like a checkpoint of weights alone."""
     for item in ("ema", "progress"):
         shutil.rmtree(folder / item)
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
     ids=["threads", "files"],
 )
 def test_a_checkpoint_whose_files_are_right_is_not_damaged(config, finished, tmp_path, one_device, monkeypatch, error):
-    """Whatever keeps it from being read, it stays where it is."""
+    """It stays where it is, whatever keeps it from being read."""
 
     def fail(*_, **__):
         raise error
@@ -177,7 +177,7 @@ def test_damage_to_all_checkpoints_is_one_line_and_nothing_is_moved(config, fini
 
 
 def test_sampling_reads_past_damage_and_moves_nothing(config, finished, tmp_path, one_device):
-    """Only what is read has to be sound."""
+    """Only the parts that are read must be intact."""
     shutil.copytree(finished[0], tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     plan = state.blueprint(config, one_device)
@@ -190,7 +190,7 @@ def test_sampling_reads_past_damage_and_moves_nothing(config, finished, tmp_path
 
 
 def test_cut_files_of_a_checkpoint_are_one_line(config, finished, tmp_path, run_module, config_file):
-    """Nothing is said of the many reads that orbax abandons when the first one fails."""
+    """The many reads that orbax abandons after the first failure are not reported."""
     shutil.copytree(finished[0], tmp_path / "run")
     forget_digests_and_cut(tmp_path / "run" / "checkpoints" / "6")
     options = f"--workdir={tmp_path / 'run'}", "--prompt=a red circle", f"--out={tmp_path / 'out'}", "--raw"

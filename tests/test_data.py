@@ -1,4 +1,4 @@
-"""Batches follow from (seed, step) alone, whatever the processes and the restarts, and survive bad records."""
+"""Batches depend on (seed, step) alone, not on processes or restarts, and survive bad records."""
 
 import errno
 import io
@@ -128,7 +128,7 @@ def test_a_broken_header_in_a_shard_costs_its_records(tmp_path):
     directory = dataset(tmp_path / "data")
     (shard,) = directory.glob("*.array_record*")
     content = bytearray(shard.read_bytes())
-    headers = [found.start() - 24 for found in re.finditer(rb"r\x01\0\0\0\0\0\0", content)]  # of chunks of one record
+    headers = [found.start() - 24 for found in re.finditer(rb"r\x01\0\0\0\0\0\0", content)]  # chunks have one record
     assert len(headers) == COUNT
     content[headers[7]] ^= 1
     shard.write_bytes(content)
@@ -146,7 +146,7 @@ def test_a_lost_shard_ends_with_its_name(tmp_path, monkeypatch):
 
 
 def test_storage_that_fails_asks_for_a_restart_from_a_worker_too(tmp_path, monkeypatch):
-    """What grain brings from a worker process has lost its cause."""
+    """An exception that grain passes on from a worker process has lost its cause."""
 
     def stale(split, index):
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -167,7 +167,7 @@ def test_a_dataset_of_bad_records_ends_with_the_last(tmp_path):
 
 
 class Hanging:
-    """A split of which one read never ends, or ends too late, and then works."""
+    """A split whose first read of record 5 hangs until `released` is set; later reads work."""
 
     def __init__(self, split):
         self._split, self._hung = split, False
@@ -217,7 +217,7 @@ def test_text_is_utf8_padded_with_zeros():
 
 
 def test_fixed_examples_stand_for_all(clean):
-    """Of data sorted by class there are some of every class."""
+    """In data sorted by class, they include some of every class."""
     examples = data.fixed_examples(clean, 3)
     assert examples["label"].tolist() == [0, 6, 13]
     assert data.fixed_examples(clean, COUNT)["label"].tolist() == list(range(COUNT))
@@ -227,7 +227,7 @@ def test_fixed_examples_stand_for_all(clean):
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):
-    flags.FLAGS.mark_as_parsed()  # grain asks them; programs have parsed theirs
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which programs have parsed
     directory = dataset(tmp_path / "data", i4={"image": b"no image"}, i2={"caption": "0123456789"})
     runs = {}
     for workers in (0, 2):
@@ -252,7 +252,7 @@ def test_a_worker_that_was_killed_is_no_bug_but_asks_for_a_restart(tmp_path):
 
 
 def test_workers_end_with_their_parent_and_not_by_its_signals(tmp_path):
-    """Whoever waits for the end of what the parent printed waits for them, too: they hold the same pipe."""
+    """They hold the parent's output pipe, so whoever reads it to the end waits for them, too."""
     code = f"""
 import multiprocessing, os, signal, sys, time
 from absl import flags
@@ -280,7 +280,7 @@ if __name__ == "__main__":
 
 
 def test_real_processes_make_the_same_global_batches(tmp_path):
-    """One, two and four of them, each a Python of its own; the last two begin where the first stopped."""
+    """One, two and four Python processes; two start at step 2 of the first one's batches, four at step 4."""
     directories = [dataset(tmp_path / "a"), dataset(tmp_path / "b", i3={"image": b"no image"})]
 
     def run(processes, start_step, steps):
@@ -321,7 +321,7 @@ def test_a_mixture_keeps_its_weights(clean, tmp_path):
 def test_validation_of_a_mixture_has_some_of_each(tmp_path):
     other = dataset(tmp_path / "data", **{f"i{i}": {"label": 100 + i} for i in range(COUNT)})
     source = open_records(dataset(tmp_path / "first"), other, weights=WEIGHTS)
-    assert len(source) == 26  # 20 of three in four
+    assert len(source) == 26  # the first dataset's 20 records are three in four
     assert data.fixed_examples(source, 8)["label"].tolist() == [0, 3, 6, 10, 13, 16, 100, 110]
 
 
@@ -334,12 +334,12 @@ def test_short_captions_are_shown_by_chance_where_there_are_any(tmp_path):
         for label, text in zip(batch["label"], batch["text"], strict=True)
     ]
     with_one = [shown for label, shown in seen if label < COUNT // 2]
-    assert abs(np.mean(with_one) - 0.5) < 0.1  # of 400: four standard deviations
+    assert abs(np.mean(with_one) - 0.5) < 0.1  # over 400 draws: four standard deviations
     assert not any(shown for label, shown in seen if label >= COUNT // 2)
 
 
 def test_flips_and_short_captions_are_drawn_apart(tmp_path):
-    """Of 4000, which chance changes by 0.7 %."""
+    """Shares of 4000 positions, whose standard deviation is 0.7 %."""
     shown = Counter(open_records(dataset(tmp_path / "data"), short_caption=0.5, flip=True).variants(1, range(4000)))
     assert len(shown) == 4
     assert all(abs(count / 4000 - 0.25) < 0.04 for count in shown.values())

@@ -1,4 +1,4 @@
-"""What stands behind the page: pictures set by set, the command that draws them again, what is refused."""
+"""The code behind the page: pictures appear set by set, a command redraws them, bad requests are refused."""
 
 import re
 import shlex
@@ -43,7 +43,7 @@ def studio(open_studio, workdir):
 
 @pytest.fixture(scope="module")
 def ask(studio):
-    """A request to the studio; keywords are what is filled in otherwise."""
+    """Requests to the studio; keywords replace the default fields."""
 
     def make(**changes):
         return studio.request(**{"condition": PROMPT, "seed": 3, "steps": 4, "guidance": 1.7, "num": 3} | changes)
@@ -64,7 +64,7 @@ def test_pictures_appear_set_by_set(studio, ask):
     for progress, images in seen:
         exists = (progress.sets <= progress.step).repeat(2, axis=1).repeat(2, axis=2)  # tokens of 2 x 2 pixels
         np.testing.assert_array_equal(images[exists], whole[exists])
-        assert set(images[~exists].ravel()) <= {127}  # zero
+        assert set(images[~exists].ravel()) <= {127}  # latents of zero
         assert np.all(np.any(progress.sets == progress.step, axis=(1, 2)))
     assert len({sets.tobytes() for sets in seen[0][0].sets}) == 3  # each picture has an order of its own
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_drawn_is_named(ask, changes, message):
 def test_examples_are_captions_that_the_model_can_read(studio):
     assert 2 <= len(studio.examples) <= 6
     assert all(len(text.encode()) <= 40 for text in studio.examples)
-    assert any(" on " in text for text in studio.examples)  # of the data
+    assert any(" on " in text for text in studio.examples)  # captions of the dataset
 
 
 def test_classes_have_the_names_of_the_dataset(tiny, one_device, rough, save_run, open_studio, tmp_path):
@@ -186,7 +186,7 @@ def test_an_unfinished_picture_shows_what_is_made_and_frames_the_latest():
 
 
 def test_the_page_tells_the_time_of_drawing_alone(studio, ask, monkeypatch):
-    """By a clock that goes on by a second for each set that is drawn, ten for each that is decoded, and in pauses."""
+    """The clock advances by 1 s for each set drawn, by 10 s for each set decoded, and during pauses."""
     page = pytest.importorskip("lina_jax.page", reason="needs the extra demo", exc_type=ImportError)
     now, drawn = [0.0], studio.draw(ask())
 

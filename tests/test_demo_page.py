@@ -1,4 +1,4 @@
-"""The page of `lina_jax.demo` in a browser: pip install -e '.[test,test-demo]', and Chromium with its driver."""
+"""The page of `lina_jax.demo` in a browser; needs pip install -e '.[test,test-demo]' and Chromium with its driver."""
 
 import base64
 import dataclasses
@@ -24,7 +24,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium and chromedriver on the path")
 
 PATIENCE_S = 120
-# Keeps the text of all pictures that the page has ever shown.
+# Records the alternative text of every picture that the page shows.
 REMEMBER = """
 window.seen = [];
 new MutationObserver(() => {
@@ -42,7 +42,7 @@ def workdir(tiny_text, one_device, rough, save_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(workdir, one_device_env):
-    """(its process, its address); Ctrl-C ends it."""
+    """The running demo as (process, address); Ctrl-C ends it."""
     command = [sys.executable, "-m", "lina_jax.demo", f"--workdir={workdir}", "--port=0"]
     process = subprocess.Popen(
         command, env=one_device_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -97,7 +97,7 @@ class Page:
         return self.find("#status").text
 
     def draw(self, **fields: str) -> list[bytes]:
-        """Fill in, press the button; the pictures that are there in the end."""
+        """Fill in the fields and press the button; returns the finished pictures."""
         for name, text in fields.items():
             self.fill_in(name, text)
         before = self.status()
@@ -168,7 +168,7 @@ def test_nothing_is_asked_of_anyone_else(page, server):
 
 
 def test_classes_are_chosen_by_name(tiny, one_device, rough, save_run, tmp_path, monkeypatch):
-    from lina_jax import page  # here, where there is Gradio
+    from lina_jax import page  # imported here, since it needs Gradio
 
     monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
     plan = state.blueprint(tiny(model={"num_classes": 2}), one_device)

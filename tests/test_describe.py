@@ -1,4 +1,4 @@
-"""What is at a path, and in what two of them differ, for every format (programs: test_export.py)."""
+"""What a path holds, and how two of them differ, for every format (programs: test_export.py)."""
 
 import shutil
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_what_differs_is_told(place, tmp_path):
     shutil.copytree(place / "out", tmp_path / "out")
     change_weights(lambda tensors: tensors["image_encoder.norm.bias"].__setitem__(0, 9.0))(tmp_path / "out")
     said = describe.difference(place / "run", tmp_path / "out").splitlines()
-    assert "step: 0 | None" in said  # rewritten, the file has no metadata
+    assert "step: 0 | None" in said  # the rewritten file has no metadata
     assert any(line.startswith("image_encoder.norm.bias: values differ by up to ") for line in said)
     assert said[-1] == "129 tensors in both, 128 with equal values"
 

@@ -1,4 +1,4 @@
-"""Rows of tables are the same on all platforms, and so are their gradients."""
+"""Rows looked up in tables are the same on all platforms, and so are their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lina_jax.models import embeddings
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "sequence": 4}], ids=["one_device", "mesh"])
 def test_gradients_of_rows_are_sums_in_float32(dtype, platform, axes, monkeypatch):
-    """As 300 of 512 tokens read the same row, a sum in bfloat16 would have two digits."""
+    """About 300 of 512 tokens read the same row, so a sum in bfloat16 would be accurate to only two digits."""
     monkeypatch.setattr(embeddings, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     table = rng.standard_normal((5, 8)).astype(np.float32)
@@ -34,4 +34,4 @@ def test_gradients_of_rows_are_sums_in_float32(dtype, platform, axes, monkeypatc
     assert gradient.dtype == jnp.float32
     expected = np.zeros((5, 8))
     np.add.at(expected, ids, np.asarray(given, np.float64))
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4)  # 300 is rounded by 3e-5 once; measured: 9e-5
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-4)  # one rounding of 300 is 3e-5; measured: 9e-5

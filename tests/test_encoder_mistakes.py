@@ -1,4 +1,4 @@
-"""Mistakes in directories of frozen encoders: each has its line, which names the file and what is expected."""
+"""Each mistake in the directory of a frozen encoder has a message that names the file and what is expected."""
 
 import json
 

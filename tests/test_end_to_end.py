@@ -26,7 +26,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two tars of 12 JPEGs of 40 x 48 pixels with long and short captions, in the manner of WebDataset."""
+    """Two WebDataset tars, each of 12 JPEGs of 40 x 48 pixels with long and short captions."""
     directory = tmp_path_factory.mktemp("photos")
     for part in range(2):
         _write_tar(directory / f"photos-{part:06d}.tar", range(12 * part, 12 * part + 12))
@@ -48,7 +48,7 @@ def _write_tar(path, numbers):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """(autoencoder of stride 8, text encoder) in the layouts in which they are published."""
+    """Directories of an autoencoder of stride 8 and of a text encoder, in their published layouts."""
     directory = tmp_path_factory.mktemp("encoders")
     write_autoencoder(directory / "vae", channels=(32, 32, 32, 32), scaling_factor=0.2)
     write_phi(directory / "phi", width=32)
@@ -137,7 +137,7 @@ def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_dev
         plan = state.blueprint(config, one_device, encoders)
         batch = data.fixed_examples(data.open_records(config, "train", encoders.text), config.batch_size)
         losses.append(float(state.make_train_step(plan)(plan.init(), batch)[1]["loss"]))
-    # The cache is float16, whose rounding is 5e-4 of each value and averages out; 1e-6 was measured.
+    # The cache is float16, whose rounding is 5e-4 of each value and averages out. Measured: 1e-6.
 
     np.testing.assert_allclose(losses[0], losses[1], rtol=3e-5)
 
@@ -153,7 +153,7 @@ def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
 
 
 def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared, experiment, one_device, tmp_path):
-    """Their means; the reference that is stored tells that they are reconstructions."""
+    """Their means are decoded, and the stored reference records that they are reconstructions."""
     config = experiment(prepared / "latents", online=True)
     plan = state.blueprint(config, one_device, load_encoders(config, one_device))
     source = image_sources.open_images(prepared / "latents", one_device, "validation", plan)

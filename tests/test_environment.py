@@ -1,4 +1,4 @@
-"""What programs start with is what there is: modules, flags that compilers know, images and extras to install."""
+"""What programs start with: imported modules, flags that compilers know, container images, extras to install."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ LAUNCH = ROOT / "launch"
 
 
 def flags_of(kind: str, **given: str) -> dict[str, str]:
-    """The environment that `accelerator_flags` adds to what is given."""
+    """The environment after `accelerator_flags`, starting from PATH and `given`."""
     text = f"source {LAUNCH}/environment.sh && accelerator_flags {kind} && env -0"
     bare = {"PATH": os.environ["PATH"]} | given
     lines = subprocess.run(["bash", "-c", text], env=bare, capture_output=True, text=True, check=True).stdout.split(
@@ -33,7 +33,7 @@ ENTRY_POINTS = ("train", "sample", "evaluate", "prepare", "convert", "benchmark"
 
 
 def test_programs_start_without_plots_and_other_frameworks():
-    """A run waits for what is imported, and each process of a pod does; matplotlib alone would be a fifth of it."""
+    """Every run, and every process of a pod, waits for its imports; matplotlib alone would be a fifth of that time."""
     program = f"from lina_jax import {', '.join(ENTRY_POINTS)}\nimport sys\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     loaded = set(result.stdout.split())
@@ -42,7 +42,7 @@ def test_programs_start_without_plots_and_other_frameworks():
 
 
 def test_jaxlib_knows_the_gpu_flags():
-    """XLA ends a process over an unknown flag; its CPU build knows those of GPUs too."""
+    """XLA aborts on an unknown flag; its CPU build knows the GPU flags, too."""
     env = os.environ | flags_of("gpu") | {"JAX_PLATFORMS": "cpu"}
     count = env["XLA_FLAGS"].count("--xla_gpu_")
     result = subprocess.run(
@@ -91,7 +91,7 @@ TPUS = [name for name, chip in CHIPS.items() if chip.torus]
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("flags", [xla_flags.TPU, xla_flags.V4], ids=["TPU", "V4"])
 def test_libtpu_compiles_sharded_layers_with_the_flags_for_each_kind_of_tpu(flags):
-    """Those that it does not know end it; others ask for more memory on chip than some kinds have."""
+    """libtpu aborts on unknown flags, and some flags ask for more on-chip memory than some kinds have."""
     kinds = [name for name in TPUS if xla_flags.of_tpu(name) == flags]
     places = [f"{name}:{'x'.join(['2', '2', '1'][: CHIPS[name].torus])}" for name in kinds]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "LIBTPU_"))}
@@ -124,7 +124,7 @@ def test_flags_of_the_user_come_last(kind, variable, mine):
 
 
 def test_gpus_get_settings_that_the_user_may_change():
-    """Most of the memory, kernels in XLA's order, and from NCCL the link that failed."""
+    """Most of the memory, kernels in XLA's order, and NCCL warnings, which name the link that failed."""
     settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "WARN"}
     assert settings.items() <= flags_of("gpu").items()
     mine = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "NCCL_DEBUG": "INFO"}

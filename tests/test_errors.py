@@ -1,4 +1,4 @@
-"""Entry points end with one line and an exit code that says why; places are looked at before they are needed."""
+"""Entry points end with one line and an exit code that says why; output places are checked before they are needed."""
 
 import os
 import subprocess
@@ -90,16 +90,16 @@ errors.run(main)
 
 
 def test_ctrl_c_is_heard_where_python_would_forget_it():
-    """In finalizers, and in what jax runs with every garbage collection, errors are printed and go no further."""
+    """Python only prints errors raised in finalizers and in what jax runs at every garbage collection."""
     result = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 def test_ctrl_c_while_a_command_imports_ends_it(tmp_path):
-    """Libraries would swallow the exception in their callbacks, or tell of a module that could not be imported."""
+    """Libraries would swallow the exception in their callbacks, or report a module that could not be imported."""
     (tmp_path / "ml_collections.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    (tmp_path / "sitecustomize.py").write_text(listening)  # whoever runs the tests in the background ignores it
+    (tmp_path / "sitecustomize.py").write_text(listening)  # tests that run in the background ignore SIGINT
     command = [sys.executable, "-m", "lina_jax.train", "--help"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -136,7 +136,7 @@ def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkey
 
 
 def test_a_json_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Otherwise a machine that loses its power then may leave an empty file under that name."""
+    """Otherwise a power failure may leave an empty file under that name."""
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *names: order.append("named") or replace(*names))

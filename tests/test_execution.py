@@ -1,4 +1,4 @@
-"""How layers run where a config leaves it open."""
+"""How layers run when a config leaves it open."""
 
 import dataclasses
 import types
@@ -20,7 +20,7 @@ SOFTMAX = {"attention": "softmax", "kv_gate": "none", "depthwise_conv": False}
 
 @pytest.fixture
 def of_preset(load_preset):
-    """A preset with so many images for each of eight devices, and fields of its model."""
+    """A preset with `images` per device on eight devices, and changed fields of its model."""
 
     def make(name, images=8, **model):
         config = load_preset(name)
@@ -30,7 +30,7 @@ def of_preset(load_preset):
 
 
 def on(platform, config, chosen=execution.resolved, memory=CHIPS["h200"].memory, **held):
-    """What is chosen for eight devices, of so much memory, that hold an eighth of the state each."""
+    """The choice for eight devices with `memory` bytes each that hold an eighth of the state each."""
     stats = {"bytes_limit": memory} if memory else None
     device = types.SimpleNamespace(platform=platform, device_kind="", process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device] * 8), shape={"fsdp": 8, "tensor": 1}, size=8)
@@ -63,7 +63,7 @@ def test_gpus_without_kernels_for_a_model_unroll_layers_without(without_kernels,
 
 
 def test_gpus_keep_for_the_gradient_what_fits(of_preset):
-    """Of the published batch an H200 keeps everything (planned: 90 of 129 GiB), an H100 matrix products (52 of 73)."""
+    """At the published batch an H200 keeps everything (planned: 90 of 129 GiB), an H100 only matmuls (52 of 73 GiB)."""
     config = of_preset("t2i:256", 96)
     assert on("gpu", config)["remat"] == "none"
     assert on("gpu", config, memory=CHIPS["h100"].memory)["remat"] == "dots"
@@ -82,7 +82,7 @@ def test_gpus_keep_for_the_gradient_what_fits(of_preset):
     ],
 )
 def test_the_estimate_of_activations_is_near_what_compilers_plan(name, remat, few, many, planned, of_preset):
-    """GiB of h200:8, docs/planning.md."""
+    """In GiB; plans are for h200:8, from docs/planning.md."""
     config = of_preset(name, **UNROLLED, remat=remat)
     estimated = execution.activation_bytes(config, many) - execution.activation_bytes(config, few)
     assert estimated / GIB == pytest.approx(planned, rel=0.1)
@@ -93,7 +93,7 @@ def test_wide_numbers_and_scores_of_softmax_are_counted(of_preset):
         return execution.activation_bytes(of_preset("t2i:1024", **SCANNED, remat="none", **model), 1)
 
     assert size(dtype="float32") == 2 * size()
-    # A block's scores of 5,120 tokens alone are 2.3 GiB; planned with three images: more than an H200 has.
+    # One block's scores for 5,120 tokens alone are 2.3 GiB; three images are planned to exceed an H200's memory.
     assert size(**SOFTMAX) > 30 * GIB > size()
 
 
@@ -108,14 +108,14 @@ def test_micro_batches_take_turns_in_the_memory_of_one(of_preset):
 
 
 def test_a_step_needs_room_for_its_part_of_float32_gradients(of_preset):
-    """Of the matrices of blocks: those of the preset are 1.36e9 of 1.45e9 parameters."""
+    """Only matrices of blocks count: 1.36e9 of the preset's 1.45e9 parameters."""
     config = of_preset("t2i:256", **SCANNED, remat="none")
     gradients = execution.step_bytes(config, 8, parts=16, gathered=0.0) - execution.activation_bytes(config, 8)
     assert gradients == pytest.approx(4 * 1.36e9 / 16, rel=0.01)
 
 
 def test_programs_without_gradients_have_a_way_of_their_own(tiny, one_device, monkeypatch):
-    """As on GPUs, where training unrolls layers and sampling scans them: the pictures are the same."""
+    """As on GPUs, where training unrolls layers and sampling scans them; the pictures are the same."""
     inputs = {"label": np.array([0, 2], np.int32)}, np.arange(2, dtype=np.int32), np.int32(0)
     scanned = state.blueprint(tiny(model={"scan_layers": True, "image_depth": 4}), one_device)
     run = scanned.init()

@@ -1,4 +1,4 @@
-"""Weights out: published layout, plain arrays, and programs that run without the package."""
+"""Exporting weights: published layout, plain arrays, and programs that run without the package."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_places_that_are_taken_or_closed_are_refused(c2i_run, tmp_path, monkeypa
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    """float16 cannot hold a parameter of 1e6: noticed on the way."""
+    """float16 cannot hold a parameter of 1e6, which shows only while writing."""
     source = write_pipeline(Case("transformer_c2i"), tmp_path / "in")
     change_weights(lambda tensors: tensors["image_encoder.norm.bias"].__setitem__(0, 1e6))(source)
     convert.from_torch(source, tmp_path / "large")
@@ -81,7 +81,7 @@ def test_a_plain_file_holds_arrays_config_and_step(c2i_run, tmp_path):
 
 
 def test_places_of_this_machine_stay_here(tiny):
-    """In the metadata; the rest of the config is whole and valid."""
+    """The metadata has no directories of this machine; the rest of the config is complete and valid."""
     secret = {"path": "/secret/a", "cache": "/secret/b"}
     evaluation = {"images": 8, "inception": "/secret/inception.pth", "reference": "/secret/reference.npz"}
     config = tiny(data=secret, eval=evaluation, autoencoder={"path": "/secret/c"}, init_from={"path": "/secret/d"})
@@ -111,7 +111,7 @@ def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tm
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny, rough, tmp_path_factory) -> Path:
-    """A workdir of a class-conditional model of pixels, trained for three steps of which nothing is said."""
+    """A workdir of a class-conditional model of pixels, with made-up checkpoints of steps 1 to 3."""
     config = tiny(sample={"steps": 3, "euler_steps": 2, "stages": 1})
     workdir = tmp_path_factory.mktemp("trained") / "run"
     write_config(workdir, config)
@@ -127,7 +127,7 @@ def tiny_run(tiny, rough, tmp_path_factory) -> Path:
 
 
 def test_average_or_parameters_of_any_step_go_out(tiny_run, tmp_path):
-    """Different arrays: EMA by default."""
+    """They are different arrays; the EMA is the default."""
     average, raw = export.load(tiny_run), export.load(tiny_run, ema=False)
     assert (average.kind, raw.kind, raw.step) == ("ema", "raw", 3)
     for ema, step, weights in ((True, None, average), (False, None, raw), (True, 2, export.load(tiny_run, step=2))):
@@ -153,7 +153,7 @@ np.save("images.npy", program.call(weights, {"label": labels}, numbers, np.int32
 
 @pytest.fixture(scope="module")
 def program(tiny_run, tmp_path_factory) -> Path:
-    """What --to_stablehlo makes of the parameters themselves."""
+    """What --to_stablehlo writes for the raw parameters."""
     directory = tmp_path_factory.mktemp("exported") / "program"
     convert.to_stablehlo(tiny_run, directory, ema=False)
     return directory
@@ -167,13 +167,14 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
     ours = sample.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
     theirs = np.load(tmp_path / "images.npy")
     assert theirs.shape == ours.shape and theirs.std() > 10
-    # Programs for one batch size and for any round differently: a value near an integer may be cut to the one below.
+    # Programs for one batch size and for any batch size round differently: a value near an integer may be truncated to
+    # the one below.
     assert np.max(np.abs(theirs.astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_rotary_models_go_out_as_programs(platform, tiny, rough, save_run, tmp_path, monkeypatch):
-    """Their angles are of any number of images, too; so is all else, also where a machine has GPUs."""
+    """Their angles, like everything else, take any number of images, also on machines with GPUs."""
     monkeypatch.setattr(sequence, "platform", lambda: platform)
     config = tiny(model={"rotary": True, "width": 32, "heads": 1}, sample={"steps": 2, "euler_steps": 1, "stages": 1})
     plan = state.blueprint(config, mesh.holding(config.model))
@@ -213,7 +214,7 @@ def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path
 def test_a_sampling_program_is_described_and_compared(tiny_run, program, tmp_path):
     text = describe.describe(program).splitlines()
     assert text[0] == f"{program}: sampling program and its weights: raw"
-    for part in ("sample.stablehlo", "weights.safetensors"):  # stands for all of it
+    for part in ("sample.stablehlo", "weights.safetensors"):  # either file describes the whole program
         assert describe.describe(program / part).splitlines()[1:] == text[1:]
     assert {"step: 3", 'platforms: ["cpu", "cuda", "tpu"]', "config.model.width = 32"} <= set(text)
     convert.to_safetensors(tiny_run, tmp_path / "raw.safetensors", ema=False)
@@ -233,7 +234,7 @@ def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("operation", ["--to_torch", "--to_safetensors", "--average=1 --out"])
 def test_a_disk_that_fills_up_is_one_line(operation, c2i_run, run_module, tmp_path):
-    """No file may grow beyond 100 KiB; the place is named, and nothing is left there."""
+    """Files may not grow beyond 100 KiB. The error names the place, and nothing is left there."""
     result = run_module(
         "convert", f"--workdir={c2i_run}", *f"{operation}={tmp_path / 'out'}".split(),
         prefix=("bash", "-c", 'ulimit -f 100 && exec "$@"', "bash"),

@@ -1,4 +1,4 @@
-"""What ends a training run by itself: losses that diverge, batches that do not come, logs that cannot be written."""
+"""Failures that end a training run: losses that diverge, batches that do not come, logs that cannot be written."""
 
 import errno
 import importlib
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("train_on_one_device")
 
 @pytest.fixture(scope="module")
 def exploding(tiny_text):
-    """The first update throws the parameters so far away that every later loss overflows."""
+    """The first update moves the parameters so far away that every later loss overflows."""
     return tiny_text(
         steps=50, optim={"learning_rate": 1e30, "warmup_steps": 0, "max_skipped": 4}, checkpoint={"every": 2}
     )
 
 
 def test_a_run_that_diverges_stops_and_leaves_the_checkpoint_before(exploding, tmp_path, one_device):
-    """Those that are due meanwhile would all have the state of its first skipped step, and push out the ones before."""
+    """Checkpoints due while steps are skipped would all have the same state, and push out the earlier ones."""
     with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite for 4 steps in a row \(optim.max_skipped\)"):
         train(exploding, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, create=False)
@@ -44,7 +44,7 @@ def test_a_run_that_diverges_stops_and_leaves_the_checkpoint_before(exploding, t
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, monkeypatch):
-    """After three steps, of which the first compiles for longer than a step may take."""
+    """It ends after three steps, of which the first compiles for longer than step_timeout."""
 
     class Ended(Exception):
         pass
@@ -86,7 +86,7 @@ def test_a_save_that_fails_ends_the_run_before_the_next_is_due(tiny_text, tmp_pa
 @pytest.mark.parametrize("stuck", [0, 2], ids=["when_the_next_is_due", "at_the_end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypatch):
-    """As on storage that no longer answers. The last has nothing after it that would wait."""
+    """As on storage that no longer answers. After the last save, nothing else would wait for it."""
 
     def record(folder):
         if folder.name.startswith(f"{stuck}."):
@@ -110,7 +110,7 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_measuring_that_does_not_end_is_ended(tiny_text, tmp_path, monkeypatch):
-    """As where a device hangs in a validation: no step would end, and nothing else would tell."""
+    """As when a device hangs in a validation: no step ends, and nothing else would notice."""
 
     def take(*args):
         ended.wait()
@@ -179,7 +179,7 @@ def test_ctrl_c_during_the_last_save_waits_for_it(tiny_text, tmp_path, monkeypat
 
 
 def test_a_save_that_is_overtaken_by_the_next_has_its_digests(tmp_path, monkeypatch):
-    """They are made at the end of a save, here when the next one has come to wait for it."""
+    """Digests are recorded at the end of a save, here while the next one already waits for it."""
 
     def late(self):
         waited_for.wait()
@@ -210,7 +210,7 @@ def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp
 
 
 def test_events_that_cannot_be_written_end_the_run(tmp_path):
-    """At once: a thread that failed to write would leave those waiting who bring more."""
+    """They end it at once: after a failure in a writer's thread, whoever adds more events would wait forever."""
     writer = metrics.Writer(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))

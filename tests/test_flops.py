@@ -1,4 +1,4 @@
-"""FLOPs counted from sizes are the matrix products that compilers find in the programs."""
+"""FLOPs computed from sizes equal those of the matmuls that compilers find in the programs."""
 
 import dataclasses
 
@@ -8,16 +8,17 @@ from lina_jax import flops, generate, hlo, programs, roofline
 from lina_jax.config import LossConfig, ModelConfig
 from lina_jax.models import chunks
 
-# No convolution (compilers have no matrix product for it), and masks of which the padded number of visible tokens is
-# the mean. With 32,768 tokens in the head the table of 1,000 timesteps is little beside them: 0.5 % of the products of
-# training. Of sampling, the unconditional condition is 0.2 %.
+# No convolution (compilers have no matmul for it), and masks whose padded number of visible tokens equals the mean.
+# With 32,768 tokens in the head, the table of 1,000 timesteps is only 0.5 % of the training matmuls. The unconditional
+# condition is 0.2 % of sampling.
 SIZES = {
     "width": 128, "heads": 4, "head_width": 128, "head_depth": 1, "condition_depth": 1, "image_depth": 2,
     "image_grid": (8, 8), "condition_grid": (4, 4), "depthwise_conv": False, "scan_layers": True,
 }  # fmt: skip
 MASKS = {"repeat": 4, "mask_ratio_mean": 0.75, "mask_ratio_std": 1e-3, "mask_ratio_min": 0.75}
 VARIANTS = {
-    # Of three blocks the last is softmax. Of narrow heads linear attention would be 2.5 % less; sampling is all linear.
+    # The last of three blocks is softmax; with heads this narrow, linear attention would have 2.5 % fewer FLOPs. The
+    # sampling test is all linear.
     "hybrid, classes": {"attention": "hybrid", "softmax_period": 2, "heads": 16},
     "softmax, text": {
         "attention": "softmax", "kv_gate": "none", "condition": "text", "text_encoder": "features", "text_length": 16,
@@ -47,7 +48,7 @@ def test_of_sampling(tiny, one_device):
 
 
 def test_a_mask_ratio_may_be_all_but_fixed(tiny):
-    """So narrow a distribution that weights about its mean are no numbers but zeros."""
+    """The distribution is so narrow that its weights, computed directly, would all underflow to zero."""
     model, masks = tiny(model=SIZES).model, LossConfig(**MASKS)
     fixed = dataclasses.replace(masks, mask_ratio_mean=0.85, mask_ratio_std=1e-6, mask_ratio_min=0.7)
     near = dataclasses.replace(fixed, mask_ratio_std=1e-2)
@@ -55,7 +56,7 @@ def test_a_mask_ratio_may_be_all_but_fixed(tiny):
 
 
 def test_of_one_attention_layer():
-    """The module alone at 5,120 tokens, width 1536, 16 heads: 0.39 of the FLOPs of softmax attention."""
+    """At 5,120 tokens, width 1536 and 16 heads, the module alone has 0.39 of the FLOPs of softmax attention."""
     model = ModelConfig(width=1536, heads=16, image_grid=(64, 64), condition_grid=(32, 32))
     linear = flops.attention_flops(model, 5120, softmax=False, conv=True)
     softmax = flops.attention_flops(model, 5120, softmax=True, conv=False)
@@ -63,7 +64,7 @@ def test_of_one_attention_layer():
 
 
 def test_a_picture_of_1024_pixels_costs_less_than_by_the_paper_s_sampler(load_preset):
-    """1.81e15 there, where the last block makes all tokens; here it makes those of the step."""
+    """The paper's takes 1.81e15, since its last block computes all tokens; ours computes only those of the step."""
     config = load_preset("t2i:1024")
     schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
     assert flops.sampling_flops(config.model, schedule) == pytest.approx(1.746e15, rel=0.001)

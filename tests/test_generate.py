@@ -20,7 +20,7 @@ NUMBERS = np.arange(4, dtype=np.int32)
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    return tiny(sample={"temperature": 0.8})  # not 1, which could be forgotten
+    return tiny(sample={"temperature": 0.8})  # not 1, so that ignoring it would show
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def images(draw):
 
 
 def assert_equal_to_rounding(got, want):
-    """Float32 rounding (1e-6 of 127 levels) moves few pixels across the edge of an integer, and then by one level."""
+    """Float32 rounding (1e-6 of 127 levels) moves few pixels across an integer boundary, and those by one level."""
     difference = np.abs(got.astype(int) - want.astype(int))
     assert difference.max() <= 1
     assert np.mean(difference > 0) < 0.01
 
 
 def test_pictures_use_the_whole_range(images):
-    """Or else comparisons of them would see nothing."""
+    """Otherwise comparisons of pictures would prove nothing."""
     assert images.shape == (4, 8, 8, 3)
     assert images.dtype == np.uint8
     assert np.mean((images > 0) & (images < 255)) > 0.5
@@ -70,7 +70,7 @@ def test_pictures_use_the_whole_range(images):
 
 
 def test_an_image_does_not_depend_on_its_company(draw, images):
-    """In the same program, to the bit: the third image among strangers and in another place."""
+    """In the same program, the third image is bit-identical among other images and in another position."""
     others = draw(labels=[1, 2, 2, 0], numbers=[7, 2, 9, 11])
     np.testing.assert_array_equal(others[1], images[2])
 
@@ -116,7 +116,7 @@ def test_padded_sizes_of_the_visible_set_do_not_change_the_picture(draw, images,
 
 
 def test_guidance_one_runs_the_conditional_branch_alone(draw, weights):
-    """The unconditional embedding is never looked at, and the picture is that of guidance so near to one."""
+    """The unconditional embedding is never read, and the picture equals that of guidance close to one."""
     params = jax.tree.map(lambda x: x, weights[0])
     table = params["label_embed"]["table"]
     params["label_embed"]["table"] = table.at[-1].set(jnp.nan)
@@ -125,7 +125,7 @@ def test_guidance_one_runs_the_conditional_branch_alone(draw, weights):
 
 
 def test_guidance_below_one_is_none(draw):
-    """As published: a ramp from 0 to 2 guides in its second half alone."""
+    """As published: a ramp from 0 to 2 guides only in its second half."""
     none = draw(guidance=1.0, guidance_min=1.0)
     np.testing.assert_array_equal(draw(guidance=0.5, guidance_schedule="constant"), none)
     ramp = generate.schedule(SampleConfig(steps=4, guidance=2.0, guidance_min=0.0), tokens=16, shift=1.0)
@@ -138,7 +138,7 @@ def test_guidance_matters(draw, images):
 
 
 def test_temperature_zero_leaves_no_noise(draw):
-    """With all tokens made at once the order does not matter either, so that every seed gives the same picture."""
+    """With all tokens predicted at once, order does not matter either, so every seed gives the same picture."""
     still = {"steps": 1, "temperature": 0.0}
     assert_equal_to_rounding(draw(seed=3, numbers=[5, 6, 7, 8], **still), draw(**still))
 
@@ -150,7 +150,7 @@ def test_any_other_temperature_has_noise(draw):
 @pytest.mark.parametrize("steps", [2, 16, 46, 64])
 @pytest.mark.parametrize(("most", "least"), [(25, 5), (50, 1), (50, 5), (10, 10)])
 def test_linear_annealing_of_euler_steps_is_the_published_rule(steps, most, least):
-    """In floating point, as published: of 46 steps from 50 to 5 an exact ratio would give the 20th one more."""
+    """In floating point, as published: over 46 steps from 50 to 5, exact ratios would give the 20th step one more."""
     published = [int((steps - 1 - i) / (steps - 1) * (most - least) + least) for i in range(steps)]
     assert flow.annealed_steps("linear", steps, most, least).tolist() == published
 
@@ -197,14 +197,14 @@ def test_orders_are_permutations_of_their_own(tiny):
 
 
 def test_many_images_are_drawn_in_batches_of_one_size(plan, weights, draw):
-    """Six images through a program of four: as if each had been drawn by its number."""
+    """Six images through a program with a batch size of four are the same as each drawn by its number."""
     made = sample.Sampler(plan, plan.config.sample, 4)(*weights, [0, 1, 2, 1, 0, 2], seed=0)
     assert made.shape == (6, 8, 8, 3)
     np.testing.assert_array_equal(made[4:], draw(labels=[0, 2, 0, 0], numbers=[4, 5, 6, 7])[:2])
 
 
 def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
-    """Rounding can differ with the compiler; here, on CPUs, no bit did."""
+    """Rounding can depend on the compiler; here, on CPUs, no bit differed."""
     stepper = generate.Stepper(plan)
     steps = stepper.schedule(plan.config.sample)
     *_, last = stepper(*weights, {"label": LABELS}, NUMBERS, 0, steps)
@@ -234,7 +234,7 @@ def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(
 
 
 def test_devices_draw_without_each_other(config):
-    """The unconditional image, one for all, is made by each; new tokens are placed by the device that made them."""
+    """Each device computes the unconditional image itself, and places the new tokens that it predicted."""
     plan = state.blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
     sampler = generate.make_sampler(plan, config.sample)
     arguments = {"label": LABELS}, NUMBERS, np.int32(0)

@@ -1,7 +1,7 @@
 """Every fixture in $LINA_GOLDEN_DIR (default: tests/golden): values, gradients, trajectories, whole sampling runs.
 
-What is computed is chosen by the case's name and its manifest; every recorded array is checked. Whole models go in as a
-user's do, as a published directory through `convert`, and come out again as the same bytes.
+The case's name and manifest choose what is computed; every recorded array is checked. Whole models are imported as by
+users, from a published directory with `convert`, and exported again to the same bytes.
 """
 
 import golden_encoders
@@ -17,7 +17,7 @@ from lina_jax.models import tiles
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
-# The first prefix that fits; longer names stand before their prefixes.
+# The first matching prefix counts, so longer names come before their prefixes.
 RUNNERS = {
     "attn_": golden_parts.attention,
     "block_": golden_parts.block,
@@ -50,7 +50,7 @@ def runner_of(name, runners):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The workdir that `convert` makes of a fixture."""
+    """The workdir that `convert` writes for a fixture, once per fixture."""
     made = {}
 
     def convert_once(case: Case):
@@ -79,7 +79,7 @@ def test_golden(name, imported):
     assert not case.left, f"recorded but not checked: {sorted(case.left)}"
 
 
-# How runs compute the same where it is faster, or needs less memory.
+# Other settings under which runs compute the same values, faster or in less memory.
 PATHS = [
     ("transformer_c2i", {"scan_layers": False}),
     ("transformer_t2i_hires", {"scan_layers": False, "remat": "full"}),

@@ -1,4 +1,4 @@
-"""Functions with gradients of their own, against what jax.grad derives from their plain definitions."""
+"""Functions with custom gradients, compared with what jax.grad derives from their plain definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def convolution_of_gpus(rows, kernel):
 
 
 def state(k, v):
-    """The state of attention, of keys and values (B, H, N, d), made in the order of axes that is in use."""
+    """The state of linear attention from keys and values (B, H, N, d), computed in the current order of axes."""
     return attention._outer_sum(*(rearrange(a, f"b h n d -> b {attention.order()} d") for a in (k, v))).astype(k.dtype)
 
 
@@ -47,7 +47,7 @@ CASES = {
     "convolution 5": (depthwise_convolution, plain_convolution, [(2, 8, 4, 3), (5, 5, 3)]),
     "convolution, one for each image": (depthwise_convolution, plain_convolutions, [(2, 6, 5, 4), (2, 1, 3, 3, 4)]),
     "convolution 3, GPUs": (convolution_of_gpus, plain_convolution, [(2, 6, 5, 4), (3, 3, 4)]),
-    # More tokens and channels than one program has.
+    # More tokens and channels than one program of the kernel takes.
     "convolution 5, GPUs": (convolution_of_gpus, plain_convolutions, [(2, 24, 20, 40), (2, 1, 5, 5, 40)]),
     "state, h n": (state, plain_state, [(2, 3, 7, 5), (2, 3, 7, 4)]),
     "state, n h": (state, plain_state, [(2, 3, 7, 5), (2, 3, 7, 4)]),
@@ -63,7 +63,7 @@ def case(request, monkeypatch):
 
 
 def outcome(function, inputs, direction):
-    """The result and the gradient of each input."""
+    """The result, and the gradient with respect to each input."""
 
     @jax.jit
     def both(inputs, direction):
@@ -76,11 +76,11 @@ def outcome(function, inputs, direction):
 def test_gradients_are_those_of_the_definition(case):
     ours, plain, shapes = case
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True):  # rounding shows nothing here: only a wrong formula would
+    with jax.enable_x64(True):  # so that a wrong formula shows, but rounding does not
         inputs = [jnp.asarray(2 * rng.standard_normal(shape)) for shape in shapes]
         direction = jnp.asarray(rng.standard_normal(jax.eval_shape(plain, *inputs).shape))
         for a, b in zip(outcome(ours, inputs, direction), outcome(plain, inputs, direction), strict=True):
-            # Statistics are kept in float32 whatever comes in.
+            # Statistics are float32 whatever the dtype of the input.
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
 
 

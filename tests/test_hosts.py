@@ -1,4 +1,4 @@
-"""How processes find each other: who takes part, by flags or the environment, and the roll call at the start."""
+"""How processes find each other: who takes part, from flags or the environment, and the roll call at the start."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from lina_jax.errors import PartFailed, UserError
 
 
 def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[int, str]:
-    """What the roll call says in each of these processes, "" if nothing."""
+    """The error of the roll call in each of these processes, "" if none, by position in `ids`."""
     said = {}
 
     def take_part(number, process):
@@ -84,7 +84,7 @@ SLURM = {
 }  # fmt: skip
 
 
-# The second of two slices, before there is a pod of the first.
+# The second of two slices, before the first has a pod.
 MULTISLICE = {
     "JAX_FORCE_TPU_INIT": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "h0,h1", "TPU_WORKER_ID": "1",
     "MEGASCALE_COORDINATOR_ADDRESS": "run-slice-job-0-0.run.invalid:8081", "MEGASCALE_NUM_SLICES": "2",
@@ -117,9 +117,9 @@ def test_the_environment_says_who_takes_part(variables, cluster, environment):
 
 
 def test_a_coordinator_that_has_no_name_yet_is_waited_for(environment):
-    """A pod of GKE has one when it is scheduled."""
+    """A GKE pod has a name only once it is scheduled."""
     program = (
-        "from lina_jax.cluster import the_cluster\nthe_cluster(None, None, None, 1)"  # JAX reads the first as it loads
+        "from lina_jax.cluster import the_cluster\nthe_cluster(None, None, None, 1)"  # import reads JAX_FORCE_TPU_INIT
     )
     for name, value in MULTISLICE.items():
         environment.setenv(name, value)
@@ -131,7 +131,7 @@ def test_a_coordinator_that_has_no_name_yet_is_waited_for(environment):
 
 @pytest.mark.filterwarnings("ignore:Kubernetes environment detected")
 def test_pods_of_a_job_do_not_run_each_alone(environment):
-    environment.setitem(sys.modules, "kubernetes", None)  # not installed, wherever this runs
+    environment.setitem(sys.modules, "kubernetes", None)  # as if it were not installed
     environment.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     environment.setenv("JOB_COMPLETION_INDEX", "1")
     with pytest.raises(UserError, match=r"JOB_COMPLETION_INDEX=1: .* needs the package kubernetes"):

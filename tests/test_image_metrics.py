@@ -1,4 +1,4 @@
-"""Metrics of features have the values that are known: for Gaussians, for small sets by hand, against scipy."""
+"""Metrics of features have known values: for Gaussians, for small sets worked out by hand, compared with scipy."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_distance_is_symmetric_and_does_not_depend_on_the_axes():
 
 @pytest.mark.parametrize("ranks", [(60, 80), (10, 80), (10, 12)])
 def test_distance_is_that_of_scipy_also_where_covariances_are_singular(ranks):
-    """With an offset of ADM's suite where the root of the product fails: of 1e-6 at 60 features, so to 1e-3."""
+    """Where the root of the product fails, ADM's offset of 1e-6 is added: with 60 features that is exact to 1e-3."""
     linalg = pytest.importorskip("scipy.linalg")
     one, two = (random_gaussian(60, rank, seed) for seed, rank in enumerate(ranks))
     offset = 0 if min(ranks) >= 60 else 1e-6 * np.eye(60)
@@ -54,7 +54,7 @@ def test_distance_is_that_of_scipy_also_where_covariances_are_singular(ranks):
 
 
 def test_streaming_moments_are_those_of_all_rows():
-    """In portions, far from zero: a sum of squares in float64 would lose half of the digits here."""
+    """Added in parts, far from zero, where variances from sums of squares in float64 would be off by 2e-3."""
     rows = np.random.default_rng(0).standard_normal((1000, 5)) + 1e6
     moments = RunningCovariance(5)
     for part in np.split(rows, [1, 10, 11, 700]):
@@ -65,7 +65,7 @@ def test_streaming_moments_are_those_of_all_rows():
 
 
 def test_the_standard_error_is_the_spread_of_repetitions():
-    """Jackknife of ten groups against the spread of 200 repetitions; a single one misses by a quarter, 1/sqrt(18)."""
+    """Jackknife over ten groups, against the spread of 200 repetitions; one alone is off by a quarter, 1/sqrt(18)."""
     rng, reference = np.random.default_rng(0), Frechet(gaussian(np.zeros(3), np.eye(3)))
 
     def measured():

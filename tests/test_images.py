@@ -1,4 +1,4 @@
-"""Images of any kind become upright RGB, or say in a few words why not."""
+"""Images of any kind become upright RGB, or are refused with a short reason."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ def plain(mode: str, color, size=(6, 4)) -> Image.Image:
 
 
 def rotated(orientation: int, odd: bool = False) -> bytes:
-    """A JPEG with EXIF's note on how to turn it; `odd`: and with a tag whose value is not of its kind."""
+    """A JPEG with an EXIF orientation and, if `odd`, a tag whose value has the wrong type."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste("white", (0, 0, 16, 8))
     exif = Image.Exif()

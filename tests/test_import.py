@@ -1,4 +1,4 @@
-"""Published weights in: configs that files tell, what is asked for, bad input, shards and PyTorch's own files."""
+"""Importing published weights: inferred configs, fields that must be given, bad input, shards, PyTorch's own files."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_files_that_tell_all_need_no_config(tmp_path):
 
 @dataclasses.dataclass
 class Named:
-    """Names and shapes of a model that is too large to be made."""
+    """Names and shapes of a model that is too large to build."""
 
     shapes: dict
     metadata: dict = dataclasses.field(default_factory=dict)
@@ -72,7 +72,7 @@ def test_every_published_variant_is_told_by_its_name_and_arch(suffix, width, rot
 
 @pytest.mark.parametrize("preset", ["t2i:256", "t2i:512", "t2i:1024", "imagenet256_c2i"])
 def test_the_published_sizes_are_inferred(preset, load_preset):
-    """Names and shapes of the presets, 1.45 B parameters among them, without a --config."""
+    """From the names and shapes of presets of up to 1.45 B parameters, without --config."""
     config = load_preset(preset)
     found, assumed = published.config_of(abstract_pipeline(config), None)
     assert found.model == config.model
@@ -150,7 +150,7 @@ def rename_module(source: Path) -> None:
 
 
 def reshape(end: str, shape: tuple[int, ...]):
-    """All tensors whose names end so, to zeros of another shape."""
+    """Replace all tensors whose names end in `end` by zeros of another shape."""
 
     def change(tensors) -> None:
         tensors |= {name: np.zeros(shape, np.float32) for name in tensors if name.endswith(end)}
@@ -219,7 +219,7 @@ def test_a_bare_file_of_ours_brings_its_shift_and_autoencoder(tmp_path):
 
 
 def test_a_text_buffer_of_another_type_is_as_published(tmp_path):
-    """The published EMA is float32 but for the buffer, which stays in the type that it was loaded in."""
+    """The published EMA is float32 except for the buffer, which keeps the dtype that it was loaded in."""
     source = write_pipeline(Case("transformer_t2i"), tmp_path / "in")
     tensors = load_file(source / WEIGHTS)
     tensors["text_embed.weight"] = tensors["text_embed.weight"].astype(np.float16)

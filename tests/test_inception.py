@@ -1,4 +1,4 @@
-"""The network behind FID is that of the PyTorch ports, its resize that of TensorFlow 1; wrong files are named."""
+"""The FID network matches the PyTorch ports and its resize TensorFlow 1; wrong files are named."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def close(got, want, tolerance):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_features_are_those_of_torch_fidelity(tmp_path, suffix):
-    """With shared random weights, from 8-bit pixels on. Measured: pooled 3e-7, logits 6e-7, spatial 2e-6."""
+    """With shared random weights, from 8-bit pixels. Measured: pooled 3e-7, logits 6e-7, spatial 2e-6."""
     torch = pytest.importorskip("torch")
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     weights = random_weights(1)
@@ -62,7 +62,7 @@ def test_the_resize_is_that_of_torch_fidelity(size):
 
 
 def test_the_resize_starts_at_the_first_pixel_and_repeats_the_last():
-    """Output i lies at i * size / 299: no half pixel, nothing beyond the last one."""
+    """Output i lies at i * size / 299, without a half-pixel offset, clamped to the last pixel."""
     row = jnp.asarray([0.0, 100.0])
     out = np.asarray(inception.resize(jnp.broadcast_to(row[None, None, :, None], (1, 2, 2, 3))))[0, 0, :, 0]
     np.testing.assert_allclose(out, np.minimum(np.arange(299) * 2 / 299, 1) * 100, atol=1e-4)

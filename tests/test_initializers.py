@@ -1,4 +1,4 @@
-"""What a first state is drawn with."""
+"""The random numbers that an initial state is drawn from."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_stacked_layers_start_as_those_of_nnx():
 
 
 def test_no_layer_starts_as_the_noise_of_a_training_step(tiny, one_device):
-    """Kernels grow with the bits that make them, and so does noise: of the same bits their ranks are the same."""
+    """Kernels and noise both increase with their random bits, so the same bits would give the same ranks."""
     plan = state.blueprint(tiny(model={"scan_layers": True}), one_device)
     weights = [leaf[0] for leaf in jax.tree.leaves(plan.init().params) if leaf.ndim > 2 and leaf[0].size > 1000]
     config = plan.config

@@ -1,4 +1,4 @@
-"""What single instructions of compiled programs count, and the seconds they take."""
+"""How single instructions of compiled programs are counted, and the seconds they take."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def estimate(instructions: str) -> roofline.Estimate:
     [
         ("%sum = f32[8]{0} add(%p, %p)", 8),
         ("%exp = f32[8]{0} exponential(%p)", 8 * 8),  # a polynomial
-        ("%all = f32[]{} reduce(%p), dimensions={0}, to_apply=%add", 8),  # of what it reads, not of what it makes
+        ("%all = f32[]{} reduce(%p), dimensions={0}, to_apply=%add", 8),  # by what it reads, not by what it produces
     ],
     ids=["add", "exponential", "reduce"],
 )
@@ -45,7 +45,7 @@ def test_an_instruction_takes_the_longest_of_its_three_times(work, rate, bound):
 
 
 def test_an_instruction_is_never_free():
-    """However little it does: a step of thousands of them feels the sum."""
+    """However little each does, thousands of them add up over a step."""
     assert estimate("  ROOT %sum = f32[8]{0} add(%p, %p)\n").seconds > 0.1e-6
 
 

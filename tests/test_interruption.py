@@ -1,4 +1,4 @@
-"""Processes that are killed, told to end or stall: what they leave is whole, and the same command goes on from it."""
+"""Processes that are killed, terminated or stall leave whole files, from which the same command continues."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def endless(tiny_text):
 
 
 def wait_for(condition, process):
-    """Until `condition` holds; a process that ends before, or a deadline that passes, is a failure."""
+    """Wait until `condition` holds; fails if the process ends first or the deadline passes."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert process.poll() is None, "the run ended by itself"
@@ -36,7 +36,7 @@ def wait_for(condition, process):
 
 
 def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_path, one_device, identical):
-    """SIGKILL at any time after the first checkpoint: the same command goes on and ends like a run in one go."""
+    """After SIGKILL at any time after the first checkpoint, the same command ends like an uninterrupted run."""
     options = [f"--config={config_file(endless)}", f"--workdir={tmp_path / 'killed'}"]
     process = run_module("train", *options, start=True)
     try:
@@ -56,7 +56,7 @@ def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_
 
 
 def test_sigterm_saves_and_asks_to_be_run_again(endless, run_module, config_file, tmp_path, one_device, identical):
-    """However often it comes; what goes on ends like a run in one go."""
+    """However often the signal comes, the continued run ends like an uninterrupted one."""
     options = [f"--config={config_file(endless)}", "--config.checkpoint.every=100000", "--config.log.every=1"]
     process = run_module("train", *options, f"--workdir={tmp_path / 'stopped'}", start=True)
     try:
@@ -94,7 +94,7 @@ threading.Thread(target=signal_when_it_is_handled, daemon=True).start()
 
 
 def test_sigterm_at_the_start_asks_to_be_run_again_and_leaves_nothing(tiny_text, run_module, config_file, tmp_path):
-    """The first that a config file can see of the run is that the signal is in its hands."""
+    """The earliest that a config file can see of the run is that it handles the signal."""
     file = Path(config_file(tiny_text()))
     file.write_text(file.read_text() + SIGNALLING)
     result = run_module("train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
@@ -183,9 +183,9 @@ runpy.run_module("lina_jax.evaluate", run_name="__main__")
 
 
 def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_device, one_device_env, tmp_path):
-    """SIGKILL when the first 50 pictures are done: the same command tells the same, and draws the others alone.
+    """After SIGKILL with the first 50 pictures done, the same command draws only the others and scores the same.
 
-    Of the weights it reads the average, so that the parameters may be lost.
+    Of the weights it reads only the EMA, so the parameters may be lost.
     """
     plan = state.blueprint(tiny(), one_device)
     save_run(tmp_path / "run", plan, rough(plan))
@@ -227,7 +227,7 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
     ids=str,
 )
 def test_a_measurement_from_before_a_run_was_thrown_back_does_not_count(rows, missing, tiny, tmp_path):
-    """The order in the log tells that the run, for want of a whole checkpoint, came to the step once more."""
+    """The order of the log shows that the run, for lack of a whole checkpoint, reached the step once more."""
     names = {"train": "loss", "validation": "validation/loss", "quality": "quality/fid"}
     lines = [{"step": int(step), names[kind]: 1.0} for kind, step in map(str.split, rows)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "va')
@@ -236,7 +236,7 @@ def test_a_measurement_from_before_a_run_was_thrown_back_does_not_count(rows, mi
 
 
 def test_what_is_no_row_of_a_log_is_left_out(tmp_path):
-    """A line that a kill has cut, and blocks that a machine which lost its power never wrote."""
+    """A line that a kill has cut, and blocks that were never written because of a power failure."""
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1, "loss": 2.0}\n\xff\xfe\0\0{"step": 2\n{"step": 3, "loss": 1.0}\n{"st'
     )

@@ -1,4 +1,4 @@
-"""Cached latents and text features come out padded, whole and as the config needs them."""
+"""Cached latents and text features come out padded, complete and as the config needs them."""
 
 import io
 
@@ -15,7 +15,7 @@ MOMENTS, ROWS, DIM = (4, 2, 3), 6, 5
 
 @pytest.fixture(scope="module")
 def latents_directory(tmp_path_factory):
-    """Records i of 1 + i rows of text and, where i is odd, one row of short text, all filled with i + 1."""
+    """Record i: moments of i, 1 + i rows of text of i + 1 and, where i is odd, a row of short text of -i - 1."""
     directory = tmp_path_factory.mktemp("data") / "latents"
     with records.create(directory, "tiny", records.latent_features(MOMENTS, DIM)) as writer:
         for i in range(9):
@@ -32,7 +32,7 @@ def latents(latents_directory):
 
 
 def test_latents_are_padded_with_zeros(latents):
-    for _ in range(3):  # memory is used again
+    for _ in range(3):  # buffers are reused
         for batch in batches(latents, 20, global_batch=4):
             assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
                 "label": (np.int32, (4,)),
@@ -51,7 +51,7 @@ def test_latents_are_padded_with_zeros(latents):
 
 def test_batches_that_are_kept_stay_as_they_are(latents):
     kept = batches(latents, 30, global_batch=4)
-    rows = [batch["text"][0] for batch in kept]  # views keep their memory too
+    rows = [batch["text"][0] for batch in kept]  # views keep their buffers, too
     labels_of = [int(batch["label"][0]) for batch in kept]
     del kept
     batches(latents, 30, global_batch=4)
@@ -81,7 +81,7 @@ def test_pictures_of_another_size_are_resized_on_request(tmp_path):
 
 @pytest.mark.parametrize("size", [(40, 90), (90, 60)], ids=["wide", "high"])
 def test_pictures_of_another_shape_are_cut_to_their_center(size, tmp_path):
-    """Dark, between bright margins: the filter looks a little over the edge, which measured 24."""
+    """A dark center between bright margins; the filter reaches slightly past the edge. Measured: 24."""
     height, width = size
     pixels = np.full((*size, 3), 200, np.uint8)
     pixels[(height - 40) // 2 : (height + 40) // 2, (width - 60) // 2 : (width + 60) // 2] = 9

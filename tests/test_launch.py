@@ -1,4 +1,4 @@
-"""The launchers: what they print is what they run, wrong arguments are one line, runs restart when they ask for it."""
+"""Launchers run what they print, refuse wrong arguments in one line, and restart runs that ask for it."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def test_a_tpu_pod_is_asked_for_by_topology(launch):
     ],
 )
 def test_each_kind_of_tpu_has_an_image_of_its_own(topology, kind, image, launch):
-    """As Google's documentation pairs them."""
+    """Paired as in Google's documentation."""
     result, _, _ = launch(LAUNCH / "tpu_pod.sh", "--dry-run", *TPU_POD, f"--topology={topology}", "--", "train")
     words = result.stdout.split()
     assert f"--type={kind}" in words and f"--runtime-version={image}" in words
@@ -82,7 +82,7 @@ def test_gke_runs_the_command_of_the_image(launch):
 
 
 def batches_of(launch, place: str) -> list[str]:
-    """The jobs that are submitted; those after the first when it has ended."""
+    """The batch scripts that are submitted; the second job of a study waits for the end of the first."""
     _, calls, _ = launch(LAUNCH / f"{place}.sh", *PLACES[place], SETUP, "--", *AWKWARD, ANSWER="print('7;cluster')")
     own = {"slurm": [[]], "study": [["--parsable"], ["--dependency=afterany:7"]]}[place]
     assert [call[:-1] for call in calls] == [["sbatch", *words, "--account=a"] for words in own]
@@ -100,7 +100,7 @@ def test_slurm_gives_each_gpu_a_task(launch):
 
 @pytest.mark.parametrize(("words", "cpus"), [([], "8"), (["--cpus_per_task=12"], "12")])
 def test_slurm_gives_each_task_its_cpus(words, cpus, launch):
-    """To the job and to srun, which does not take it from the job."""
+    """Both the job and srun get the option, since srun does not inherit it from the job."""
     _, [[*_, batch]], _ = launch(LAUNCH / "slurm.sh", *PLACES["slurm"], *words, "--", "train")
     _, [srun], _ = launch(batch)
     assert options_of(batch)["cpus-per-task"] == cpus and f"--cpus-per-task={cpus}" in srun
@@ -123,12 +123,12 @@ def test_slurm_gives_time_to_save(place, launch):
     for batch in batches_of(launch, place):
         options = options_of(batch)
         assert options["signal"] == "TERM@120" and {"requeue", "partition", "time"} <= options.keys()
-        assert options["open-mode"] == "append"  # or each start would erase the log of those before
+        assert options["open-mode"] == "append"  # or each start would erase the log of earlier ones
         assert shellcheck("--severity=warning", "-", text=batch) == ""
 
 
 def test_launchers_restart_on_the_same_codes(launch):
-    """75, and deaths by signals but those by which people stop a run."""
+    """On 75, and on deaths by signals other than those that people stop a run with."""
     source = f"source {shlex.quote(str(LAUNCH / 'arguments.sh'))}"
     shell, _, _ = launch(f"{source}; for code in {{0..255}}; do ! restarts_on $code || echo $code; done")
     python = runpy.run_path(str(LAUNCH / "processes.py"))["restarts_on"]
@@ -141,7 +141,7 @@ def test_launchers_restart_on_the_same_codes(launch):
     [(75, 0, True), (137, 3, True), (143, 0, True), (75, 100, False), (0, 0, False), (2, 0, False), (130, 0, False)],
 )
 def test_a_slurm_job_requeues_itself_when_it_was_preempted_or_killed(code, restarts, requeued, launch):
-    """143: tasks that were still importing when SIGTERM warned them of the time limit."""
+    """143 comes from tasks that were still importing when SIGTERM warned them of the time limit."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     [batch] = batches_of(launch, "slurm")
     result, calls, _ = launch(batch, ANSWER=f'if name == "srun": sys.exit({code})', **slurm)
@@ -152,7 +152,7 @@ def test_a_slurm_job_requeues_itself_when_it_was_preempted_or_killed(code, resta
 
 
 def test_a_job_of_an_array_requeues_itself_alone(launch):
-    """Of one of them, the job has the number of the whole array."""
+    """One of the jobs has the same ID as the whole array."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     _, calls, _ = launch(batches_of(launch, "study")[0], ANSWER='if name == "srun": sys.exit(75)', **slurm)
     assert calls[1:] == [["scontrol", "requeue", "7_3"]]
@@ -160,7 +160,7 @@ def test_a_job_of_an_array_requeues_itself_alone(launch):
 
 @pytest.mark.parametrize("code", [75, 143])
 def test_a_slurm_job_that_is_cancelled_stays_so(code, launch):
-    """scancel tells the batch shell, too."""
+    """scancel signals the batch shell, too."""
     answer = f'if name == "srun": import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit({code})'
     result, calls, _ = launch(batches_of(launch, "slurm")[0], ANSWER=answer, SLURM_JOB_ID="7")
     assert result.returncode == code and [call[0] for call in calls] == ["srun"]
@@ -205,7 +205,7 @@ def test_wrong_arguments_are_one_line(place, words, named, launch):
     ("answer", "visible"), [("echo no driver; exit 9", {}), ("echo 0", {"CUDA_VISIBLE_DEVICES": ""})]
 )
 def test_no_gpu_is_one_line(answer, visible, launch, tmp_path):
-    """Somebody who hides all of them has none."""
+    """Hiding all GPUs counts as having none."""
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"

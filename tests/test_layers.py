@@ -1,4 +1,4 @@
-"""Linear maps and vectors against tokens: ways chosen by size and shape give the same values and gradients."""
+"""Linear maps and vectors applied to tokens: all ways, chosen by size and shape, give equal values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ WIDTH, PARTS = 16, 3
 
 
 def outcome(function, *arrays):
-    """Values, and gradients of one and the same sum of them."""
+    """Values, and the gradients of one fixed sum over them."""
 
     def summed(*arrays):
         found = function(*arrays)
@@ -68,7 +68,7 @@ def test_vectors_are_added_and_multiplied_as_broadcasting_says(shape):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("shape", [(6,), (2, 1, 6), (1, 2048, 1)], ids=["one", "of images", "of tokens"])
 def test_gradients_of_vectors_are_rounded_once(shape, devices, way):
-    """Sums over thousands of bfloat16 tokens: kept in bfloat16 on the way, they are off by 2 to 20 %."""
+    """Sums over thousands of bfloat16 tokens would be off by 2 to 20 % if they were accumulated in bfloat16."""
     tokens = jnp.zeros((2, 2048, 6), jnp.bfloat16)
     direction = jax.random.uniform(jax.random.key(0), tokens.shape).astype(tokens.dtype)
     with jax.set_mesh(mesh.build(MeshConfig(tensor=devices), jax.devices()[:devices])):

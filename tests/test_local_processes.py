@@ -1,4 +1,4 @@
-"""Processes of one machine, as launch/local.sh and launch/worker.sh start them: places, ends, signals."""
+"""Processes on one machine, as launch/local.sh and launch/worker.sh start them: numbers, exit codes, signals."""
 
 import json
 import os
@@ -95,9 +95,9 @@ def test_a_process_that_does_not_end_is_killed_with_its_children(launch, process
 @pytest.mark.parametrize(("state", "ends_with"), [("wait", {}), ("loading", {75: 143})])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_reach_all_local_processes(number, code, state, ends_with, tmp_path, process):
-    """They save and end; nothing is restarted, for the machine or its user wants an end.
+    """They save and end; nothing restarts, since the machine or its user wants them to end.
 
-    Those that are still importing die of the signal: they have nothing to save.
+    Those that are still importing die from the signal: they have nothing to save.
     """
     command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=[state], _1=[state])]
     env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
@@ -131,7 +131,7 @@ def test_a_worker_passes_sigterm_on_and_does_not_restart(state, tmp_path, proces
 
 
 def test_a_worker_never_ends_with_the_code_by_which_one_is_known_to_be_at_work(launch, tmp_path):
-    """launch/detached.sh ends with 124 then, as `timeout` does when its time is over."""
+    """launch/detached.sh ends with 124 in that case, and `timeout` does when the time is over."""
     words = ["--accelerator=cpu", f"--code_file={tmp_path}/code", "--", "bash", "-c", "exit 124"]
     result, _, _ = launch(LAUNCH / "worker.sh", *words)
     assert result.returncode == 1 and (tmp_path / "code").read_text() == "1\n"
@@ -144,14 +144,14 @@ def test_a_worker_that_is_stopped_while_it_sets_up_asks_to_be_run_again(launch, 
 
 
 def test_a_worker_takes_nothing_from_the_environment(launch):
-    """sbatch passes on what was set for the launcher; the command may need it."""
+    """sbatch passes on what was set for the launcher; only the command may use it."""
     script = '"$0" --accelerator=cpu -- bash -c \'echo "$LINA_INDEX"; exit 75\''
     settings = {"LINA_MAX_RESTARTS": "3", "LINA_SETUP": "exit 9", "LINA_REQUIREMENTS": "tpu", "LINA_INDEX": "5"}
     result, _, _ = launch(script.replace("$0", str(LAUNCH / "worker.sh")), **settings)
     assert (result.returncode, result.stdout) == (75, "5\n")
 
 
-# Names of the launchers' own, one that is not set, a limit, and what is to be seen.
+# The launchers' own variables, one that is not set, a limit, and what the command is to see.
 CARELESS = "root=/nowhere words=none name=none devices=9; : $unset; ulimit -n 100; cd /; export SEEN=yes"
 SEEN = ["bash", "-c", "echo $SEEN $(ulimit -n) $LINA_SETUP"]
 
@@ -183,7 +183,7 @@ def test_what_a_shell_takes_is_a_set_up(setup, launch):
 
 
 def test_background_jobs_of_a_set_up_are_not_taken_for_processes(launch):
-    """One ends before the run does."""
+    """This one ends before the run does."""
     words = [*LOCAL, "--processes=1", "--setup=mkfifo ~/go; (: >~/go) &", "--", "bash", "-c", "read <~/go || echo ran"]
     result, _, _ = launch(LAUNCH / "local.sh", *words)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "ran\n")
