@@ -1,10 +1,12 @@
-"""Averages of stored checkpoints: the mean of the last ones, and EMAs of other decays, made afterwards.
+"""Averages of stored checkpoints: the mean of the last ones, and post-hoc EMAs of other decays.
 
-An EMA is a weighted mean of the parameters after every update. Checkpoints hold some of these, and EMAs of the run's
-own decay; what is combined of them is another weighted mean. Post-hoc EMA (Karras et al. 2024, arXiv 2312.02696,
-section 3.2) chooses the one whose weights are nearest to those of the EMA that is wanted. Here weights are compared
-cumulated: with F(s) the weight of all parameters before update s, two means differ by the sum over s of (F'(s) - F(s))
-times what update s changed. That is bounded for any training, and makes use of the stored parameters, too.
+An EMA is a weighted mean of the parameters after every update. Checkpoints hold some of these parameters, and EMAs of
+the run's own decay; a combination of both is another weighted mean. Post-hoc EMA (Karras et al. 2024, arXiv 2312.02696,
+section 3.2) chooses the combination whose weights are nearest to those of the EMA that is wanted.
+
+Here cumulative weights are compared: if F(s) is the total weight of all parameters before update s, two means differ by
+the sum over s of (F'(s) - F(s)) times the change by update s. This gives a bound for any training, and uses the stored
+parameters, too.
 """
 
 import dataclasses
@@ -22,15 +24,15 @@ from lina_jax.errors import UserError
 from lina_jax.state import Tree
 from lina_jax.workdir import load_config
 
-# How far a stored array may be off by the rounding of all updates before it, in changes of one update. Large
-# coefficients multiply it, so they must be worth it.
+# Assumed error of a stored array from the rounding of all updates before it, in units of the change of one update. It
+# is multiplied by the array's coefficient, and so penalises large coefficients.
 ROUNDING = 1e-3
 CHUNK = 2**14  # updates
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """Weights made of those of several checkpoints."""
+    """Weights averaged over several checkpoints, whose steps are `steps`."""
 
     config: Config
     params: Tree
@@ -40,7 +42,7 @@ class Average:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Parameters, or their EMA, as they were after some updates."""
+    """Parameters, or their EMA, after a number of updates."""
 
     step: int
     updates: int
@@ -49,10 +51,10 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A combination of snapshots, and how far it is from the EMA that is wanted.
+    """A combination of snapshots, and its error as an estimate of the EMA that is wanted.
 
-    `bound` times the largest change of one update is more than any error; `share` is the expected error against the
-    distance between that EMA and the last parameters, where updates are independent of each other.
+    The error is at most `bound` times the largest change of one update. `share` is the expected error relative to the
+    distance between that EMA and the last parameters, if updates are independent of each other.
     """
 
     coefficients: np.ndarray
@@ -61,7 +63,7 @@ class Fit:
 
 
 def mean(workdir: Path, last: int) -> Average:
-    """Of the parameters of the last checkpoints. Raises UserError."""
+    """The mean of the parameters of the last `last` checkpoints. Raises UserError."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     steps = checkpoints.steps()[-last:] if last > 0 else []
@@ -72,7 +74,7 @@ def mean(workdir: Path, last: int) -> Average:
 
 
 def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, Fit]:
-    """The EMA that the run would have had with another ema.decay, from all checkpoints up to a step.
+    """The EMA that the run would have had with another ema.decay, estimated from all checkpoints up to a step.
 
     Raises UserError.
     """
@@ -96,7 +98,7 @@ def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, 
 def _combined(
     config: Config, checkpoints: Checkpoints, snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[Tree, Tree]:
-    """(the sum of the snapshots times their coefficients, frozen arrays), two models in memory at most."""
+    """(sum of the snapshots times their coefficients, frozen arrays), with at most two models in memory."""
     plan, total = state.blueprint(config, mesh.holding(config.model)), None
     for snapshot, x in zip(snapshots, map(np.float32, coefficients), strict=True):
         params, frozen, _ = checkpoints.restore_weights(plan, ema=snapshot.ema, step=snapshot.step)
@@ -108,12 +110,12 @@ def _combined(
 
 
 def fit(own: EmaConfig, wanted: EmaConfig, snapshots: Sequence[Snapshot]) -> Fit:
-    """Coefficients that sum to one, for the EMA after as many updates as the last snapshot has.
+    """Coefficients that sum to one, for the EMA at the update of the last snapshot.
 
-    By least squares over all updates, a triangle of them at a time; large coefficients are held down by `ROUNDING`.
+    Least squares over all updates, reduced chunk by chunk to a triangle (QR); `ROUNDING` penalises large coefficients.
     """
     last, count = snapshots[-1].updates, len(snapshots)
-    ahead = count - 1  # of the others each, the last has what is left to one
+    ahead = count - 1  # free coefficients: the last one is 1 minus their sum
     held = np.vstack([np.eye(ahead, count), [*[-1.0] * ahead, -1.0]]) * ROUNDING
     triangle = held
     for target, stored in _cumulated(own, wanted, snapshots, last):
@@ -131,7 +133,7 @@ def fit(own: EmaConfig, wanted: EmaConfig, snapshots: Sequence[Snapshot]) -> Fit
 def _cumulated(
     own: EmaConfig, wanted: EmaConfig, snapshots: Sequence[Snapshot], last: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """F of the EMA that is wanted (s,) and of each snapshot (s, snapshot), for updates s from 1 on, in chunks."""
+    """Chunks of F over updates s from 1 on: of the EMA that is wanted (s,), and of each snapshot (s, snapshot)."""
     kept, wanted_kept = _kept(own, last), _kept(wanted, last)
     counts, averaged = np.array([s.updates for s in snapshots]), np.array([s.ema for s in snapshots])
     for start in range(1, last + 1, CHUNK):
@@ -141,6 +143,6 @@ def _cumulated(
 
 
 def _kept(config: EmaConfig, updates: int) -> np.ndarray:
-    """Logarithm of what n updates leave of the weight of the first parameters, n from 0 on."""
+    """Logarithm of the EMA's weight of the initial parameters after n updates, n from 0 on."""
     decays = np.asarray(state.ema_decay(config, jnp.arange(1, updates + 1)), np.float64)
     return np.concatenate([[0.0], np.cumsum(np.log(np.maximum(decays, 1e-300)))])

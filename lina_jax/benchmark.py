@@ -1,4 +1,4 @@
-"""Measure parts of the system on this machine. Each line on stdout is a JSON object with the figures of one of them.
+"""Measure parts of the system on this machine: one JSON object per line on stdout for each measurement.
 
 python -m lina_jax.benchmark attention [--tokens=320,5120] [--width=1536] [--heads=16] [--dtype=float32] [--batches=1]
 python -m lina_jax.benchmark train --config=configs/NAME.py[:preset] [--batches=16,32] [--config.any.field=value ...]
@@ -6,19 +6,20 @@ python -m lina_jax.benchmark sample --config=configs/NAME.py[:preset] [--batches
 python -m lina_jax.benchmark data [--out=DIR] [--parts=latents,jpeg,startup,memory] [--seconds=10] [--batch_size=64]
     [--threads=2] [--prefetch=4] [--memory_batches=10000]
 
-All take --repeats=5, the runs of each measurement (but that of memory), of which medians count, and --compare=FILE:
-ratios to the lines of an earlier call. Compilation and first calls are left out. docs/performance.md says what the
-fields mean.
+All take --repeats=5, the runs of each measurement (except of memory), whose median is reported, and --compare=FILE,
+which adds ratios to the lines of an earlier call. Compilation and first calls are left out. docs/performance.md
+explains the fields.
 
-`attention` measures the layer alone, linear beside softmax; `train` the step of training, `sample` the sampler, on all
+`attention` measures one layer, linear beside softmax. `train` measures the train step and `sample` the sampler, on all
 devices in the config's mesh, with a row for each batch size.
 
-`data` compares the batches of training with the same machine without this code: `latents` with what grain reads raw
-from the same files (`latents_raw` record by record, `latents_raw_lists` in lists of a batch), `jpeg` with the same
-decoding and resizing in a bare loop (`jpeg_bare`). `cpu_ms` is processor time for one record, which busy neighbours
-disturb less than the rate. Datasets of noise are made in OUT and used again (default: a temporary directory).
+`data` compares training batches with the same work done without this code on the same machine. It compares `latents`
+with raw reads of the same files by grain (`latents_raw` record by record, `latents_raw_lists` in lists of one batch),
+and `jpeg` with the same decoding and resizing in a bare loop (`jpeg_bare`). `cpu_ms` is the CPU time per record, which
+other load on the machine affects less than the rate. Datasets of noise are created in OUT and reused (default: a
+temporary directory).
 
-Where two sides are compared they take turns.
+When two sides are compared, their runs alternate.
 """
 
 import json
@@ -99,7 +100,7 @@ COMMANDS = {
 
 
 def _config(values: flags.FlagValues) -> tuple[Config, Row]:
-    """The config, and what a row says of it."""
+    """The config, and the fields of a row that describe it."""
     if values.config is None:
         raise UserError("--config=FILE.py[:PRESET] is needed")
     given = flags.FLAGS["config"]
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
     _refuse_flags_of_others(name, values)
     earlier = measure.Earlier(values.compare) if values.compare else None
     stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries write there too (Gloo, of its connections)
+    os.dup2(2, 1)  # libraries write to stdout, too (Gloo, about its connections)
     for row in COMMANDS[name].rows(values):
         if jax.process_index() != 0:
             continue

@@ -1,4 +1,4 @@
-"""What `benchmark data` measures: batches of training against the same machine without this code."""
+"""The measurements of `benchmark data`: training batches against the same work without this code."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ MANY, PER_SHARD = 10_000_000, 800
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How long, and with what."""
+    """The flags of `benchmark data`."""
 
     seconds: float
     repeats: int
@@ -39,10 +39,9 @@ class Settings:
 
 
 def latents(out: Path, settings: Settings) -> list[Row]:
-    """Cached latents of 256 px, batched and padded, and what grain reads from the same files without padding.
+    """Cached latents of 256 px, batched and padded, against grain reading the same files without padding.
 
-    Grain is asked twice: for single records, as it usually is, and for a whole list of them from each thread, the
-    fastest way found.
+    Grain is measured twice: reading single records, the usual way, and a whole batch per thread, the fastest way found.
     """
     directory = _dataset(out / "latents", _latents)
     split = reading.open_split(directory, "train")
@@ -65,7 +64,7 @@ def latents(out: Path, settings: Settings) -> list[Row]:
 
 
 def jpeg(out: Path, settings: Settings) -> list[Row]:
-    """Pictures decoded and resized for training, and the same in a bare loop over bytes in memory."""
+    """Images decoded and resized for training, against the same in a bare loop over bytes in memory."""
     directory = _dataset(out / "pictures", _pictures)
     split = reading.open_split(directory, "train")
     columns = [decode.Label(), decode.Pixels(SIZE, resize=True), decode.Caption(TEXT_LENGTH)]
@@ -87,7 +86,7 @@ def jpeg(out: Path, settings: Settings) -> list[Row]:
 
 
 def startup(out: Path, settings: Settings) -> list[Row]:
-    """Seconds until the first batch of a dataset of ten million records, from the beginning and in the middle."""
+    """Seconds until the first batch of a dataset of ten million records, at its beginning and in the middle."""
     directory = _dataset(out / "many", _tiny)
     _multiply(directory, MANY // PER_SHARD)
     rows = []
@@ -103,7 +102,7 @@ def startup(out: Path, settings: Settings) -> list[Row]:
 
 
 def memory(out: Path, settings: Settings) -> list[Row]:
-    """Resident memory over many batches."""
+    """Resident memory and its growth over many batches."""
     batches = _batches(_tiny_records(_dataset(out / "tiny", _tiny)), settings)
     ends = [round(tenth * settings.memory_batches / 10) for tenth in range(11)]
     next(batches)
@@ -114,7 +113,7 @@ def memory(out: Path, settings: Settings) -> list[Row]:
             next(batches)
         seconds.append((time.perf_counter() - started) / count)
         resident.append(_resident_mb())
-    # The first tenth fills queues and allocators.
+    # During the first tenth, queues and allocators fill up.
     growth = resident[-1] - resident[1]
     figures = {"batches": settings.memory_batches, "mb_by_tenth": resident, "growth_after_first_tenth_mb": growth}
     return [_row("memory", settings, "float16", seconds[1:]) | figures]
@@ -129,7 +128,7 @@ PARTS: dict[str, Callable[[Path, Settings], list[Row]]] = {
 
 
 def _compare(settings: Settings, dtype: str, **sides: Callable[[], Iterator]) -> list[Row]:
-    """Ways of making batches, in turns, so that all see the same neighbours; the first against each other."""
+    """Rows of several sides, whose runs alternate so that other load affects all alike; the first has ratios."""
     seconds = {name: [] for name in sides}
     costs = {name: [] for name in sides}
     for _ in range(settings.repeats):
@@ -146,7 +145,7 @@ def _compare(settings: Settings, dtype: str, **sides: Callable[[], Iterator]) ->
 
 
 def _row(name: str, settings: Settings, dtype: str, seconds: Sequence[float]) -> Row:
-    """`seconds` of a batch, by run. All of it happens on the host, and none of it is the model's."""
+    """A row for the `seconds` per batch of each run. All work is on the host, so the device is the CPU and FLOPs 0."""
     told = dataclasses.asdict(settings)
     del told["repeats"]
     return {
@@ -167,8 +166,8 @@ def _row(name: str, settings: Settings, dtype: str, seconds: Sequence[float]) ->
 
 
 def _seconds(batches: Iterator, settings: Settings) -> tuple[float, float]:
-    """(seconds of a batch, milliseconds of processor time for a record)."""
-    for _ in range(2 * settings.prefetch):  # what was ready before the clock started does not count
+    """(seconds per batch, milliseconds of CPU time per record)."""
+    for _ in range(2 * settings.prefetch):  # batches that are ready before the clock starts do not count
         next(batches)
     started, used, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - started < settings.seconds:
@@ -202,7 +201,7 @@ def _dataset(directory: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _latents(directory: Path) -> None:
-    """16 KB of moments and 20 to 100 rows of text, 320 KB in all on average."""
+    """Write records of 16 KB of moments and 20 to 100 rows of text features, 320 KB on average."""
     rng = np.random.default_rng(0)
 
     def noise(*shape):
@@ -231,7 +230,7 @@ def _common_fields(i: int) -> Row:
 
 
 def _jpeg(rng: np.random.Generator) -> bytes:
-    """A smooth picture, which compresses like a photograph."""
+    """The JPEG of a smooth random image, which compresses like a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
     out = io.BytesIO()
     coarse.resize(PICTURE, Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
@@ -239,7 +238,7 @@ def _jpeg(rng: np.random.Generator) -> bytes:
 
 
 def _multiply(directory: Path, shards: int) -> None:
-    """Let a dataset of one shard say that it has many, all of them the same file."""
+    """Turn a dataset of one shard into one of many, all of them links to the same file."""
     path = directory / "dataset_info.json"
     info = json.loads(path.read_text())
     (split,) = info["splits"]
@@ -247,7 +246,7 @@ def _multiply(directory: Path, shards: int) -> None:
         return
     (first,) = directory.glob("*.array_record-00000-of-00001")
     for i in range(shards):
-        with contextlib.suppress(FileExistsError):  # of a call that was killed
+        with contextlib.suppress(FileExistsError):  # a call that was killed has left it
             os.link(first, directory / f"tiny-train.array_record-{i:05d}-of-{shards:05d}")
     split["shardLengths"] = [str(PER_SHARD)] * shards
     places.write_json(path, info)

@@ -1,4 +1,4 @@
-"""What `benchmark attention`, `benchmark train` and `benchmark sample` measure: the programs that runs use."""
+"""The measurements of `benchmark attention`, `benchmark train` and `benchmark sample`: the programs that runs use."""
 
 import contextlib
 import dataclasses
@@ -39,11 +39,11 @@ from lina_jax.state import Program
 
 Tree = Any
 
-SAMPLED = 4  # images at once, unless told
+SAMPLED = 4  # default number of images at once
 
 
 def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
-    """A row for each global batch size: the step of training on cached latents and features, which are noise here."""
+    """A row for each global batch size: the train step on cached latents and text features, which are noise here."""
     for size in batches or [config.batch_size]:
         config_checks.check_value("batch_size", size)
         with _that_fits(size):
@@ -68,7 +68,7 @@ def _train(config: Config, runs: int) -> Row:
 
 
 class Training:
-    """A state and a batch, both noise; each call is one step, and returns arrays to wait for."""
+    """A state and a batch of noise; each call runs one step and returns arrays to wait for."""
 
     def __init__(self, config: Config, devices: Mesh):
         config = kernel_check.settled(config, devices)
@@ -85,9 +85,9 @@ class Training:
 
 
 def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:
-    """A row for each number of images: the sampler, up to latents or, with the published autoencoder, to pixels.
+    """A row for each number of images: the sampler up to latents or, with the published autoencoder, to pixels.
 
-    Parameters are noise, and so are text features: encoding prompts is left out.
+    Parameters and text features are noise; prompts are not encoded.
     """
     parts = mesh.batch_parts(mesh.build(config.mesh))
     default = parts * math.ceil(SAMPLED / parts)
@@ -117,7 +117,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
 
 
 def sampling(config: Config, devices: Mesh, images: int, *, autoencoder: bool) -> tuple[Callable[[], Tree], Compiled]:
-    """A call that draws so many images, by weights that are noise, and returns arrays to wait for; its program."""
+    """(a call that draws `images` images with weights of noise and returns arrays to wait for, its program)."""
     program, (params, frozen, *rest) = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
     compiled = programs.compile_program(program, (params, frozen, *rest), {})
     arguments = weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.trailing)
@@ -128,14 +128,14 @@ def sampling(config: Config, devices: Mesh, images: int, *, autoencoder: bool) -
 class AttentionSizes:
     """One attention layer of a decoder block, as in a model of square images."""
 
-    tokens: int  # of condition and image, 1 : 4
+    tokens: int  # condition and image tokens, in the ratio 1 : 4
     width: int
     heads: int
     dtype: str
     kernel: str = "xla"
 
     def __post_init__(self):
-        """Raises UserError for sizes that no such layer has."""
+        """Raises UserError for sizes that no such layer can have."""
         side = math.isqrt(self.tokens * 4 // 5)
         if self.tokens < 5 or 4 * self.tokens != 5 * side**2:
             raise UserError(f"--tokens={self.tokens}: expected s * s * 5 / 4 of an even s, like 320, 1280 or 5120")
@@ -150,7 +150,7 @@ class AttentionSizes:
         return ModelConfig(attention_kernel=self.kernel, **sizes, **grids)
 
     def layer(self, kind: str) -> AttentionConfig:
-        """The `linear` one has the convolution and the gates of the default model, the `softmax` one neither."""
+        """Its config: `linear` has the convolution and gates of the default model, `softmax` has neither."""
         model = self.model
         plain = AttentionConfig(
             self.width, self.heads, kind, condition_tokens=model.condition_tokens, grid=model.image_grid,
@@ -164,8 +164,8 @@ class AttentionSizes:
 def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Iterator[Row]:
     """Rows of the linear attention layer (division, convolution, head-wise gates) and of softmax attention.
 
-    For each number of sequences: the forward pass alone, then forward and backward. `of_X` is the speed as a multiple
-    of that of X in the same turn, `flops_of_X` how many FLOPs there are for each of X.
+    For each number of sequences: the forward pass alone, then forward and backward. `of_X` is the speed relative to X
+    in the same turn, `flops_of_X` the FLOPs relative to X.
     """
     kernel_check.check(sizes.model)
     for batch in batches or [1]:
@@ -204,7 +204,7 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
 def attention_layer(
     sizes: AttentionSizes, kind: str, batch: int, *, backward: bool
 ) -> tuple[Callable[[], Tree], Compiled]:
-    """A call of one layer (and `backward`, the gradients of its parameters and inputs); its program."""
+    """(a call of one layer, its program); with `backward` it also computes gradients of parameters and inputs."""
     device, layer = mesh.build(MeshConfig(), jax.devices()[:1]), sizes.layer(kind)
     module = nnx.eval_shape(lambda: Attention(layer, rngs=nnx.Rngs(0)))
     graphdef, variables = nnx.split(module)
@@ -228,10 +228,10 @@ def attention_layer(
 
 
 def weights(shapes: Tree) -> Tree:
-    """Noise for abstract parameters, scales (of norms, of gates) around one.
+    """Noise for abstract parameters, with scales (of norms and gates) around one.
 
-    As a model is after training: at initialisation the head predicts zeros, and products of zeros take less power,
-    hence on some devices less time, than those of numbers.
+    This is like a trained model. At initialisation the head predicts zeros, and multiplying zeros takes less power,
+    and on some devices less time, than multiplying other numbers.
     """
 
     def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
@@ -241,7 +241,7 @@ def weights(shapes: Tree) -> Tree:
 
 
 def inputs(shapes: Tree, model: ModelConfig) -> Tree:
-    """Noise for abstract moments, pictures and features; texts of full length, labels that exist."""
+    """Noise for abstract moments, images and features; texts have full length, labels are valid."""
 
     def one(name: str, leaf: jax.ShapeDtypeStruct, noise: jax.Array) -> jax.Array:
         if name == "text_length":
@@ -254,7 +254,7 @@ def inputs(shapes: Tree, model: ModelConfig) -> Tree:
 
 
 def _made(shapes: Tree, one: Callable[[str, jax.ShapeDtypeStruct, jax.Array], jax.Array]) -> Tree:
-    """Arrays one(name, abstract array, noise), each made where it will live."""
+    """A tree of arrays one(name, abstract array, noise), each created in its sharding."""
 
     def make():
         paths, structure = jax.tree.flatten_with_path(shapes)
@@ -268,7 +268,7 @@ def _made(shapes: Tree, one: Callable[[str, jax.ShapeDtypeStruct, jax.Array], ja
 
 
 def _noise(shape: tuple[int, ...], number: int) -> jax.Array:
-    """Uniform, of mean 0 and variance 1: a hash of places. JAX's generators take minutes to compile for many arrays."""
+    """Uniform noise of mean 0 and variance 1, a hash of indices: for many arrays JAX's RNGs take minutes to compile."""
     bits = jnp.full(shape, number + 1, jnp.uint32)
     for axis in range(len(shape)):
         bits = (bits + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
@@ -277,7 +277,7 @@ def _noise(shape: tuple[int, ...], number: int) -> jax.Array:
 
 
 def _named(name: str, model: ModelConfig) -> Row:
-    """Rows of softmax and hybrid models have names of their own."""
+    """The name of a row; it includes the kind of attention unless that is linear."""
     return {"benchmark": name if model.attention == "linear" else f"{name}_{model.attention}"}
 
 
@@ -291,7 +291,7 @@ def _settings(config: Config, devices: Mesh) -> Row:
 
 
 def _kernel(asked: str) -> str:
-    """What runs: where there is no kernel for a device, XLA's path."""
+    """The kernel that runs: XLA's path on devices without kernels."""
     return asked if tiles.device() else "xla"
 
 
@@ -309,7 +309,7 @@ def _shapes(model: ModelConfig) -> Row:
 
 
 def _compiled(compiled: Compiled, devices: int, unknown_trips: float = 1.0) -> Row:
-    """What the compiler made of it; FLOPs of all devices together, bytes of one."""
+    """Figures of the compiled program: FLOPs over all devices, bytes per device."""
     work = roofline.count(hlo.Module(compiled.text), unknown_trips=unknown_trips)
     return {
         "compiled_flops": devices * work.matmul_flops,
@@ -329,7 +329,7 @@ def _devices(config: Config, batch: int) -> Mesh:
 
 @contextlib.contextmanager
 def _that_fits(batch: int) -> Iterator[None]:
-    """Raises UserError where the devices have no room for a program."""
+    """Raises UserError if a program does not fit into the devices' memory."""
     try:
         yield
     except programs.OutOfMemory as error:

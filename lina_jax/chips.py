@@ -1,7 +1,7 @@
-"""Accelerators as the planner knows them: the one table of peak rates, memories and links.
+"""Accelerators: the one table of peak rates, memory sizes and links.
 
-Rates are those of vendors' data sheets, of one JAX device (a megacore chip of TPU v4 and v5p, one of the two chiplets
-of TPU7x, a GPU), in bytes and floating-point operations a second. What programs attain of them is `roofline.ATTAINED`.
+Rates are from vendors' data sheets, per JAX device (a megacore chip of TPU v4 and v5p, one of the two chiplets of
+TPU7x, a GPU), in bytes and floating-point operations per second. `roofline.ATTAINED` has the shares that are attained.
 """
 
 import dataclasses
@@ -15,36 +15,39 @@ GIB = 2.0**30
 class Chip:
     """One device and its links; `link` and `slow_link` are one-way rates."""
 
-    kinds: tuple[str, ...]  # what `jax.Device.device_kind` begins with
+    kinds: tuple[str, ...]  # prefixes of `jax.Device.device_kind`
     peak_flops: float  # dense bf16
-    vector_ops: float  # float32 operations outside matrix products; a multiply-add of a GPU is one
-    memory: float  # bytes of HBM that a program can have
+    vector_ops: float  # float32 operations outside matmuls; on GPUs a multiply-add counts as one
+    memory: float  # bytes of HBM that a program can use
     memory_bandwidth: float
-    link: float  # TPU: of one link to one neighbour; GPU: of the device into its NVLink domain
-    slow_link: float  # between slices or nodes, the share of one device
-    torus: int = 0  # dimensions of the torus of one slice; 0: all devices of a node reach each other
-    wrap: int = 0  # chips along a dimension that are joined to rings are a multiple of this (`closed`)
-    platform: str = "tpu"  # of jax.experimental.topologies
-    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of get_topology_desc
+    link: float  # TPU: one link to one neighbour; GPU: from the device into its NVLink domain
+    slow_link: float  # between slices or nodes, per device
+    torus: int = 0  # dimensions of a slice's torus; 0: every device of a node reaches every other
+    wrap: int = 0  # a dimension forms rings only if its chips are a multiple of this (`closed`)
+    platform: str = "tpu"  # for jax.experimental.topologies
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # for get_topology_desc
 
     def closed(self, extent: Sequence[int], axis: int) -> bool:
-        """Whether chips along an axis of a slice of this extent form rings.
+        """Whether the chips along an axis of a slice of this extent form closed rings.
 
-        Tori of three dimensions are closed by the switches between cubes of 4 x 4 x 4, so that a slice has rings along
-        all axes or, where it is not of whole cubes, along none; those of two dimensions along each axis that is full.
+        Three-dimensional tori are closed by the switches between cubes of 4 x 4 x 4 chips: a slice of whole cubes has
+        rings along all axes, any other along none. Two-dimensional ones have rings along each axis of full length.
         """
         return all(n % self.wrap == 0 for n in (extent if self.torus == 3 else extent[axis : axis + 1]))
 
 
-# Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (peak, HBM, bandwidth, inter-chip interconnect), the
-# one-way rate of a link being the chip's total over both directions of all its links (v4: 6 x 2 x 50 GB/s, v5e:
-# 4 x 2 x 50, v5p: 6 x 2 x 100, v6e: 4 x 2 x 100, tpu7x: 1,200 GB/s a chip, 6 links, shared by its two devices), less a
-# tenth but for tpu7x, as "How to Scale Your Model" (Austin et al. 2025, chapter 2) has it. Memory: where compilers for
-# these refuse a program (libtpu 0.0.42). Vector units: cores x 8 x 128 lanes x 4 at the clock rate (guessed: v6e has
-# that of v5p, tpu7x 2.2 GHz). Between slices: a host's network cards, 200 Gbit/s for four chips (v4, v5p) or eight
-# (v5e), 400 for four (v6e, tpu7x). GPU: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM): NVLink 3 and 4 have
-# 300 and 450 GB/s one way; nodes have one network card a GPU, of 200 (A100) and 400 Gbit/s. Memory: 92 % of what
-# nvidia-smi tells (81,920, 81,559 and 143,771 MiB), as launch/environment.sh gives it to XLA.
+# Sources for TPUs:
+# * Peak, HBM, bandwidth, inter-chip interconnect: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
+# * The one-way rate of a link is the chip's total divided by both directions of all its links (v4: 6 x 2 x 50 GB/s,
+#   v5e: 4 x 2 x 50, v5p: 6 x 2 x 100, v6e: 4 x 2 x 100, tpu7x: 1,200 GB/s per chip, 6 links, shared by its two
+#   devices), less a tenth except for tpu7x, as in "How to Scale Your Model" (Austin et al. 2025, chapter 2).
+# * Memory: the size above which the compilers refuse a program (libtpu 0.0.42).
+# * Vector units: cores x 8 x 128 lanes x 4 at the clock rate (guessed: v6e has that of v5p, tpu7x 2.2 GHz).
+# * Between slices: a host's network cards, 200 Gbit/s for 4 chips (v4, v5p) or 8 (v5e), 400 for 4 (v6e, tpu7x).
+# Sources for GPUs:
+# * NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM). NVLink 3 and 4 have 300 and 450 GB/s one way. Nodes have
+#   one network card per GPU, of 200 (A100) and 400 Gbit/s.
+# * Memory: 92 % of what nvidia-smi reports (81,920, 81,559 and 143,771 MiB), which launch/environment.sh gives XLA.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         ("TPU v4",), 275e12, 8.6e12, 30.75 * GIB, 1228 * GB, 45 * GB, 6.25 * GB, torus=3, wrap=4,
@@ -64,11 +67,11 @@ CHIPS: Mapping[str, Chip] = {
 }  # fmt: skip
 
 
-_SLOWER_BOARDS = ("NVL", "PCIe")  # how names of H100 and H200 of less power end, whose peaks are not these
+_SLOWER_BOARDS = ("NVL", "PCIe")  # name endings of H100 and H200 boards with less power, which have lower peaks
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip that a device says it is, None where unknown."""
+    """The chip of a `jax.Device.device_kind`, None if unknown."""
     if device_kind.endswith(_SLOWER_BOARDS):
         return None
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds if device_kind.startswith(kind)}

@@ -1,22 +1,22 @@
-"""Checkpoints in and out.
+"""Import, export, average and describe weights.
 
 python -m lina_jax.convert --from_torch=DIR_OR_FILE --workdir=DIR [--config=FILE.py[:PRESET]]
-    a published pipeline directory, its transformer/, or a bare file of weights, to a workdir that train and sample take
+    convert a published pipeline directory, its transformer/, or a file of weights to a workdir for train and sample
 python -m lina_jax.convert --workdir=DIR --to_torch=DIR [--raw] [--dtype=float32] [--max_shard_gb=5] [--checkpoint=STEP]
-    back, as the published PyTorch code reads it
+    the reverse: a pipeline directory that the published PyTorch code reads
 python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE [--raw] [--dtype=float32] [--checkpoint=STEP]
-    one file of arrays under the names that they have here
+    one file of all arrays, under the names that they have here
 python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cuda,tpu] [--raw] [--checkpoint=STEP]
         [--autoencoder=DIR] [--text_encoder=DIR]
-    the sampling program and its weights, which JAX runs without this package
+    the sampling program and its weights; JAX runs them without this package
 python -m lina_jax.convert --workdir=DIR --average=K --out=DIR
-    a new workdir of the mean of the last K checkpoints
+    a new workdir with the mean of the parameters of the last K checkpoints
 python -m lina_jax.convert --workdir=DIR --ema_decay=0.9995 --out=DIR [--checkpoint=STEP]
-    a new workdir of the EMA of another decay than the run had, reconstructed from all checkpoints
+    a new workdir with an EMA of another decay than the run's, reconstructed from all checkpoints (up to STEP)
 python -m lina_jax.convert --describe=PATH [--diff=OTHER]
-    what a workdir, a pipeline directory or a file of weights holds, and in what another differs
+    what a workdir, a pipeline directory or a file of weights holds, and how OTHER differs from it
 
-docs/checkpoints.md says what becomes of what. Nothing is ever replaced, and nothing is left half-written.
+docs/checkpoints.md says how each part is converted. Nothing is ever overwritten, and nothing is left half-written.
 """
 
 import sys
@@ -52,7 +52,7 @@ from lina_jax.workdir import write_config
 
 
 class Finite(Mapping[str, np.ndarray]):
-    """Tensors, with the names of those in which a value is not finite, as they are read."""
+    """Tensors; as they are read, the names of those with values that are not finite are added to `bad`."""
 
     def __init__(self, tensors):
         self._tensors, self.shapes, self.bad = tensors, tensors.shapes, []
@@ -71,10 +71,10 @@ class Finite(Mapping[str, np.ndarray]):
 
 
 def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Config:
-    """Published weights to a workdir of parameters and frozen arrays; its config.
+    """Convert published weights to a workdir of parameters and frozen arrays; return its config.
 
-    Each array goes to its sharding as soon as it is full. Raises UserError with everything that is wrong, before
-    anything is written.
+    Each array is placed in its sharding as soon as it is complete. Raises UserError with everything that is wrong,
+    before anything is written.
     """
     check_new("workdir", workdir)
     pipeline = published.open_pipeline(source)
@@ -112,7 +112,7 @@ def to_torch(
     dtype: str = "float32",
     max_shard_gb: float = 5.0,
 ) -> export.Weights:
-    """The published layout of a workdir's weights (docs/checkpoints.md), which are returned. Raises UserError."""
+    """Write a workdir's weights in the published layout (docs/checkpoints.md) and return them. Raises UserError."""
     if not max_shard_gb > 0:
         raise UserError(f"--max_shard_gb={max_shard_gb}: must be positive")
     check_new("to_torch", directory)
@@ -126,7 +126,7 @@ def to_torch(
 def to_safetensors(
     workdir: Path, file: Path, *, ema: bool = True, step: int | None = None, dtype: str = "float32"
 ) -> export.Weights:
-    """A workdir's weights, which are returned, as one file. Raises UserError."""
+    """Write a workdir's weights to one file and return them. Raises UserError."""
     if file.is_dir():
         raise UserError(f"--to_safetensors={file}: is a directory, expected the name of a file")
     check_new("to_safetensors", file)
@@ -137,9 +137,9 @@ def to_safetensors(
 
 
 def check_dtypes(pipeline: published.Pipeline) -> None:
-    """Raises UserError where tensors are of several types.
+    """Raises UserError if tensors have different dtypes.
 
-    The published EMA is of float32 parameters beside a text buffer that kept the type in which it was loaded.
+    The text buffer is exempt: beside the float32 parameters of the published EMA it has the dtype that was loaded.
     """
     dtypes = {name: dtype for name, dtype in pipeline.tensors.dtypes.items() if name != "text_embed.weight"}
     counts = {dtype: list(dtypes.values()).count(dtype) for dtype in sorted(set(dtypes.values()))}
@@ -151,7 +151,7 @@ def check_dtypes(pipeline: published.Pipeline) -> None:
 
 
 def check_new(flag: str, path: Path) -> None:
-    """Raises UserError unless `path` is absent, or an empty directory, and can be made."""
+    """Raises UserError unless `path` is absent or an empty directory, and can be created."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"--{flag}={path}: is there already, choose another place")
     places.check(flag, path.parent)
@@ -167,9 +167,9 @@ def to_stablehlo(
     autoencoder: str = "",
     text_encoder: str = "",
 ) -> tuple[int, str]:
-    """The program that draws with a workdir's weights, encoders included; their step and kind. Raises UserError.
+    """Export the sampling program with a workdir's weights and its encoders; return their (step, kind).
 
-    `autoencoder` and `text_encoder` are directories to use in place of those in the config.
+    `autoencoder` and `text_encoder` are directories that replace those of the config. Raises UserError.
     """
     if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
         raise UserError(f"--platforms={','.join(platforms)}: allowed are {', '.join(export_program.PLATFORMS)}")
@@ -187,7 +187,7 @@ def to_stablehlo(
 
 
 def average(workdir: Path, out: Path, last: int) -> list[int]:
-    """A new workdir of the mean of the parameters of the last checkpoints; their steps. Raises UserError."""
+    """Make a workdir of the mean of the last checkpoints' parameters; return their steps. Raises UserError."""
     check_new("out", out)
     made = averaging.mean(workdir, last)
     _write_average(out, made)
@@ -195,7 +195,10 @@ def average(workdir: Path, out: Path, last: int) -> list[int]:
 
 
 def ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
-    """A new workdir of the EMA of another decay, as far as checkpoints tell it; their steps. Raises UserError."""
+    """Make a workdir of the EMA of another decay, estimated from checkpoints; return their steps and the fit.
+
+    Raises UserError.
+    """
     check_new("out", out)
     made, fit = averaging.ema(workdir, decay, step)
     _write_average(out, made)
@@ -236,7 +239,7 @@ OPTIONS = {
 
 
 def _operation(values: flags.FlagValues) -> str:
-    """The one that is asked for. Raises UserError unless it is one, with what it needs and nothing that it ignores."""
+    """The requested operation. Raises UserError unless it is one, with all flags that it needs and none it ignores."""
     chosen = [name for name in OPERATIONS if values[name].value is not None]
     if len(chosen) != 1:
         raise UserError(f"exactly one of --{', --'.join(OPERATIONS)} is needed")
@@ -248,7 +251,7 @@ def _operation(values: flags.FlagValues) -> str:
         if operation in OPTIONS[option] and not values[option].value:
             raise UserError(f"--{operation} needs --{option}=DIR")
     for name in (operation, "diff"):
-        if values[name].value == "":  # as an unset variable of a shell gives; it would be the directory we are in
+        if values[name].value == "":  # from an unset shell variable; as a path, this is the current directory
             raise UserError(f"--{name}= is empty, expected a path")
     return operation
 

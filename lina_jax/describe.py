@@ -1,6 +1,7 @@
-"""What is at a path, and in what two of them differ: everything with weights that is written or read here.
+"""Describe and compare everything with weights that this package reads or writes.
 
-Workdirs and single checkpoints of them, published pipelines and their parts, files of weights, exported programs.
+That is: workdirs and single checkpoints of them, published pipelines and their parts, files of weights, and exported
+programs.
 """
 
 import collections
@@ -22,12 +23,12 @@ from lina_jax.errors import UserError
 from lina_jax.torch_files import FLOATS, OWN_NAMES, Tensors, open_file, read_json
 from lina_jax.workdir import load_config
 
-SHOWN = 20  # differing tensors, the largest differences first
+SHOWN = 20  # differing tensors that are listed, largest differences first
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Weights somewhere; `read` gets one tensor by its name."""
+    """The weights at a path; `read` returns one tensor by name."""
 
     kind: str
     config: Config | None
@@ -40,7 +41,7 @@ class Content:
 
 
 def open_content(path: Path) -> Content:
-    """What there is at a path. Raises UserError where it is none of the formats."""
+    """The content of a path. Raises UserError if it is in none of the formats."""
     if (path / "checkpoints").is_dir():
         return _workdir(path, None)
     if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
@@ -56,7 +57,7 @@ def open_content(path: Path) -> Content:
 
 
 def _published(path: Path) -> Content:
-    """A pipeline, its transformer, autoencoder or text encoder, or a bare file of any of them."""
+    """A pipeline, its transformer, autoencoder or text encoder, or a single file of weights of any of them."""
     pipeline = published.open_pipeline(path)
     unknown, step = "", pipeline.tensors.metadata.get("step") if pipeline.metadata else None
     try:
@@ -107,13 +108,13 @@ def _workdir(path: Path, step: int | None) -> Content:
 
 def _plain_file(path: Path, tensors: Tensors) -> Content:
     config, step = _told(path, tensors)
-    read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack of layers is asked for once for each
+    read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack is requested once for each of its layers
     kind = f"safetensors file of arrays as they are here, weights: {tensors.metadata.get('weights')}"
     return Content(kind, config, "", step, False, _listed(tensors), read)
 
 
 def _program(path: Path) -> Content:
-    """An exported program: the model's arrays by their names here, those of encoders under encoders/."""
+    """An exported program: the model's arrays under the names that they have here, those of encoders in encoders/."""
     tensors = open_file(path / export_program.WEIGHTS)
     config, step = _told(path, tensors)
     told = read_json(path / export_program.ARGUMENTS)
@@ -137,7 +138,7 @@ def _told(path: Path, tensors: Tensors) -> tuple[Config, int]:
 
 
 def describe(path: Path) -> str:
-    """Kind, step, config, a table of tensors, and sizes."""
+    """The kind, step and config of what is at a path, a table of its tensors, and their total size."""
     content = open_content(path)
     lines = [f"{path}: {content.kind}"]
     lines += [f"step: {content.step}"] if content.step is not None else []
@@ -160,13 +161,13 @@ def describe(path: Path) -> str:
 
 
 def _shown_fields(config: Config) -> dict[str, Any]:
-    """The function, not the training."""
+    """Fields that define the function that the model computes, without those of training."""
     flat = config_fields.flatten(config)
     return {name: value for name, value in flat.items() if name.startswith(("model.", "autoencoder."))}
 
 
 def difference(path: Path, other: Path) -> str:
-    """In what two of them differ: fields, names (published ones if one has them), shapes, types, values."""
+    """How two paths differ: config, step, notes, names (published ones if either has them), shapes, dtypes, values."""
     a, b = open_content(path), open_content(other)
     lines = []
     if a.config and b.config:
@@ -203,13 +204,13 @@ def difference(path: Path, other: Path) -> str:
 
 
 def _unshared(*held: tuple[Path, Collection[str]]) -> Iterator[tuple[Path, str]]:
-    """What one of two places has and the other has not."""
+    """(place, name) of everything that only one of two places has."""
     for (place, ours), (_, theirs) in (held, held[::-1]):
         yield from ((place, name) for name in ours if name not in theirs)
 
 
 def _as_published(content: Content) -> Content:
-    """The same weights by published names; arrays without one keep theirs."""
+    """The same weights under their published names; arrays without one keep ours."""
     table = {entry.key: entry for entry in torch_layout.entries(content.config.model)}
     tensors, paths = {}, {"/".join(entry.path) for entry in table.values()}
     for key, entry in table.items():

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective together, in each of the ways in which XLA writes it."""
+"""Read the device groups of a collective, in every notation that XLA uses."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from lina_jax import hlo
 
 
 def of(instruction: hlo.Instruction, devices: int) -> list[list[int]]:
-    """The numbers of the devices that take part in a collective together; pairs of a permute as they are written."""
+    """Groups of the numbers of devices that take part in a collective together; of a permute, its (from, to) pairs."""
     if pairs := instruction.attribute("source_target_pairs"):
         return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)]
     text = instruction.attribute("replica_groups")
@@ -27,7 +27,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _counted(text: str) -> np.ndarray:
-    """[4,16]T(1,0): 0 .. 63 as an array of 4 x 16, transposed."""
+    """The device numbers of a notation like [4,16]T(1,0): 0 .. 63 as an array of 4 x 16, transposed."""
     dims, _, order = text.partition("T")
     dims = _integers(dims)
     ids = np.arange(math.prod(dims)).reshape(dims)
@@ -35,7 +35,7 @@ def _counted(text: str) -> np.ndarray:
 
 
 def _mesh_groups(attributes: str) -> list[list[int]]:
-    """Groups written as axes of a mesh: mesh['a'=4,'b'=2] {'b'}, or a part of an axis, {'a':(2)2}: size 2 after 2."""
+    """Groups along axes of a mesh: mesh['a'=4,'b'=2] {'b'}, or along part of an axis, {'a':(2)2}: size 2 after 2."""
     match = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?|[\d,]+)\))?\s*\{([^}]*)\}",
         attributes,

@@ -1,6 +1,6 @@
-"""Frozen encoders from local directories: autoencoders and text encoders as published, on any mesh.
+"""Frozen encoders from local directories: published autoencoders and text encoders, on any mesh.
 
-Each is a pair: a static description, hashable and usable inside `jax.jit`, and a tree of parameters.
+Each is a pair: a static description, which is hashable and usable inside `jax.jit`, and a tree of parameters.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lina_jax.torch_files import Tensors, open_tensors, read_json
 
 Tree = dict[str, Any]
 
-# What our modules compute, where a config.json may ask for something else.
+# Fields of config.json for which our modules support one value only.
 VAE_FIXED = {
     "in_channels": 3, "out_channels": 3, "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
     "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
@@ -64,7 +64,7 @@ class Autoencoder:
         return nnx.merge(self.graphdef, params).decode(vae.unscale(self.config, latents))
 
     def decode_tiled(self, params: Tree, latents: jax.Array, tile: int, overlap: int) -> jax.Array:
-        """Nearly `decode`, in the memory of tile x tile latents; see AutoencoderKL.decode_tiled."""
+        """Nearly `decode`, with the memory use of tile x tile latents; see AutoencoderKL.decode_tiled."""
         return nnx.merge(self.graphdef, params).decode_tiled(vae.unscale(self.config, latents), tile, overlap)
 
 
@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray  # (B, L) int32, zeros after the end
     lengths: np.ndarray  # (B,) int32
-    cut: np.ndarray  # (B,) bool, the caption was longer
+    cut: np.ndarray  # (B,) bool, whether the caption was truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TextEncoder:
 
     config: PhiConfig
     graphdef: nnx.GraphDef
-    length: int  # tokens of a caption; longer ones are cut
+    length: int  # tokens of a caption; longer ones are truncated
     tokenizer: Tokenizer = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -90,7 +90,7 @@ class TextEncoder:
         return self.config.hidden_size
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Nothing is added to the words; "" is 0 long."""
+        """Tokenize captions without special tokens; "" has length 0."""
         tokens = Tokens(
             np.zeros((len(captions), self.length), np.int32),
             np.zeros(len(captions), np.int32),
@@ -103,28 +103,28 @@ class TextEncoder:
         return tokens
 
     def features(self, params: Tree, ids: jax.Array) -> jax.Array:
-        """ids (B, L) -> the last hidden state (B, L, D) float32; rows past a caption's length mean nothing."""
+        """ids (B, L) -> the last hidden states (B, L, D) float32; rows past a caption's length are meaningless."""
         return nnx.merge(self.graphdef, params)(ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The frozen encoders that a run uses itself, with their parameters; None where it has pixels or a cache.
+    """The frozen encoders that a run loads, with their parameters; None for those that it does not need.
 
-    Methods take the parameters apart, so that compiled programs receive them as arguments.
+    Methods take the parameters separately, so that compiled programs receive them as arguments.
     """
 
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
-    tile: int = 0  # latents: what is larger is decoded in tiles
+    tile: int = 0  # side of a tile in latents: larger images are decoded in tiles; 0: never
     weights: Tree = dataclasses.field(default_factory=dict, repr=False)
 
     def moments(self, weights: Tree, images: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3) in [-1, 1] -> moments; without an autoencoder the images themselves."""
+        """Images (B, H, W, 3) in [-1, 1] -> moments (B, h, w, 2C); without an autoencoder the images themselves."""
         return self.autoencoder.encode(weights["autoencoder"], images) if self.autoencoder else images
 
     def pixels(self, weights: Tree, latents: jax.Array) -> jax.Array:
-        """Scaled latents (B, h, w, C) -> images (B, H, W, 3) near [-1, 1]; without an autoencoder they are images."""
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3) near [-1, 1]; without an autoencoder the latents."""
         if not self.autoencoder:
             return latents
         if self.tile:
@@ -135,11 +135,12 @@ class Encoders:
 
 
 def _one_at_a_time(decode: Callable[[Tree, jax.Array], jax.Array], params: Tree, latents: jax.Array) -> jax.Array:
-    """decode(params, latents), (B, h, w, C) -> (B, H, W, 3), where each device has one image in work at a time.
+    """decode(params, latents), (B, h, w, C) -> (B, H, W, 3), one image per device at a time.
 
-    Feature maps of an image are a thousand times its latents: of many they would not fit.
+    An image's feature maps are a thousand times the size of its latents: those of many images would not fit. A batch
+    that the mesh does not divide is decoded at once.
     """
-    if not isinstance(latents.shape[0], int):  # a program for any number, on one device
+    if not isinstance(latents.shape[0], int):  # a program for any batch size, on one device
         return jax.lax.map(lambda one: decode(params, one[None])[0], latents)
     parts = mesh_lib.batch_parts(jax.sharding.get_abstract_mesh())
     rounds, rest = divmod(len(latents), parts)
@@ -154,7 +155,7 @@ def _one_at_a_time(decode: Callable[[Tree, jax.Array], jax.Array], params: Tree,
 
 
 def load_encoders(config: Config, mesh: Mesh) -> Encoders:
-    """Those whose directory the config names. Raises UserError where they cannot be loaded or do not fit the config."""
+    """The encoders whose directories the config names. Raises UserError if they cannot be loaded or do not fit it."""
     ours, weights, autoencoder, text = config.autoencoder, {}, None, None
     if ours.path and ours.kind != "identity":
         autoencoder, weights["autoencoder"] = load_autoencoder(ours.path, mesh=mesh, dtype=config.model.dtype)
@@ -183,7 +184,8 @@ def load_autoencoder(
 ) -> tuple[Autoencoder, Tree]:
     """A diffusers AutoencoderKL: config.json and safetensors. Raises UserError naming what is wrong and where.
 
-    Parameters are held in `dtype`, norms in float32. Where config.json has no scaling_factor, the public one is used.
+    Parameters are stored in `dtype`, norms in float32. Without a scaling_factor in config.json, the published one is
+    used.
     """
     directory = _existing(directory, "a diffusers AutoencoderKL directory")
     raw, tensors = read_json(directory / "config.json"), open_tensors(directory)
@@ -195,7 +197,7 @@ def load_autoencoder(
 
 
 def describe_autoencoder(directory: Path) -> VaeConfig:
-    """The sizes of a diffusers AutoencoderKL, none of its weights. Raises UserError naming what is wrong and where."""
+    """The config of a diffusers AutoencoderKL, without its weights. Raises UserError naming what is wrong and where."""
     tensors = open_tensors(directory).renamed(torch_layout.current_name)
     return _vae_config(directory / "config.json", read_json(directory / "config.json"), tensors)
 
@@ -209,7 +211,7 @@ def load_text_encoder(
 ) -> tuple[TextEncoder, Tree]:
     """A Hugging Face PhiForCausalLM: config.json and safetensors. Raises UserError naming what is wrong and where.
 
-    Its tokenizer.json is in the directory, or in `tokenizer/` beside it. Parameters are held in `dtype`, norms in
+    Its tokenizer.json is in the directory, or in `tokenizer/` beside it. Parameters are stored in `dtype`, norms in
     float32.
     """
     directory = _existing(directory, "a Hugging Face PhiForCausalLM directory")
@@ -236,7 +238,7 @@ def _load(
     mesh: Mesh | None,
     dtype: str,
 ) -> tuple[nnx.GraphDef, Tree]:
-    """The graph of an abstract module and its parameters, each made where it will live as soon as it is read."""
+    """The graph of an abstract module and its parameters, each placed in its sharding as soon as it is read."""
     graphdef, shapes = abstract(module, mesh, dtype)
     leaves = flatten_dict(shapes)
 
@@ -252,7 +254,7 @@ def _load(
 
 
 def abstract(module: nnx.Module, mesh: Mesh | None, dtype: str) -> tuple[nnx.GraphDef, Tree]:
-    """The graph of an abstract module and its parameters: in `dtype`, norms in float32, cut over the mesh, if any."""
+    """The graph of an abstract module and abstract parameters: in `dtype`, norms in float32, sharded over any mesh."""
     graphdef, state = nnx.split(module)
 
     def one(path, variable):
@@ -265,8 +267,8 @@ def abstract(module: nnx.Module, mesh: Mesh | None, dtype: str) -> tuple[nnx.Gra
 
 
 def _cuttable(mesh: Mesh, shape: tuple[int, ...], names: Sequence[str | None]) -> tuple[str | None, ...]:
-    """Logical names of all axes; None where the mesh does not divide an axis: a frozen encoder does not choose it."""
-    names = (None,) * (len(shape) - len(names)) + tuple(names)  # stacked layers add a leading axis, never cut
+    """Logical names of all axes, None for those that the mesh does not divide (it is chosen for the trained model)."""
+    names = (None,) * (len(shape) - len(names)) + tuple(names)  # the leading axis of stacked layers is never sharded
 
     def parts(name):
         return math.prod(mesh.shape[axis] for axis in mesh_lib.RULES[name])
@@ -297,7 +299,7 @@ def _vae_config(path: Path, raw: Mapping[str, Any], tensors: Tensors) -> VaeConf
 
 
 def _phi_config(path: Path, raw: Mapping[str, Any]) -> PhiConfig:
-    rope = raw.get("rope_parameters")  # where newer files keep what concerns rotation
+    rope = raw.get("rope_parameters")  # newer files keep the fields of rotary embeddings here
     raw = {**raw, **rope} if isinstance(rope, dict) else raw
     _refuse_others(path, raw, PHI_FIXED)
     config = PhiConfig(

@@ -1,4 +1,4 @@
-"""Weights of a workdir to files that others read: published layout, or plain arrays under our names."""
+"""Export the weights of a workdir: in the published layout, or as plain arrays under our names."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ STEM = "diffusion_pytorch_model"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What an export is made of."""
+    """The weights of one checkpoint, for export."""
 
     config: Config
-    arrays: Mapping[tuple[str, ...], object]  # trained and frozen ones, by path
+    arrays: Mapping[tuple[str, ...], object]  # trained and frozen arrays, by path
     step: int
     kind: str  # ema | raw
 
@@ -34,18 +34,18 @@ class Weights:
 
 
 def metadata_of(config: Config, step: int, kind: str) -> dict[str, str]:
-    """For the header of a safetensors file; paths of this machine stay here."""
+    """Metadata for the header of a safetensors file, without paths of this machine."""
     fields = dataclasses.asdict(config)
     for group in ("autoencoder", "text_encoder", "data", "init_from"):
         fields[group]["path"] = ""
     fields["data"]["cache"] = ""
-    for name in ("inception", "reference"):  # files that eval.images needs: their names are no secret
+    for name in ("inception", "reference"):  # files that eval.images needs: only their names are exported
         fields["eval"][name] = Path(fields["eval"][name]).name
     return {"config": json.dumps(fields), "step": str(step), "weights": kind}
 
 
 def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights:
-    """The weights of a checkpoint, EMA by default; imported ones are what they are."""
+    """The weights of a checkpoint, EMA by default; imported weights are returned whatever `ema` is."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     plan = state.blueprint(config, mesh.holding(config.model))
@@ -54,7 +54,7 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights
 
 
 def check_publishable(workdir: Path) -> None:
-    """Raises UserError listing everything in a workdir's model that the published code does not have."""
+    """Raises UserError listing everything in a workdir's model that the published code does not support."""
     config = load_config(workdir)
     shapes = state.blueprint(config, mesh.holding(config.model)).shapes
     table = list(torch_layout.entries(config.model))
@@ -72,7 +72,7 @@ def check_publishable(workdir: Path) -> None:
 
 
 def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: float) -> None:
-    """The published layout, into an empty directory: transformer/, scheduler/ and model_index.json."""
+    """Write the published layout into an empty directory: transformer/, scheduler/ and model_index.json."""
     transformer, config = directory / "transformer", weights.config
     transformer.mkdir()
     places.write_json(transformer / "config.json", published_names.transformer_config(config))
@@ -111,7 +111,7 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
 
 
 def to_safetensors(weights: Weights, path: Path, dtype: str) -> None:
-    """All arrays, trained and frozen, in one file under their names here."""
+    """Write all arrays, trained and frozen, to one file under the names that they have here."""
     arrays = {"/".join(name): array for name, array in sorted(weights.arrays.items())}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     metadata = {"format": OWN_NAMES, **weights.metadata}
@@ -119,7 +119,7 @@ def to_safetensors(weights: Weights, path: Path, dtype: str) -> None:
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, most: float) -> list[list[str]]:
-    """Tensors in order, in files of at most `most` bytes (a larger tensor has a file of its own)."""
+    """Names of tensors in order, split into files of at most `most` bytes (a larger tensor gets its own file)."""
     shards, size = [[]], 0
     for key, shape in shapes.items():
         bytes_of_tensor = int(np.prod(shape)) * itemsize

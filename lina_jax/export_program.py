@@ -1,4 +1,4 @@
-"""The sampling program as StableHLO, its weights beside it: JAX alone runs it, without this package."""
+"""Export the sampling program as StableHLO with its weights, which JAX runs without this package."""
 
 import dataclasses
 import json
@@ -23,10 +23,10 @@ PROGRAM, WEIGHTS, ARGUMENTS = "sample.stablehlo", "weights.safetensors", "argume
 def write_program(
     directory: Path, plan: Blueprint, params: Tree, frozen: Tree, metadata: dict[str, str], platforms: Sequence[str]
 ) -> None:
-    """sample.stablehlo, weights.safetensors and arguments.json into a directory.
+    """Write sample.stablehlo, weights.safetensors and arguments.json into a directory.
 
     The program is (weights, condition, image numbers (b,) int32, seed () int32) -> uint8 images (b, H, W, 3) for any b;
-    `weights` are the arrays of the file by their names. The config's sampling settings are part of it.
+    `weights` are the arrays of the file by name. The config's sampling settings are compiled in.
     """
     trees = {"params": params, "frozen": frozen, "encoders": plan.encoders.weights}
     arrays = {"/".join(path): np.asarray(array) for path, array in flatten_dict(trees).items()}
@@ -45,7 +45,7 @@ def write_program(
         exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
     (directory / PROGRAM).write_bytes(exported.serialize())
     save_file(arrays, directory / WEIGHTS, metadata)
-    (directory / WEIGHTS).chmod(0o644)  # it comes closed to others
+    (directory / WEIGHTS).chmod(0o644)  # save_file makes it unreadable for other users
     told = {
         "condition": {name: [str(x.dtype), [str(n) for n in x.shape]] for name, x in condition.items()},
         "images": ["int32", ["b"]],
@@ -57,7 +57,7 @@ def write_program(
 
 
 def _condition(plan: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:
-    """Class numbers, or a text: bytes or token ids of the text encoder, and how many of them count."""
+    """Abstract class numbers, or texts (bytes, or token ids of the text encoder) with their lengths."""
     model = plan.config.model
     if model.condition == "class":
         return {"label": _int32(batch)}

@@ -1,7 +1,7 @@
-"""What a compiled XLA program says of itself: its scheduled instructions, their arithmetic and their traffic.
+"""Read a compiled XLA program: its scheduled instructions, their arithmetic and their memory traffic.
 
-`cost_analysis` counts the body of a loop once and knows nothing of collectives; here the text is read instead. Counts
-are those of one device and one execution of an instruction; `roofline` multiplies by trip counts.
+`cost_analysis` counts loop bodies once and ignores collectives, so the text is read instead. Counts are per device and
+per execution of an instruction; `roofline` multiplies them by trip counts.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}  # of others the name says it
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}  # other names contain the number
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # of a kernel for TPUs, by its author
-_STATED = re.compile(r"\\22(flops|vector_ops|bytes_accessed)\\22: \\22(\d+)\\22")  # of those for GPUs (`tiles.stated`)
+_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # in a TPU kernel, by its author
+_STATED = re.compile(r"\\22(flops|vector_ops|bytes_accessed)\\22: \\22(\d+)\\22")  # in a GPU kernel (`tiles.stated`)
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
-# Copies that a copy engine makes while the core goes on, and where they are waited for.
+# Copies that a copy engine makes while the core goes on, and the instructions that wait for them.
 PREFETCH_STARTS = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 PREFETCH_DONES = frozenset({"copy-done", "slice-done", "dynamic-slice-done"})
-# Instructions that move nothing: they name, or bind together, what is already there.
+# Instructions that move no data: they only name or group values.
 _FREE = PREFETCH_DONES | frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "opt-barrier", "partition-id", "replica-id", "async-done", "domain", "add-dependency",
@@ -36,7 +36,7 @@ _SLOW = frozenset({
     "divide", "sqrt", "rsqrt", "cbrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh",
     "logistic", "erf", "sine", "cosine", "power", "remainder", "atan2",
 })  # fmt: skip
-_SLOW_OPS = 8  # vector operations of one of them, about
+_SLOW_OPS = 8  # approximate vector operations of each
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", *EXCHANGES)
 
@@ -45,7 +45,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute
 class Shape:
     dtype: str
     dims: tuple[int, ...]
-    near: bool = False  # held in the core's own memory (TPU: layouts with S(1)), not in HBM
+    near: bool = False  # in the core's own memory (TPU: layouts with S(1)) instead of HBM
 
     @property
     def size(self) -> int:
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def traffic(self) -> float:
-        """Bytes that reading it takes from HBM."""
+        """Bytes of HBM traffic to read or write it once."""
         return 0.0 if self.near else self.bytes
 
 
@@ -68,13 +68,13 @@ class Instruction:
     opcode: str
     shapes: tuple[Shape, ...]  # of the result, tuples flattened
     operands: tuple[str, ...]
-    literal: str  # what stands in the parentheses, of a constant or a parameter
+    literal: str  # the text in the parentheses: a constant's value, a parameter's number
     attributes: str
     root: bool
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs; of a loop the body."""
+        """The computations that it runs; for a loop, the body."""
         found = []
         for match in _CALLED.finditer(self.attributes):
             rest = self.attributes[match.end() :]
@@ -82,7 +82,7 @@ class Instruction:
         return tuple(found)
 
     def attribute(self, name: str) -> str:
-        """The text of an attribute up to the comma after it, "" where it has none; braces are kept together."""
+        """The text of an attribute, up to the next comma outside brackets; "" if there is no such attribute."""
         match = re.search(rf"\b{name}=", self.attributes)
         return _balanced(self.attributes[match.end() :]) if match else ""
 
@@ -92,7 +92,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one execution costs one device."""
+    """The cost of one execution on one device."""
 
     matmul_flops: float = 0.0
     vector_ops: float = 0.0
@@ -132,18 +132,18 @@ class Module:
             raise ValueError("the text has no entry computation")
 
     def instructions(self, computation: str) -> Iterator[Instruction]:
-        """In the order of the schedule."""
+        """The instructions of a computation, in the order of the schedule."""
         yield from self.computations[computation].values()
 
     def within(self, computation: str, scope: str) -> bool:
-        """Whether any of its instructions comes from a `jax.named_scope` of this name."""
+        """Whether any instruction of a computation comes from a `jax.named_scope` of this name."""
         return any(
             f"/{scope}/" in instruction.attributes or any(self.within(name, scope) for name in instruction.called)
             for instruction in self.instructions(computation)
         )
 
     def source(self, instruction: Instruction) -> str:
-        """FILE:LINE where the program's author wrote it, as far as the compiler kept track; "" otherwise."""
+        """FILE:LINE of the Python source of an instruction; "" if the compiler did not keep it."""
         if match := re.search(r'source_file="([^"]+)" source_line=(\d+)', instruction.attributes):
             return f"{match[1]}:{match[2]}"
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
@@ -155,7 +155,7 @@ class Module:
         return file + ":" + re.search(r"line=(\d+)", where)[1]
 
     def trips(self, loop: Instruction, computation: str, unknown: float = 1.0) -> float:
-        """How often a `while` runs its body; `unknown` where that depends on data."""
+        """How often a `while` runs its body; `unknown` if that depends on data."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return float(match[1])
         comparison, values = self._comparison(_NAME.match(loop.attribute("condition"))[1])
@@ -168,7 +168,7 @@ class Module:
         return float(limit.literal) - (float(first.literal) if first and first.opcode == "constant" else 0.0)
 
     def _comparison(self, condition: str) -> tuple[Instruction, list[Instruction | None]]:
-        """The root of a loop's condition, and its operands; of a fusion (GPUs) those of what is inside."""
+        """The root of a loop's condition, and its operands; if that is a fusion (GPUs), the root inside it."""
         scope = self.computations[condition]
         root = next(i for i in scope.values() if i.root)
         values = [_through(scope, name) for name in root.operands]
@@ -178,15 +178,15 @@ class Module:
         return comparison, [values[int(i.literal)] if i and i.opcode == "parameter" else i for i in inside]
 
     def work(self, instruction: Instruction, computation: str) -> Work:
-        """The work of one instruction outside fusions; loops, branches and collectives are `roofline`'s to add up."""
-        only_room = '"AllocateBuffer"' in instruction.attributes  # for what a loop will write
+        """The work of one instruction outside fusions; none for loops, branches and collectives (see `roofline`)."""
+        only_room = '"AllocateBuffer"' in instruction.attributes  # a buffer that a loop will write
         if instruction.opcode in _FREE or collective_kind(instruction) or only_room:
             return Work()
         flops, ops = self._arithmetic(instruction, self.computations[computation])
         return Work(flops, ops, self._traffic(instruction, self.computations[computation]))
 
     def _arithmetic(self, instruction: Instruction, scope: dict[str, Instruction]) -> tuple[float, float]:
-        """(FLOPs of matrix products, vector operations)."""
+        """(FLOPs of matmuls, vector operations)."""
         opcode, out = instruction.opcode, sum(shape.size for shape in instruction.shapes)
         if opcode == "dot":
             lhs = scope[instruction.operands[0]].shapes[0].dims
@@ -210,7 +210,7 @@ class Module:
             return 0.0, 0.0
         return 0.0, float(out * (_SLOW_OPS if opcode in _SLOW else 1))
 
-    @functools.cache  # noqa: B019 - a module lives as long as its numbers are asked for
+    @functools.cache  # noqa: B019 - programs are few, so it does not matter that the cache keeps them alive
     def _inside(self, computation: str) -> tuple[float, float]:
         scope = self.computations[computation]
         pairs = [self._arithmetic(instruction, scope) for instruction in scope.values()]
@@ -223,14 +223,14 @@ class Module:
         ]
         opcode = instruction.opcode
         if "gemm_backend_config" in instruction.attributes:
-            results = results[:1]  # the rest is room to work in, of which little is used
-        if opcode in PREFETCH_STARTS:  # (there, here, context)
+            results = results[:1]  # the others are workspace, of which little is used
+        if opcode in PREFETCH_STARTS:  # the first two shapes are the two ends of the copy
             moved = min(shape.bytes for shape in instruction.shapes[:2])
             return sum(moved for shape in instruction.shapes[:2] if shape.traffic)
-        if opcode in _SLICING:  # reads what it gives
+        if opcode in _SLICING:  # reads only as much as it returns
             return 2 * sum(results)
         if opcode == "custom-call" and (stated := dict(_STATED.findall(instruction.attributes))):
-            return float(stated["bytes_accessed"])  # where it uses but parts of arrays
+            return float(stated["bytes_accessed"])  # it may use only parts of its arrays
         if opcode == "dynamic-update-slice":  # in place
             return 2 * operands[1]
         if opcode == "fusion":
@@ -242,10 +242,10 @@ class Module:
 
     @functools.cache  # noqa: B019
     def _fused_traffic(self, computation: str) -> tuple[list[float | None], list[float | None]]:
-        """Bytes that a fusion reads of each parameter and writes of each result; None: all of it.
+        """Bytes that a fusion reads of each parameter and writes of each result; None stands for all of it.
 
-        A parameter of which only slices are taken is read that far; an array that is updated in place is written that
-        far, and not read; what is handed on is neither.
+        If only slices of a parameter are used, only these are read. Of an array that is updated in place, only the
+        update is written and nothing is read. An array that is only passed on is neither read nor written.
         """
         scope = self.computations[computation]
         users: dict[str, list[Instruction]] = {name: [] for name in scope}
@@ -264,7 +264,7 @@ class Module:
                         return None
                     total += inner
                 elif user.opcode == "tuple" or collective_kind(user):
-                    continue  # handed on; what a collective moves is its own affair
+                    continue  # passed on; `roofline` counts what collectives move
                 elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
                     return None
             return total
@@ -290,17 +290,17 @@ class Module:
 
 
 def collective_kind(instruction: Instruction) -> str | None:
-    """all-gather, all-reduce, ... of an instruction that is or starts one."""
+    """The kind of collective (all-gather, all-reduce, ...) that an instruction is or starts, else None."""
     name = instruction.opcode.removesuffix("-start")
     return name if name in COLLECTIVES else None
 
 
 def collective_bytes(instruction: Instruction, scope: dict[str, Instruction]) -> float:
-    """Bytes of the whole array that devices bring together or spread; of one device's part that they exchange."""
+    """Bytes of the whole array that is gathered, reduced or scattered; for exchanges, of one device's part."""
     if instruction.opcode.startswith("reduce-scatter"):
         return sum(shape.bytes for name in instruction.operands for shape in scope[name].shapes)
     arrays = [shape for shape in instruction.shapes if shape.dims or shape.dtype not in ("u32", "s32")]
-    # (operands, results), where all-reduce-start has results alone.
+    # The shapes are (operands, results), but of an all-reduce-start only results.
     if instruction.opcode.endswith("-start") and not instruction.opcode.startswith("all-reduce"):
         arrays = arrays[len(arrays) // 2 :]
     return sum(shape.bytes for shape in arrays)
@@ -329,7 +329,7 @@ def _type_and_rest(text: str) -> tuple[str, str]:
 
 
 def _until_closed(text: str) -> str:
-    """The text before the parenthesis that closes one opened before it."""
+    """The text up to the parenthesis that closes one opened before the text."""
     depth = 1
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -353,7 +353,7 @@ def _balanced(text: str) -> str:
 
 
 def _through(scope: dict[str, Instruction], name: str) -> Instruction | None:
-    """What an operand is, seen through copies."""
+    """The instruction that an operand comes from, looking through copies, bitcasts and converts."""
     instruction = scope.get(name)
     while instruction and instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = scope.get(instruction.operands[0])
@@ -361,7 +361,7 @@ def _through(scope: dict[str, Instruction], name: str) -> Instruction | None:
 
 
 def _convolution_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
-    """Multiply-adds that meet data, not padding: TPUs write most matrix products as such convolutions."""
+    """FLOPs that touch data, not padding: TPU compilers write most matmuls as such convolutions."""
     left, rest = instruction.attribute("dim_labels").split("_")
     right, out = rest.split("->")
     window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_\-]+)", instruction.attribute("window"))}
@@ -379,5 +379,5 @@ def _convolution_flops(instruction: Instruction, lhs: tuple[int, ...], rhs: tupl
         places = np.arange(result[out.index(axis)])[:, None] * stride + np.arange(taps)[None] * spread - low
         inside = (places >= 0) & (places % base == 0) & (places // base < lhs[left.index(axis)])
         positions *= int(inside.sum())
-    # The kernel's input features are those of one group already.
+    # The kernel's input features are already per group.
     return 2.0 * positions * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]

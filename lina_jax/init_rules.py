@@ -1,4 +1,4 @@
-"""Which arrays of other weights a new run takes: rules as data, and the published sets of them."""
+"""Rules for which arrays of other weights a new run takes, and named sets of them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,11 @@ UNFIT = ("refuse", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Patterns of names. The first list that has one that fits decides: exclude, include (empty: all), restart, ..."""
+    """Patterns of array names, applied in this order; arrays that none of them concerns are loaded.
+
+    `exclude` skips arrays, `include` skips all others (unless empty), `restart` draws them anew, `recompute`
+    interpolates gates.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -17,7 +21,7 @@ class Rules:
     unfit: str = "refuse"
 
     def extended(self, own: "Rules") -> "Rules":
-        """With the patterns of `own` as well."""
+        """These rules plus those of `own`."""
         joined = {name: getattr(self, name) + getattr(own, name) for name in LISTS}
         return Rules(**joined, unfit="skip" if "skip" in (self.unfit, own.unfit) else "refuse")
 
@@ -27,9 +31,9 @@ GATES = ("*/attention/key_scale*", "*/attention/value_scale")
 
 SETS: Mapping[str, Rules] = {
     "all": Rules(),
-    # Published: NOVA to 256 px. Its attention is softmax; whatever has another shape starts anew, too.
+    # Published: from NOVA to 256 px. NOVA has softmax attention; arrays of other shapes start anew, too.
     "nova": Rules(exclude=("*/attention/*",), unfit="skip"),
-    # Published: 256 to 512 to 1024 px. Gates belong to tokens, of which there are four times as many.
+    # Published: from 256 to 512 to 1024 px. Gates are per token, and each step has four times as many tokens.
     "resolution": Rules(restart=GATES),
     # Ours.
     "interpolate": Rules(recompute=GATES),

@@ -1,4 +1,4 @@
-"""Seconds of calls, and the rows of figures that `benchmark` prints (docs/performance.md explains their fields)."""
+"""Time calls, and make the rows that `benchmark` prints (docs/performance.md explains their fields)."""
 
 import collections
 import dataclasses
@@ -19,15 +19,15 @@ from lina_jax.errors import UserError
 
 Row = dict[str, Any]
 
-RUN_S = 0.3  # a run repeats its call until it lasts about so long: its start and its end weigh little
-# Fields whose ratios tell how two rows of one measurement differ.
+RUN_S = 0.3  # a run repeats its call for about this long, so that its start and end weigh little
+# Fields whose ratios --compare reports.
 COMPARED = (
     "median_s", "images_per_s", "tokens_per_s", "records_per_s", "cpu_s", "cpu_ms", "mfu", "model_flops",
     "compiled_flops", "compiled_bytes", "program_bytes", "device_peak_bytes", "host_peak_bytes", "compile_s",
 )  # fmt: skip
 
 
-# Fields that say how a row was set up: rows of one call may differ in them.
+# Fields that say how a measurement was set up; several rows of one measurement may differ in them.
 SETUP = (
     "overrides", "dtype", "mesh", "remat", "scan_layers", "attention_kernel", "device",
     "threads", "prefetch", "seconds", "memory_batches",
@@ -36,7 +36,7 @@ SETUP = (
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, by run, by the clock and of all processors of this process together."""
+    """Seconds of one call, for each run: wall time, and CPU time of all threads of this process."""
 
     seconds: Sequence[float]
     cpu_seconds: Sequence[float]
@@ -60,8 +60,8 @@ class Timing:
 def in_turns(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Timing]:
     """Time `runs` runs of each side's call, which returns arrays to wait for.
 
-    What is made at first calls is left out. The sides take turns, so that they all see the same neighbours. All
-    processes of a run make as many calls as process 0, whatever their own clocks say.
+    The first call of each side is not timed. Runs of the sides alternate, so that other load on the machine affects
+    all of them alike. All processes make as many calls per run as process 0 chooses by its clock.
     """
     calls = {}
     for name, call in sides.items():
@@ -76,18 +76,18 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Tim
 
 
 def timed(call: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
-    """(seconds, processor seconds) of one of `calls` calls, which return arrays to wait for."""
+    """(seconds, CPU seconds) per call, over `calls` calls that return arrays to wait for."""
     started, used = time.perf_counter(), time.process_time()
     for _ in range(calls):
         result = call()
-        if jax.default_backend() == "cpu":  # calls that do not need each other would share the processors
+        if jax.default_backend() == "cpu":  # calls that do not depend on each other would run at the same time
             jax.block_until_ready(result)
     jax.block_until_ready(result)
     return (time.perf_counter() - started) / calls, (time.process_time() - used) / calls
 
 
 def machine() -> Row:
-    """Where and beside what a measurement is made."""
+    """The machine that a measurement is made on, and its load."""
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -98,14 +98,14 @@ def machine() -> Row:
 
 
 def memory() -> Row:
-    """The most that a device and this process have held so far, in bytes; devices do not all say."""
+    """Peak memory of this process and its devices so far, in bytes; the latter only where devices report it."""
     known = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     host = {"host_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     return ({"device_peak_bytes": max(known)} if known else {}) | host
 
 
 def efficiency(model_flops: float, seconds: float, peak: float) -> Row:
-    """FLOP/s, and the MFU where the peak (of all devices together) is known."""
+    """FLOP/s, and the MFU if the peak (of all devices together) is known, i.e. not 0."""
     rate = model_flops / seconds
     return {"model_flops": model_flops, "model_flops_per_s": rate} | ({"mfu": rate / peak} if peak else {})
 
@@ -114,7 +114,7 @@ class Earlier:
     """The rows of an earlier call."""
 
     def __init__(self, path: str):
-        """Raises UserError when there is no such file, or its lines are not rows."""
+        """Read a file of rows. Raises UserError if there is none, or its lines are not rows."""
         self.path = path
         try:
             rows = [json.loads(line) for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
@@ -129,9 +129,10 @@ class Earlier:
             raise UserError(f"--compare={path}: expected lines that `benchmark` printed") from error
 
     def ratios(self, row: Row) -> dict[str, float] | None:
-        """This row's figures over those of the same measurement then; None where it was not made.
+        """This row's figures divided by those of the same measurement in the file; None if there is none.
 
-        Of several the latest that was set up alike counts, and none where all were set up otherwise.
+        Among several rows of the measurement, the last with the same setup counts; None if all have another. A single
+        row counts whatever its setup.
         """
         measured = self._rows.get(_what(row), [])
         alike = [then for then in measured if all(then.get(name) == row.get(name) for name in SETUP)]
@@ -143,5 +144,5 @@ class Earlier:
 
 
 def _what(row: Row) -> str:
-    """The measurement that a row is of."""
+    """A key for the measurement that a row belongs to."""
     return json.dumps([row["benchmark"], row["config"], row.get("shapes")], sort_keys=True)

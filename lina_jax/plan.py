@@ -1,13 +1,13 @@
-"""What a config would need and do on a TPU slice or a GPU cluster that is not there.
+"""Plan a config for a TPU slice or GPU cluster that you do not have: does it fit, and how fast is a step?
 
 python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [--batch_per_chip=8] [--json]
     [--nosampling] [--detail=10] [--search [--search_compiles=6]] [--config.any.field=value ...]
 
-Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory of
-a device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. --json prints one JSON object
-alone on stdout, the table goes to stderr. --search tries remat policies (on GPUs with and without kernels of
-attention), meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install
-'.[tpu]'`; docs/planning.md says what the figures mean.
+Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory
+per device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. With --json, stdout is one
+JSON object and the table goes to stderr. --search tries remat policies (on GPUs with and without attention kernels),
+meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install '.[tpu]'`, for GPUs
+`'.[plan-gpu]'`. docs/planning.md explains the figures.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ DAY = 86_400.0
 
 Report = dict[str, Any]
 
-# Keys that the JSON always has: null where a program does not fit.
+# Keys that the JSON always has; null where a program does not fit.
 ALWAYS = ("collective_bytes", "predicted_mfu", "predicted_step_s", "images_per_s")
 
 
 def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, sampling: bool = True) -> Report:
-    """Everything that is printed, as what JSON can hold; sizes in bytes of one device, times in seconds.
+    """The report, as JSON values: memory in bytes per device, times in seconds unless named otherwise.
 
-    Raises UserError where the mesh does not fit the devices or the config.
+    Raises UserError if the mesh does not fit the devices or the config.
     """
     device_mesh = mesh.of(config, devices)
     blueprint = state.blueprint(config, device_mesh)
@@ -121,7 +121,7 @@ def _compiled(
     *,
     unknown_trips: float = 1.0,
 ) -> Report:
-    """What compiling says of memory, FLOPs, collectives and time; of a program that does not fit, by how much."""
+    """Memory, FLOPs, collectives and time of the compiled program; if it is too large to compile, by how much."""
     print(f"compiling the {name} for {where.name} ...", file=sys.stderr, flush=True)
     capacity = where.chip.memory
     try:
@@ -139,7 +139,7 @@ def _compiled(
     estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, device_mesh, unknown_trips=unknown_trips)
     room = capacity - compiled.total
     if where.chip.torus:
-        room = max(room, 0)  # compilers for TPUs refuse what does not fit, whatever the sum of its parts
+        room = max(room, 0)  # TPU compilers refuse what does not fit, so this fits, whatever the parts add up to
     return {
         "fits": room >= 0,
         "headroom_bytes": room,
@@ -164,7 +164,7 @@ def _compiled(
 
 
 def table(report: Report, detail: int = 0) -> str:
-    """The report for people, with the `detail` costliest collectives and instructions."""
+    """The report as text, with the `detail` costliest collectives and instructions."""
     rows = [
         f"{report['topology']}: {report['chips']} chips, mesh "
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),

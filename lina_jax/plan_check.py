@@ -1,9 +1,9 @@
-"""How far the planner's estimates are from published measurements.
+"""Compare the planner's estimates with published measurements.
 
 python -m lina_jax.plan_check [--only=v5e-16B]
 
-Feeds stand-ins for other people's language models to the estimator: the same matrix products, remat, optimizer and
-mesh, compiled for the same slice. Prints one JSON line for each, with published and predicted TFLOP/s of a chip.
+Compiles stand-ins for published language models (the same matmuls, remat, optimizer and mesh) for the same slice and
+estimates their step time. Prints one JSON line for each, with published and predicted TFLOP/s per chip.
 """
 
 import dataclasses
@@ -25,33 +25,34 @@ from lina_jax.state import Program
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A gated-MLP transformer, fully sharded and rematerialised, and what it was measured to do."""
+    """A fully sharded, rematerialised transformer with gated MLPs, and its measured speed."""
 
     topology: str
     layers: int
     width: int
     attention: int  # heads times head width
     hidden: int
-    sequences: int  # a chip
-    tflops: float  # a second and chip
-    tensor: int = 1  # devices that share heads and hidden units
+    sequences: int  # per chip
+    tflops: float  # TFLOP/s per chip
+    tensor: int = 1  # devices that heads and hidden units are sharded over
     remat: str = "full"
 
 
 TOKENS, VOCABULARY = 2048, 32_000
 
-# MaxText, github.com/AI-Hypercomputer/maxtext, MaxText/configs/v5e and v5p: the tables in README.md, settings in the
-# scripts beside them; sizes by its global_parameter_scale (base: 16 layers, width 2048, 16 heads of 128, hidden 7168).
+# MaxText, github.com/AI-Hypercomputer/maxtext, MaxText/configs/v5e and v5p: figures from the tables in README.md,
+# settings from the scripts beside them, sizes by its global_parameter_scale (base: 16 layers, width 2048, 16 heads of
+# 128, hidden 7168).
 PUBLISHED = {
     "v5e-16B": Published("v5e:16x16", 32, 4096, 8192, 28_672, 6, 120),
     "v5e-32B": Published("v5e:16x16", 32, 8192, 8192, 28_672, 4, 132),
-    # 6 sequences a chip, not their 7, for which this stand-in misses the memory by 1.4 %.
+    # 6 sequences per chip instead of their 7, with which this stand-in exceeds the memory by 1.4 %.
     "v5p-32B": Published("v5p:4x4x4", 32, 8192, 8192, 28_672, 6, 328, tensor=4, remat="dots"),
 }
 
 
 def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, tuple, jax.sharding.Mesh]:
-    """A train step without the attention core, which their kernel (not XLA) computes; see `compare`."""
+    """A train step, its abstract arguments and its mesh, without the attention core (their own kernel, not XLA's)."""
     device_mesh = mesh.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
 
     def spec(shape, dtype, *names):
@@ -109,7 +110,7 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
 
 
 def compare(name: str) -> dict[str, object]:
-    """Published and predicted rate. What is left out (the attention core) is left out of both sides' FLOPs."""
+    """Published and predicted rates of one model; the predicted one has neither FLOPs nor time of attention cores."""
     case = PUBLISHED[name]
     where = topology.parse(case.topology)
     program, arguments, device_mesh = step_for(case, topology.devices(where))

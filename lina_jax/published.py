@@ -1,7 +1,7 @@
-"""Published pipeline directories: what is in them, and the config that they mean.
+"""Open published pipeline directories and derive their config.
 
-What is known of a model comes from several places: the shapes of its tensors, config.json, model_index.json. Each says
-what it knows, and every contradiction is named.
+Facts about a model come from several sources: the shapes of its tensors, config.json, model_index.json and others. All
+of them are collected, and every contradiction is reported.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from lina_jax.models.vae import PUBLISHED as AUTOENCODERS
 from lina_jax.published_names import HEADS, variant_of
 from lina_jax.torch_files import OWN_NAMES, Pickled, Tensors, open_bin, open_file, open_weights, read_json
 
-# Axes of the tensors of attention that tell what kind it is.
+# Number of axes of the tensors that reveal the kind of attention.
 ATTENTION_RANKS = {
     **dict.fromkeys(("key_scale", "value_scale", "key_scale_gamma", "key_scale_tau", "dw_conv.weight"), 4),
     "key_gate.weight": 2,
 }
 NUMBERS_OF_AUTOENCODER = ("kind", "stride", "scaling_factor", "shift_factor")
-# What a scheduler must be, where it says so.
+# Required values of scheduler_config.json, for the fields that it has.
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
@@ -39,7 +39,7 @@ TEXT_SAMPLING = {"steps": 128, "guidance": 7.0, "guidance_schedule": "constant"}
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A published model, opened but not read; what is absent is empty."""
+    """A published model, opened but not read; parts that are absent are empty or None."""
 
     source: Path  # of the weights
     tensors: Tensors | Pickled
@@ -51,17 +51,17 @@ class Pipeline:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The config that our own exports carry with them."""
+        """The config in the metadata of our own exports; empty for other files."""
         try:
             config = json.loads(self.tensors.metadata.get("config", "{}"))
         except ValueError:
-            config = {}  # somebody else's
+            config = {}  # written by other software
         groups = ("model", "autoencoder")
         return config if isinstance(config, dict) and all(isinstance(config.get(g), dict) for g in groups) else {}
 
 
 def open_pipeline(path: Path) -> Pipeline:
-    """A pipeline directory, its `transformer/`, or a bare file of weights. Raises UserError."""
+    """Open a pipeline directory, its `transformer/`, or a bare file of weights. Raises UserError."""
     if path.is_file():
         opened = {".safetensors": open_file, ".bin": open_bin}.get(path.suffix)
         if not opened:
@@ -94,7 +94,7 @@ def open_pipeline(path: Path) -> Pipeline:
 
 
 class Facts:
-    """What each source says of each field of a config."""
+    """The values that sources give for each field of a config; `get` returns that of the first source."""
 
     def __init__(self):
         self._said: dict[str, dict[str, Any]] = {}  # field -> source -> value
@@ -120,9 +120,9 @@ class Facts:
 
 
 def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[str]]:
-    """The config of a published model, and what had to be assumed for it; `given` is the user's, if any.
+    """The config of a published model, and the assumptions made for it; `given` is the user's config, if any.
 
-    Raises UserError listing every contradiction, or what cannot be told without the user.
+    Raises UserError listing every contradiction, or every field that only the user can supply.
     """
     facts = Facts()
     if given:
@@ -154,7 +154,7 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
 
 
 def _from_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Fields of ModelConfig that names and shapes of published tensors tell."""
+    """Fields of ModelConfig that follow from the names and shapes of published tensors."""
 
     for key in shapes:
         name = key.rpartition(".attn.")[2]
@@ -184,7 +184,7 @@ def _from_shapes(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def _shape(source: Path, shapes: Mapping[str, tuple[int, ...]], key: str, rank: int) -> tuple[int, ...]:
-    """Of a tensor that every model has. Raises UserError unless it is there, with `rank` axes and with values."""
+    """The shape of a required tensor. Raises UserError unless it exists, has `rank` axes and is not empty."""
     if key not in shapes:
         raise UserError(f"{source}: not a LINA or NOVA transformer: it has no {key}")
     if len(shapes[key]) != rank or 0 in shapes[key]:
@@ -193,13 +193,13 @@ def _shape(source: Path, shapes: Mapping[str, tuple[int, ...]], key: str, rank: 
 
 
 def _count(shapes: Mapping[str, Any], stack: str) -> int:
-    """Blocks of a stack."""
+    """The number of blocks in a stack."""
     numbers = {key.split(".")[2] for key in shapes if key.startswith(f"{stack}.blocks.")}
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
 def _variant(shapes: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, Any]:
-    """What the attention of the image blocks' second half tells: softmax and plain division look alike."""
+    """Fields of attention, by the second half of the image blocks; softmax and plain division have the same tensors."""
     last = range(depth // 2, depth)
     held = [
         {key.split(".attn.")[1] for key in shapes if key.startswith(f"image_encoder.blocks.{i}.attn.")} for i in last
@@ -232,13 +232,13 @@ def _variant(shapes: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, Any
 
 
 def _gate_length(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Tokens of condition and image, of which each has a gate."""
+    """The number of condition and image tokens, by the shape of their gates; None without gates per token."""
     names = tuple(f".attn.{name}" for name in ("key_scale", "value_scale", "key_scale_gamma"))
     return next((shape[2] for key, shape in shapes.items() if key.endswith(names)), None)
 
 
 def _from_transformer(raw: Mapping[str, Any], text: bool) -> dict[str, Any]:
-    """Fields that a published config.json tells. Raises UserError where it cannot be read, or is of a video model."""
+    """Fields from a published config.json. Raises UserError for invalid values and for video models."""
     if raw.get("video_mixer_rank"):
         raise UserError(f"config.json: video_mixer_rank={raw['video_mixer_rank']}: models of video are not supported")
 
@@ -296,7 +296,7 @@ def _grid_of_size(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _from_index(index: Mapping[str, Any], given: Config | None) -> dict[str, Any]:
     """Attention, normalisation, convolution and gate, by the name of the published module.
 
-    Raises UserError for a module that is not known here, unless the user says what it is.
+    Raises UserError for an unknown module, unless the user gives a config.
     """
     match index.get("transformer"):
         case [str() as module, *_]:
@@ -307,7 +307,7 @@ def _from_index(index: Mapping[str, Any], given: Config | None) -> dict[str, Any
 
 
 def _from_metadata(model: Mapping[str, Any], given: Config | None) -> Mapping[str, Any]:
-    """The fields that our own exports carry; beside a given config those that nothing else tells, where they matter."""
+    """Fields from the metadata of our own exports; with a given config, only those that tensors may leave open."""
     if not given:
         return model
     names = ["heads", "attention", "image_grid", "condition_grid"]
@@ -317,7 +317,7 @@ def _from_metadata(model: Mapping[str, Any], given: Config | None) -> Mapping[st
 
 
 def _assume(facts: Facts, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Add what all published models share, where no source says it; a line for each that matters."""
+    """Add what all published models share to `facts`, where no source has it; a line for each assumption to report."""
     assumed, length = [], _gate_length(shapes)
     side = math.isqrt(4 * length // 5) if length else 0
     if facts.get("model.image_grid") is None and length and side % 2 == 0 and 5 * side**2 == 4 * length:
@@ -332,7 +332,7 @@ def _assume(facts: Facts, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _require(pipeline: Pipeline, facts: Facts) -> None:
-    """Raises UserError naming what no source tells."""
+    """Raises UserError naming the fields that no source has."""
     lacking = []
     attention = facts.get("model.attention")
     if attention is None:
@@ -351,7 +351,7 @@ def _require(pipeline: Pipeline, facts: Facts) -> None:
 
 
 def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:
-    """Fields of the autoencoder's config; contradictions go to `problems`."""
+    """Fields of the autoencoder's config; contradictions are appended to `problems`."""
     channels, said = facts.get("model.latent_channels"), Facts()
     ours = dataclasses.asdict(given.autoencoder) if given else {}
 
@@ -384,7 +384,10 @@ def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problem
 
 
 def _shift(pipeline: Pipeline, given: Config | None, problems: list[str]) -> float:
-    """Of the noise levels; contradictions go to `problems`. Raises UserError for a scheduler that is not ours."""
+    """The shift of the noise levels; contradictions are appended to `problems`.
+
+    Raises UserError for a scheduler that is not supported.
+    """
     said, scheduler = Facts(), pipeline.scheduler
     for name, expected in SCHEDULER.items():
         if (value := scheduler.get(name, expected)) != expected:

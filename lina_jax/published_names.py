@@ -1,15 +1,15 @@
-"""Published names of models, and what the published code can compute."""
+"""The published names of models, and which models the published code can compute."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from lina_jax.config import Config, ModelConfig
 
-HEADS = {768: 12, 1024: 16, 1536: 16}  # of the published widths
+HEADS = {768: 12, 1024: 16, 1536: 16}  # by published width
 MODULE = "diffnext.models.transformers.transformer_nova"
 PLAIN = {"attention": "linear", "normalization": "division", "depthwise_conv": False, "kv_gate": "none"}
 CONV = {**PLAIN, "depthwise_conv": True}
-# The end of the module's name -> the model. A large image has `_high_res` after it.
+# Suffix of the module's name -> fields of the model; `_high_res` may follow it (see `module_of`).
 VARIANTS = {
     "": {"attention": "softmax", "depthwise_conv": False, "kv_gate": "none"},
     "linear6": PLAIN,
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def variant_of(module: str) -> dict[str, Any]:
-    """Fields of ModelConfig that a published module's name tells; none if the name is not known."""
+    """Fields of ModelConfig that a published module's name implies; empty if the name is unknown."""
     suffix = module.rpartition(".")[2].removesuffix("_high_res")
     if suffix == "transformer_nova":
         return dict(VARIANTS[""])
@@ -38,7 +38,7 @@ def variant_of(module: str) -> dict[str, Any]:
 
 
 def unpublishable(config: ModelConfig) -> Iterator[str]:
-    """What a model has that the published code has not."""
+    """A line for each feature of a model that the published code does not have."""
     if module_of(config) is None:
         yield (
             f"model.attention={config.attention}, normalization={config.normalization}, "
@@ -60,13 +60,13 @@ def module_of(config: ModelConfig) -> str | None:
     suffix = next(matching, None)
     if suffix is None:
         return None
-    # The plain module of head-wise gates is written for 256 px.
+    # The module of head-wise gates without `_high_res` is written for 256 px.
     large = config.kv_gate == "head" and config.image_grid != (16, 16)
     return MODULE + (f"_{suffix}" if suffix else "") + ("_high_res" if large else "")
 
 
 def stride_of(patch: int, wanted: int = 16) -> int | None:
-    """The image_stride of which published code makes this patch size: `wanted` if it does, else the smallest."""
+    """The image_stride that gives published code this patch size: `wanted` if it does, else the smallest, if any."""
     strides = [stride for stride in (wanted, *range(1, 17)) if 15 // stride + 1 == patch]
     return strides[0] if strides else None
 

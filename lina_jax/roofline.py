@@ -1,12 +1,11 @@
-"""How long a compiled step takes, estimated from its schedule.
+"""Estimate the time of a compiled step from its schedule.
 
-The compiler's text is a schedule: what stands in it one after the other runs one after the other. An instruction takes
-the longest of its matrix products, its vector operations and its traffic to HBM, each at the share of the chip's rate
-that ATTAINED gives. A collective takes the time of its bytes over the links that its devices span; between its `-start`
-and its `-done` the program goes on, so that only what is left of it at the `-done` counts; so it is with copies that a
-TPU makes ahead of their use. Loops are multiplied by their trips, and of a conditional the longest branch counts,
-leaving out what as good as never runs (`sequence.RARELY`).
-docs/planning.md says how far this is from measurements.
+The compiled text is a schedule: instructions run in its order. An instruction takes the longest of its matmuls, its
+vector operations and its HBM traffic, each at the chip's rate times the share in ATTAINED. A collective takes the time
+of its bytes over the links that its devices span. The program goes on between its `-start` and its `-done`, so only the
+time left at the `-done` counts; the same holds for copies that a TPU prefetches. Loop bodies are multiplied by their
+trip counts. A conditional takes its longest branch, without those that almost never run (`sequence.RARELY`).
+docs/planning.md compares the estimate with measurements.
 """
 
 import dataclasses
@@ -21,46 +20,46 @@ from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.models import sequence
 
-# Shares of the rates in `chips` that good kernels are assumed to reach; assumptions, not fits: docs/planning.md has
-# comparisons with measurements. GPU products: power holds bf16 on an H100 or H200 near 700 of its 989 TFLOP/s.
+# Shares of the rates in `chips` that good kernels are assumed to reach; these are not fitted, but docs/planning.md
+# compares with measurements. GPU matmuls: power limits bf16 on an H100 or H200 to about 700 of its 989 TFLOP/s.
 ATTAINED = {
     "tpu": {"matmul": 0.92, "vector": 0.7, "memory": 0.9, "link": 0.9},
     "cuda": {"matmul": 0.72, "vector": 0.7, "memory": 0.9, "link": 0.8},
 }
-# Seconds that a collective takes whatever its size: for each hop around a torus, for one among the GPUs of a node, for
-# one over the slow links.
+# Latency of a collective in seconds, whatever its size: per hop around a torus, among the GPUs of a node, and over the
+# slow links.
 HOP, GPU_LATENCY, SLOW_LATENCY = 1e-6, 20e-6, 50e-6
-OVERHEAD = 0.5e-6  # of an instruction: filling and draining its pipelines
+OVERHEAD = 0.5e-6  # seconds per instruction to fill and drain its pipelines
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program, as often as it runs in a step."""
+    """One collective of the program, with all of its executions in a step."""
 
     kind: str
-    axes: str  # of the mesh, with commas
+    axes: str  # of the mesh, separated by commas
     bytes: float  # of the whole array, in one execution
-    times: float
-    seconds: float  # one execution on its own
-    exposed: float  # what the program waits for it in a step
+    times: float  # executions in a step
+    seconds: float  # of one execution on its own
+    exposed: float  # seconds that the program waits for it in a step
     source: str
     name: str
-    links: tuple[str, ...]  # that it uses: "near", within slices and nodes, and "far", between them
+    links: tuple[str, ...]  # those it uses: "near" (within slices and nodes), "far" (between them)
 
 
 @dataclasses.dataclass
 class Estimate:
-    """One step on one device."""
+    """The estimate of one step on one device."""
 
     seconds: float = 0.0
     work: hlo.Work = dataclasses.field(default_factory=hlo.Work)
-    bound: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds by what bounds them
+    bound: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by what they are bound by
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     slowest: list[tuple[float, str, str, hlo.Work]] = dataclasses.field(default_factory=list)
 
     @property
     def collective_bytes(self) -> dict[str, dict[str, float]]:
-        """Bytes in a step by mesh axes and kind."""
+        """Bytes per step, by mesh axes and kind."""
         total: dict[str, dict[str, float]] = {}
         for c in self.collectives:
             kinds = total.setdefault(c.axes, {})
@@ -69,9 +68,10 @@ class Estimate:
 
 
 def count(module: hlo.Module, *, unknown_trips: float = 1.0) -> hlo.Work:
-    """The work of one run of the program on one device, whatever the device; collectives are left out.
+    """The work of one run of the program on one device, whatever its chip; collectives are left out.
 
-    Loops count by their trips (`unknown_trips` where these depend on data), of branches the one of most arithmetic.
+    Loops count times their trips (`unknown_trips` if these depend on data); a conditional counts as the branch with
+    the most arithmetic.
     """
 
     def total(computation: str) -> hlo.Work:
@@ -93,7 +93,7 @@ def count(module: hlo.Module, *, unknown_trips: float = 1.0) -> hlo.Work:
 
 
 def estimate(module: hlo.Module, chip: Chip, mesh: Mesh, *, unknown_trips: float = 1.0) -> Estimate:
-    """The time of one run of the program; loops whose length depends on data count `unknown_trips` times."""
+    """The estimate of one run of the program; loops whose trips depend on data count `unknown_trips` times."""
     walk = _Walk(module, chip, mesh, unknown_trips)
     walk.result.seconds = walk.run(module.entry, 1.0)
     walk.result.slowest.sort(key=lambda row: -row[0])
@@ -101,13 +101,13 @@ def estimate(module: hlo.Module, chip: Chip, mesh: Mesh, *, unknown_trips: float
 
 
 def _branches(module: hlo.Module, conditional: hlo.Instruction) -> Sequence[str]:
-    """Those that are expected to run."""
+    """The branches that are expected to run."""
     usual = [branch for branch in conditional.called if not module.within(branch, sequence.RARELY)]
     return usual or conditional.called
 
 
 def instruction_seconds(work: hlo.Work, chip: Chip) -> tuple[float, str]:
-    """Seconds of one instruction and what bounds it."""
+    """(seconds of one instruction, what bounds it)."""
     share = ATTAINED[chip.platform]
     return max(
         (work.matmul_flops / (share["matmul"] * chip.peak_flops), "matmul"),
@@ -124,11 +124,12 @@ def collective_seconds(
     chip: Chip,
     extent: Sequence[int],
 ) -> float:
-    """Seconds of one collective over `members`, its array of `size` bytes.
+    """Seconds of one collective over `members` on an array of `size` bytes.
 
-    `nodes` are those of the members (`mesh.nodes`), `extent` is the slice's torus.
+    `nodes` has each member's node (`mesh.nodes`), `extent` the chips along each dimension of the slice's torus.
 
-    Rings within a slice or node; across them each device exchanges its part of the array with its likes.
+    Within a slice or node, data travels around rings. Between them, each device exchanges its part of the array with
+    its counterparts.
     """
     if len(members) < 2:
         return 0.0
@@ -147,7 +148,7 @@ def collective_seconds(
         if kind == "collective-permute":
             return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)
         passing = size * (near - 1) / near
-        if exchanged:  # of each device's part; around a ring it travels a quarter of it, in the mean
+        if exchanged:  # of each device's part; on average it travels a quarter of the way around a ring
             passing /= len(members)
             if rings:
                 rate = chip.link
@@ -162,7 +163,7 @@ def collective_seconds(
 
 
 def _rings(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, links into each member: two of a closed one) of the rings along each axis; none within one chip."""
+    """(length, links into each member: 2 if closed, else 1) of the ring along each axis that has several members."""
     rings = []
     for axis, full in enumerate(extent):
         length = len({device.coords[axis] for device in members})
@@ -172,7 +173,7 @@ def _rings(members: Sequence[jax.Device], chip: Chip, extent: Sequence[int]) -> 
 
 
 def _occupy(free: dict[str, float], now: float, collective: Collective) -> float:
-    """When a collective ends, in seconds: it starts once its links are `free`, and takes them until then."""
+    """When a collective ends, in seconds: it starts once its links are `free`, and occupies them until it ends."""
     end = max([now, *(free[link] for link in collective.links)]) + collective.seconds
     free.update(dict.fromkeys(collective.links, end))
     return end
@@ -191,9 +192,9 @@ class _Walk:
         self.result = Estimate()
 
     def run(self, computation: str, times: float) -> float:
-        """Seconds of one execution; what is counted is multiplied by `times`."""
-        clock = copier = 0.0  # now; when the copy engine is free
-        free = {"near": 0.0, "far": 0.0}  # when the links are
+        """Seconds of one execution; work, bounds and collectives are counted `times` times."""
+        clock = copier = 0.0  # now, and when the copy engine is free
+        free = {"near": 0.0, "far": 0.0}  # when links are free
         flying: dict[str, tuple[float, Collective]] = {}
         copied: dict[str, float] = {}
         scope = self._module.computations[computation]
@@ -223,7 +224,7 @@ class _Walk:
                     clock += wait
                     self._count(collective, wait, times)
                 elif phase == "at once":
-                    # What is fused with it runs beside it.
+                    # Computation that is fused with it overlaps with it.
                     compute = self._compute(instruction, computation, times)
                     wait = max(0.0, _occupy(free, clock, collective) - clock - compute)
                     clock += compute + wait
@@ -235,7 +236,7 @@ class _Walk:
         return clock
 
     def _longest(self, branches: Sequence[str], times: float) -> float:
-        """Of several computations of which one runs: the one that takes longest, counted."""
+        """Seconds of the branch that takes longest, which alone is counted."""
         before = self.result
         results = []
         for branch in branches:
@@ -264,7 +265,7 @@ class _Walk:
         return seconds
 
     def _copy(self, instruction: hlo.Instruction, computation: str, times: float) -> float:
-        """What the copy engine, which works beside the core, needs for it."""
+        """Seconds of a copy on the copy engine, which overlaps with the core."""
         work = self._module.work(instruction, computation)
         self.result.work += work.times(times)
         return instruction_seconds(work, self._chip)[0]
@@ -275,10 +276,10 @@ class _Walk:
     def _collective(
         self, instruction: hlo.Instruction, scope: Mapping[str, hlo.Instruction], times: float
     ) -> tuple[str, str, Collective | None] | None:
-        """(phase, key, collective) of an instruction that is, holds, starts or ends a collective, else None.
+        """(phase, key, collective) if the instruction is, contains, starts or ends a collective, else None.
 
-        Phases: at once; start and done, which share a key; between, of a TPU's fusion of computation with a step of a
-        collective that was started before.
+        Phases: "at once" (synchronous); "start" and "done", which share a key; "between", a TPU's fusion of computation
+        with a step of a collective that was started before.
         """
         opcode, inner = instruction.opcode, instruction
         if opcode == "async-done" or (opcode.endswith("-done") and opcode.removesuffix("-done") in hlo.COLLECTIVES):
@@ -294,12 +295,12 @@ class _Walk:
         if opcode == "fusion" and "async_collective_fusion_config" in inner.attributes:
             key = inner.attribute("channel_id")
             phase = {"start": "start", "done": "done"}.get(instruction.name.split(".")[0].split("-")[-1], "between")
-        if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce; each keeps its part
+        if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce, sliced per device
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
-        if kind in hlo.EXCHANGES:  # its result is one device's part
+        if kind in hlo.EXCHANGES:  # the result is one device's part
             size *= len(groups[0])
-        seconds = max(self._seconds(kind, size, group) for group in groups)  # all wait for the slowest
+        seconds = max(self._seconds(kind, size, group) for group in groups)  # all groups wait for the slowest
         axes, source, name = self._axes(groups), self._module.source(inner), instruction.name
         return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, self._links(groups))
 
@@ -313,7 +314,7 @@ class _Walk:
         return ("near",) * near + ("far",) * far
 
     def _axes(self, groups: Sequence[Sequence[int]]) -> str:
-        """Mesh axes along which the members of a group differ."""
+        """The mesh axes along which the members of a group differ, separated by commas."""
         shape = self._mesh.devices.shape
         moved = set()
         for group in groups[: 1 if len(groups[0]) > 2 else None]:

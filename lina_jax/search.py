@@ -1,4 +1,4 @@
-"""Which way of running layers, mesh and batch size suit a topology: guessed by arithmetic, settled by compiling."""
+"""Search for how to run layers, a mesh and a batch size for a topology: ranked by arithmetic, decided by compiling."""
 
 import dataclasses
 import itertools
@@ -16,9 +16,9 @@ from lina_jax.errors import UserError
 from lina_jax.topology import Topology
 
 GIB = 2**30
-TILE = 16  # rows of bf16 in a TPU's tile: of shards that cut tiles XLA makes all-reduces, not gathers and scatters
-AHEAD = 7 / 12  # of a block's weights, which a TPU's loops gather once for both passes, and keep (transformer.py)
-AXES = ("replica", "fsdp", "sequence", "tensor")  # of the mesh, that a candidate has sizes for; `data` takes the rest
+TILE = 16  # bf16 rows of a TPU tile; for shards that split tiles XLA uses all-reduces, not gathers and scatters
+AHEAD = 7 / 12  # share of a block's weights that scans on TPUs gather ahead and keep for both passes (transformer.py)
+AXES = ("replica", "fsdp", "sequence", "tensor")  # mesh axes that a candidate sets; `data` takes the other devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,12 @@ def search(
     compiles: int,
     fixed_batch: bool,
 ) -> dict[str, Any]:
-    """The report of the fastest config that fits, or else of the one that lacks least, with `recommended` and `tried`.
+    """The report of the fastest config that fits, else of the one that lacks least memory.
 
-    And with `overrides`, the flags that make of `config` what is recommended.
+    It also has `recommended` and `tried` candidates, and `overrides`, the flags that turn `config` into the
+    recommended one. Compiles at most `compiles` programs: those that fit by estimate, most images per second first.
 
-    At most `compiles` programs are compiled: those that by estimate fit, most images a second first.
-
-    Raises UserError where there are none, and what the compiler says where it takes none of them.
+    Raises UserError if no candidate fits by estimate, and the last compiler error if the compiler accepts none.
     """
     candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
     if not candidates:
@@ -62,7 +61,7 @@ def search(
         print(f"{number} of {min(compiles, len(candidates))}: {candidate}", file=sys.stderr, flush=True)
         try:
             report = plan(apply(config, dataclasses.asdict(candidate)))
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler has its limits
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler cannot compile every candidate
             refusal, reason = error, str(error).splitlines()[0]
             print(f"  refused: {reason}", file=sys.stderr, flush=True)
             tried.append(dataclasses.asdict(candidate) | {"fits": False, "refused": reason})
@@ -99,15 +98,15 @@ def apply(config: Config, chosen: dict[str, Any]) -> Config:
 
 
 def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
-    """Candidates that by estimate fit and that the mesh allows, those of most images a second first.
+    """Candidates that the mesh allows and that fit by estimate, most images per second first.
 
-    Ways of running layers, which the sort leaves in their order, take turns: kernels have yet to run on a GPU, and it
-    helps to know what to do without.
+    The estimate does not depend on the way to run layers, so that ways alternate after the stable sort: kernels have
+    not run on a GPU yet, and a plan without them is needed, too.
 
-    Raises UserError where the mesh allows none, with what it says of the one that cuts least.
+    Raises UserError if the mesh allows none, with the reason for the least sharded one.
     """
     sizes = {config.batch_size}
-    if not fixed_batch:  # from an image a chip on; where `sequence` cuts images, from one for as many chips as share it
+    if not fixed_batch:  # from one image per chip up; also fewer, for images that are sharded over `sequence`
         sizes |= {where.chips * images for images in _powers(64)}
         sizes |= {where.chips // parts for parts in _powers(where.chips)}
     replica = where.slices if config.mesh.replica in (1, -1) else config.mesh.replica
@@ -143,7 +142,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
 
 
 def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.Device]) -> Config:
-    """`apply`, with fields left open where they would become what was chosen: sampling has its own way then."""
+    """`apply`, but fields that would resolve to the same choices stay open, so that sampling can resolve its own."""
     made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
     resolved = execution.resolved(left, mesh.of(left, devices))
@@ -151,20 +150,20 @@ def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.De
 
 
 def overrides(config: Config, recommendation: Config) -> list[str]:
-    """The flags that make this of the config; among them always its batch (--batch_per_chip may set it)."""
+    """The flags that turn the config into the recommendation; always with the batch (--batch_per_chip may set it)."""
     given, made = flatten(config), flatten(recommendation)
     return [f"--config.{name}={made[name]}" for name in made if name == "batch_size" or made[name] != given[name]]
 
 
 def _gathered_at_once(candidate: Candidate, chip: Chip) -> float:
-    """The share of blocks' matrices that a device holds whole at the same time."""
+    """The share of the blocks' matrices that a device holds gathered at the same time."""
     if not chip.torus or candidate.remat == "none":
         return 1.0
     return AHEAD if candidate.fsdp > 1 and candidate.scan_layers and candidate.remat == "dots" else 0.0
 
 
 def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, images: float, held: float) -> float:
-    """Of a device with so many images, roughly: arithmetic, the update of what it holds, and half of what axes move."""
+    """Rough seconds per image on a device with so many images: compute, its update, and half of its communication."""
     model, layers, chip = config.model, config.model.condition_depth + config.model.image_depth, where.chip
     again = execution.RECOMPUTED[candidate.remat]
     work = flops.training_flops(model, config.loss) * (1 + again) / (0.7 * chip.peak_flops)
@@ -172,12 +171,12 @@ def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, ima
     nodes = where.slices if chip.torus else where.shape[0]
     near = chip.torus or candidate.fsdp * candidate.sequence * candidate.tensor <= where.shape[1]
     links = (chip.link if near else chip.slow_link) * (2 if chip.torus else 1)
-    # Gathered forward and backward, and the gradient scattered; or the gradient summed.
+    # Weights gathered in both passes and gradients scattered (3 passes over the links), or gradients all-reduced (2).
     kept = _gathered_at_once(candidate, chip) if chip.torus else 0.0
     gathered = weights / links * (2 if candidate.fsdp == 1 else 3 - kept) * config.optim.accumulate
     if chip.torus and model.width // candidate.fsdp % TILE:
         gathered *= 2
-    if nodes > 1 and near:  # gradients, float32, are summed over slices or nodes
+    if nodes > 1 and near:  # float32 gradients are summed over slices or nodes
         gathered += 4 * weights / candidate.fsdp / chip.slow_link
     tokens = model.condition_tokens + model.image_tokens
     summed = 8 * tokens * model.width * 2 * layers / links * (candidate.tensor - 1)

@@ -1,4 +1,4 @@
-"""Slices and nodes that are not there: their devices, as compilers know them."""
+"""Topologies: TPU slices and GPU nodes that are not there, and their devices for compilers."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ from lina_jax import xla_flags
 from lina_jax.chips import CHIPS, Chip
 from lina_jax.errors import UserError
 
-# libtpu asks the machine it runs on for these, and has no answer on one without a TPU.
+# libtpu queries the machine for these, and gets no answer on one without a TPU.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -25,11 +25,11 @@ _TPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind: v5p:4x4x4 is one slice, v5p:4x4x4*2 two of them, h200:8 a node, h200:4x8 four."""
+    """Chips and their arrangement: v5p:4x4x4 is one slice, v5p:4x4x4*2 two, h200:8 one node, h200:4x8 four."""
 
     name: str
     chip: Chip
-    shape: tuple[int, ...]  # chips along each dimension of a slice; GPUs: nodes, GPUs of a node
+    shape: tuple[int, ...]  # TPU: chips along each dimension of a slice; GPU: (nodes, GPUs per node)
     slices: int = 1
 
     @property
@@ -38,7 +38,7 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """Raises UserError with what is allowed."""
+    """The topology that a --topology flag names. Raises UserError with what is allowed."""
     example = "expected CHIP:SHAPE like v5e:16x16, v5p:4x4x4, v5p:4x4x4*2 (two slices), h200:8 or h200:4x8 (four nodes)"
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
     if not match:
@@ -52,22 +52,22 @@ def parse(text: str) -> Topology:
     if chip.torus:
         if len(shape) != chip.torus:
             raise UserError(f"--topology={text!r}: a slice of {name} has {chip.torus} dimensions, not {len(shape)}")
-        if chip.torus == 2 and max(shape) > chip.wrap:  # only a whole pod's edge is closed
+        if chip.torus == 2 and max(shape) > chip.wrap:  # a slice cannot be larger than a pod
             pod = f"{chip.wrap}x{chip.wrap}"
             raise UserError(f"--topology={text!r}: a slice of {name} has at most {pod} chips ({name}:{pod}*4: four)")
     elif len(shape) > 2 or slices > 1:
         raise UserError(f"--topology={text!r}: GPUs are {name}:GPUS or {name}:NODESxGPUS")
     elif len(shape) == 1:
         shape = (1, *shape)
-    elif shape[0] > 1 and shape[1] == 1:  # `mesh.nodes` would take them for the GPUs of one node
+    elif shape[0] > 1 and shape[1] == 1:  # `mesh.nodes` would regard them as GPUs of one node
         raise UserError(f"--topology={text!r}: nodes of one GPU cannot be planned")
     return Topology(name, chip, shape, slices)
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """The devices, for a mesh. Raises UserError where their compiler is not installed or knows no such slice.
+    """The devices of a topology. Raises UserError if their compiler is not installed or knows no such slice.
 
-    Must be called before this process uses a backend of JAX: it makes the CPU the default one.
+    Call this before the process uses any JAX backend: it makes the CPU the default.
     """
     jax.config.update("jax_platforms", "cpu")
     chip = topology.chip
@@ -79,7 +79,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         )
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
-        if math.prod(topology.shape) == 1:  # libtpu takes a host to have four
+        if math.prod(topology.shape) == 1:  # libtpu assumes four chips per host
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:
         _require("jax_cuda12_plugin", topology, "pip install -e '.[plan-gpu]'")
@@ -94,10 +94,10 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def compiler_options(topology: Topology) -> dict[str, object]:
-    """What a compiler has to be told where the device is not there."""
+    """Compiler options that are needed because the device is not there."""
     if topology.chip.torus:
         return {}
-    # Nothing can be measured; and of some products XLA's choice of Triton tiles then fails (jax 0.10.2).
+    # Autotuning would need the device, and without it XLA's choice of Triton tiles fails for some matmuls (jax 0.10.2).
     return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 

@@ -1,4 +1,4 @@
-"""Published model directories: JSON files; safetensors, whole or in shards, read and written tensor by tensor."""
+"""Files of published models: JSON, safetensors (whole or in shards, tensor by tensor), PyTorch's .bin."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from lina_jax.errors import UserError
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 BIN_FILES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 OWN_NAMES = "lina_jax"  # "format" in the metadata of files whose arrays have our names, not published ones
-COUNTER = ".num_batches_tracked"  # of batch norms in training: an integer that no network computes with
+COUNTER = ".num_batches_tracked"  # integer counters of batch norms in training, which no computation here needs
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies, and what its file says of it."""
+    """Where one tensor is stored, with the shape and dtype in its file's header."""
 
     path: Path
     name: str
@@ -44,9 +44,9 @@ class Stored:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files, by name; each is read when it is asked for and kept by nobody.
+    """The tensors of safetensors files, by name; each is read on access and not cached.
 
-    A file is open only while one of its tensors is read: what is mapped into memory is never more than that.
+    A file is open, and mapped into memory, only while one of its tensors is read.
     """
 
     def __init__(self, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None):
@@ -69,7 +69,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors; none of them is read."""
+        """The shapes of all tensors; none of them is read."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
     @property
@@ -80,13 +80,13 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name]
 
     def renamed(self, rename: Callable[[str], str | None]) -> "Tensors":
-        """The same tensors under the names that `rename` gives; without those to which it gives None."""
+        """The same tensors under the names that `rename` returns, without those for which it returns None."""
         renamed = {new: stored for name, stored in self._stored.items() if (new := rename(name)) is not None}
         return Tensors(renamed, self.metadata)
 
 
 def open_tensors(directory: Path) -> Tensors:
-    """All tensors of a model directory. Raises UserError naming what is absent or cannot be read."""
+    """All tensors of a model directory's safetensors. Raises UserError naming what is absent or cannot be read."""
     single = [path for name in WEIGHT_FILES if (path := directory / name).is_file()]
     if single:
         return open_file(single[0])
@@ -101,7 +101,7 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def open_weights(directory: Path) -> "Tensors | Pickled":
-    """All tensors of a model directory, of PyTorch's own files where there are no others. Raises UserError."""
+    """All tensors of a model directory, from .bin files if there are no safetensors. Raises UserError."""
     if any(directory.glob("*.safetensors*")):
         return open_tensors(directory)
     if single := [path for name in BIN_FILES if (path := directory / name).is_file()]:
@@ -126,7 +126,7 @@ def _index(directory: Path, pattern: str) -> Path | None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Names of tensors to names of files, which are all there."""
+    """Names of tensors -> names of their files. Raises UserError if a file is absent."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f'{index}: expected "weight_map", an object of tensor names and file names')
@@ -145,7 +145,7 @@ def _check_members(index: Path, where: Mapping[str, str], files: Mapping[str, Ma
 
 
 def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors file. Raises UserError unless it is whole and holds floating-point numbers."""
+    """The tensors of one safetensors file. Raises UserError unless it is complete and all its dtypes are in FLOATS."""
     stored = {}
     try:
         with safe_open(path, framework="numpy") as file:
@@ -164,7 +164,7 @@ def open_file(path: Path) -> Tensors:
 
 
 class Pickled(Mapping[str, np.ndarray]):
-    """The tensors of PyTorch .bin files, like `Tensors`; mapped, not read, where the file is of today's format."""
+    """The tensors of PyTorch .bin files, like `Tensors`; files in the zip format are memory-mapped instead of read."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Any]):
         self._path, self._tensors, self.metadata = path, dict(tensors), {}
@@ -179,7 +179,7 @@ class Pickled(Mapping[str, np.ndarray]):
         tensor = self._tensors[name].detach().contiguous()
         if self.dtypes[name] != "BF16":
             return tensor.numpy()
-        import torch  # numpy has no bfloat16 of its own, so bits are carried over
+        import torch  # torch cannot convert bfloat16 to numpy, so the bits are reinterpreted
 
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
@@ -191,7 +191,7 @@ class Pickled(Mapping[str, np.ndarray]):
 
 
 def open_bin(path: Path) -> Pickled:
-    """A PyTorch state dict, read without running any code that the file may hold. Raises UserError."""
+    """A PyTorch state dict, read without running any code that the file may contain. Raises UserError."""
     return Pickled(path, _load_bin(path))
 
 
@@ -202,7 +202,7 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: only .safetensors files are read without PyTorch (pip install torch)") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of damaged files it raises many kinds, and advises to run their code
+    except Exception as error:  # it raises many kinds for damaged files, with the advice to run their code
         raise UserError(
             f"{path}: not a whole file of PyTorch weights alone ({type(error).__name__}): damaged, or it holds other "
             "objects than tensors, which are never loaded"
@@ -223,9 +223,9 @@ def write_file(
     tensor: Callable[[str], np.ndarray],
     metadata: Mapping[str, str],
 ) -> None:
-    """A safetensors file, each tensor asked for, cast and written before the next.
+    """Write a safetensors file: each tensor(name) is computed, cast to `dtype` (F32, F16, BF16) and written in turn.
 
-    Raises UserError naming a tensor that is not finite, or not in `dtype` (F32, F16, BF16).
+    Raises UserError naming a tensor with values that are not finite, before or after the cast.
     """
     kind, header, end = FLOATS[dtype], {"__metadata__": dict(metadata)}, 0
     for name, shape in shapes.items():

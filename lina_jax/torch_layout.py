@@ -1,4 +1,4 @@
-"""Published PyTorch state dicts: tables of names and layouts that drive both directions."""
+"""Published PyTorch state dicts: tables of names and layouts, for import and export."""
 
 import dataclasses
 from collections import defaultdict
@@ -22,17 +22,17 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One published tensor: its place in our tree, its layer of a stack, the part of an axis it fills, its layout."""
+    """One published tensor: its array in our tree, the layer and part of the array that it fills, its layout."""
 
     key: str
     path: Path
     layout: str = "same"
     layer: int | None = None
-    part: tuple[int, slice] | None = None  # (axis, where), for tensors that we keep joined
-    patch: int = 1  # of the "patches" layout
+    part: tuple[int, slice] | None = None  # (axis, slice), for tensors that we store as one array
+    patch: int = 1  # side of a patch, in the "patches" layout
 
     def within(self, array: np.ndarray) -> np.ndarray:
-        """The view of our array that this tensor fills."""
+        """The view of our whole array that this tensor fills."""
         view = array if self.layer is None else array[self.layer]
         if self.part:
             axis, where = self.part
@@ -54,11 +54,11 @@ class Entry:
         return tensor.reshape(shape)
 
     def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """That of this tensor, of our array's."""
+        """The published shape of this tensor, given the shape of our whole array."""
         return self.to_torch(np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our whole array (all layers, all parts) to this tensor in the published layout."""
+        """This tensor in the published layout, from our whole array (all layers, all parts)."""
         view = self.within(array)
         if self.layout == "linear":
             return view.reshape(view.shape[0], -1).T
@@ -83,7 +83,7 @@ def linear(key: str, path: Path, layer: int | None = None, layout: str = "linear
 
 
 def joined(key: str, path: Path, parts: Mapping[str, slice], layer: int | None = None) -> Iterator[Entry]:
-    """Linear maps key.PART that stand side by side in one of ours."""
+    """Published linear maps key.PART that are slices of one of ours."""
     for name, where in parts.items():
         yield Entry(f"{key}.{name}.weight", (*path, "kernel"), "linear", layer, (1, where))
         yield Entry(f"{key}.{name}.bias", (*path, "bias"), "flat", layer, (0, where))
@@ -100,7 +100,7 @@ def mlp(key: str, path: Path, layer: int | None = None, names: tuple[str, str] =
 
 
 def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: bool, gate: str) -> Iterator[Entry]:
-    """`split_q`: the subtraction variants keep q apart from k and v."""
+    """One attention layer; with `split_q`, as in the subtraction variants, q is separate from k and v."""
     if split_q:
         yield from joined(key, (*path, "qkv"), {"q": slice(0, 1), "kv": slice(1, 3)}, layer)
     else:
@@ -160,7 +160,7 @@ def text_embed(key: str, path: Path) -> Iterator[Entry]:
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
-    """Every tensor of the whole model, ours against theirs."""
+    """Every tensor of the whole model."""
     c, (encoders, decoders) = config, config.halves
     linear_kind = c.attention != "softmax"
     variant = {"split_q": linear_kind and c.normalization == "subtraction", "conv": False, "gate": "none"}
@@ -195,7 +195,7 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
 
 
 def thirds(*names: str) -> dict[str, slice]:
-    """Queries, keys and values, each with a published map of its own."""
+    """The parts of a joined array for queries, keys and values, which are separate when published."""
     return {name: slice(i, i + 1) for i, name in enumerate(names)}
 
 
@@ -261,7 +261,7 @@ OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_at
 
 
 def current_name(key: str) -> str:
-    """The name in `autoencoder` of a tensor that an old checkpoint may call otherwise."""
+    """The name that `autoencoder` uses for a tensor, which may have another name in old checkpoints."""
     *block, name, kind = key.split(".")
     if "attentions" in block and name in OLD_ATTENTION_NAMES:
         return ".".join([*block, OLD_ATTENTION_NAMES[name], kind])
@@ -276,9 +276,9 @@ def from_torch(
 ) -> Tree:
     """Our tree of arrays with the given shapes and dtypes, filled from published tensors.
 
-    Arrays are filled one after the other, each handed to `place` as soon as it is full: tensors that are read when
-    they are asked for need the memory of one array. Raises UserError listing every missing, unexpected and misshaped
-    tensor, before any is read where `tensors` knows their shapes (torch_files.Tensors).
+    Arrays are filled one after the other, and each is passed to `place` as soon as it is complete. If `tensors` reads
+    on access, host memory for one array suffices. Raises UserError listing every missing, unexpected and misshaped
+    tensor, before any is read if `tensors` has `shapes` (torch_files.Tensors).
     """
     given = tensors.shapes if hasattr(tensors, "shapes") else {key: np.shape(t) for key, t in tensors.items()}
     if problems := mismatches(table, given, shapes):
@@ -303,7 +303,7 @@ def published_shapes(table: list[Entry], shapes: Tree) -> dict[str, tuple[int, .
 
 
 def mismatches(table: list[Entry], given: Mapping[str, tuple[int, ...]], shapes: Tree) -> list[str]:
-    """What keeps published tensors of the `given` shapes from being our tree, a line for each tensor."""
+    """Why published tensors of the `given` shapes do not fill our tree, a line for each tensor."""
     wanted = published_shapes(table, shapes)
     problems = [f"unexpected: {key}" for key in sorted(given.keys() - wanted.keys())]
     problems += [f"without a published counterpart: {name}" for name in unpublished(table, shapes)]
@@ -316,5 +316,5 @@ def mismatches(table: list[Entry], given: Mapping[str, tuple[int, ...]], shapes:
 
 
 def unpublished(table: list[Entry], shapes: Tree) -> list[str]:
-    """Arrays of ours that no published tensor holds."""
+    """The names of our arrays that have no published counterpart."""
     return sorted("/".join(path) for path in flatten_dict(shapes).keys() - {entry.path for entry in table})

@@ -1,4 +1,4 @@
-"""A new run that starts from other weights: by the rules of config.init_from, some of its arrays are theirs."""
+"""Start a new run from other weights: the rules of config.init_from say which of their arrays it takes."""
 
 import dataclasses
 import math
@@ -26,12 +26,12 @@ from lina_jax.workdir import is_imported, load_config, saved_checkpoints
 Shapes = Mapping[tuple[str, ...], Shape]  # by path
 Grid = tuple[int, int]  # rows, columns
 GATES = {name for names in GATE_NAMES.values() for name in names}
-FUNCTION = ("model.", "autoencoder.")  # fields of which a report says how they differ
+FUNCTION = ("model.", "autoencoder.")  # prefixes of the fields whose differences are reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of one array, and its shapes here and there; None where there is no such array."""
+    """What happens to one array; its shapes in the new run and in the other weights, None where it is absent."""
 
     name: str
     action: str  # loaded | recomputed | restarted | skipped
@@ -41,7 +41,7 @@ class Decision:
 
 
 def due(config: Config, workdir: Path) -> bool:
-    """Whether a run is to start from init_from.path: not if it has begun. Raises UserError if it has other weights."""
+    """Whether a run still has to start from init_from.path. Raises UserError if its workdir has imported weights."""
     saved = saved_checkpoints(workdir)
     if config.init_from.path and saved and all(is_imported(path) for path in saved):
         raise UserError(
@@ -52,10 +52,10 @@ def due(config: Config, workdir: Path) -> bool:
 
 
 def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
-    """A fresh state with the arrays that the rules take, in its EMA too, and a report of what became of each.
+    """(a fresh state whose parameters and EMA have the arrays that the rules take, a report of what became of each).
 
-    Arrays come straight to the shardings of `plan`, whatever mesh they were saved from; nothing else is read. Raises
-    UserError listing every array that does not fit and every pattern that fits no array.
+    Only these arrays are read, directly into the shardings of `plan`, whatever mesh they were saved from. Raises
+    UserError listing every array that does not fit and every pattern that matches no array.
     """
     asked, shapes = plan.config.init_from, flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     donor = Path(asked.path).expanduser()
@@ -97,7 +97,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
 
 
 def rules_of(asked: InitFromConfig) -> Rules:
-    """The named set with the patterns of the config."""
+    """The named set of rules plus the patterns in the config."""
     own = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Rules)}
     return init_rules.SETS[asked.rules].extended(Rules(**own))
 
@@ -105,7 +105,10 @@ def rules_of(asked: InitFromConfig) -> Rules:
 def decide(
     asked: InitFromConfig, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
 ) -> dict[tuple[str, ...], Decision]:
-    """What becomes of every array of two models, by path. Raises UserError listing all that stands in the way."""
+    """A decision for every array of either model, by path.
+
+    Raises UserError listing every array that does not fit and every pattern of the config that matches no array.
+    """
     rules, (_, here), (_, there) = rules_of(asked), ours, theirs
     names = {path: "/".join(path) for path in sorted(here.keys() | there.keys())}
     unmatched = [
@@ -150,7 +153,7 @@ def _asked_of(rules: Rules, name: str) -> str:
 def _misfit(
     path: tuple[str, ...], action: str, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
 ) -> str:
-    """Why their array cannot become ours; "" if it can."""
+    """Why our array cannot be initialised from theirs; "" if it can."""
     (model, here), (other, there) = ours, theirs
     gate = path[-1] in GATES
     if path not in there:
@@ -161,14 +164,17 @@ def _misfit(
         return "no gate, cannot be recomputed"
     if action == "recomputed":
         fits = (*here[path][:-2], *here[path][-1:]) == (*there[path][:-2], *there[path][-1:])
-    else:  # gates of another grid of as many tokens are gates of other places
+    else:  # on another grid with as many tokens, gates belong to other positions
         fits = here[path] == there[path] and (not gate or _grids(model) == _grids(other))
     grids = f" (grids {_grids(other)}, here {_grids(model)})" if gate else ""
     return "" if fits else f"{there[path]} there, {here[path]} here{grids}"
 
 
 def _placed(ours: jax.ShapeDtypeStruct, decision: Decision) -> NamedSharding:
-    """Where an array of theirs is read to: as ours, but gates of another grid with all rows, which may not divide."""
+    """The sharding into which an array of theirs is read: ours, but gates of another grid are not sharded over rows.
+
+    The mesh may not divide their number of rows.
+    """
     place = ours.sharding
     if decision.action == "loaded":
         return place
@@ -181,9 +187,9 @@ def _grids(model: ModelConfig) -> tuple[Grid, Grid]:
 
 
 def regrid(gate: jax.Array, there: tuple[Grid, Grid], here: tuple[Grid, Grid]) -> jax.Array:
-    """Gates (layers, tokens, heads) of condition and image tokens on their grids, interpolated to other grids.
+    """Gates (layers, tokens, heads) of condition and image tokens, interpolated from the grids `there` to `here`.
 
-    Tokens of a grid that stays keep their gates.
+    Gates of a grid that does not change are kept as they are.
     """
     parts, start = [], 0
     for old, new in zip(there, here, strict=True):
@@ -211,7 +217,7 @@ def _config_of(donor: Path, asked: InitFromConfig) -> Config:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A report as lines: first what was done, then a line for each array."""
+    """The report of `begin` as text: a summary, config differences, and a line for each array."""
     rows, counts = [], {}
     for array in sorted(report["arrays"], key=lambda array: array["action"]):
         here, there = array["here"], array["there"]
