@@ -1,6 +1,6 @@
-"""Linear and softmax attention: one module, its variant chosen by fields (paper section 3.2).
+"""Linear and softmax attention in one module; config fields choose the variant (paper section 3.2).
 
-Sequences are stored shard by shard (see `sequence`); the plain order where the mesh does not cut them.
+Sequences are stored shard by shard (see `sequence`), which is the plain order unless the mesh shards them.
 """
 
 import dataclasses
@@ -20,22 +20,25 @@ from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
 from lina_jax.models.layers import Linear, rotate, scaled, spread
 
-RELU_EPS = 1e-6  # keeps q.k positive where every relu is off
+RELU_EPS = 1e-6  # keeps q . k positive where every ReLU output is zero
 NORMALIZER_EPS = 1e-6
-CONVOLUTION = "convolution"  # to remat policies
+CONVOLUTION = "convolution"  # name in remat policies
 GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
 
-Read = Callable[[jax.Array], jax.Array]  # a choice of tokens: (B, N, ...) -> (B, K, ...)
+Read = Callable[[jax.Array], jax.Array]  # selects tokens: (B, N, ...) -> (B, K, ...)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """One attention layer. Its sequence is `condition_tokens` tokens, then (convolution, gates) the (h, w) `grid`."""
+    """Settings of one attention layer.
+
+    With a convolution or gates, its sequence is `condition_tokens` tokens followed by an (h, w) `grid` of image tokens.
+    """
 
     width: int
     heads: int
     kind: str = "linear"  # linear | softmax
-    kernel: str = "xla"  # xla | pallas (on TPUs and GPUs; elsewhere xla): the core of linear attention
+    kernel: str = "xla"  # xla | pallas (on TPUs and GPUs; elsewhere xla): how linear attention's core runs
     normalization: str = "division"  # division | subtraction
     conv_kernel: int = 0  # 0: no depthwise convolution
     gate: str = "none"  # none | head | shared | key | value | decoupled | dynamic
@@ -49,11 +52,12 @@ class AttentionConfig:
 
 
 class Attention(nnx.Module):
-    """x (B, N, D) -> (B, N, D).
+    """Attention layer: x (B, N, D) -> (B, N, D).
 
-    `valid` (B, N) marks the tokens that exist: others contribute nothing to any sum and means divide by the true count
-    (their own outputs are unspecified). `angles` (B or 1, N, d/2) rotates queries and keys. `read` takes, of arrays
-    (B, N, ...), the K tokens whose outputs alone are wanted: (B, K, D), the same on all shards of the sequence.
+    `valid` (B, N) marks the tokens that exist. Absent tokens contribute to no sum, means divide by the true count, and
+    the outputs of absent tokens are unspecified. `angles` (B or 1, N, d/2) rotates queries and keys. `read` selects K
+    tokens from arrays (B, N, ...): the layer then computes only their outputs, (B, K, D), the same on all shards of the
+    sequence.
     """
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
@@ -78,25 +82,26 @@ class Attention(nnx.Module):
         self, x: jax.Array, *,
         valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
     ) -> jax.Array:  # fmt: skip
-        if self._kernels_of and not read:  # of few tokens products are enough
+        if self._kernels_of and not read:  # for few tokens, XLA's matmuls are enough
             out = self._by_kernels(x, valid, angles)
         else:
             q, k, v = self._projected(x, angles, read)
             if self.config.kind == "softmax":
-                # Every query needs every key: these are gathered over the shards of the sequence.
+                # Every query needs every key, so keys and values are gathered over the shards of the sequence.
                 out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
             else:
                 out = self._linear(x, q, k, v, valid, whole_queries=bool(read))
             out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
             convolved = read(self._convolution(x)) if read else self._convolution(x)
-            # Slow to do again on TPUs. Where it is kept, XLA:GPU, left to itself, sums gradients of taps one by one.
+            # Named for remat policies on TPUs only, where recomputing it is slow. On GPUs, if it is kept, XLA (without
+            # the Triton kernel) sums the gradients of the taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
     @property
     def _kernels_of(self) -> str:
-        """tpu or gpu: whose kernels it uses; empty for XLA's products."""
+        """The device whose kernels run, tpu or gpu; empty for XLA's matmuls."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
     def _projected(self, x, angles, read=None) -> list[jax.Array]:
@@ -118,7 +123,7 @@ class Attention(nnx.Module):
         bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
-            bias = jnp.zeros_like(bias)  # added before the rotation
+            bias = jnp.zeros_like(bias)  # the biases were added before the rotation
         elif self._kernels_of == "gpu":
             projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
         else:
@@ -139,7 +144,7 @@ class Attention(nnx.Module):
         return mapped(q, k, v, self._gates(x), valid)
 
     def _core(self, q, k, v, gates, valid):
-        """(B, N, H, d) of arrays (B, N, H, d) and gates (.., N, H or 1), the tokens of one shard."""
+        """Attention over the tokens of one shard: (B, N, H, d) of arrays (B, N, H, d) and gates (.., N, H or 1)."""
         q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
         gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
@@ -153,7 +158,7 @@ class Attention(nnx.Module):
         return RELU_EPS if self.config.normalization == "division" else 0.0
 
     def _gates(self, x: jax.Array) -> "Gates":
-        """Factors (1 or B, N, H or 1)."""
+        """Gates as factors (1 or B, N, H or 1)."""
         kind = self.config.gate
         if kind == "dynamic":
             key, value = (
@@ -168,7 +173,7 @@ class Attention(nnx.Module):
         return Gates(key, value)
 
     def _by_token(self, gate: nnx.Param) -> jax.Array:
-        """A learned gate (Nc + N, H or 1), its rows where their tokens are: (1 or B, Nc + N, H or 1)."""
+        """A learned gate (Nc + N, H or 1) with each row on its token's shard: (1 or B, Nc + N, H or 1)."""
         table = gate[...]
         return sequence.table_by_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
@@ -188,7 +193,7 @@ class Attention(nnx.Module):
 
         arrays = [x.astype(dtype), self.conv_kernel[...].astype(dtype), self.conv_bias[...]]
         if triton:
-            # Channels do not see each other: cut as the result that this is added to.
+            # Channels are independent, so they are sharded like the attention output that this is added to.
             tokens = ("batch", "tokens", "heads")
             owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
             axes = [tokens, *((*owner, *[None] * (a.ndim - len(owner) - 1), "heads") for a in arrays[1:])]
@@ -197,11 +202,11 @@ class Attention(nnx.Module):
 
 
 class Gates(NamedTuple):
-    """Factors of tokens; None where there is none."""
+    """Factors of each token; None where there is no gate."""
 
     key: jax.Array | None
     value: jax.Array | None
-    normalizer: jax.Array | None = None  # of keys in the normaliser, where it is another than `key`
+    normalizer: jax.Array | None = None  # of keys in the normaliser, if it differs from `key`
 
 
 GATE_NAMES = {
@@ -214,10 +219,11 @@ GATE_NAMES = {
 
 
 def order() -> str:
-    """Of the axes between images and channels in what linear attention multiplies: "h n" on CPUs, else "n h".
+    """Order of the head and token axes in the operands of linear attention: "h n" on CPUs, else "n h".
 
-    Of any order but heads first XLA:CPU copies each operand, number by number. The compilers for TPUs and GPUs choose
-    layouts themselves; of heads first they plan longer steps (a stack on a v5e by 2 %, t2i 256 on h200:8 by 1 %).
+    Unless heads come first, XLA:CPU copies each operand, element by element. The compilers for TPUs and GPUs choose
+    layouts themselves; with heads first, planned step times are longer (a stack on a v5e by 2 %, t2i 256 on h200:8 by 1
+    %).
     """
     return "h n" if platform() == "cpu" and not portable.value else "n h"
 
@@ -227,12 +233,12 @@ def _token_axis() -> int:
 
 
 def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """x (B, `order`, d) times gate (.., `order`), H or 1."""
+    """x (B, `order`, d) times gate (.., `order`), whose H may be 1."""
     return x if gate is None else scaled(x, gate[..., None])
 
 
 def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
-    """The einsum, accumulated in float32; "..." is `order`. Accelerators multiply in the dtype of the first array."""
+    """Einsum accumulated in float32; "..." stands for `order`. Accelerators multiply in the first array's dtype."""
     pattern = pattern.replace("...", order())
 
     def product(first, *others):
@@ -250,7 +256,7 @@ def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
 def _outer_sum(k: jax.Array, v: jax.Array) -> jax.Array:
     """The sum over tokens of k v^T, float32: (B, `order`, d), (B, `order`, e) -> (B, H, d, e).
 
-    With gradients whose numbers lie as those of the arguments: JAX's own, (B, H, d, N), must be turned over.
+    Its gradients have the layout of the arguments. JAX's own, (B, H, d, N), would have to be transposed.
     """
     return _summed("b ... d, b ... e -> b h d e", k, v)
 
@@ -267,14 +273,14 @@ _outer_sum.defvjp(lambda k, v: (_outer_sum(k, v), (k, v)), _outer_sum_gradient)
 
 
 def _token_sum(x: jax.Array) -> jax.Array:
-    """(B, `order`, d) -> (B, H, d), float32."""
-    if one_cpu():  # as layers.spread
+    """The sum over tokens, float32: (B, `order`, d) -> (B, H, d)."""
+    if one_cpu():  # a matmul with ones, as in layers._summed
         return _summed("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
     return jnp.sum(x, axis=_token_axis(), dtype=jnp.float32)
 
 
 def _found(q: jax.Array, state: jax.Array) -> jax.Array:
-    """What queries find in a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
+    """Queries times a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
     return _summed("b ... d, b h d e -> b ... e", q, state)
 
 
@@ -284,7 +290,10 @@ def _along(q: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
-    """1 / (number of tokens), against a (B, H, d) sum, and the factor (B, `order`, 1) that removes absent tokens."""
+    """1 / (number of tokens), to scale a (B, H, d) sum, and a factor that zeroes absent tokens.
+
+    The factor broadcasts against (B, `order`, d); it is None if all tokens exist.
+    """
     tokens = _token_axis()
     share = sequence.share(valid, k.shape[tokens])
     if valid is None:
@@ -294,9 +303,10 @@ def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, 
 
 
 def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
-    """o_n = q_n (mean k v^T) / (q_n . mean k' + eps). All (B, `order`, d); k' is k where it is None (decoupled gate).
+    """o_n = q_n (mean k v^T) / (q_n . mean k' + eps), where k' is `k_normalizer`, or k if that is None.
 
-    The tokens are those of one shard, the means go over all shards.
+    All arrays are (B, `order`, d) and hold the tokens of one shard; means are over all shards. Only the decoupled gate
+    has a k' of its own.
     """
     scale, present = _present(valid, k)
     if present is not None:
@@ -310,7 +320,7 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
 
 
 def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
-    """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5. As `division_attention`."""
+    """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5; otherwise like `division_attention`."""
     scale, present = _present(valid, k)
     if present is not None:
         k, v = k * present, v * present

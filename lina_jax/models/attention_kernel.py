@@ -1,15 +1,15 @@
-"""The core of linear attention as kernels: every array is read and written once, where the projections made it.
+"""Kernels for the core of linear attention; they read and write each array once, in the layout of the projections.
 
-XLA makes small products for each head of the core (feature map, gates, state, normaliser), between which queries, keys
-and values are copied from the order of tokens to that of heads and back. Here it is passes over tokens (see `tiles`):
+Without them, XLA runs small matmuls for each head of the core (feature map, gates, state, normaliser) and copies
+queries, keys and values between token order and head order. The kernels are passes over tokens (see `tiles`):
 
-    summarize   k, v, gates -> state = mean k v^T of each head, mean k (of subtraction also mean v)
+    summarize   k, v, gates -> state = mean k v^T of each head, mean k (with subtraction also mean v)
     read        q, summaries -> out
 
-each with a pass of its own for the gradient; between the two, means are added up over the shards of a sequence. A state
-is kept as (B, d, H d): the rows are features of keys, the columns those of values, of each head. Queries, keys and
-values come before their biases are added, as three arrays or side by side in one, which then is never cut, nor its
-gradient put together.
+The gradient of each is another pass. Between the two, means are summed over the shards of a sequence. A state is stored
+as (B, d, H d): for each head, rows are features of keys and columns are features of values. Queries, keys and values
+come before their biases are added, either as three arrays or side by side in one. The one array is then never split,
+nor is its gradient concatenated.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, on_e
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What is computed, and on what."""
+    """The variant that is computed, its constants and its device."""
 
     heads: int
     division: bool  # else subtraction
@@ -39,7 +39,7 @@ class Core:
         return jnp.maximum(x, 0.0) + self.relu_eps
 
     def passing(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
-        """`tiles.over_tokens` of a function (core, tile, given) -> made."""
+        """`tiles.over_tokens` with a function (core, tile, given) -> made."""
         how = {"heads": self.heads, "products": products, "device": self.device, "interpret": self.interpret}
         return over_tokens(functools.partial(function, self), arrays, results, **how)
 
@@ -55,11 +55,11 @@ def linear_attention(
     relu_eps: float,
     normalizer_eps: float,
 ) -> jax.Array:
-    """`attention.division_attention` (or subtraction) of the features of q and k and what the gates leave of k and v.
+    """`attention.division_attention` (or subtraction), including biases, feature maps and gates.
 
-    `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3, H d) of them; `bias` (1 or B, 3, H d) is still
-    to be added. `gates` of keys, of values and, where it is another, of keys in the normaliser: (1 or B, N, H or 1) or
-    None. `valid` (B, N) or None. -> (B, N, H d).
+    `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3, H d) of them. `bias` (1 or B, 3, H d) is not
+    added to them yet. `gates` are those of keys, of values and, if it differs, of keys in the normaliser, each (1 or B,
+    N, H or 1) or None. `valid` is (B, N) or None. Returns (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
     """
@@ -93,11 +93,11 @@ def linear_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(core: Core, projected: tuple[jax.Array, ...], bias: jax.Array, gates: jax.Array, share: jax.Array):
-    """What the queries of a shard find in the keys and values of all: (B, N, H d).
+    """Attention of one shard's queries to the keys and values of all shards: (B, N, H d).
 
-    `projected` is q, k and v, (B, N, H d) each, or one array (B, N, 3 H d); bias (B, 3, H d) float32; gates
-    (B, N, g H), of keys in the state, of values and, where it is another, of keys in the normaliser. `share`
-    (B, 1, H d) is the weight of a token in a mean; it has no gradient.
+    `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3 H d). `bias` is (B, 3, H d) float32. `gates` (B,
+    N, g H) are those of keys in the state, of values and, if it differs, of keys in the normaliser. `share` (B, 1, H d)
+    is the weight of a token in a mean; it gets no gradient.
     """
     return _attend(core, projected, bias, gates, share)[0]
 
@@ -124,7 +124,8 @@ def _attend_gradient(core: Core, kept, gradient):
     made = core.passing(_read_gradient, arrays, results, (3, 2))
     first, of_summaries = made.tokens[0].array, made.summaries
     arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(of_summaries)))
-    # Where q, k and v are columns of one array, so are their gradients: the second pass completes what the first began.
+    # If q, k and v are columns of one array, so are their gradients: the second pass completes the array that the first
+    # began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))
     made = core.passing(_summarize_gradient, arrays, results, (2, 0))
     of_k, of_v = (column.array for column in made.tokens)
@@ -218,7 +219,7 @@ def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
 
 
 def _found(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
-    """q, what is found, queries, the state's square, the normaliser."""
+    """q with its bias, the output, features of queries, the state as a square matrix, the normaliser."""
     dtype, (bias, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
     (q,) = _with_bias(given.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)

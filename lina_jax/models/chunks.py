@@ -1,4 +1,4 @@
-"""Sums over tokens that never see each other: a CPU makes value and gradient of those few that its caches hold."""
+"""Sums over independent tokens, computed with their gradient in chunks that fit a CPU's caches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 Tree = Any
 
-TOKENS = 256  # of a chunk, each with its repeats
+TOKENS = 256  # per chunk, each with its repeats
 
 
 def max_count(rows: int) -> int:
-    """The chunks of a sum over all of so many rows."""
+    """The number of chunks if all `rows` are chosen."""
     return -(-rows // TOKENS)
 
 
 def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) -> jax.Array:
-    """The sum of function(shared, rows[ids], ids) (len(ids),) over the rows that are `chosen`; others are not computed.
+    """The sum over the `chosen` rows of function(shared, rows[ids], ids) (len(ids),); other rows are not computed.
 
-    rows (M, D), chosen (M,) bool. The gradient, of `shared` and `rows` alone, is made with the value, chunk by chunk:
-    nothing is kept for it, nothing computed twice. What `function` makes of a row must not depend on others.
+    rows (M, D), chosen (M,) bool. `function` must treat rows independently. The gradient, for `shared` and `rows` only,
+    is computed with the value, chunk by chunk: nothing is kept for a backward pass and nothing is computed twice.
     """
     size = min(TOKENS, len(rows))
     order = jnp.argsort(~chosen, stable=True)
@@ -51,13 +51,13 @@ def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) 
 
 @jax.custom_vjp
 def _of_known_gradient(value: jax.Array, gradient: Tree, arguments: Tree) -> jax.Array:
-    """The value, whose gradient in the arguments is given."""
+    """The value, with `gradient` as its gradient with respect to `arguments`."""
     del gradient, arguments
     return value
 
 
 _of_known_gradient.defvjp(
     lambda value, gradient, arguments: (value, gradient),
-    # Narrowed last: a factor that is rounded would scale all gradients alike.
+    # Narrowed last: rounding the factor first would rescale all gradients by the same error.
     lambda gradient, factor: (factor, None, jax.tree.map(lambda x: (factor * x).astype(x.dtype), gradient)),
 )

@@ -1,4 +1,4 @@
-"""Depthwise convolution of images of tokens, with a gradient that is chosen for each platform by measurement."""
+"""Depthwise convolution of grids of tokens; how each platform computes the gradient was chosen by measurement."""
 
 import functools
 
@@ -11,17 +11,17 @@ from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
 from lina_jax.models.tiles import bytes_of, stated
 
-# Of a program for GPUs: tokens and channels that it sums at a time, and the most tokens of an image that are its own.
+# For one GPU program: tokens and channels that it sums at a time, and the most tokens of an image that it takes.
 GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_convolution(rows: jax.Array, kernel: jax.Array, triton: str = "") -> jax.Array:
-    """Cross-correlation, columns padded with zeros. rows (B, h + k - 1, w, D) -> (B, h, w, D).
+    """Cross-correlation with zero padding of columns: rows (B, h + k - 1, w, D) -> (B, h, w, D).
 
-    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. A sum of shifted products, in float32: compilers
-    fuse it into one pass, where XLA's grouped convolution takes minutes on CPUs. `triton`, compiled or interpreted,
-    makes the gradient of the kernel.
+    kernel (k, k, D), or (B, 1, k, k, D) where each image has its own. The result is a sum of shifted products in
+    float32, which compilers fuse into one pass; XLA's grouped convolution takes minutes on CPUs. With `triton`,
+    "compiled" or "interpreted", a Triton kernel computes the gradient of `kernel`.
     """
     wide = kernel.astype(jnp.float32)
     total = sum(part * wide[..., None, i, j, :] for (i, j), part in _shifted(rows, kernel.shape[-2]).items())
@@ -29,14 +29,14 @@ def depthwise_convolution(rows: jax.Array, kernel: jax.Array, triton: str = "") 
 
 
 def _shifted(rows: jax.Array, size: int) -> dict[tuple[int, int], jax.Array]:
-    """What each tap (i, j) sees: rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
+    """The inputs of each tap (i, j): rows (B, h + k - 1, w, D) -> (B, h, w, D) for each."""
     h, w = rows.shape[1] - size + 1, rows.shape[2]
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
     return {(i, j): padded[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)}
 
 
 def _gradient(triton: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One pass for the rows, as forward; jax.grad adds up a padded array for every tap."""
+    """One pass for the gradient of the rows, like the forward pass; jax.grad would sum a padded array for every tap."""
     rows, kernel = kept
     size = kernel.shape[-2]
     padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
@@ -51,14 +51,14 @@ def _gradient(triton: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Arra
 
 
 def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """(B, k, k, D) float32: for each tap the sum of what it sees times the gradient."""
+    """Gradient of the kernel, (B, k, k, D) float32: for each tap, the sum of its inputs times the gradient."""
     wide = gradient.astype(jnp.float32)
     sums = [jnp.sum(part * wide, axis=(1, 2)) for part in _shifted(rows, size).values()]
     return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
 
 
 def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The same, row after row of the image: XLA:CPU reduces tap by tap, and takes four to eight times as long."""
+    """`_of_kernel`, row by row of the image; tap by tap, XLA:CPU takes four to eight times as long."""
     height, width = gradient.shape[1:3]
     rows, gradient = rows.astype(jnp.float32), gradient.astype(jnp.float32)
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
@@ -73,12 +73,12 @@ def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
 
 
 def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:
-    """The same for GPUs, all taps in one pass: XLA:GPU makes one for every two or three."""
-    from jax.experimental.pallas import triton as pallas_triton  # deprecated from jax 0.11 on: others do without it
+    """`_of_kernel` for GPUs, all taps in one pass; XLA:GPU makes one for every two or three."""
+    from jax.experimental.pallas import triton as pallas_triton  # deprecated since jax 0.11; only GPUs need it
 
     batch, height, width, features = gradient.shape
     length = height * width
-    programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has sums of its own
+    programs = pl.cdiv(length, GPU_TOKENS)  # per image; each has its own sums
     tiles = pl.cdiv(length, programs * GPU_TILE)
     taps = list(np.ndindex(size, size))
 

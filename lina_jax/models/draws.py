@@ -17,19 +17,20 @@ from lina_jax.models import flow
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Draws:
-    """What chance decides for a batch: B images of N tokens, R repeats of the head."""
+    """Random draws for a batch of B images of N tokens, with R repeats of the head."""
 
-    drop: jax.Array  # (B,) bool, train unconditionally
+    drop: jax.Array  # (B,) bool, True where the condition is dropped
     mask: jax.Array  # (B, N) bool, True where content is hidden
     timestep: jax.Array  # (R, B, N) int32, index into the table of noise levels
     noise: jax.Array  # (R, B, N, p*p*C) float32
-    max_visible: int = dataclasses.field(metadata={"static": True})  # tokens that `mask` leaves in an image, at most
+    max_visible: int = dataclasses.field(metadata={"static": True})  # most tokens left visible in an image
 
 
 def root_key(seed: int | jax.Array) -> jax.Array:
-    """The key that all randomness of a seed comes from.
+    """The key from which all randomness of a seed derives.
 
-    Threefry whatever JAX_DEFAULT_PRNG_IMPL says: of other generators a number depends on the batch that it is drawn in.
+    It is Threefry, whatever JAX_DEFAULT_PRNG_IMPL says: with other generators, a number depends on the batch in which
+    it is drawn.
     """
     return jax.random.key(seed, impl="threefry2x32")
 
@@ -40,7 +41,7 @@ def max_visible(config: LossConfig, tokens: int) -> int:
 
 
 def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossConfig) -> Draws:
-    """Draws for `examples` (B,), their positions in the global batch; `key` is that of (seed, step)."""
+    """Draws for `examples` (B,), which are positions in the global batch; `key` is that of (seed, step)."""
     most = max_visible(config, model.image_tokens)
     shared = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no example has this number
 
@@ -59,10 +60,10 @@ def draw(key: jax.Array, examples: jax.Array, model: ModelConfig, config: LossCo
             max_visible=most,
         )
 
-    # The repeats lead, so that the head's tokens are (R, B, N, ...) and z is broadcast, never tiled.
+    # The repeats come first, so that the head's tokens are (R, B, N, ...) and z is broadcast, never tiled.
     axes = Draws(drop=0, mask=0, timestep=1, noise=1, max_visible=most)
     draws = jax.vmap(one, out_axes=axes)(examples)
-    # Whole along the tokens: sorting numbers that are cut over devices would exchange them.
+    # Not sharded over tokens: sorting sharded numbers would exchange them between devices.
     return dataclasses.replace(draws, mask=constrain(draws.mask, "batch", None))
 
 
@@ -70,7 +71,7 @@ def latent_noise(key: jax.Array, examples: jax.Array, shape: tuple[int, ...]) ->
     """Noise (B, *shape) for drawing latents from their moments, keyed like `draw`."""
 
     def one(example: jax.Array):
-        # A number that `draw` does not split its key by.
+        # A number that `draw` does not derive a key from.
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, example), np.uint32(2**32 - 1)), shape)
 
     return jax.vmap(one)(examples)
@@ -82,4 +83,4 @@ def visible_count(key: jax.Array, config: LossConfig, tokens: int) -> jax.Array:
     high = (1.0 - config.mask_ratio_mean) / config.mask_ratio_std
     ratio = config.mask_ratio_mean + config.mask_ratio_std * jax.random.truncated_normal(key, low, high)
     visible = jnp.round((1 - ratio) * tokens).astype(jnp.int32)
-    return jnp.minimum(visible, max_visible(config, tokens))  # which is rounded in float64
+    return jnp.minimum(visible, max_visible(config, tokens))  # the bound is rounded in float64

@@ -1,4 +1,4 @@
-"""Rows of tables, and the embeddings of conditions: labels, text features, bytes, the published constant frame time."""
+"""Table lookups, and embeddings of conditions: labels, text features, bytes, the published constant frame time."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from lina_jax.models.initializers import normal
 from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear
 
 PADDING_ROWS = 512  # of the text padding table in published checkpoints
-WORD_LENGTH = 16  # bytes; what is longer is read as several words
+WORD_LENGTH = 16  # bytes; a longer word is read as several
 WORD_TAPS = 5  # of the convolutions over words
 
 
 def look_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table (T, D), narrowed to `dtype`: ids (...) -> (..., D). Their gradients are added up in float32.
+    """Rows of a table (T, D), narrowed to `dtype`: ids (...) -> (..., D). Gradients are summed in float32.
 
-    On accelerators as a product with ones and zeros: of JAX's own gradient GPUs add rows in the order of chance, so
-    that no run would be like another, and TPUs one after the other.
+    On accelerators the gradient is a matmul with a one-hot matrix. With JAX's own gradient, GPUs add rows in random
+    order, so that no two runs are alike, and TPUs add them one after the other.
     """
     return _rows(table, ids, dtype) if platform() == "cpu" else _multiplied_rows(table, ids, dtype)
 
@@ -92,15 +92,16 @@ class TextEmbed(nnx.Module):
 
 
 class ByteEncoder(nnx.Module):
-    """Learned text features for runs without a pretrained encoder, one for each of at most W words.
+    """Learned text features for runs without a pretrained encoder, one per word, for at most W words.
 
     Bytes (B, L) and lengths (B,) -> features (B, W, D_text) and their number (B,). Words end at spaces, or after
-    WORD_LENGTH bytes; what comes after W words is heard in the last. The blocks that read the features are blind to
-    order, so it is written into them here: a letter is its embedding times one of its place in the word, a word the sum
-    of its letters plus one of its place in the text, and residual gated depthwise convolutions let neighbouring words
-    speak of each other. What differs between two captions must not drown in what they share (blocks normalise after
-    each sum): hence small positions, and gates rather than one-sided activations, whose mean would be the same for all
-    text.
+    WORD_LENGTH bytes. Bytes beyond W words are added to the last word.
+
+    The blocks that read the features are blind to order, so the features contain it: a letter is its embedding times
+    one of its place in the word, and a word is the scaled sum of its letters plus an embedding of its place in the
+    text. Residual gated depthwise convolutions mix neighbouring words. Blocks normalise after each sum, so what differs
+    between two captions must not drown in what they share. Therefore position embeddings are small, and gates replace
+    one-sided activations, whose mean would be the same for all text.
     """
 
     def __init__(self, words: int, width: int, layers: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -120,7 +121,7 @@ class ByteEncoder(nnx.Module):
         letters = look_up(self.bytes[...], text, jnp.float32) * look_up(self.places[...], place, jnp.float32)
         letters = letters.astype(self.dtype)
         member = member.astype(self.dtype)
-        # The root keeps long words as loud as short ones.
+        # The square root gives long and short words the same scale.
         loudness = jax.lax.rsqrt(jnp.maximum(jnp.sum(member, axis=1), 1.0))[..., None]
         count = jnp.sum(jnp.any(member > 0, axis=1), axis=1, dtype=lengths.dtype)
         present = (jnp.arange(words)[None] < count[:, None])[..., None].astype(self.dtype)

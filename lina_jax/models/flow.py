@@ -11,7 +11,7 @@ TRAIN_TIMESTEPS = 1000
 
 
 def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
-    """Noise levels (any shape, in [0, 1]) moved towards noise by a `shift` above 1; 1 leaves them."""
+    """Noise levels (any shape, in [0, 1]) moved towards noise by a `shift` above 1; 1 leaves them unchanged."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -21,12 +21,12 @@ def training_sigmas(shift: float = 1.0) -> np.ndarray:
 
 
 def timestep_index(gaussian: jax.Array) -> jax.Array:
-    """Logit-normal draw of an index into the table from N(0, 1) values (...)."""
+    """Logit-normal indices into the table of noise levels, from N(0, 1) values (...)."""
     return jnp.minimum(jnp.floor(TRAIN_TIMESTEPS * jax.nn.sigmoid(gaussian)).astype(jnp.int32), TRAIN_TIMESTEPS - 1)
 
 
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """x_sigma; sigma (...) against data and noise (..., C)."""
+    """x_sigma, from sigma (...) and data and noise (..., C)."""
     return sigma[..., None] * noise + (1 - sigma[..., None]) * data
 
 
@@ -63,8 +63,8 @@ def annealed_steps(kind: str, steps: int, most: int, least: int) -> np.ndarray:
     factor = {
         "none": np.ones(steps),
         "linear": left,
-        "cosine": 0.5 * (1 - np.cos(np.pi * left)) + 1e-12,  # so that rounding takes no step from exact ratios
+        "cosine": 0.5 * (1 - np.cos(np.pi * left)) + 1e-12,  # so that rounding costs exact ratios no step
         "two_stage": (left >= 0.5).astype(float),
     }[kind]
-    # Rounded as by the published code, Python's arithmetic of int((K - 1 - i) / (K - 1) * (most - least) + least).
+    # Rounded as in the published code, which computes int((K - 1 - i) / (K - 1) * (most - least) + least).
     return (factor * (most - least) + least).astype(np.int32)

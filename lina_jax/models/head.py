@@ -25,7 +25,7 @@ def time_features(timesteps: jax.Array) -> jax.Array:
 
 
 class TimeCondition(nnx.Module):
-    """Timestep and token condition, embedded apart so that each is computed once and reused; the head sums them."""
+    """Embeddings of timestep and token condition, which the head sums; apart, each is computed once and reused."""
 
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
@@ -44,7 +44,7 @@ class TimeCondition(nnx.Module):
 
 
 class AdaptiveNorm(nnx.Module):
-    """Norm without parameters; its scale, shift (and gate) are read off the condition g. Starts as the identity."""
+    """Norm without parameters, with a scale, a shift (and a gate) computed from the condition g; all start at zero."""
 
     def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.proj = Linear(
@@ -77,7 +77,7 @@ class DiffusionBlock(nnx.Module):
 
 
 class DiffusionHead(nnx.Module):
-    """Noisy tokens and g = condition + time -> velocity. Tokens never see each other."""
+    """Noisy tokens and g = condition + time -> velocity. Tokens do not interact."""
 
     def __init__(
         self, token_dim: int, condition_width: int, width: int, depth: int,
@@ -105,5 +105,5 @@ class DiffusionHead(nnx.Module):
 
 
 def constrain_tokens(x: jax.Array) -> jax.Array:
-    """Cut batch and tokens of (repeat, B, N, r) or (B, N, r)."""
+    """Shard (repeat, B, N, r) or (B, N, r) over batch and tokens."""
     return constrain(x, *[None] * (x.ndim - 3), "batch", "tokens", None)

@@ -1,8 +1,8 @@
 """Inception v3 as FID uses it: the network of TensorFlow's 2015 graph (`classify_image_graph_def.pb`).
 
-It differs from the published architecture in its resize (without half-pixel centers), in average pools that leave the
-padding out, and in the max pool of its last block. Layers have the names of the PyTorch ports (pytorch-fid,
-torch-fidelity), whose files of weights are read. Weights are never trained.
+It differs from the published architecture in its resize (without half-pixel centers), in average pools that exclude the
+padding, and in the max pool of its last block. Layers are named as in the PyTorch ports (pytorch-fid, torch-fidelity),
+whose weight files `load` reads. Weights are never trained.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ from lina_jax import torch_files
 from lina_jax.errors import UserError
 from lina_jax.models.layers import Frozen
 
-SIDE = 299  # pixels of what the network sees
+SIDE = 299  # pixels, height and width of the network's input
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, for sFID
 CLASSES = 1008
 _NORM_EPS = 1e-3
-# Whole float32 products: a TPU's default would round factors to bfloat16, and the distance of two covariances sees it.
+# Full float32 matmuls: TPUs round factors to bfloat16 by default, which changes the distance between two covariances.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Features(NamedTuple):
-    """What the metrics see of images, in float32."""
+    """Features of images that the metrics use, in float32."""
 
     pool: jax.Array  # (B, 2048), TensorFlow's pool_3: FID, precision, recall
     spatial: jax.Array  # (B, 17 * 17 * 7), the first channels of mixed_6/conv by row, column, channel: sFID
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 def layers(thin: int = 1) -> dict[str, Layer]:
-    """{'Mixed_5b.branch1x1': Layer(192, 64), ...}; widths, but for the image's three channels, divided by `thin`."""
+    """{'Mixed_5b.branch1x1': Layer(192, 64), ...}; `thin` divides all widths except the image's three channels."""
     table = {
         "Conv2d_1a_3x3": Layer(3 * thin, 32, (3, 3), 2, "VALID"),
         "Conv2d_2a_3x3": Layer(32, 32, (3, 3), 1, "VALID"),
@@ -136,7 +136,7 @@ def _block_e(inputs: int) -> dict[str, Layer]:
 
 
 class Conv(nnx.Module):
-    """relu(scale * (x convolved) + shift). x (B, H, W, inputs) -> (B, H', W', outputs)."""
+    """relu(scale * conv(x) + shift). x (B, H, W, inputs) -> (B, H', W', outputs)."""
 
     def __init__(self, layer: Layer):
         self.kernel = Frozen(jnp.zeros((*layer.size, layer.inputs, layer.outputs)))
@@ -156,7 +156,7 @@ class Conv(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """Images to features. `thin` divides the widths: a network of the same plan, for tests."""
+    """Images to features. `thin` divides the widths, for tests."""
 
     def __init__(self, thin: int = 1):
         self.convs = nnx.Dict({name: Conv(layer) for name, layer in layers(thin).items()})
@@ -219,7 +219,7 @@ class Inception(nnx.Module):
 
 
 def resize(images: jax.Array) -> jax.Array:
-    """(B, H, W, 3) -> (B, 299, 299, 3), bilinear as in TensorFlow 1: output i lies at i * H / 299, no antialiasing."""
+    """(B, H, W, 3) -> (B, 299, 299, 3), bilinear as in TensorFlow 1: output i samples i * H / 299, no antialiasing."""
 
     def along(x, axis):
         size = x.shape[axis]
@@ -244,7 +244,7 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
-    """3 x 3, stride 1, over what lies within the image."""
+    """3 x 3, stride 1; the mean leaves the padding out."""
 
     def total(y):
         return jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -255,7 +255,7 @@ def _average_pool(x: jax.Array) -> jax.Array:
 def load(path: Path) -> tuple[nnx.GraphDef, dict]:
     """The network of a safetensors or .pth file, and its weights as NumPy arrays.
 
-    Raises UserError naming every tensor that is absent or has another shape.
+    Raises UserError if the file is absent, or if tensors are absent or have other shapes; it names the first three.
     """
     if not path.is_file():
         raise UserError(
@@ -287,7 +287,7 @@ def _conv(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _check(path: Path, table: Mapping[str, Layer], thin: int, tensors) -> None:
-    """Raises UserError unless all tensors are there, in their shapes. Others, such as a bias of the classes, may be."""
+    """Raise UserError unless all tensors are present in their shapes; others, such as a bias of the classes, may be."""
     wanted = {"fc.weight": (CLASSES, 2048 // thin)}
     for name, layer in table.items():
         wanted[f"{name}.conv.weight"] = (layer.outputs, layer.inputs, *layer.size)

@@ -1,4 +1,4 @@
-"""How weights start: the keys of a model's arrays, and what is drawn with them."""
+"""Initial weights: the keys of a model's arrays, and the distributions that are drawn with them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ from jax.nn.initializers import Initializer
 
 
 class Keys:
-    """The keys that `nnx.Rngs(key)` gives, made many at once.
+    """The keys that `nnx.Rngs(key)` gives, derived many at once.
 
-    Made one by one, each is a loop of its own in the compiled program. They were half of the loops in that of a first
-    state; for eight devices it took twice as long to compile.
+    Derived one by one, each key is a loop of its own in the compiled program. They were half of the loops in the
+    program that makes the first state; for eight devices it took twice as long to compile.
     """
 
     AT_ONCE = 32  # more than one layer needs
