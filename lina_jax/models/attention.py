@@ -222,8 +222,8 @@ def order() -> str:
     """Order of the head and token axes in the operands of linear attention: "h n" on CPUs, else "n h".
 
     Unless heads come first, XLA:CPU copies each operand, element by element. The compilers for TPUs and GPUs choose
-    layouts themselves; with heads first, planned step times are longer (a stack on a v5e by 2 %, t2i 256 on h200:8 by 1
-    %).
+    layouts themselves; with heads first, planned step times are longer (a stack on a v5e by 2 %, t2i 256 on h200:8
+    by 1 %).
     """
     return "h n" if platform() == "cpu" and not portable.value else "n h"
 

@@ -58,8 +58,8 @@ def linear_attention(
     """`attention.division_attention` (or subtraction), including biases, feature maps and gates.
 
     `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3, H d) of them. `bias` (1 or B, 3, H d) is not
-    added to them yet. `gates` are those of keys, of values and, if it differs, of keys in the normaliser, each (1 or B,
-    N, H or 1) or None. `valid` is (B, N) or None. Returns (B, N, H d).
+    added to them yet. `gates` are those of keys, of values and, if it differs, of keys in the normaliser, each
+    (1 or B, N, H or 1) or None. `valid` is (B, N) or None. Returns (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
     """
@@ -95,9 +95,9 @@ def linear_attention(
 def attend(core: Core, projected: tuple[jax.Array, ...], bias: jax.Array, gates: jax.Array, share: jax.Array):
     """Attention of one shard's queries to the keys and values of all shards: (B, N, H d).
 
-    `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3 H d). `bias` is (B, 3, H d) float32. `gates` (B,
-    N, g H) are those of keys in the state, of values and, if it differs, of keys in the normaliser. `share` (B, 1, H d)
-    is the weight of a token in a mean; it gets no gradient.
+    `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3 H d). `bias` is (B, 3, H d) float32. `gates`
+    (B, N, g H) are those of keys in the state, of values and, if it differs, of keys in the normaliser. `share`
+    (B, 1, H d) is the weight of a token in a mean; it gets no gradient.
     """
     return _attend(core, projected, bias, gates, share)[0]
 

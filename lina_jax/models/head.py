@@ -25,7 +25,7 @@ def time_features(timesteps: jax.Array) -> jax.Array:
 
 
 class TimeCondition(nnx.Module):
-    """Embeddings of timestep and token condition, which the head sums; apart, each is computed once and reused."""
+    """Separate embeddings of timestep and condition, each computed once and reused; the head adds them."""
 
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(

@@ -287,7 +287,7 @@ def _conv(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _check(path: Path, table: Mapping[str, Layer], thin: int, tensors) -> None:
-    """Raise UserError unless all tensors are present in their shapes; others, such as a bias of the classes, may be."""
+    """Raise UserError unless all tensors are present in their shapes; others (the classes' bias) are ignored."""
     wanted = {"fc.weight": (CLASSES, 2048 // thin)}
     for name, layer in table.items():
         wanted[f"{name}.conv.weight"] = (layer.outputs, layer.inputs, *layer.size)

@@ -1,8 +1,8 @@
 """Patches, positions, linear maps and norms.
 
 Parameters are float32; a module computes in its `dtype` and accumulates statistics in float32. Every variable carries
-`axes`, the logical names of its axes (see `mesh.RULES`), and `decay=False` where weight decay must leave it alone. The
-kernel of a linear map also carries `matrix`, its (contracted, output) axes, and `between_features`.
+`axes`, the logical names of its axes (see `mesh.RULES`), and `decay=False` if weight decay must skip it. The kernel of
+a linear map also carries `matrix`, its (contracted, output) axes, and `between_features` (see `Linear`).
 """
 
 import functools
@@ -27,15 +27,16 @@ class Frozen(nnx.Variable):
 
 
 def over_variables(function: Callable[[nnx.Variable], object], state: nnx.State) -> nnx.State:
-    """The state with what `function` makes of each variable, whose metadata it sees, in its place."""
+    """The state with each variable replaced by `function(variable)`, which sees the variable's metadata."""
     return jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     """x (..., *inputs), kernel (*inputs, *outputs) -> (..., *outputs); `contracted` is the number of axes of inputs.
 
-    One CPU multiplies two matrices: of tokens with several axes XLA writes a transposed copy for the kernel's gradient,
-    a seventh of a training step of configs/bench.py. Axes that a mesh cuts stay apart.
+    On one CPU this is a matmul of two matrices: with several token axes, XLA writes a transposed copy for the kernel's
+    gradient, a seventh of a training step of configs/bench.py. Elsewhere the axes stay separate, as a mesh may shard
+    them.
     """
     if not one_cpu():
         return jnp.tensordot(x, kernel, contracted)
@@ -47,25 +48,26 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
 
 @jax.custom_vjp
 def _of_few_rows(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """rows @ matrix. The gradient of few rows is made in columns: XLA:CPU would turn the whole matrix over for it."""
+    """rows @ matrix. The gradient of rows is computed in columns, or XLA:CPU would transpose the whole matrix."""
     return rows @ matrix
 
 
 def _few_rows_gradient(arrays: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, matrix = arrays
     columns = jax.lax.dot_general(matrix, gradient, (((1,), (1,)), ((), ())))
-    columns = jax.lax.optimization_barrier(columns)  # or else XLA exchanges the operands
+    columns = jax.lax.optimization_barrier(columns)  # otherwise XLA swaps the operands
     return columns.T, rows.T @ gradient
 
 
-# Written out, so that remat policies see a product.
+# The product is written out so that remat policies see it.
 _of_few_rows.defvjp(lambda rows, matrix: (rows @ matrix, (rows, matrix)), _few_rows_gradient)
 
 
 def spread(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """The vector (*outputs), or on meshes those of images (B, 1, *outputs), as an array like `tokens` (..., *outputs).
+    """Broadcast a vector to the shape and dtype of `tokens` (..., *outputs), so that it can be added to them.
 
-    To be added: its gradient, a sum over many tokens, is made in float32, which JAX's is not where tokens are bfloat16.
+    The vector is (*outputs), or on meshes (B, 1, *outputs) with one for each image. Its gradient, a sum over many
+    tokens, is accumulated in float32; JAX's own is not if tokens are bfloat16.
     """
     shape, dtype = tokens.shape, tokens.dtype
 
@@ -79,7 +81,7 @@ def spread(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.A
 
 @jax.custom_vjp
 def scaled(tokens: jax.Array, vector: jax.Array) -> jax.Array:
-    """tokens * vector, as `spread` adds; what is kept for the gradient are the two."""
+    """tokens * vector, whose gradient is summed as in `spread`; only the two arguments are kept for the gradient."""
     return tokens * vector.astype(tokens.dtype)
 
 
@@ -92,9 +94,10 @@ scaled.defvjp(lambda tokens, vector: (scaled(tokens, vector), (tokens, vector)),
 
 
 def _summed(tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The sum over what broadcasting repeats of an array of this shape.
+    """The sum of `tokens` over the axes along which an array of this shape would be broadcast to them.
 
-    On one CPU that over tokens is a product with ones, a third of the time of XLA's sums.
+    On one CPU, the sum over tokens is a matmul with ones, which takes a third of the time of XLA's sums; the result is
+    then rounded to the dtype of `tokens`.
     """
     leading = tokens.ndim - len(shape)
     axes = (*range(leading), *(leading + i for i, n in enumerate(shape) if n != tokens.shape[leading + i]))
@@ -108,8 +111,8 @@ class Linear(nnx.Module):
     """y = x W + b, contracting the last len(inputs) axes of x with the first of W.
 
     x (..., *inputs) -> (..., *outputs); W (*inputs, *outputs), b (*outputs). `axes` names the axes of W; an output axis
-    "parts" holds several maps side by side. With `between_features` x and y are both features of the network, neither
-    data nor their embedding: those matrices alone are Muon's.
+    "parts" holds several maps side by side. `between_features` says that x and y are both features of the network,
+    neither data nor embeddings of data: Muon updates such matrices only.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class Linear(nnx.Module):
         return multiply(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
 
     def products(self, x: jax.Array) -> list[jax.Array]:
-        """x W of each part of the outputs along their first axis, (..., *outputs[1:]), one after the other."""
+        """x W of each part of the outputs along their first axis, (..., *outputs[1:]), each as a matmul of its own."""
         return [self._product_of(i, x) for i in range(self.kernel[...].shape[self.contracted])]
 
     def _product_of(self, part: int, x: jax.Array) -> jax.Array:
@@ -158,7 +161,7 @@ class Linear(nnx.Module):
         return multiply(x.astype(self.dtype), kernel, self.contracted)
 
     def _parts_first(self, y: jax.Array) -> jax.Array:
-        """An output (..., *outputs), or the bias (that of each image may be its own), its parts ahead of all else."""
+        """An output (..., *outputs) or the bias (images may have their own), with the axis of parts in front."""
         return jnp.moveaxis(y, self.contracted - self.kernel[...].ndim, 0)
 
     def part(self, part: int, x: jax.Array) -> jax.Array:
@@ -167,9 +170,10 @@ class Linear(nnx.Module):
         return product + spread(self._parts_first(self.bias[...])[part], product)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """All parts of the output. To cut one product, and to join its gradient again, costs more than it saves.
+        """All parts of the output, (..., *outputs[1:]) each.
 
-        But on one CPU, of few tokens: there to cut the kernel costs more.
+        Splitting one matmul, and concatenating its gradient, costs more than it saves, except for few tokens on one
+        CPU, where splitting the kernel costs more.
         """
         if one_cpu() and math.prod(x.shape[: -self.contracted]) < math.prod(x.shape[-self.contracted :]):
             return list(self._parts_first(self(x)))
@@ -191,7 +195,7 @@ def _standardize(x: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, 
 
 
 def _standardize_gradient(_, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
-    """From the result and one number a row: what jax.grad derives keeps, and writes, float32 copies of whole arrays."""
+    """From the result and one number per row; jax.grad would keep and write float32 copies of whole arrays."""
     y, factor = kept
     wide, g = y.astype(jnp.float32), gradient.astype(jnp.float32)
     along = jnp.mean(g * wide, axis=-1, keepdims=True)
@@ -203,13 +207,13 @@ standardize.defvjp(_standardize, _standardize_gradient)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact, by erf: jax.nn.gelu goes through erfc, which is 93 vector operations on a TPU where this is 14."""
+    """Exact GELU by erf: 14 vector operations on a TPU; jax.nn.gelu uses erfc, which takes 93."""
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 def _gelu_gradient(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    """From x alone: jax.grad keeps its steps, in float32."""
+    """From x alone; jax.grad would keep intermediate results in float32."""
     wide = x.astype(jnp.float32)
     slope = _normal_cdf(wide) + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * math.pi) ** -0.5
     return ((slope * gradient).astype(x.dtype),)
@@ -270,7 +274,8 @@ def gather_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
 def position_table(grid: tuple[int, int], width: int) -> jax.Array:
     """2-D sine-cosine table (h*w, D): [sin column, cos column, sin row, cos row] at integer coordinates.
 
-    A program holds the values of single rows and columns: of 256 x 256 tokens the table would be a constant of 400 MB.
+    Compiled programs contain the values of one row and one column only: for 256 x 256 tokens the whole table would be a
+    constant of 400 MB.
     """
     frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
 
@@ -290,7 +295,7 @@ def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:
 
 
 def rotary_angles(positions: jax.Array, head_width: int) -> jax.Array:
-    """Angles (..., d/2) of integer (t, h, w) positions (..., 3); axes get d//8 and twice (d - d//8)//2 dimensions."""
+    """Angles (..., d/2) of integer (t, h, w) positions (..., 3): t gets d//8 dimensions, h and w (d - d//8)//2 each."""
     first = head_width // 8
     angles = []
     for axis, size in enumerate((first, (head_width - first) // 2, (head_width - first) // 2)):

@@ -100,7 +100,7 @@ class LINA(nnx.Module):
         )
 
     def embed_condition(self, condition: Condition) -> tuple[jax.Array, jax.Array | None]:
-        """Condition tokens (B, L, D) and which of them are attended (B, L), None for all."""
+        """Condition tokens (B, L, D) and which of them are attended to (B, L), None for all."""
         if self.config.condition == "class":
             return self.label_embed(condition["label"]).astype(self.dtype), None
         text, lengths = condition["text"], condition["text_length"]
@@ -110,7 +110,7 @@ class LINA(nnx.Module):
         return self.text_embed(text, lengths), valid
 
     def encode_condition(self, condition: Condition) -> jax.Array:
-        """(B, Nc, D): what the image blocks see of the condition."""
+        """The condition tokens that the image blocks read, (B, Nc, D)."""
         embedded, valid = self.embed_condition(condition)
         embedded, valid = sequence.padded(embedded, valid)
         batch, length = embedded.shape[:2]
@@ -131,14 +131,14 @@ class LINA(nnx.Module):
         return self.condition_norm(c)
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Embedded tokens (B, N, D), content hidden where mask (B, N)."""
+        """Embedded tokens (B, N, D), with the mask token where `mask` (B, N) is True."""
         embedded = self.patch_embed(tokens)
         return jnp.where(mask[..., None], spread(self.mask_token[...], embedded), embedded)
 
     def encode_image(
         self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None
     ) -> jax.Array:
-        """z (B, N, D), the head's condition for every token; (B, K, D) of the K that are named in `only`.
+        """z (B, N, D), the head's condition for every token, or (B, K, D) for the K tokens in `only`.
 
         tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
         image; c (B, Nc, D); only (B, K), raster indices, None for all.
@@ -173,7 +173,7 @@ class LINA(nnx.Module):
 
         if only is not None or (one_cpu() and not self.config.scan_layers):
             z = self.decoder(encoded, angles=angles, read=read)
-        else:  # a scan wants all blocks alike, and kernels the tokens of all; else it was not tried
+        else:  # a scan needs equal blocks, kernels need all tokens; other cases were not tried
             z = read(self.decoder(encoded, angles=angles))
         return self.image_norm(z)
 
@@ -190,7 +190,7 @@ class LINA(nnx.Module):
         return _squared_errors(self.velocities(tokens, condition, draws, sigmas), tokens, draws.noise)
 
     def loss(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
-        """The sum of `token_losses` over masked tokens, float32. One CPU gives the head no others, and few at once."""
+        """The sum of `token_losses` over masked tokens, float32; on one CPU the head sees only these, in chunks."""
         if not one_cpu():
             return jnp.sum(self.token_losses(tokens, condition, draws, sigmas) * draws.mask)
         z = rearrange(self._encode(tokens, condition, draws), "b n d -> (b n) d")
@@ -222,9 +222,10 @@ def _velocities(
     head: DiffusionHead, times: jax.Array, z: jax.Array,
     tokens: jax.Array, noise: jax.Array, timestep: jax.Array, sigmas: np.ndarray,
 ) -> jax.Array:  # fmt: skip
-    """(R, B, N, p*p*C), from `times` (1000, r), the embedding of `sigmas`, and z (B, N, D), both shared by the repeats.
+    """Velocities (R, B, N, p*p*C), from `times` and z, which the repeats share.
 
-    tokens (B, N, p*p*C); noise (R, B, N, p*p*C); timestep (R, B, N).
+    `times` (1000, r) is the head's embedding of `sigmas` (1000,); z (B, N, D); tokens (B, N, p*p*C);
+    noise (R, B, N, p*p*C); timestep (R, B, N).
     """
     noisy = flow.interpolate(tokens, noise, jnp.asarray(sigmas)[timestep])
     return head(noisy, look_up(times, timestep, head.dtype), head.embed.condition(z))
@@ -235,14 +236,14 @@ def _squared_errors(velocity: jax.Array, tokens: jax.Array, noise: jax.Array) ->
 
 
 def unconditional(config: ModelConfig, like: Condition) -> Condition:
-    """The condition of one image (leading axis 1) that guidance contrasts with: class `num_classes`, or no text."""
+    """The unconditional input for guidance, of one image (leading axis 1): class `num_classes`, or no text."""
     if config.condition == "class":
         return {"label": jnp.full((1,), config.num_classes, jnp.int32)}
     return {"text": jnp.zeros_like(like["text"][:1]), "text_length": jnp.zeros((1,), jnp.int32)}
 
 
 def drop_conditions(config: ModelConfig, condition: Condition, drop: jax.Array) -> Condition:
-    """Replace the conditions where `drop` (B,) by the unconditional one."""
+    """Replace conditions by the unconditional one where `drop` (B,) is True."""
     if config.condition == "class":
         return {"label": jnp.where(drop, config.num_classes, condition["label"])}
     return {**condition, "text_length": jnp.where(drop, 0, condition["text_length"])}

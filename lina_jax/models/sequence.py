@@ -1,9 +1,10 @@
-"""Sequence parallelism: the tokens of an image cut by rows over the mesh axis `sequence`.
+"""Sequence parallelism: the tokens of an image are sharded by rows over the mesh axis `sequence`.
 
 A sequence of condition and image tokens is stored shard by shard: each of S shards has its Nc / S condition tokens,
 then its N / S image tokens, which are whole rows of the grid. With S = 1 that is the plain order. Only attention, its
-convolution and the choice of visible tokens know of shards, and only these functions talk to other devices: sums by
-all-reduce, rows at the edges by collective-permute. Tokens themselves are never gathered (softmax attention excepted).
+convolution and the selection of visible tokens depend on shards, and only the functions here communicate between
+devices: sums by all-reduce, rows at the edges by collective-permute. Tokens themselves are never gathered (except for
+softmax attention).
 """
 
 import functools
@@ -23,15 +24,15 @@ T = TypeVar("T")
 
 AXIS = "sequence"
 
-# Standard deviations above the mean up to which a shard has room for visible tokens. A normal variable is larger once
-# in 1e9 draws.
+# A shard has room for this many standard deviations more visible tokens than the mean. A normal variable exceeds that
+# once in 1e9 draws.
 SPREAD = 6.0
-TILE = 8  # rows of a matrix, of which compilers want multiples
-RARELY = "rarely"  # scope of what runs when that happens; estimates leave it out
+TILE = 8  # compilers want matrices whose number of rows is a multiple of this
+RARELY = "rarely"  # scope of the branch that runs when a shard has more; estimates leave it out
 
 
 def shards() -> int:
-    """S, of the mesh in use; 1 without one."""
+    """S of the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
@@ -51,9 +52,9 @@ def separate(x: jax.Array, conditions: int) -> tuple[jax.Array, jax.Array]:
 
 
 def table_by_shard(table: jax.Array, conditions: int) -> jax.Array:
-    """Tables (B or 1, Nc + N, ...) with a row for each token, as `arrange` stores them.
+    """Tables (B or 1, Nc + N, ...) with a row for each token, sharded as `arrange` stores tokens.
 
-    A table is whole on every shard and so is its gradient, a sum over shards.
+    Every shard holds the whole table and takes its own rows. The table's gradient is whole too, a sum over shards.
     """
     s = shards()
     if s == 1:
@@ -70,7 +71,7 @@ def table_by_shard(table: jax.Array, conditions: int) -> jax.Array:
 
 
 def padded(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """x (B, N, D) with zeros up to a multiple of S tokens, and which of them exist: `valid` (B, N), None for all."""
+    """x (B, N, D) with zeros up to a multiple of S tokens, and which tokens exist: `valid` (B, N), None for all."""
     missing = -x.shape[1] % shards()
     if not missing:
         return x, valid
@@ -79,9 +80,9 @@ def padded(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array 
 
 
 def by_shard(function: Callable, *, whole: tuple[int, ...] = (), summed: bool = False) -> Callable:
-    """`function` on each shard's own tokens, axis 1 of its arguments and of what it returns.
+    """`function` applied to each shard's own tokens, axis 1 of its arguments and of its results.
 
-    Arguments whose numbers are in `whole` come as they are; a `summed` result is the same on all shards.
+    Arguments whose positions are in `whole` are not sharded. A `summed` result is the same on all shards.
     """
     if shards() == 1:
         return function
@@ -100,9 +101,9 @@ def total(x):
 
 
 def share(valid: jax.Array | None, tokens: int) -> jax.Array | float:
-    """The weight of a token in a mean over all shards, inside `by_shard`: a number, or (B,) of those that are `valid`.
+    """The weight of a token in a mean over all shards, inside `by_shard`.
 
-    `tokens` are a shard's own, `valid` (B, tokens).
+    A number, or with `valid` (B, tokens) an array (B,) of weights of valid tokens. `tokens` is the number on one shard.
     """
     if valid is None:
         return 1.0 / total(tokens)
@@ -110,16 +111,19 @@ def share(valid: jax.Array | None, tokens: int) -> jax.Array | float:
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-    """x, the same on all shards, as each shard's own, inside `by_shard`: gradients of the shards' copies are summed."""
+    """x, equal on all shards, as a copy for each shard, inside `by_shard`; gradients of the copies are summed."""
     return jax.lax.pcast(x, AXIS, to="varying") if shards() > 1 else x
 
 
 def with_edges(rows: jax.Array, edge: int) -> jax.Array:
-    """rows (B, h, w, D) of a shard, inside `by_shard` -> (B, edge + h + edge, w, D), zeros beyond the image."""
+    """The rows of a shard with its neighbours' edge rows, inside `by_shard`; beyond the image they are zeros.
+
+    rows (B, h, w, D) -> (B, edge + h + edge, w, D).
+    """
     s = shards()
     if s == 1:
         return jnp.pad(rows, ((0, 0), (edge, edge), (0, 0), (0, 0)))
-    down = [(i, i + 1) for i in range(s - 1)]  # who receives nothing has zeros
+    down = [(i, i + 1) for i in range(s - 1)]  # shards that receive nothing get zeros
     above = jax.lax.ppermute(rows[:, rows.shape[1] - edge :], AXIS, down)
     below = jax.lax.ppermute(rows[:, :edge], AXIS, [(to, source) for source, to in down])
     return jnp.concatenate([above, rows, below], axis=1)
@@ -141,9 +145,10 @@ def take(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def room(tokens: int, visible: int) -> int:
-    """Places for visible tokens in a shard of an image of `tokens`, of which at most `visible` are, chosen at random.
+    """Places for visible tokens in a shard of an image of `tokens`, at most `visible` of which are visible, at random.
 
-    Their number is hypergeometric; it is larger than this as good as never, and never where this is all there can be.
+    The number in a shard is hypergeometric. It practically never exceeds this bound, and cannot where the bound is
+    `max_in_shard`.
     """
     s, share = shards(), visible / tokens
     deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
@@ -157,10 +162,10 @@ def max_in_shard(tokens: int, visible: int) -> int:
 
 
 def _whole_tiles(places: int, mask: jax.Array) -> int:
-    """`places` of a shard, rounded up on GPUs until those of a device's images together are a multiple of TILE.
+    """`places` of a shard, on GPUs rounded up so that all images of a device have a multiple of TILE in total.
 
-    XLA:GPU multiplies padded copies of matrices with other numbers of rows. Condition tokens, the other rows, nearly
-    always are such a multiple. mask (B, N).
+    XLA:GPU multiplies padded copies of matrices with other numbers of rows. The number of condition tokens, the other
+    rows, is nearly always such a multiple. mask (B, N).
     """
     if platform() != "gpu" or portable.value:
         return places
@@ -170,18 +175,18 @@ def _whole_tiles(places: int, mask: jax.Array) -> int:
 
 
 class Visible(NamedTuple):
-    """The visible tokens of each shard, in raster order, in K places of it; the last places may be empty."""
+    """The visible tokens of each shard, in raster order, in K places per shard; the last places may be empty."""
 
-    ids: jax.Array  # (B, S * K), which token of its shard stands in a place; of an empty one, some hidden token
+    ids: jax.Array  # (B, S * K), which token of its shard is in a place; in an empty place, some hidden token
     exists: jax.Array  # (B, S * K), False where a place is empty
-    hidden: jax.Array  # (B, N), the tokens that stand in no place
+    hidden: jax.Array  # (B, N), the tokens that are in no place
 
 
 def on_visible(function: Callable[[Visible], T], hidden: jax.Array, visible: int) -> T:
     """function(chosen) with `room` places in each shard, or `max_in_shard` if a draw needs more.
 
-    On GPUs images that are not cut may have a few more (`_whole_tiles`). hidden (B, N) is False for at most `visible` >
-    0 tokens of each image.
+    Where the two are equal, as they are without sequence sharding, GPUs may use a few more (`_whole_tiles`).
+    hidden (B, N) is False for at most `visible` > 0 tokens of each image.
     """
     tokens, s = hidden.shape[1], shards()
 
@@ -197,7 +202,8 @@ def on_visible(function: Callable[[Visible], T], hidden: jax.Array, visible: int
         return with_room(_whole_tiles(many, hidden), hidden)
     fits = jnp.max(jnp.sum(rearrange(~hidden, "b (s n) -> b s n", s=s), axis=2)) <= few
 
-    # What a branch keeps for its gradient has room, and is cleared, whichever runs: this one keeps nothing.
+    # Memory for what a branch keeps for its gradient is allocated and cleared whichever branch runs, so this one keeps
+    # nothing.
     @jax.checkpoint
     @jax.named_scope(RARELY)
     def at_full_length(hidden):
@@ -209,14 +215,14 @@ def on_visible(function: Callable[[Visible], T], hidden: jax.Array, visible: int
 def pick(x: jax.Array, chosen: Visible) -> jax.Array:
     """The visible tokens of x (B, N, D), in their places (B, S * K, D).
 
-    Gradients come back by gathering, too (`put_back` is the inverse): JAX's own would be a scatter, which accelerators
-    do row by row or, adding by atomics, in an order of chance. That of an empty place is taken to be zero.
+    The gradient is a gather, too (`put_back` is the inverse). JAX's own would be a scatter, which accelerators do row
+    by row or, adding by atomics, in random order. The gradient of an empty place is taken to be zero.
     """
     return by_shard(_pick)(x, chosen.ids, chosen.exists, chosen.hidden)
 
 
 def put_back(x: jax.Array, picked: jax.Array, chosen: Visible) -> jax.Array:
-    """x (B, N, D) with its visible tokens replaced by those in their places, `picked` (B, S * K, D)."""
+    """x (B, N, D) with its visible tokens replaced by `picked` (B, S * K, D), which has them in their places."""
     visible = by_shard(_put_back)(picked, chosen.ids, chosen.exists, chosen.hidden)
     return jnp.where(chosen.hidden[..., None], x, visible)
 

@@ -51,7 +51,7 @@ def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class PhiBlock(nnx.Module):
-    """x + attention(n) + mlp(n) of one n = LN(x). x (B, L, D) float32, angles (L, r/2)."""
+    """x + attention(n) + mlp(n) with a single n = LN(x). x (B, L, D) float32, angles (L, r/2)."""
 
     def __init__(self, config: PhiConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         c, common = config, {"rngs": rngs, "dtype": dtype, "kind": Frozen}
@@ -87,7 +87,7 @@ class Phi(nnx.Module):
         self.norm = LayerNorm(c.hidden_size, kind=Frozen, eps=c.layer_norm_eps)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        # Whole: a lookup in a table cut over its width would gather the features of the whole batch instead.
+        # Gathered: a lookup in a table sharded over its width would gather the features of the whole batch instead.
         table = constrain(self.table[...], None, None)
         return constrain(table[ids].astype(jnp.float32), "batch", None, None)
 

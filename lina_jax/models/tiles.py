@@ -1,10 +1,10 @@
-"""Kernels that pass over the tokens of images tile by tile, in Pallas: for TPUs (by Mosaic) and for GPUs (by Triton).
+"""Pallas kernels that pass over the tokens of images tile by tile, for TPUs (by Mosaic) and for GPUs (by Triton).
 
-A tile is some rows of tokens and, in their lanes, one head (GPUs) or several (TPUs, as many as fill whole registers;
-what one head has to do with another is masked). Of B images of N tokens and H heads of width d, a pass reads and writes
+The rows of a tile are tokens; its lanes hold one head (GPUs) or several (TPUs, as many as fill whole registers;
+products between different heads are masked). For B images of N tokens and H heads of width d, a pass reads and writes
 
-    tokens      (B, N, p H d) numbers of each token, of p kinds one after the other; a pass names those that it needs
-    gates       (B, N, g H)   numbers of each token and head, of g kinds one after the other
+    tokens      (B, N, p H d) features of each token, of p kinds one after the other; a pass names those that it needs
+    gates       (B, N, g H)   numbers for each token and head, of g kinds one after the other
     summaries   (B, r, H d)   float32; r rows for each image, the last axis is that of the tokens
 """
 
@@ -21,30 +21,30 @@ from jax.experimental.pallas import tpu as pltpu
 from lina_jax.errors import UserError
 from lina_jax.mesh import batch_parts, platform, portable, spec
 
-LANES, ROW_MULTIPLE = 128, 16  # of a TPU's registers, in bfloat16
-ROWS = 256  # tokens of a tile of a TPU, at most; twice as many take four times as long to compile
-VMEM = 24 * 2**20  # bytes of a TPU's own memory for a kernel; with 64 MiB, too little is left for collectives meanwhile
+LANES, ROW_MULTIPLE = 128, 16  # lanes and rows of a TPU's registers, in bfloat16
+ROWS = 256  # most tokens in a tile on TPUs; twice as many take four times as long to compile
+VMEM = 24 * 2**20  # bytes of VMEM for a kernel; with 64 MiB, too little is left for concurrent collectives
 
-GPU_BYTES = 2**14  # of a tile of a GPU: its shared memory holds several
-GPU_WARPS = 8  # that keep a state of 128 x 128 numbers in their registers, 64 a thread
-GPU_TOKENS = 512  # of an image for one program, at most: few images still occupy the device
-GPU_LANES = (16, 128)  # fewer are not multiplied rightly (jax 0.10.2), more do not fit
+GPU_BYTES = 2**14  # bytes of a tile on GPUs; shared memory holds several tiles
+GPU_WARPS = 8  # hold a state of 128 x 128 numbers in registers, 64 per thread
+GPU_TOKENS = 512  # most tokens of an image for one program, so that few images still occupy the device
+GPU_LANES = (16, 128)  # fewest and most: fewer give wrong products (jax 0.10.2), more do not fit
 
 
-# interpreted("tpu") or ("gpu"): what is traced inside has the kernels of that device, interpreted on CPUs (tests).
+# Code traced inside interpreted("tpu") or interpreted("gpu") has that device's kernels, interpreted on CPUs (tests).
 interpreted = jax.make_user_context(default_value="")
 
 
 def device() -> str:
-    """tpu or gpu, for which what is traced is meant; empty where there are no kernels."""
+    """The device whose kernels traced code uses, tpu or gpu; empty where there are none."""
     return interpreted.value or ("" if platform() == "cpu" or portable.value else platform())
 
 
 def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | None, ...], *, images: int) -> Callable:
-    """`function` of each device's own parts of arrays, as compilers cannot cut what kernels work on.
+    """`function` applied to each device's shards of arrays, because compilers cannot shard what kernels work on.
 
-    For each argument its logical axes, or a list of those of several. A batch of `images` that the mesh does not divide
-    (the one image that guidance contrasts with) is whole on every device.
+    `in_axes` has the logical axes of each argument, or a list of them for a list of arrays. If the mesh does not divide
+    a batch of `images` (the one unconditional image of guidance), the batch is whole on every device.
     """
     device_mesh = jax.sharding.get_abstract_mesh()
     if device_mesh.empty:
@@ -55,12 +55,12 @@ def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | 
         return spec(*(None if whole and name == "batch" else name for name in axes))
 
     in_specs = tuple(jax.tree.map(cut, list(in_axes), is_leaf=lambda axes: isinstance(axes, tuple)))
-    # Kernels do not say along which axes of the mesh their results vary, so that this cannot be checked.
+    # Kernels do not state along which mesh axes their results vary, so this cannot be checked.
     return jax.shard_map(function, in_specs=in_specs, out_specs=cut(out_axes), check_vma=False)
 
 
 def stated(*, bytes_accessed: int, flops: int = 0, vector_ops: int = 0) -> dict[str, str]:
-    """What `hlo` shall believe of a kernel for GPUs: traffic, FLOPs of matrix products, operations beside them."""
+    """Costs of a GPU kernel for `hlo` to read: traffic, FLOPs of matmuls, and other vector operations."""
     return {"flops": str(flops), "vector_ops": str(vector_ops), "bytes_accessed": str(bytes_accessed)}
 
 
@@ -69,24 +69,25 @@ def bytes_of(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 class Column(NamedTuple):
-    """Tokens (B, N, H d): an array of them, or one kind of those of an array (B, N, p H d)."""
+    """Tokens (B, N, H d): a whole array, or one kind of tokens in an array (B, N, p H d)."""
 
     array: Any
     kind: int = 0
 
     def like(self, begun: jax.Array | None = None) -> "Column":
-        """Of a result: the first kind makes an array, others are written to the one so begun (GPUs)."""
+        """The column for a result: kind 0 makes a new array, other kinds are written into the array `begun` (GPUs)."""
         return Column(begun if self.kind else jax.ShapeDtypeStruct(self.array.shape, self.array.dtype), self.kind)
 
 
 class Parts(NamedTuple):
-    """Arrays, their shapes or references to them; of a pass, or of one tile of it.
+    """Arrays, their shapes or references to them, of a pass or of one of its tiles.
 
-    A tile has its gates one by one, in each lane of their head or (GPUs) one for a row.
+    A tile has each kind of gate as a separate array: on TPUs every lane of a head holds its gate, on GPUs there is one
+    number per row.
     """
 
-    tokens: tuple[Any, ...] = ()  # columns; of a tile arrays
-    gates: tuple[Any, ...] = ()  # none or one; of a tile g
+    tokens: tuple[Any, ...] = ()  # columns; in a tile, arrays
+    gates: tuple[Any, ...] = ()  # none or one; in a tile, g
     summaries: tuple[Any, ...] = ()
 
     @property
@@ -94,7 +95,7 @@ class Parts(NamedTuple):
         return [*self.token_arrays, *self.gates, *self.summaries]
 
     def sort(self, flat: Sequence[Any]) -> "Parts":
-        """Others, flat, in place of these."""
+        """These parts with the arrays of `flat` in place of their own."""
         mine = self.token_arrays
         places = {id(array): other for array, other in zip(mine, flat, strict=False)}
         rest = iter(flat[len(mine) :])
@@ -103,31 +104,34 @@ class Parts(NamedTuple):
 
     @property
     def token_arrays(self) -> list[Any]:
-        """Of all columns, each object once."""
+        """The arrays of all columns, each object once."""
         return list({id(c.array): c.array for c in self.tokens}.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The heads of a tile. In lanes after the last one tokens are read as zeros, and nothing is written."""
+    """The heads of a tile. In lanes after the last head, tokens are read as zeros and nothing is written."""
 
     heads: int
     width: int
     lanes: int
 
     def square(self, state: jax.Array) -> jax.Array:
-        """A d x d matrix of each head, (d, lanes), as one matrix (lanes, lanes) that is zero between heads."""
+        """The d x d matrices of all heads, (d, lanes), as one matrix (lanes, lanes) that is zero between heads."""
         return state if self.heads == 1 else jnp.concatenate([state] * self.heads) * self._same_head()
 
     def state(self, square: jax.Array) -> jax.Array:
-        """The inverse of `square`, of a matrix that may have anything between heads."""
+        """The inverse of `square`; the matrix may have anything between heads."""
         if self.heads == 1:
             return square
         square = square * self._same_head()
         return sum(square[i * self.width : (i + 1) * self.width] for i in range(self.heads))
 
     def along(self, x: jax.Array, row: jax.Array) -> jax.Array:
-        """x . row of each head: x (n, lanes), row (1, lanes) -> (n, lanes), in each lane of a head, or (n, 1)."""
+        """x . row per head, for x (n, lanes) and row (1, lanes).
+
+        The result is (n, lanes), equal in all lanes of a head, or (n, 1) if there is one head.
+        """
         if self.heads == 1:
             return jnp.sum(x.astype(jnp.float32) * row.astype(x.dtype).astype(jnp.float32), axis=1, keepdims=True)
         return product(x, (row * self._same_head()).astype(x.dtype), (1, 1))
@@ -138,7 +142,7 @@ class Tile:
 
 
 def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """Of two matrices, contracting one axis of each; accumulated in float32."""
+    """Matmul of two matrices that contracts one axis of each, accumulated in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = tuple((axis,) for axis in contracted), ((), ())
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -154,11 +158,12 @@ def over_tokens(
     device: str,
     interpret: bool,
 ) -> Parts:
-    """`function` of every tile: what it gives for tokens is put together, its summaries are added up.
+    """Apply `function` to every tile; its tokens and gates are assembled, its summaries are summed.
 
-    For a gate it gives, in each lane, what is to be summed over the head. `results` are shapes or (`Column.like`) an
-    array to complete. `products` are, for estimates, those that it makes of a token: with matrices of a head, and with
-    rows (`Tile.along`). `device` is tpu or gpu; on TPUs every array has tokens of one kind.
+    For a gate, `function` returns in each lane what is to be summed over the head. `results` are shapes or
+    (`Column.like`) an array to complete. `products`, for estimates, counts the products that `function` computes per
+    token: those with a matrix per head, and those with rows (`Tile.along`). `device` is tpu or gpu; on TPUs every array
+    has tokens of one kind.
 
     Raises UserError for heads that are too wide for GPUs.
     """
@@ -175,13 +180,13 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
     tile = Tile(together, width, together * width)
     steps, groups = pl.cdiv(length, ROWS), heads // together
     kinds = sum(gates.shape[2] // heads for gates in arrays.gates)
-    # As even as tiles of registers allow; one tile may have any number of rows.
+    # Tiles as even as registers allow; a single tile may have any number of rows.
     rows = length if steps == 1 else pl.cdiv(length, steps * ROW_MULTIPLE) * ROW_MULTIPLE
-    # What is added up stays in the core while the last index runs: gates over groups of heads, summaries over tokens.
+    # Sums stay on chip while the last grid index runs: gates are summed over groups of heads, summaries over tokens.
     over_groups = bool(results.gates)
 
     def indices(place):
-        """The block that is at `place` (image, step, group), as the grid counts."""
+        """The index map of a block at `place` (image, step, group), in the order of the grid."""
         return lambda image, i, j: place(image, *((i, j) if over_groups else (j, i)))
 
     def kernel(*refs):
@@ -189,7 +194,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         step, group = (pl.program_id(i) for i in ((1, 2) if over_groups else (2, 1)))
 
         def existing(x):
-            """Of the last tile, which may reach beyond the image."""
+            """x with zeros in rows beyond the image, which the last tile may have."""
             if length % rows == 0:
                 return x
             row = step * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
@@ -250,19 +255,19 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
 
 
 def _bytes(parts: Parts, features: int) -> int:
-    """Of all its numbers; of tokens, those of `features` in a column."""
+    """Bytes of all parts; a column counts `features` numbers per token."""
     columns = sum(math.prod(c.array.shape[:2]) * features * c.array.dtype.itemsize for c in parts.tokens)
     return columns + bytes_of(*parts.gates, *parts.summaries)
 
 
 def _owner(heads: int, kinds: int, kind: int, tile: Tile, group: jax.Array) -> jax.Array:
-    """Which of the g H gates is that of each lane of a group's tile."""
+    """Which of the g H gates belongs to each lane of a group's tile, for one kind of gate: (g H, lanes) bool."""
     gate, lane = (jax.lax.broadcasted_iota(jnp.int32, (kinds * heads, tile.lanes), i) for i in (0, 1))
     return gate == kind * heads + group * tile.heads + lane // tile.width
 
 
 def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple[int, int], interpret: bool) -> Parts:
-    from jax.experimental.pallas import triton  # deprecated from jax 0.11 on: other devices do without it
+    from jax.experimental.pallas import triton  # deprecated since jax 0.11; only GPUs need it
 
     tokens = arrays.tokens[0].array
     batch, length = tokens.shape[:2]
@@ -272,7 +277,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         raise UserError(f"model.attention_kernel=pallas: heads of {width} channels; on GPUs at most {most}")
     tile = Tile(1, width, max(fewest, pl.next_power_of_2(width)))
     tile_rows = max(16, min(64, GPU_BYTES // (tile.lanes * tokens.dtype.itemsize)))
-    programs = pl.cdiv(length, GPU_TOKENS)  # that share an image; each has summaries of its own
+    programs = pl.cdiv(length, GPU_TOKENS)  # per image; each has its own summaries
     tiles = pl.cdiv(length, programs * tile_rows)
     summaries = tuple(jax.ShapeDtypeStruct((batch, programs, *s.shape[1:]), s.dtype) for s in results.summaries)
     results = results._replace(summaries=summaries)
@@ -285,7 +290,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         features = head * width + lanes
 
         def of_image(ref):
-            """Rows of a summary, one or as many as lanes, and which of the numbers there exist."""
+            """Rows of a summary, one or as many as lanes, and a mask of the numbers that exist."""
             rows = jnp.arange(1 if ref.shape[-2] == 1 else tile.lanes)[:, None]
             return rows, (rows < ref.shape[-2]) & (lanes < width)
 

@@ -1,4 +1,4 @@
-"""Transformer blocks and scanned stacks of them."""
+"""Transformer blocks, and stacks of them that are scanned or unrolled."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ class Block(nnx.Module):
         self, x: jax.Array, *,
         valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
     ) -> jax.Array:  # fmt: skip
-        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that are `read`; arguments as in Attention."""
+        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that `read` selects; arguments as in Attention."""
         change = self.attention(x, valid=valid, angles=angles, read=read)
         tokens = None if read else "tokens"
         x = constrain((read(x) if read else x) + self.norm1(change), "batch", tokens, None)
@@ -43,7 +43,8 @@ REMAT_POLICIES = {
 }
 
 
-# sums_in_time(True): gradients are summed between nodes of GPUs, behind the backward passes of so many layers each.
+# Inside sums_in_time(True), a layer's gradients are summed between GPU nodes during the backward passes of
+# LAYERS_TO_SUM other layers.
 sums_in_time = jax.make_user_context(default_value=False)
 LAYERS_TO_SUM = 3
 
@@ -51,12 +52,12 @@ LAYERS_TO_SUM = 3
 def apply_layers(
     body, x: jax.Array, layers: nnx.Module, *, scan: bool, remat: str, ahead: bool | None = None, last=None
 ) -> jax.Array:
-    """Apply stacked `layers` (every array with a leading layer axis) to x one after the other: x = body(x, layer).
+    """Apply stacked `layers` (every array has a leading layer axis) to x one after the other: x = body(x, layer).
 
-    `last` stands for `body` in the last layer; its result may have another shape.
-    Scanned, many layers compile like one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs).
-    With `ahead` a scan gathers weights an iteration before they are used, and keeps them for the backward pass; None:
-    between TPUs, unless remat is "full" (which asks for memory, not speed).
+    `last` replaces `body` in the last layer; its result may have another shape. A scan compiles many layers in the time
+    of one; unrolled, a few run faster where a loop's saved residuals are copied (CPUs). With `ahead`, a scan gathers
+    the matrices that read the residual stream an iteration before they are used, and keeps them for the backward pass.
+    None means: on TPUs with `fsdp`, unless remat is "full" (which asks for memory, not speed).
     """
     ahead = scan and (loops_gather_late() and remat != "full" if ahead is None else ahead)
     chosen = _written_back if ahead else _is_matrix
@@ -74,7 +75,7 @@ def apply_layers(
     def layer(i):
         return jax.tree.map(lambda leaf: leaf[i], layers)
 
-    if scan:  # by index, as a part of the layers would be a copy of them
+    if scan:  # by index, because slicing the layers would copy them
         x = jax.lax.scan(lambda x, i: (step(x, layer(i)), None), x, jnp.arange(alike))[0]
         return last(x, layer(alike)) if last else x
     each = [layer(i) for i in range(count)]
@@ -87,9 +88,9 @@ def apply_layers(
 
 
 def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
-    """Both as they are; on the way back the gradient of x waits for the sum of that of a later `layer`.
+    """x and a later `layer`, unchanged; the gradient of x waits for the sum of the layer's gradients.
 
-    XLA:GPU would leave all sums between nodes to the end of the backward pass, where nothing is computed meanwhile.
+    XLA:GPU would leave all sums between nodes to the end of the backward pass, where no computation hides them.
     """
     graph, matrices, rest = nnx.split(layer, _is_matrix, ...)
 
@@ -103,10 +104,10 @@ def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Mod
 
 
 def _gathering(body, chosen):
-    """`body`, which gathers the `chosen` variables of a layer first.
+    """`body` that first gathers the `chosen` variables of a layer.
 
-    Left to choose, XLA's partitioner exchanges tokens instead where an image has few (c2i's condition encoder): slow,
-    and on meshes of batch x fsdp x tensor wrong gradients came of it (jax 0.10 and 0.12; tests/test_mesh.py).
+    Left to choose, XLA's partitioner exchanges tokens instead where an image has few (c2i's condition encoder). That is
+    slow, and on meshes of batch x fsdp x tensor it gave wrong gradients (jax 0.10 and 0.12; tests/test_mesh.py).
     """
 
     def step(x, layer):
@@ -129,7 +130,7 @@ def _written_back(_, variable: nnx.Variable) -> bool:
 
 
 def _gathered(matrices: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """Matrices of a layer as they are multiplied with a stream of `dtype`, if that is narrower: whole along `fsdp`."""
+    """Matrices of a layer, gathered over `fsdp`, in the stream's `dtype` if that is narrower than theirs."""
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
         value = variable[...]
@@ -141,11 +142,11 @@ def _gathered(matrices: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 
 def _gathering_ahead(step, x: jax.Array, layers: nnx.Module, last) -> jax.Array:
-    """The scan of `step`, of which each iteration gathers the next one's matrices that read the residual stream.
+    """The scan of `step`, where each iteration gathers the next one's matrices that read the residual stream.
 
-    A layer would have to wait for these; the others are gathered behind their products (all of them ahead is slower and
-    keeps more: docs/planning.md). Without a `last` layer of its own, the last iteration gathers in vain, the first
-    layer's again.
+    A layer would have to wait for these; gathers of its other matrices overlap with its matmuls. Gathering all of them
+    ahead is slower and keeps more (docs/experiments.md). Without a separate `last` layer, the last iteration gathers
+    the first layer's matrices again, for nothing.
     """
     graph, first_used, rest = nnx.split(layers, _reads_the_stream, ...)
 
@@ -164,12 +165,12 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module, last) -> jax.Array:
 
 
 def by_image(model: nnx.Module, images: int) -> nnx.Module:
-    """The model with a copy for each image of what is no matrix in its stacks: (L, ...) -> (L, B, 1, ...).
+    """The model with a copy for each image of the variables in its stacks, except matrices: (L, ...) -> (L, B, 1, ...).
 
-    Of a bias, norm, gate or convolution a device then sums the gradient over the tokens of its own images; the sum over
-    images, the transpose of copying, comes once for all layers, and in float32. Without copies each layer waits for a
-    small all-reduce (as it still does over the shards of a sequence). What is not in a stack is gathered, as layers'
-    matrices are where they are used. Where batches are not cut nothing happens.
+    Each device then sums the gradients of biases, norms, gates and convolutions over the tokens of its own images. The
+    sum over images, the transpose of copying, comes once for all layers, and in float32. Without copies, each layer
+    waits for a small all-reduce (as it still does over the shards of a sequence). Variables outside stacks are gathered
+    here; matrices in stacks are gathered where they are used. If batches are not sharded, the model stays as it is.
     """
     if batch_parts(jax.sharding.get_abstract_mesh()) == 1:
         return model
@@ -191,7 +192,7 @@ def by_image(model: nnx.Module, images: int) -> nnx.Module:
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules from make(keys) as one, every array with a leading layer axis; `rngs` may be Keys, too."""
+    """`count` modules from make(keys) as one whose arrays have a leading layer axis; `rngs` may be Keys, too."""
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def build(key):
@@ -201,7 +202,7 @@ def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, bool, range]]:
-    """Neighbouring blocks of one kind: (name, whether they are softmax blocks of a hybrid, their indices)."""
+    """Runs of blocks of one kind: (name, whether they are a hybrid's softmax blocks, their indices)."""
     runs = []
 
     def is_softmax(i):
@@ -214,7 +215,7 @@ def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, b
 
 
 class Transformer(nnx.Module):
-    """Blocks `first` .. `first + depth - 1` of a stack; runs of equal kind are stacked and scanned.
+    """Blocks `first` .. `first + depth - 1` of a stack; runs of one kind are stacked, then scanned or unrolled.
 
     `softmax_period` > 0 makes block i a plain softmax block when i % period == period - 1 (hybrid attention).
     """
@@ -249,7 +250,7 @@ class Transformer(nnx.Module):
     ) -> jax.Array:  # fmt: skip
         """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention.
 
-        With `read`, (B, K, D) of the tokens that it takes: the last block makes no others.
+        With `read`, the result is (B, K, D), the tokens that it selects; the last block computes no others.
         """
 
         def body(x, block):

@@ -49,8 +49,8 @@ PUBLISHED = {
 class Conv(nnx.Module):
     """k x k convolution with zero padding. x (B, H, W, inputs) -> (B, H', W', outputs); kernel (k, k, in, out).
 
-    Padding keeps H and W at stride 1; at stride 2 it is one row and one column at the bottom right, and halves them.
-    `axes` names the channels of the kernel.
+    At stride 1, padding keeps H and W. At stride 2, it is one row at the bottom and one column at the right, and H and
+    W are halved. `axes` names the channel axes of the kernel.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         def group_mean(y):
-            # By channel first: cutting the last axis of a large array into groups costs a copy on accelerators.
+            # Per channel first: splitting the last axis of a large array into groups costs a copy on accelerators.
             means = reduce(jnp.mean(y, axis=(1, 2)), "b (g c) -> b g", "mean", g=GROUPS)
             return repeat(means, "b g -> b 1 1 (g c)", c=y.shape[-1] // GROUPS)
 
@@ -243,13 +243,13 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents).astype(jnp.float32)
 
     def decode_tiled(self, latents: jax.Array, tile: int, overlap: int) -> jax.Array:
-        """`decode` in tiles of tile x tile latents, one after the other: the memory of one tile, whatever the image.
+        """`decode` in tiles of tile x tile latents, one after the other, with the memory of one tile for any image.
 
-        Neighbours share at least `overlap` latents, over which one fades into the other. Not the same function as
-        `decode`: group norms and attention see one tile instead of the whole image. With random weights and tiles of
-        half an image's width the result differed by a tenth of its size on white latents, by half of it on smooth
-        ones, whose tiles differ most. So prefer `decode`, one image at a time if need be, while it fits. An image no
-        larger than a tile is decoded as `decode` does.
+        Neighbouring tiles share at least `overlap` latents, over which one fades into the other. The result differs
+        from `decode`: group norms and attention see one tile instead of the whole image. With random weights and tiles
+        of half an image's width, the difference was a tenth of the result's size on white-noise latents, and half of it
+        on smooth ones, whose tiles differ most. So prefer `decode`, one image at a time if need be, while it fits. An
+        image no larger than a tile goes through `decode`.
         """
         batch, *size = latents.shape[:3]
         if max(size) <= tile:
@@ -273,7 +273,7 @@ class AutoencoderKL(nnx.Module):
 
 
 def _tiles(length: int, tile: int, overlap: int) -> tuple[np.ndarray, int]:
-    """(first latents of the tiles that cover an axis, their length); evenly spread, `overlap` shared or more."""
+    """(first latents of the tiles that cover an axis, their length); evenly spaced, sharing at least `overlap`."""
     if length <= tile:
         return np.zeros(1, np.int32), length
     if not 0 <= overlap < tile:
@@ -300,7 +300,7 @@ def draw_latents(moments: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def scale(config: VaeConfig, latents: jax.Array) -> jax.Array:
-    """Latents (..., C) as the autoencoder makes them -> in the space in which they are modelled."""
+    """Latents (..., C) of the autoencoder -> shifted and scaled, as the model sees them."""
     return (latents - config.shift_factor) * config.scaling_factor
 
 
@@ -310,5 +310,5 @@ def unscale(config: VaeConfig, latents: jax.Array) -> jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] (others are clamped) -> 0..255, truncated."""
+    """Images in [-1, 1] (other values are clamped) -> 0..255, truncated."""
     return jnp.clip(images * 127.5 + 127.5, 0, 255).astype(jnp.uint8)
