@@ -1,14 +1,17 @@
-r"""The paper's study of linear attention: normalisation x convolution x gate x width, on one recipe.
+r"""The paper's study of linear attention: normalisation x convolution x gate x width, with one recipe.
 
-Argument: NORMALISATION-CONVOLUTION-GATE-WIDTH, for example division-conv-head-768, or softmax-WIDTH, or
-hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer softmax; every 2nd at WIDTH to 128). NORMALISATION:
-division, subtraction. CONVOLUTION: conv, none. GATE: none, head, shared, key, value, decoupled, dynamic. WIDTH: 32,
-64, 96, 128 train `cifar10_c2i.py:tiny` at that width, with heads of 32 channels; 768, 1024, 1536 train
-`imagenet256_c2i.py`, all of them in batches of 768 (published: 2048, 1536, 768), so that as many steps are the same
-budget at each width.
+Argument: NORMALISATION-CONVOLUTION-GATE-WIDTH, such as division-conv-head-768, or softmax-WIDTH, or
+hybrid-NORMALISATION-CONVOLUTION-GATE-WIDTH (every 8th layer is softmax, at WIDTH up to 128 every 2nd).
 
-Expected (published, ImageNet 256, w768, 200k steps of 2048 images, no guidance, FID): division 13.1, subtraction 15.8,
-division + conv 9.1, subtraction + conv 9.0. As many images are 533k steps here.
+NORMALISATION  division, subtraction
+CONVOLUTION    conv, none
+GATE           none, head, shared, key, value, decoupled, dynamic
+WIDTH          32, 64, 96, 128:  `cifar10_c2i.py:tiny` at that width, with heads of 32 channels
+               768, 1024, 1536:  `imagenet256_c2i.py` with batches of 768 (published: 2048, 1536, 768), so that equal
+                                 numbers of steps are equal budgets at all three widths
+
+Expected (published FID on ImageNet 256, w768, after 200k steps of 2048 images, without guidance): division 13.1,
+subtraction 15.8, division + conv 9.1, subtraction + conv 9.0. As many images take 533k steps here.
 Command:  python -m lina_jax.train --config=configs/ablation.py:subtraction-conv-none-128 \
               --workdir=runs/subtraction-conv
 """
@@ -36,7 +39,7 @@ def get_config(argument="division-conv-head-128"):
     attention = variant.pop(0) if variant and variant[0] in ("softmax", "hybrid") else "linear"
     config.model.attention = attention
     if attention == "hybrid" and width in SMALL:
-        config.model.softmax_period = 2  # its stacks have two and four layers
+        config.model.softmax_period = 2  # its stacks have only two and four layers
     if attention == "softmax":
         variant = ["division", "none", "none", *variant]
     if len(variant) != 3 or variant[1] not in CONVOLUTION:
@@ -47,7 +50,7 @@ def get_config(argument="division-conv-head-128"):
 
 
 def _sibling(name, preset):
-    """The config of another file here; configs are loaded by path and are no package."""
+    """The config of another file here, loaded by path because configs are not a package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,9 +1,9 @@
-r"""The model whose speed is compared with PyTorch (tests/beside_pytorch.py): class to image, small, float32.
+r"""A small class-to-image model in float32, whose speed is compared with PyTorch's (tests/beside_pytorch.py).
 
 Presets:  linear   LINA: division, depthwise convolution, head-wise gates
-          softmax  its twin with softmax attention
+          softmax  the same model with softmax attention, without convolution and gates
 Width 384, 6 heads, 4 condition + 4 encoder + 4 decoder blocks, a head of 3 blocks, latents of 16 x 16 x 16, loss repeat
-4, AdamW, batch 16; 16 decoding steps of 25 Euler steps, guidance rising from 1 to 3. docs/performance.md has the table.
+4, AdamW, batch 16; 16 decoding steps of 25 Euler steps, guidance rising from 1 to 3. docs/performance.md has results.
 
 Command:  python -m lina_jax.benchmark train --config=configs/bench.py
           python -m lina_jax.benchmark sample --config=configs/bench.py:softmax

@@ -1,13 +1,14 @@
 """Class to image on CIFAR-10, in pixels: the published recipe at a size that a CPU can train.
 
-Presets:  tiny   width 128, 2 + 2 + 2 blocks, batch 32, float32: about one step a second on two CPU cores
-          w384   width 384, 4 + 4 + 4 blocks, batch 256, bfloat16: one accelerator
-32 x 32 pixels in patches of 2 are 256 tokens, as ImageNet 256 is in latent space. Published: learning rate rule
-(constant after warm-up), AdamW (0.9, 0.95), decay 0.02 and its groups, frozen parts, mask draw, loss repeat 4, label
-dropout 0.1, initialisation. Cost of training, by `lina_jax.flops`: 3 and 37 GFLOP an image.
+Presets:  tiny   width 128, 2 + 2 + 2 blocks, batch 32, float32; about one step per second on two CPU cores
+          w384   width 384, 4 + 4 + 4 blocks, batch 256, bfloat16; for one accelerator
+32 x 32 pixels in patches of 2 x 2 are 256 tokens, as many as ImageNet 256 has in latent space. As published: learning
+rate schedule (constant after warm-up), AdamW (0.9, 0.95), weight decay 0.02 and its parameter groups, frozen parts,
+mask draw, loss repeat 4, label dropout 0.1, initialisation. Training cost by `lina_jax.flops`: 3 and 37 GFLOP per
+image.
 
-Expected: `tiny` has a training loss (means over 100 steps) of 0.80, 0.40, 0.33, 0.31, 0.30, 0.27 in its first 600 steps
-with seed 0; `w384` is not measured yet.
+Expected: training loss of `tiny` 0.80, 0.40, 0.33, 0.31, 0.30, 0.27 (means of 100 steps each, the first 600 steps, with
+--config.seed=0); `w384` has not been measured yet.
 
 Data:     python -m lina_jax.prepare --source=parquet --input='CIFAR/*.parquet' --out=data/cifar10 --validation=1000
 Command:  python -m lina_jax.train --config=configs/cifar10_c2i.py:tiny --workdir=runs/cifar10

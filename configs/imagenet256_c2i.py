@@ -1,14 +1,14 @@
-r"""Class to image, ImageNet 256 x 256: the paper's main class-conditional models (arXiv 2601.22630).
+r"""Class to image on ImageNet 256 x 256: the paper's main class-conditional models (arXiv 2601.22630).
 
 Presets:  w768   363 M parameters, batch 2048   (published: 32 GPUs x 64)
           w1024  645 M parameters, batch 1536   (32 x 48)
           w1536  1.45 B parameters, batch 768   (32 x 24)
-Latents of the MAR autoencoder (stride 16, 16 channels): 16 x 16 tokens. 2.5 M steps were configured; published results
-are of 1.2 M to 1.4 M steps. Cost of training, by `lina_jax.flops`: 0.45, 0.80, 1.80 TFLOP an image; 0.92, 1.23, 1.38
-PFLOP a step.
+Latents of the MAR autoencoder (stride 16, 16 channels) are 16 x 16 tokens. The published runs were configured for 2.5 M
+steps; published results are from 1.2 M to 1.4 M steps. Training cost by `lina_jax.flops`: 0.45, 0.80, 1.80 TFLOP per
+image; 0.92, 1.23, 1.38 PFLOP per step.
 
 Expected (published logs): w768 training loss 2.03 at step 0, about 1.35 at 1k, 0.81 at 10k, 0.70 at 50k; FID of w768
-division + convolution at 200k steps without guidance, 64 decoding steps: 9.1; of w1536 in the paper: 2.18.
+with division and convolution 9.1 at 200k steps, without guidance, with 64 decoding steps; of w1536 in the paper 2.18.
 Data:     python -m lina_jax.prepare --source=folder --input=IMAGENET/train --resolution=256 --validation=10000 \
               --autoencoder=VAE --out=data/imagenet256
 Command:  python -m lina_jax.train --config=configs/imagenet256_c2i.py:w768 --workdir=runs/w768

@@ -1,8 +1,8 @@
-"""Text to image on rendered scenes, 32 px, on a laptop: the quickstart.
+"""Text to image on rendered scenes of 32 x 32 pixels, on a laptop: the quickstart.
 
-Cost: six to ten minutes on two CPU cores, with environment, data and pictures. Expected after 2800 steps (40
-captions of each category): scene score 0.78 for single objects, 0.98 for colours, next to 0 for counts, pairs and
-relations.
+Cost: six to ten minutes on two CPU cores, including environment, data and pictures.
+Expected after 2800 steps: scene score (40 captions per category) 0.78 for single objects, 0.98 for colours, close to 0
+for counts, pairs and relations.
 
 Data:     python -m lina_jax.prepare --source=shapes --out=data/shapes
 Command:  python -m lina_jax.train --config=configs/shapes_t2i.py --workdir=runs/shapes
@@ -29,7 +29,7 @@ def get_config():
     )  # fmt: skip
     config.data.path = "data/shapes"
     config.data.threads = 2
-    # Captions decide little but at high noise and with few tokens to see: there the draws go.
+    # Captions matter mostly at high noise and with few visible tokens, so most draws go there.
     config.loss.update(repeat=1, mask_ratio_std=0.1, shift=4.0)
     config.optim.update(name="muon", learning_rate=3e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0)
     config.sample.update(steps=16, euler_steps=25, guidance=3.0, guidance_schedule="constant")

@@ -1,27 +1,28 @@
-r"""Text to image, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630), and two sizes beyond.
+r"""Text to image, 1.45 B parameters: the paper's text-conditional models (arXiv 2601.22630), and two larger sizes.
 
 Presets:  256    16 x 16 tokens, learning rate 2e-4, batch 768  (published: 48 GPUs x 16)
           512    32 x 32 tokens, learning rate 1e-4, batch 192  (48 x 4)
           1024   64 x 64 tokens, learning rate 5e-5, batch 48   (48 x 1)
-          2048   128 x 128 tokens, learning rate 5e-5, batch 16  (not published, never trained: a place to begin)
-          4096   256 x 256 tokens, learning rate 5e-5, batch 4   (not published either)
-Latents of the SDXL autoencoder (stride 8, 4 channels) in patches of 2; captions as the last hidden states of Phi-2, 256
-tokens. Cost of training, by `lina_jax.flops`: 2.5, 7.9, 29, 116, 461 TFLOP an image; 1.9, 1.5, 1.4, 1.9, 1.8 PFLOP a
+          2048   128 x 128 tokens, learning rate 5e-5, batch 16  (not published, never trained: a starting point)
+          4096   256 x 256 tokens, learning rate 5e-5, batch 4   (likewise)
+Latents of the SDXL autoencoder (stride 8, 4 channels) in patches of 2 x 2; captions as the last hidden states of Phi-2,
+256 tokens. Training cost by `lina_jax.flops`: 2.5, 7.9, 29, 116, 461 TFLOP per image; 1.9, 1.5, 1.4, 1.9, 1.8 PFLOP per
 step.
 
-Each size starts from the EMA of the one before, at step 565k of 256 px and step 600k of 512 px, its KV gates anew (how
-long 1024 px was trained is not published); 256 px from NOVA (softmax attention, 1024 px), but for attention. Gates
-interpolated from the smaller grid instead: --config.init_from.rules=interpolate. From 2048 px on an image is cut over
-several devices (docs/sharding.md): as many as the batch leaves for it.
+As published, each size starts from the EMA of the size before, at step 565k of 256 px and step 600k of 512 px, with new
+KV gates. How long 1024 px was trained is not published. --config.init_from.rules=interpolate interpolates the gates
+from the smaller grid instead. 256 px was started from NOVA (softmax attention, 1024 px), except for attention; here it
+starts from random weights unless you import NOVA (last command). Where the batch is too small for the devices, the
+tokens of an image are sharded over several of them (docs/sharding.md).
 
 Expected (paper): GenEval 0.74 overall at 1024 px, with 128 decoding steps and guidance 7.
 Data:     python -m lina_jax.prepare --source=webdataset --input='SHARDS/*.tar' --resolution=256 --validation=10000 \
               --short_caption_column=json.short --autoencoder=VAE --text_encoder=PHI --out=data/t2i256
-          (and so for 512 and 1024)
+          (likewise for 512 and 1024)
 Command:  python -m lina_jax.train --config=configs/t2i.py:256 --workdir=runs/t2i256
           python -m lina_jax.train --config=configs/t2i.py:512 --workdir=runs/t2i512
           python -m lina_jax.train --config=configs/t2i.py:1024 --workdir=runs/t2i1024
-From NOVA, before them, and then the first with --config.init_from.path=runs/nova:
+To start from NOVA, run this first, and add --config.init_from.path=runs/nova to the command for 256:
           python -m lina_jax.convert --from_torch=NOVA --workdir=runs/nova
 """
 

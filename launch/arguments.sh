@@ -1,19 +1,19 @@
-# Shared by the launchers; to be sourced. Arguments, quoting, printing or doing; restarts; jobs of SLURM.
+# Sourced by the launchers: arguments, quoting, dry runs, restarts, SLURM jobs.
 #
-# Every launcher is called alike:
+# All launchers are called in the same way:
 #
 #   launch/WHERE.sh [--dry-run] --name=RUN [--OPTION=VALUE ...] -- COMMAND...
 #
-# COMMAND is an entry point of lina_jax with its arguments (train, sample, evaluate, prepare, convert, benchmark, plan)
-# or any other command line; local.sh, which adds flags, takes those alone that run in many processes. Each option can
-# come from the environment instead: LINA_ZONE=... for --zone=... . An option's variable has its name; what a launcher
-# gives it before `read_arguments` is its default.
+# COMMAND is an entry point of lina_jax (train, sample, evaluate, prepare, convert, benchmark, plan) with its arguments,
+# or any other command line. local.sh adds flags to it, so it takes only commands that run in many processes. Each
+# option can also come from the environment: LINA_ZONE=... instead of --zone=... . The shell variable of an option has
+# the option's name; the value that a launcher gives it before `read_arguments` is the default.
 
 # shellcheck disable=SC2034 # the launchers read these variables and those that `split_topology` sets
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 name='' setup='' extra='' topology='' partition='' time='' grace=120 max_restarts=100 dry_run='' from_environment=yes
 words=() child='' stopped='' interrupted=''
-# EX_CONFIG; above the 75 with which the others end, that wait for a machine whose set-up failed: srun has the highest.
+# EX_CONFIG. Tasks that wait for a machine whose set-up failed end with 75, and srun returns the highest code: this one.
 set_up_failed=78
 
 refuse() {
@@ -21,10 +21,10 @@ refuse() {
   exit 2
 }
 
-# restarts_on CODE: whether a run that ended with this code is to be started again. 75: it saved what it had, its
-# watchdog ended it, or a peer is gone. Above 128: a signal killed it, as SIGKILL does (137) on a host out of memory;
-# but 130 and 143 (SIGINT, SIGTERM) say that somebody stopped it. Anything else needs a person. launch/processes.py has
-# the same rule; programs that run elsewhere contain this one.
+# restarts_on CODE: whether to restart a run that ended with this code. 75: it was preempted and saved, its watchdog
+# ended it, or a peer is gone. Above 128: a signal killed it, such as SIGKILL (137) on a host that is out of memory; but
+# 130 and 143 (SIGINT, SIGTERM) mean that somebody stopped it. Anything else needs a person. launch/processes.py has the
+# same rule; programs that run elsewhere contain this function.
 restarts_on() { [ "$1" -eq 75 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ] && [ "$1" -ne 143 ]; }; }
 
 # quoted WORD...: the words as one line that a shell reads back as the same words.
@@ -75,7 +75,7 @@ read_arguments() {
   whole max_restarts 0
 }
 
-# need OPTION...: refuse when one is missing. A run's name must do for TPU VMs, Kubernetes and files alike.
+# need OPTION...: refuse if one is missing. The run's name must be valid for TPU VMs, Kubernetes and files alike.
 need() {
   local option
   for option; do
@@ -85,12 +85,12 @@ need() {
     refuse "--name=$name: expected up to 40 of a-z, 0-9 and -, a letter first, no - last"
 }
 
-# whole OPTION LEAST: refuse when the option is not a whole number of at least LEAST.
+# whole OPTION LEAST: refuse unless the option is a whole number, at least LEAST.
 whole() {
   [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "${!1}" -ge "$2" ] || refuse "--$1=${!1}: expected a whole number from $2"
 }
 
-# split_topology: --topology=v5e:16x16, as lina_jax.plan takes it, to `tpu_type` (v5litepod) and `shape` (16x16).
+# split_topology: split --topology=v5e:16x16, as lina_jax.plan takes it, into `tpu_type` (v5litepod), `shape` (16x16).
 split_topology() {
   local edge='[1-9][0-9]{0,2}'
   [[ $topology =~ ^(v5e|v6e):($edge(x$edge))$ || $topology =~ ^(v4|v5p|tpu7x):($edge(x$edge){2})$ ]] ||
@@ -99,8 +99,8 @@ split_topology() {
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
 }
 
-# setting_up OPTION...: make `words` the set-up, in a shell of its own, and then this script with these options and the
-# command, without --setup. What the set-up exports and which limits it sets, they see; nothing else of it.
+# setting_up OPTION...: make `words` a shell of its own that runs the set-up, then this script with these options and
+# the command, without --setup. The script sees variables that the set-up exports and limits that it sets, nothing else.
 setting_up() {
   local option given=()
   for option; do given+=("--$option=${!option}"); done
@@ -113,9 +113,9 @@ cd $(quoted "$PWD") || exit
 exec $(quoted env -u LINA_SETUP bash "$root/launch/${0##*/}" "${given[@]}" -- "${words[@]}")")
 }
 
-# with_restarts COMMAND...: run it, again while `restarts_on` its exit code, `max_restarts` times at most. SIGTERM
-# reaches it, and as SIGTERM Ctrl-C, of which a shell's background learns nothing; it is then not started again, and
-# a command that the signal killed (143) counts as `stopped` (75, of Ctrl-C 130); any other keeps its exit code.
+# with_restarts COMMAND...: run it, and restart it while `restarts_on` its exit code, at most `max_restarts` times.
+# SIGTERM is passed on to it, and Ctrl-C as SIGTERM, because a shell's background jobs ignore SIGINT. After either it is
+# not restarted: if the signal killed it (143), the code is `stopped` (75, after Ctrl-C 130), otherwise its own.
 with_restarts() {
   local code='' restarts=0
   trap 'stop 75' TERM
@@ -123,14 +123,14 @@ with_restarts() {
   while [ -z "$stopped" ]; do
     "$@" &
     child=$!
-    if [ -n "$stopped" ]; then stop "$stopped"; fi # asked before it was known whom to tell
+    if [ -n "$stopped" ]; then stop "$stopped"; fi # the signal came before the child's id was known
     while
       code=0 interrupted=''
       wait "$child" || code=$?
-      [ -n "$interrupted" ] # then it is the signal that ended `wait`, and the child has yet to end
+      [ -n "$interrupted" ] # then a signal ended `wait`, and the child is still running
     do :; done
     child=''
-    if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=$stopped; fi # it was not yet heeding signals: nothing to save
+    if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=$stopped; fi # it had no signal handler yet: nothing to save
     if [ -n "$stopped" ] || ! restarts_on "$code"; then break; fi
     if [ "$restarts" -ge "$max_restarts" ]; then
       if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, as many as were allowed" >&2; fi
@@ -148,7 +148,7 @@ stop() {
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 
-# batch_limits: refuse a --time that is none of sbatch's forms, and a --grace beyond what its --signal takes.
+# batch_limits: refuse a --time that sbatch does not accept, and a --grace beyond what its --signal accepts.
 batch_limits() {
   [[ $time =~ ^([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE|)$ ]] ||
     refuse "--time=$time: expected MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]]" \
@@ -157,9 +157,9 @@ batch_limits() {
   [ "$grace" -le 65535 ] || refuse "--grace=$grace: SLURM takes up to 65535 seconds"
 }
 
-# sbatch_with OPTIONS LINES COMMAND: a program that submits the job `name` of COMMAND, an srun, with OPTIONS beside
-# --extra and LINES of #SBATCH. srun's tasks get SIGTERM before the time limit; when `restarts_on` its exit code, the
-# highest of theirs, the job requeues itself, and so it does when they alone were told to end.
+# sbatch_with OPTIONS LINES COMMAND: print a program that submits COMMAND, an srun, as the job `name`, with OPTIONS and
+# --extra as sbatch's options and LINES of #SBATCH. The tasks get SIGTERM before the time limit. The job requeues itself
+# if `restarts_on` srun's exit code, the highest of the tasks', or if the tasks alone were asked to end.
 sbatch_with() {
   cat <<END
 sbatch ${1:+$1 }$extra <<'END_OF_JOB'
@@ -194,7 +194,7 @@ END_OF_JOB
 END
 }
 
-# perform TOOL PROGRAM: run the text, which calls the tool, in a shell, or print it. One text makes --dry-run exact.
+# perform TOOL PROGRAM: run the program, which calls the tool, in a shell, or print the same text for --dry-run.
 perform() {
   if [ -n "$dry_run" ]; then
     printf '%s\n' "$2"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Set up an environment, check the model and measure it on the accelerator of this machine, in one go.
+# Set up an environment, check the model and benchmark it on this machine's accelerator, in one go.
 # usage: launch/benchmark.sh [--accelerator=gpu|tpu|cpu] [--out=FILE] [--python=PYTHON] [--dry-run]
 #
-#   --accelerator  default: what is here
-#   --out          new file for the lines of `python -m lina_jax.benchmark`, default benchmark-ACCELERATOR.jsonl
-#   --python       a Python that has all requirements and pytest; without it an environment is made in .venv-benchmark
-#   --dry-run      print the commands that would run on one device, and end
+#   --accelerator  default: what this machine has
+#   --out          new file for the output of `python -m lina_jax.benchmark`, default benchmark-ACCELERATOR.jsonl
+#   --python       a Python with all requirements and pytest; default: an environment made in .venv-benchmark
+#   --dry-run      print the commands that would run on one device, and exit
 #
-# Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. What fails, and batches that
-# do not fit, are named at the end (exit code 1); the rest is measured all the same. Each size has a process of its own,
-# so that the peak of its memory is its own.
+# Checks: the recorded fixtures in float32, bfloat16 against float32, kernels against XLA. Failures, and batches that
+# do not fit, are listed at the end (exit code 1); the rest is measured regardless. Each size runs in its own process,
+# so that its peak memory is its own.
 #
-# Where there are several devices, layers are measured on one, models cut over all of them, and batches are for each:
-# a batch of one picture needs a machine, or CUDA_VISIBLE_DEVICES=0, with one.
+# With several devices, layers are measured on one device, models are sharded over all of them, and batch sizes are per
+# device. To measure a batch of one image, use a machine with one device, or CUDA_VISIBLE_DEVICES=0.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -55,10 +55,10 @@ if [ -z "$dry_run" ] && [ -z "$python" ]; then make_environment .venv-benchmark 
 python=${python:-python}
 
 failed=() lines=$out
-# Commands are told on stdout where they are all that is asked for.
+# A dry run prints the commands on stdout; otherwise they go to stderr.
 if [ -n "$dry_run" ]; then lines=/dev/null told=1; else told=2; fi
 exec 3>&$told
-# attempt COMMAND...: run it, or note that it failed.
+# attempt COMMAND...: run it, and note if it failed.
 attempt() {
   printf '%q ' "$@" >&3
   echo >&3
@@ -71,9 +71,9 @@ attempt() {
     return 1
   fi
 }
-# measured COMMAND...: add the lines that it prints to the file.
+# measured COMMAND...: append the lines that it prints to the file.
 measured() { attempt "$python" -m lina_jax.benchmark "$@" >>"$lines"; }
-# sweep COMMAND CONFIG BATCH... [-- FLAG...]: batches for each device, until one does not fit.
+# sweep COMMAND CONFIG BATCH... [-- FLAG...]: these batch sizes per device, until one fails.
 sweep() {
   local command=$1 config=$2 batches=() mesh=()
   shift 2

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Start a worker that outlives this connection, or find it running; show its log; end with its exit code, or with 124
-# where it is at work after half an hour: gcloud tells of a worker that was lost only when all connections have ended.
+# Start a worker that outlives this connection, or find it running, and follow its log. The exit code is the worker's,
+# or 124 if it is still at work after half an hour: gcloud reports a lost worker only when all connections have ended.
 # usage: launch/detached.sh RUN ARGUMENTS...     (of worker.sh; RUN.pid, .log, .code and .lock are written here)
 #
-# A run that has ended is started anew where ../RUN.tgz, the code, has come since, or where it asks for that (75), as it
-# does when its machine is shut down.
+# A run that has ended is started again if the code, ../RUN.tgz, was copied after it ended, or if it ended with 75, as
+# it does when its machine is shut down.
 set -euo pipefail
 run=$1
 shift
 
-# RUN.pid has the time of its start, too: after a restart of the machine, another process may have the number.
+# RUN.pid also has the start time of the process: after a reboot, another process may have the same number.
 started() { cut -d' ' -f22 "/proc/$1/stat" 2>/dev/null; }
 running() { read -r pid at <"$run.pid" && [ -n "$at" ] && [ "$(started "$pid")" = "$at" ]; } 2>/dev/null
-exec {lock}>"$run.lock" # of calls at the same time one starts it
+exec {lock}>"$run.lock" # of several calls at the same time, one starts it
 flock "$lock"
 if ! running && { ! [ "$run.code" -nt "../$run.tgz" ] || [ "$(cat "$run.code")" = 75 ]; }; then
   rm -f "$run.code"

@@ -1,18 +1,18 @@
-# Shared by the scripts here; to be sourced. Here and in lina_jax/xla_flags.py stand the settings that make runs faster.
+# Sourced by the scripts here. The settings that make runs faster are here and in lina_jax/xla_flags.py.
 #
-# glibc.malloc.hugetlb=1: XLA allocates its temporaries anew at each step. With huge pages the kernel has far fewer of
-# them to clear: a step of configs/bench.py took 4.3 to 4.4 s without and 3.7 to 3.8 s with it (2 cores, jax 0.10.2).
+# glibc.malloc.hugetlb=1: XLA allocates its temporaries anew in each step. With huge pages the kernel has far fewer
+# pages to clear: a step of configs/bench.py took 4.3 to 4.4 s without and 3.7 to 3.8 s with it (2 cores, jax 0.10.2).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-# usage: print the comment that the script which was started begins with, and end.
+# usage: print the header comment of the script that was started, and exit.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$root/launch/${0##*/}"
   exit 0
 }
 
-# find_python: $PYTHON, or the first Python on the path that runs and is new enough.
+# find_python: print $PYTHON, or the first Python on the path, that runs and is new enough.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
@@ -25,7 +25,7 @@ find_python() {
   return 2
 }
 
-# make_environment DIR [EXTRA,...]: a virtual environment in DIR with the requirements, made once per set of them.
+# make_environment DIR [EXTRA,...]: make a virtual environment in DIR, once per set of requirements, and put it on PATH.
 make_environment() {
   local python directory=$1 extra=${2:-} wanted
   python=$(find_python) || return 2
@@ -39,9 +39,9 @@ make_environment() {
   PATH="$(cd "$directory" && pwd)/bin:$PATH"
 }
 
-# accelerator_flags tpu|gpu|cpu: export what makes training faster there. What the user has set comes last and wins.
+# accelerator_flags tpu|gpu|cpu: export the settings that make training faster there. What the user has set wins.
 #
-# XLA's own flags, with their reasons, stand in lina_jax/xla_flags.py: the planner compiles with the same ones.
+# XLA's own flags, with their reasons, are in lina_jax/xla_flags.py: the planner compiles with the same ones.
 accelerator_flags() {
   local flags=""
   case $1 in
@@ -51,9 +51,9 @@ accelerator_flags() {
     tpu) export LIBTPU_INIT_ARGS="$flags ${LIBTPU_INIT_ARGS-}" ;;
     gpu)
       export XLA_FLAGS="$flags ${XLA_FLAGS-}"
-      # JAX takes 75 % of the memory unless told; the rest would be idle. NCCL keeps its own buffers in what is left.
+      # By default JAX takes 75 % of the memory, and the rest is idle. NCCL keeps its own buffers in what is left.
       export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-      # Say which link failed. Which one to use is the cluster's business: NCCL_SOCKET_IFNAME, NCCL_IB_HCA.
+      # Report which link failed. Which link to use depends on the cluster: NCCL_SOCKET_IFNAME, NCCL_IB_HCA.
       export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
       # Up to Hopper: kernels start in XLA's order, so that no collective is stuck behind compute.
       export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

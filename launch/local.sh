@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Run N processes on this machine, over its GPUs or over fake CPU devices: to try what a pod will do, or one GPU node.
+# Run N processes on this machine, on its GPUs or on fake CPU devices: to try what a pod will do, or for a GPU node.
 #
 # usage: launch/local.sh [--dry-run] --name=RUN [--processes=N] [OPTIONS] -- train ARGUMENTS...
 #
-#   --name             of the run; starts the lines that the launcher prints
-#   --processes        how many, default 2
-#   --accelerator      cpu or gpu; default: gpu where nvidia-smi finds one
-#   --devices          for each process; default: 1 fake CPU device, or an equal share of the GPUs
-#   --port             of the coordinator, default: a free one
+#   --name             name of the run; prefix of the lines that the launcher prints
+#   --processes        number of processes, default 2
+#   --accelerator      cpu or gpu; default: gpu if nvidia-smi finds one
+#   --devices          devices per process; default: 1 fake CPU device, or an equal share of the GPUs
+#   --port             port of the coordinator; default: a free one
 #   --setup            shell command to run first
-#   --grace            seconds from SIGTERM (or Ctrl-C) to SIGKILL when a process has failed or all are to end, default 120
-#   --max_restarts     how often to start all again when one asks for it (75) or was killed, default 100
-#   --dry-run          print the commands of the processes, and end; as a script they run once
+#   --grace            seconds from SIGTERM (or Ctrl-C) to SIGKILL if a process failed or all are to end, default 120
+#   --max_restarts     how often to restart all when one asks for it (75) or was killed, default 100
+#   --dry-run          print the commands of the processes, and exit; run as a script, they run once
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #
-# --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT go to all processes, which
-# then save and end. When one ends with 75, or by a signal (but 130 and 143: somebody stopped it), all are ended and
-# started again; another failure ends all, with its code.
+# --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT are passed on to all
+# processes, which then save and end. When a process ends with 75, or by a signal, all are ended and restarted (not on
+# 130 and 143, which mean that somebody stopped it). Any other failure ends all, with its code.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 

@@ -1,7 +1,7 @@
-"""Start the processes of one run on this machine, and see to it that they start and end together.
+"""Start the processes of one run on this machine, and end them together.
 
-For launch/local.sh, which documents and checks the arguments. Exit code: 0, or that of the first process that failed,
-128 + the signal's number where that was a signal.
+For launch/local.sh, which documents and checks the arguments. Exit code: 0, or that of the first process that failed
+(128 + the signal's number if a signal killed it).
 """
 
 import argparse
@@ -16,7 +16,7 @@ RESTART = 75  # "run me again": saved on preemption, ended by its watchdog, or a
 
 
 def restarts_on(code: int) -> bool:
-    """Whether to start again what ended with this code; the rule and its reasons stand in launch/arguments.sh."""
+    """Whether to restart a run that ended with this code; launch/arguments.sh explains the rule."""
     return code == RESTART or (code > 128 and code not in (128 + signal.SIGINT, 128 + signal.SIGTERM))
 
 
@@ -40,22 +40,22 @@ def main() -> int:
 
 
 class Processes:
-    """The processes that run now, by their ids; signals to this one go to all of them."""
+    """The running processes, by their ids; signals to this process go to all of them."""
 
     def __init__(self, name: str, grace: float):
         self.name, self.grace = name, grace
-        self.running: dict[int, int] = {}  # id of the system -> number in the run
-        self.stopped = 0  # the signal that asked for it
+        self.running: dict[int, int] = {}  # process id -> number in the run
+        self.stopped = 0  # the signal that stopped this process
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGALRM, self._kill)
 
     def run(self, commands: list[list[str]]) -> int:
-        """Run all commands until they have ended. One that fails ends the others; its code is returned, else 0."""
+        """Run all commands until they have ended; the first that fails ends the others. Returns its code, else 0."""
         for number, command in enumerate(commands):
             if self.stopped:
                 break
-            # A session of their own: Ctrl-C reaches them through us alone, and their children can be killed with them.
+            # A session each: Ctrl-C reaches them through us alone, and their children can be killed with them.
             process = os.posix_spawnp(
                 command[0],
                 command,
@@ -65,12 +65,12 @@ class Processes:
                 setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE],
             )
             self.running[process] = number
-        if self.stopped:  # which the one that was started last may not have heard
+        if self.stopped:  # the process started last may have missed the signal
             self._end(self.stopped)
         failed = {0: 0, signal.SIGINT: 128 + signal.SIGINT}.get(self.stopped, RESTART)
         while self.running:
             process, status = os.wait()
-            if process not in self.running:  # a background job of --setup: `exec` left it to us
+            if process not in self.running:  # a background job of --setup: `exec` made it our child
                 continue
             number = self.running.pop(process)
             code = os.waitstatus_to_exitcode(status)
@@ -78,7 +78,7 @@ class Processes:
             if code:
                 self.report(f"process {number} ended with {code}")
             if self.stopped == signal.SIGTERM and code == 128 + signal.SIGTERM:
-                code = RESTART  # it was not yet heeding signals, and has nothing to save
+                code = RESTART  # it had no signal handler yet, and has nothing to save
             if code and not failed:
                 failed = code
                 self._end(signal.SIGTERM)
@@ -93,7 +93,7 @@ class Processes:
         self._end(number)
 
     def _end(self, number: int) -> None:
-        """Send a signal to all processes, and SIGKILL to those that are there when the grace is over."""
+        """Send a signal to all processes, and SIGKILL to those that are still running after the grace period."""
         for process in list(self.running):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
@@ -106,7 +106,7 @@ class Processes:
 
 
 def _commands(arguments: argparse.Namespace) -> list[list[str]]:
-    """The command line of each process: its devices, the words, and who it is."""
+    """The command line of each process: its devices, the command, and the flags that say which process it is."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = arguments.port or free.getsockname()[1]

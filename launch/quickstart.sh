@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to pictures: environment, data, training, samples, score. Meant for ten minutes on two CPU cores.
-# usage: launch/quickstart.sh [--config.any.field=value ...]     (extra arguments go to training)
+# From a fresh clone to pictures: environment, data, training, samples, score. Takes about ten minutes on two CPU cores.
+# usage: launch/quickstart.sh [--config.any.field=value ...]     (arguments are passed on to training)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [[ " $* " =~ " -h "|" --help " ]]; then usage; fi

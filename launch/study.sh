@@ -1,41 +1,44 @@
 #!/usr/bin/env bash
-# Train and evaluate the variants of configs/ablation.py, one after the other or as an array of SLURM jobs.
+# Train and evaluate variants of configs/ablation.py, one after the other or as an array of SLURM jobs.
 #
 # usage: launch/study.sh [--dry-run] --name=STUDY --dir=DIR [OPTIONS] -- TRAINING FLAGS...
 #
-#   --name             of the study and its jobs
-#   --dir              where the runs go, DIR/VARIANT-seedS; like other paths here, from the root of the repository
-#   --normalizations   default division,subtraction
+#   --name             name of the study and its jobs
+#   --dir              directory of the runs, DIR/VARIANT-seedS; paths here are relative to the root of the repository
+#   --normalizations   with commas between them, like the next ones; default division,subtraction
 #   --convolutions     default none,conv
 #   --gates            default none
 #   --widths           default 128
 #   --others           more variants, as configs/ablation.py names them: softmax-128,hybrid-division-conv-head-128
 #   --seeds            default 0
 #   --evaluate         flags for the evaluation of each run: --evaluate='--scenes=240'
-#   --index            do the run of this number alone, from 0, and end with its exit code (75: to be called again)
-#   --slurm            yes: submit an array of jobs, each of one node, and one that gathers, instead of running here
-#   --gpus             of each job, default 1
+#   --index            do only the run of this number, from 0, and exit with its exit code (75: call again)
+#   --slurm            yes: submit an array of jobs of one node each, and one that gathers, instead of running here
+#   --gpus             GPUs per job, default 1
 #   --partition        default: the cluster's
-#   --time             limit of one start of a job, as sbatch takes it
+#   --time             limit of one start of a job, as sbatch takes it; the next start resumes the run
 #   --grace            seconds of notice before that limit, default 120: enough to finish a step and save
 #   --setup            shell command that each job runs first
 #   --extra            more arguments for sbatch
-#   --max_restarts     of a run that was preempted or killed, default 100; of its job where there are jobs
-#   --dry-run          print what would run, and end
+#   --max_restarts     how often to restart a run, or with --slurm its job, that was preempted or killed, default 100
+#   --dry-run          print what would run, and exit
 #
-# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment. All runs have the flags after -- in
-# common: --config.steps=2000 --config.data.path=DATA. Variants that these leave with unequal budgets, or with another
-# recipe (widths below and above 768), are refused before anything is trained, with exit code 2; of an array, by each
-# job. A run that was stopped goes on; one that fails is named at the end. A run is complete when
-# evaluation/complete.txt there says that it was trained and evaluated with these very flags, and then skipped. With
-# more steps it goes on, and is evaluated again; other changes are refused as they are by lina_jax.train. After the last
-# run `python -m lina_jax.evaluate --study=DIR` gathers them.
+# Each option can also be given as LINA_NAME, LINA_DIR, ... in the environment.
+#
+# All runs share the flags after --, such as --config.steps=2000 --config.data.path=DATA. Variants whose budgets or
+# recipes then differ (as between widths up to 128 and widths from 768) are refused before anything is trained, with
+# exit code 2; in an array, by each job.
+#
+# Call the same command again after an interruption: runs that were stopped resume, and complete ones are skipped. A run
+# is complete when evaluation/complete.txt in its directory says that it was trained and evaluated with exactly these
+# flags. With more steps it resumes, and is evaluated again; other changes are refused as by lina_jax.train. Runs that
+# fail are named at the end. After the last run, `python -m lina_jax.evaluate --study=DIR` gathers them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
 dir='' normalizations=division,subtraction convolutions=none,conv gates=none widths=128 others='' seeds=0
 evaluate='' index='' slurm='' gpus=1
-given=() command='' # all but --dry-run, unless it is the command's
+given=() command='' # all arguments but --dry-run, unless it belongs to the command
 for argument; do
   if [ "$argument" = -- ]; then command=yes; fi
   case $command$argument in
@@ -70,7 +73,7 @@ done
 [ ${#runs[@]} -gt 0 ] || refuse "no runs: --seeds and the variants must not be empty"
 
 if [ "$slurm" = yes ] && [ -z "$index" ]; then
-  cpus=$((8 * gpus)) # launch/slurm.sh says why, and why twice
+  cpus=$((8 * gpus)) # as in launch/slurm.sh, which says why srun needs them, too
   node="#SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=$gpus
@@ -90,11 +93,11 @@ $gather"
 fi
 
 python=$(find_python) config=$root/configs/ablation.py
-variants=("${runs[@]% *}") # of all jobs, also where only one runs here
+variants=("${runs[@]% *}") # of all runs, even if only one runs here
 if [ -n "$index" ]; then
   whole index 0
   [ "$index" -lt ${#runs[@]} ] || refuse "--index=$index: there are ${#runs[@]} runs, from 0"
-  runs=("${runs[$index]}") max_restarts=0 # who calls for one run starts it again
+  runs=("${runs[$index]}") max_restarts=0 # the caller restarts it
 fi
 check=("$python" -m lina_jax.study "--config=$config" "--variants=$(IFS=, && echo "${variants[*]}")"
   "${words[@]/#/--flag=}")
@@ -124,7 +127,7 @@ for run in "${runs[@]}"; do
     if [ -n "$stopped$index" ]; then exit "${stopped:-$code}"; fi
     case $code in
       0) ;;
-      130 | 143) exit "$code" ;; # stopped by somebody: so is the study
+      130 | 143) exit "$code" ;; # somebody stopped it, and so the study
       *) failed+=("$variant, seed $seed: exit code $code") ;;
     esac
   fi

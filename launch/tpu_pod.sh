@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Run on a Cloud TPU pod: ask for a queued resource, wait for it, copy the code to every worker, start, follow.
+# Run on a Cloud TPU pod: request a queued resource, wait for it, copy the code to every worker, start and follow.
 #
 # usage: launch/tpu_pod.sh [--dry-run] --name=RUN --topology=v5e:16x16 --zone=ZONE [OPTIONS] -- train ARGUMENTS...
 #
-#   --name             of the run, the queued resource and the TPU
-#   --topology         of v4, v5e, v5p or v6e, as lina_jax.plan takes it; one slice (several: launch/gke.sh)
-#   --zone, --project  where; the project is gcloud's own unless given
-#   --runtime_version  the TPU VM's image; by default the one that suits the topology
+#   --name             name of the run, the queued resource and the TPU
+#   --topology         one slice of v4, v5e, v5p or v6e, as lina_jax.plan takes it (several slices: launch/gke.sh)
+#   --zone, --project  where the TPU is; default project: gcloud's own
+#   --runtime_version  image of the TPU VMs; default: the one that suits the topology
 #   --requirements     extra of pyproject.toml to install on the workers, default tpu; empty: the machine's own Python
 #   --setup            shell command that each worker runs first: mount the bucket, set variables
 #   --extra            more arguments for "queued-resources create": --extra='--spot --network=NAME'
-#   --max_restarts     how often to start again, on the pod and as a new pod; default 100
-#   --dry-run          print the program that would run, and end
+#   --max_restarts     how often each worker may restart the command, and this script the run; default 100
+#   --dry-run          print the program that would run, and exit
 #
 # Each option can also be given as LINA_NAME, LINA_ZONE, ... in the environment.
 #
-# Workers run apart from this script. When it is interrupted or the connection breaks, the run goes on, and the same
-# command follows it again. On each worker the command is restarted when it ends with 75 (preempted and saved, stalled,
-# or a peer is gone) or is killed by a signal; a worker whose machine started anew is found and started within half an
+# Workers run independently of this script. If it is interrupted or the connection breaks, the run continues, and the
+# same command follows it again. Each worker restarts the command when it ends with 75 (preempted and saved, stalled, or
+# a peer is gone) or is killed by a signal; a worker whose machine was rebooted is found and started within half an
 # hour. A preempted TPU VM disappears with its disk, and its queued resource is suspended for good: the script deletes
-# it, asks for another and starts there. The workdir must therefore be in a bucket. Where gcloud itself fails, it is
-# asked again. The TPU stays, and costs, when the run has ended: the last line says how to delete it.
+# it, requests another and starts the run there. The workdir must therefore be in a bucket. If gcloud itself fails, it
+# is called again. When the run has ended, the TPU stays and costs money: the last line says how to delete it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
@@ -39,18 +39,18 @@ esac
 tpus="gcloud compute tpus"
 where=(--zone="$zone" ${project:+--project="$project"})
 queue() { quoted "$1" "$name" "${where[@]}" "${@:2}"; }
-# The image's Python may be too old; the lock is held by the updates of a machine that has just started.
+# The image's Python may be too old. On a machine that has just booted, updates hold apt's lock.
 python='command -v python3.11 || { sudo add-apt-repository -y ppa:deadsnakes/ppa && '
 python+='sudo apt-get -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }'
 prepare=${requirements:+$python}
 if [ -n "$setup" ]; then prepare+="${prepare:+ && }{"$'\n'"$setup"$'\n'"}"; fi
 start="mkdir -p $name && cd $name && "
-# Not under a run that is at work: launch/detached.sh knows it by the same.
+# Do not unpack under a run that is at work, which launch/detached.sh recognises in the same way.
 start+="{ { read -r pid at <$name.pid && [ -n \"\$at\" ] && "
 start+="[ \"\$(cut -d' ' -f22 /proc/\$pid/stat)\" = \"\$at\" ]; } 2>/dev/null || tar -xzf ../$name.tgz; } && "
 start+="bash launch/detached.sh $(quoted "$name" --accelerator=tpu --setup="$prepare" --requirements="$requirements" \
   --max_restarts="$max_restarts" -- "${words[@]}")"
-# Older than the archive, it is the record of another start.
+# A record older than the archive is that of an earlier start.
 record="[ $name/$name.code -nt $name.tgz ] && grep -H . $name/$name.code"
 archive=${TMPDIR:-/tmp}/$name.tgz errors=${TMPDIR:-/tmp}/$name.err
 

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# What every machine of a run does: set-up, flags of its accelerator, the command. The other launchers call it; it is
-# also what the images of launch/Dockerfile start.
+# What every machine of a run executes: set-up, accelerator flags, the command. The launchers for clusters call it, and
+# the images of launch/Dockerfile start it.
 #
 # usage: launch/worker.sh [--dry-run] --accelerator=tpu|gpu|cpu [--setup=COMMAND] [--requirements=EXTRA]
 #                         [--max_restarts=N] [--code_file=FILE] -- COMMAND...
 #
-#   --setup          shell command to run first (mount a bucket, load modules); what it exports, the command sees
-#   --requirements   make the environment .venv with this extra of pyproject.toml (tpu, cuda) and use it
-#   --max_restarts   start the command again that often when it was preempted, stalled, or killed by a signal; not
-#                    after a SIGTERM, which is passed on. Default 0: the command takes this script's place
-#   --code_file      write the last exit code there
-#   --dry-run        print what would run, and end; as a script the command runs once
+#   --accelerator    tpu, gpu or cpu: whose flags to set
+#   --setup          shell command to run first (mount a bucket, load modules); the command sees what it exports
+#   --requirements   make the environment .venv with this extra of pyproject.toml (tpu, cuda), and use it
+#   --max_restarts   how often to restart the command when it was preempted, stalled or killed by a signal; not after a
+#                    SIGTERM, which is passed on. Default 0: the command replaces this script
+#   --code_file      file for the last exit code
+#   --dry-run        print what would run, and exit; run as a script, the command runs once
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-# Launchers give all by flags. What stands in the environment was meant for them: a job of sbatch inherits it, and both,
-# the job and each task, would count LINA_MAX_RESTARTS.
+# Launchers pass everything as flags. LINA_* variables are meant for them alone: a batch job inherits them, and then
+# both the job and each of its tasks would apply LINA_MAX_RESTARTS.
 accelerator='' requirements='' code_file='' max_restarts=0 from_environment=''
 read_arguments "accelerator requirements code_file" "$@"
 
 finish() {
   local code=$1
-  if [ "$code" -eq 124 ]; then code=1; fi # of detached.sh it says that the run is at work
+  if [ "$code" -eq 124 ]; then code=1; fi # detached.sh returns 124 for a run that is at work
   if [ -n "$code_file" ]; then echo "$code" >"$code_file"; fi
   exit "$code"
 }
@@ -38,9 +39,9 @@ fi
 cd "$root"
 if [ -n "$setup" ]; then
   setting_up accelerator requirements max_restarts
-  max_restarts=0 # which the inner one counts
+  max_restarts=0 # the inner script counts them
 else
-  trap 'finish 75' TERM # as while setting up
+  trap 'finish 75' TERM # as in `setting_up`
   if [ -n "$requirements" ]; then make_environment .venv "$requirements" || finish $set_up_failed; fi
   accelerator_flags "$accelerator" || finish 2
   trap - TERM

@@ -1,6 +1,6 @@
-"""Large arrays whose memory is used again.
+"""Large arrays whose memory is reused.
 
-Fresh memory is zeroed by the system page by page, which costs as much as reading the records that are put there.
+The system zeroes fresh memory page by page, which costs as much as reading the records that go there.
 """
 
 import threading
@@ -8,29 +8,29 @@ import weakref
 
 import numpy as np
 
-_KEPT = 4  # free buffers: batches come and go one by one
+_KEPT = 4  # free buffers at most; batches come and go one by one
 
 
 class BufferPool:
-    """Hands out buffers; each comes back by itself when the last array that shows it is gone."""
+    """Hands out buffers; each returns by itself once the last array that views it is gone."""
 
     def __init__(self):
         self._free: list[memoryview] = []
-        self._lock = threading.RLock()  # a collection, which ends in _put, may begin anywhere
+        self._lock = threading.RLock()  # garbage collection, which calls _put, may start anywhere
 
     def __reduce__(self):
         return BufferPool, ()
 
     def bytes(self, count: int) -> np.ndarray:
-        """(count,) uint8: all zero when new, else as it was left."""
+        """(count,) uint8: zeros if the memory is new, else its previous contents."""
         with self._lock:
             buffer = next((buffer for buffer in self._free if buffer.nbytes == count), None)
             if buffer is None:
                 buffer = memoryview(np.zeros(count, np.uint8))
             else:
                 self._free = [other for other in self._free if other is not buffer]
-        # NumPy looks through arrays for the owner of a view's memory, but not through a memoryview: every view of this
-        # array keeps this array alive.
+        # A view keeps the array alive that owns its memory: NumPy follows arrays back to it, but stops at a memoryview.
+        # So every view of this array keeps this array alive.
         array = np.frombuffer(buffer, np.uint8)
         weakref.finalize(array, self._put, buffer).atexit = False
         return array

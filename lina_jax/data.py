@@ -1,6 +1,6 @@
-"""Training's view of the records: which ones make up the batch of a step is a function of (seed, step) alone.
+"""Batches for training: which records make up the batch of a step depends on (seed, step) alone.
 
-Nothing about the position is saved, and any number of processes sees the same global batches.
+No position is saved, and the global batches are the same for any number of processes.
 """
 
 import functools
@@ -26,7 +26,7 @@ from lina_jax.errors import PartFailed, UserError, storage_failed
 from lina_jax.reading import Split
 from lina_jax.retry import Progress, patiently
 
-_MAX_TRIES = 100  # that many bad records in a row are a broken dataset, not bad luck
+_MAX_TRIES = 100  # this many bad records in a row mean a broken dataset, not bad luck
 
 
 class Wanted(NamedTuple):
@@ -41,13 +41,14 @@ class Notes(NamedTuple):
     """What happened while a batch was read."""
 
     bad: list[tuple[int, int, str]]  # dataset, index, reason
-    truncated: int  # texts that were cut
+    truncated: int  # number of truncated texts
 
 
 def open_records(config: Config, split: str, text_encoder: TextEncoder | None = None) -> "Records":
-    """The records of a split as this config's model needs them; captions as token ids if they go through an encoder.
+    """Open the records of a split in the form that this config's model reads.
 
-    Raises UserError when they are not there.
+    Captions become token ids if the model reads text features and the dataset holds none. Raises UserError if records
+    are missing or do not fit the config.
     """
     data, model = config.data, config.model
     if not data.path:
@@ -109,10 +110,10 @@ def _check_form(config: Config, path: str, form: reading.Form, text_encoder: Tex
 
 
 class Records:
-    """Decoded records, at random, of one dataset or several; one that cannot be used is replaced by the next good one.
+    """Random access to the decoded records of one or more datasets; a bad record is replaced by the next good one.
 
-    The replacement of record i is the first good one of i+1, i+2, ... (modulo the length) of the same dataset: the same
-    in every process and every run.
+    Record i is replaced by the first good record among i+1, i+2, ... (modulo the length) of the same dataset, so it is
+    the same one in every process and every run.
     """
 
     def __init__(
@@ -126,9 +127,9 @@ class Records:
         threads: int = 1,
         read_timeout: float = 60.0,
     ):
-        """`short_caption` is the chance of it, `flip` allows it; `threads` read and decode each batch.
+        """`short_caption` is the chance of the short caption; `flip` mirrors half of the images.
 
-        A read that takes more than `read_timeout` seconds is tried again.
+        `threads` threads read and decode the batches. A read that takes more than `read_timeout` seconds is retried.
         """
         for split in splits:
             if not len(split):
@@ -150,7 +151,7 @@ class Records:
 
     @property
     def truncated(self) -> int:
-        """Texts cut to the text length so far, counted each time."""
+        """Texts truncated so far, counted each time they are read."""
         return self._truncated
 
     def __len__(self) -> int:
@@ -160,29 +161,29 @@ class Records:
 
     @property
     def manifest(self) -> str:
-        """The same wherever the same records were opened."""
+        """Digests of the datasets: equal wherever the same records are opened."""
         return " ".join(split.manifest for split in self._splits)
 
     def order(self, seed: int) -> order.Order:
         return order.make([len(split) for split in self._splits], self._weights, seed)
 
     def some(self, count: int) -> list[Wanted]:
-        """Records of each dataset in proportion to the weights, at even distances: a few of every class if sorted."""
+        """`count` evenly spaced records, split among the datasets by weight; of sorted data, a few of every class."""
         counts = order.apportion(self._weights, count)
         sizes = [len(split) for split in self._splits]
         return [Wanted(dataset, i * sizes[dataset] // n) for dataset, n in enumerate(counts) for i in range(n)]
 
     def variants(self, seed: int, positions: Sequence[int]) -> list[Variant]:
-        """How the example at each position is shown, by chance."""
+        """Random variant of the example at each position: a function of (seed, position)."""
         short = order.uniforms(seed, positions, order.SHORT_CAPTIONS) < self._short_caption
         flip = order.uniforms(seed, positions, order.FLIPS) < (0.5 if self._flip else 0.0)
         return list(map(Variant, short.tolist(), flip.tolist()))
 
     def read(self, wanted: Sequence[Wanted], batches: int = 1) -> tuple[Arrays, Notes]:
-        """The rows of one batch; `batches` of such calls run at the same time and share the threads.
+        """Read the rows of one batch; `batches` such calls run at the same time and share the threads.
 
-        Raises, naming shard and record, PartFailed where storage fails that may be back, and UserError where it fails
-        otherwise or too many bad records follow.
+        Raises PartFailed if storage fails in a way that may pass, and UserError if it fails otherwise or too many bad
+        records follow each other. The message names shard and record.
         """
         arrays = decode.empty(self._columns, len(wanted))
         read_rows = functools.partial(self._read_rows, arrays, wanted)
@@ -221,15 +222,16 @@ class Records:
         try:
             patiently(read_rest, self._timeout)
         except (OSError, RuntimeError) as error:
-            # The cause of an error gets lost on the way from a process that reads.
+            # Decided here, because an error loses its cause on the way out of a worker process.
             kind = PartFailed if storage_failed(error) else UserError
             raise kind(f"cannot read {error.at}: {error}") from error
         return list(finished.values())
 
     def _read_row(self, arrays: Arrays, row: int, wanted: Wanted, progress: Progress) -> Notes:
-        """Fill one row with what is wanted or its replacement.
+        """Fill one row with the wanted record or its replacement.
 
-        A thread that was given up and wakes here writes what its successor wrote: rows follow from `wanted` alone.
+        A thread that stalled and was given up may wake up here. It writes what its successor wrote, because a row
+        depends on `wanted` alone.
         """
         split, bad = self._splits[wanted.dataset], []
         for offset in range(min(len(split), _MAX_TRIES)):
@@ -244,13 +246,13 @@ class Records:
                 progress.check()
             try:
                 return Notes(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
-            except Exception as error:  # the readers of pictures raise many kinds
+            except Exception as error:  # image decoders raise errors of many types
                 bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
         raise UserError(f"{len(bad)} bad records in a row, the last one {bad[-1][2]}")
 
 
 class Blocks:
-    """What one process has of each global batch, one block per step, as grain's random access source."""
+    """One process's rows of each global batch, one block per step, as a random-access source for grain."""
 
     def __init__(
         self, records: Records, *, global_batch: int, rows: Sequence[int], seed: int, start_step: int, at_once: int = 1
@@ -263,7 +265,7 @@ class Blocks:
         return 2**40  # no end
 
     def __getitem__(self, step: int) -> tuple[Arrays, Notes]:
-        """Row r of the global batch of step s is at position s * global_batch + r."""
+        """The block of step start_step + `step`; row r of step s is at position s * global_batch + r."""
         first = (self._start_step + step) * self._global_batch
         positions = [first + row for row in self._rows]
         variants = self._records.variants(self._seed, positions)
@@ -282,15 +284,16 @@ def training_batches(
     prefetch: int = 2,
     workers: int = 0,
 ) -> Iterator[Arrays]:
-    """Endless batches of steps start_step, start_step + 1, ...: these rows (None: all) of each global batch.
+    """Endless batches of steps start_step, start_step + 1, ...: `rows` (None: all) of each global batch.
 
-    `prefetch` batches are kept ready, by threads of this process or by `workers` processes with threads of their own.
-    Every epoch has an order of its own, and may end within a batch.
+    `prefetch` batches are kept ready, by threads of this process or, if `workers` > 0, by so many processes with
+    threads of their own. Every epoch has its own order, and may end within a batch.
 
-    Raises PartFailed where a signal killed a worker (SIGKILL, as on a host out of memory).
+    Raises PartFailed if a signal killed a worker (SIGKILL, as on a host that is out of memory).
     """
     ahead = 1 if workers else prefetch
-    # Each thread a block of its own, as far as memory allows: threads that share one wait for each other at its end.
+    # Up to `ahead` blocks at once (each takes memory), ideally one per thread: threads that share a block wait for each
+    # other at its end.
     at_once = min(records.threads, ahead)
     blocks = Blocks(
         records,
@@ -309,7 +312,7 @@ def training_batches(
 
 
 def _live_as_long_as_the_parent(number: int, count: int) -> None:
-    """A worker's start: it ends when its parent does, however that is, and with no signal meant for the parent."""
+    """Initialise a worker: it ends when its parent does, however that is, and ignores signals meant for the parent."""
     del number, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -326,14 +329,14 @@ def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterato
         for arrays, notes in batches:
             records.note(notes)
             yield arrays
-    except RuntimeError as error:  # grain's, which names the exit code: a signal's is negative
+    except RuntimeError as error:  # from grain, which names the exit code: negative for a signal
         if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
             raise PartFailed(f"a process that reads data was killed by signal {killed[1]}") from None
         raise
 
 
 def fixed_examples(records: Records, count: int, chosen: Sequence[int] | None = None) -> Arrays:
-    """The `chosen` ones (all, if None) of `count` examples, always the same. Raises UserError if there are fewer."""
+    """A fixed set of `count` examples, or the `chosen` ones of it. Raises UserError if the split has fewer."""
     if count > len(records):
         raise UserError(f"{count} examples asked, but the split has only {len(records)}")
     wanted = records.some(count)

@@ -1,6 +1,6 @@
-"""Serialized records into the rows of a batch.
+"""Decode the fields of records into the rows of a batch.
 
-Each column is a few arrays of a batch and the way to fill one row of them from the fields of a record.
+A column makes a few arrays of the batch, and fills one row of them from the fields of a record.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ Fields = Mapping[str, memoryview | int | None]
 
 
 class Variant(NamedTuple):
-    """Which form of a record is shown."""
+    """Which form of a record is used."""
 
     short: bool = False  # the short caption, where there is one
-    flip: bool = False  # left and right exchanged
+    flip: bool = False  # mirrored, left to right
 
 
 class Column(Protocol):
@@ -31,12 +31,12 @@ class Column(Protocol):
         """Arrays for `count` examples."""
 
     def fill(self, arrays: Arrays, row: int, fields: Fields, variant: Variant) -> bool:
-        """Write one row; whether a text had to be cut. Raises ValueError or OSError if the record cannot be used."""
+        """Write one row, and return whether a text was truncated. Raises ValueError, or what Pillow raises, if bad."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """image: uint8 (B, H, W, 3). Pictures of another size are bad records, or `resize`d, keeping the center."""
+    """image: uint8 (B, H, W, 3). Images of another size are bad records, or with `resize` scaled and center-cropped."""
 
     size: tuple[int, int]
     resize: bool = False
@@ -127,7 +127,7 @@ class TokenIds:
 class Features:
     """text: float16 (B, L, D), the rows of the real tokens, then zeros; text_length: int32 (B,), how many are real.
 
-    The memory of both is used again for a later batch: whoever changes `text_length` breaks the promise of zeros.
+    A later batch reuses the memory of both, and `text_length` says which of its rows to zero: do not change it.
     """
 
     length: int
@@ -149,7 +149,7 @@ class Features:
             raise ValueError(f"{len(features)} bytes of text features, expected rows of {2 * self.dim}")
         text, kept = arrays["text"][row], min(rows, self.length)
         _copy(text[:kept], features[: kept * 2 * self.dim])
-        # What was here before had this many rows; beyond them there are zeros already.
+        # The previous contents of this row had `text_length` tokens; everything beyond is zero already.
         text[kept : arrays["text_length"][row]] = 0
         arrays["text_length"][row] = kept
         return rows > self.length
@@ -160,12 +160,12 @@ def empty(columns: Sequence[Column], count: int) -> Arrays:
 
 
 def fill(columns: Sequence[Column], arrays: Arrays, row: int, fields: Fields, variant: Variant) -> bool:
-    """Write one row of every column; whether a text had to be cut."""
+    """Write one row of every column, and return whether a text was truncated."""
     return any([column.fill(arrays, row, fields, variant) for column in columns])
 
 
 def encode_text(captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Captions (B,) -> UTF-8 bytes uint8 (B, L), cut or padded with zeros, and their number int32 (B,)."""
+    """Captions (B,) -> UTF-8 bytes uint8 (B, L), truncated or padded with zeros, and their lengths int32 (B,)."""
     text = np.zeros((len(captions), length), np.uint8)
     lengths = np.zeros(len(captions), np.int32)
     for i, caption in enumerate(captions):
@@ -193,7 +193,7 @@ def _field(fields: Fields, name: str) -> memoryview:
 
 
 def _copy(target: np.ndarray, source: memoryview) -> None:
-    """As bytes: values within a record do not stand on even addresses, which would make NumPy copy them one by one."""
+    """Copy as bytes: values within a record are not aligned, and NumPy would copy them one by one."""
     if len(source) != target.nbytes:
         raise ValueError(f"{len(source)} bytes where {target.nbytes} make an array of {target.shape}")
     target.reshape(-1).view(np.uint8)[:] = np.frombuffer(source, np.uint8)

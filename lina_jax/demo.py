@@ -1,10 +1,10 @@
-"""A page on which a trained model draws, set by set.
+"""A web page on which a trained model draws, set by set.
 
 python -m lina_jax.demo --workdir=DIR [--host=localhost] [--port=7860] [--data=DIR] [--batch_size=1]
     [--raw] [--checkpoint=STEP] [--autoencoder=DIR] [--text_encoder=DIR] [--mesh=AXES]
 
-Needs Gradio (`pip install -e '.[demo]'`). Who can reach the port can draw; Ctrl-C ends it. Nothing is fetched from
-elsewhere, and nothing is told to anyone. Each picture comes with the command that draws it again, to the byte.
+Needs Gradio (`pip install -e '.[demo]'`). Anyone who can reach the port can draw; Ctrl-C stops the server. Nothing is
+fetched from other servers or sent to them. The page shows the command that draws the same images, byte for byte.
 """
 
 import socket
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise UserError("--workdir=DIR (a training directory) is needed")
     workdir = Path(values.workdir).expanduser()
-    load_config(workdir)  # names what is no training directory, before all that takes time
+    load_config(workdir)  # refuses what is not a training directory before anything slow starts
     try:
         from lina_jax import page
     except ModuleNotFoundError as error:

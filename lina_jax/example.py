@@ -1,17 +1,17 @@
-"""The wire format of a tf.train.Example, as far as TFDS uses it: fields without copying them.
+"""Parse serialized tf.train.Example messages, as far as TFDS uses the format, without copying values.
 
 Example {1: Features {1: entry {1: name, 2: Feature {1: BytesList {1: bytes} | 3: Int64List {1: packed varints}}}}}.
-Protobuf's own parser copies each value twice, 0.3 MB of text features at a time, and holds the interpreter meanwhile.
+Protobuf's own parser copies each value twice, text features of 0.3 MB included, and holds the GIL meanwhile.
 """
 
-_FIRST, _SECOND = 0x0A, 0x12  # tags of fields 1 and 2, delimited
+_FIRST, _SECOND = 0x0A, 0x12  # tags of fields 1 and 2, length-delimited
 _BYTES, _INTEGERS = 0x0A, 0x1A
 
 
 def parse(record: bytes) -> dict[str, memoryview | int | None]:
-    """Fields of one value each: a view of its bytes, or an integer; None for a list without any.
+    """Fields of one value each: a view of its bytes, or an integer; None if the list is empty.
 
-    Raises ValueError where the bytes are something else.
+    Raises ValueError if the bytes are not such a message.
     """
     view = memoryview(record)
     fields = {}
@@ -45,7 +45,7 @@ def _value(view: memoryview, record: bytes, at: int, end: int) -> memoryview | i
 
 
 def _delimited(record: bytes, at: int, limit: int, tag: int) -> tuple[int, int]:
-    """Where the contents of the delimited field at `at` begin and end; it must have this tag and end by `limit`."""
+    """(start, end) of the contents of the length-delimited field at `at`, which must have `tag` and end by `limit`."""
     if record[at] != tag:
         raise ValueError(f"tag {record[at]:#x} where {tag:#x} belongs")
     length = record[at + 1]

@@ -1,8 +1,8 @@
 """FID, sFID, Inception score, precision and recall from features, by the definitions of ADM's evaluation suite.
 
-Features come in portions, in the order of the images; moments are accumulated in float64 (Chan et al. 1979), so that a
-run over 50,000 images keeps two matrices for each of a few groups instead of all features. The groups give the standard
-errors of the distances, by the jackknife.
+Features arrive in chunks, in the order of the images. The distances need their moments alone, accumulated in float64
+(Chan et al. 1979): a run over 50,000 images keeps two matrices per group of images instead of all features. Groups give
+the standard errors of the distances, by the jackknife.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 from lina_jax.errors import UserError
 
 GROUPS = 10  # consecutive parts of the samples, each left out once for the standard error of a distance
-SPLIT = 5_000  # images of one Inception score, whose mean is reported
-NEIGHBOURS = 3  # the distance to which of them is the radius of a ball of the manifold
-_BLOCK = 2_000  # rows and columns of distances at a time
+SPLIT = 5_000  # images per Inception score; the mean of the scores is reported
+NEIGHBOURS = 3  # a ball of the manifold reaches to the neighbour of this rank
+_BLOCK = 2_000  # rows and columns of distances computed at once
 
 
 class Value(NamedTuple):
-    """A metric and its standard error, which is None where there are too few images to tell."""
+    """A metric and its standard error, which is None if there are too few images."""
 
     value: float
     standard_error: float | None
@@ -36,7 +36,7 @@ class Gaussian:
 
 
 class RunningCovariance:
-    """Count, mean and scatter matrix of rows that come in portions, in float64."""
+    """Count, mean and scatter matrix of rows that arrive in chunks, in float64."""
 
     def __init__(self, dim: int):
         self.count, self.mean, self.scatter = 0, np.zeros(dim), np.zeros((dim, dim))
@@ -67,7 +67,7 @@ class RunningCovariance:
 
 
 def total(parts: Iterable[RunningCovariance], dim: int) -> RunningCovariance:
-    """Of all rows of the parts together; `dim` is the width of a row."""
+    """Moments of all rows of the parts together; `dim` is the width of a row."""
     moments = RunningCovariance(dim)
     for part in parts:
         moments.merge(part)
@@ -77,8 +77,8 @@ def total(parts: Iterable[RunningCovariance], dim: int) -> RunningCovariance:
 class Frechet:
     """The Fréchet distance to a reference: |m - m'|^2 + tr(C + C' - 2 sqrt(C C')).
 
-    The root's trace is that of the roots of the eigenvalues of F^T C F, where the reference's C' = F F^T: symmetric and
-    real, whatever the rank. What rounding leaves of eigenvalues that are zero is taken for zero.
+    The trace of the root is the sum of the roots of the eigenvalues of F^T C F, where C' = F F^T is the reference's
+    covariance. F^T C F is symmetric, so they are real, whatever the rank. Those at rounding level count as zero.
     """
 
     def __init__(self, reference: Gaussian):
@@ -88,7 +88,7 @@ class Frechet:
         self._factor = vectors[:, values > 0] * np.sqrt(values[values > 0])
 
     def __call__(self, samples: Gaussian) -> float:
-        """Raises UserError where the reference is of other features."""
+        """Raises UserError if the reference has another number of features."""
         if samples.mean.shape != self._mean.shape:
             raise UserError(f"the reference is of {len(self._mean)} features, expected {len(samples.mean)}")
         inner = self._factor.T @ samples.covariance @ self._factor
@@ -98,14 +98,14 @@ class Frechet:
 
 
 def _without_rounding(values: np.ndarray) -> np.ndarray:
-    """Eigenvalues of a matrix that has none below zero."""
+    """Eigenvalues of a positive semidefinite matrix, with those at rounding level set to zero."""
     if not len(values):
         return values
     return np.where(values > len(values) * np.finfo(np.float64).eps * values.max(), values, 0.0)
 
 
 def jackknife(groups: list[RunningCovariance], distance: Frechet) -> Value:
-    """The distance of all rows; its standard error from the distances without each of the groups in turn."""
+    """The distance of all rows, and its standard error from the distances that leave out one group each."""
     dim = len(groups[0].mean)
     whole = distance(total(groups, dim).gaussian())
     if min(group.count for group in groups) < 2:
@@ -116,7 +116,7 @@ def jackknife(groups: list[RunningCovariance], distance: Frechet) -> Value:
 
 
 class InceptionScore:
-    """exp of the mean divergence of p(class | image) from its mean, in splits of 5,000 images; the mean over these."""
+    """exp(mean KL divergence of p(class | image) from its mean) of each 5,000 images, averaged over these splits."""
 
     def __init__(self):
         self._splits: list[tuple[int, float, np.ndarray]] = []  # images, sum of p log p, sum of p
@@ -138,17 +138,18 @@ class InceptionScore:
         scores = []
         for count, entropy, sums in self._splits:
             mean = sums / count
-            known = mean > 0  # what no image has adds nothing
+            known = mean > 0  # classes that no image has add nothing
             scores.append(math.exp(entropy / count - float((mean[known] * np.log(mean[known])).sum())))
         error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
         return Value(float(np.mean(scores)), error)
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray) -> tuple[Value, Value]:
-    """Shares of samples in the manifold of the reference, and of the reference in that of the samples.
+    """Share of the samples in the reference's manifold, and of the reference in the samples' manifold.
 
-    reference (M, D), samples (N, D). A manifold is a union of balls around its points, each out to its third neighbour
-    (Kynkäänniemi et al. 2019). Distances are float32, where ADM's suite takes float16. Raises UserError for too few.
+    reference (M, D), samples (N, D). A manifold is the union of balls around its points, each with the distance to its
+    third neighbour as radius (Kynkäänniemi et al. 2019). Distances are float32 (ADM's suite: float16). Raises UserError
+    if there are too few points.
     """
     few = min(len(reference), len(samples))
     if few <= NEIGHBOURS:

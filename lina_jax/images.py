@@ -1,4 +1,4 @@
-"""Encoded images of any kind to RGB of one size, and back to bytes."""
+"""Decode images of any kind to RGB of one size, and encode them."""
 
 import io
 import warnings
@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image
 
-MAX_PIXELS = 2**27  # of a file; more is a decompression bomb or a mistake
+MAX_PIXELS = 2**27  # per image; more is a decompression bomb or a mistake
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that run programs
-MAX_ASPECT = 50  # long side to short; scaled to a square crop, a line of pixels would fill the memory
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow runs other programs for some
+MAX_ASPECT = 50  # long side / short side; a line of pixels, scaled until it fills a square crop, would fill the memory
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -19,10 +19,10 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF's orientation
+}  # by EXIF orientation
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and raise at another; `decode` refuses at MAX_PIXELS
-warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd metadata: what matters is whether the image decodes
+Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and raise at a larger one; `decode` checks MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata; what matters is whether the image decodes
 
 
 class BadImage(Exception):
@@ -30,7 +30,7 @@ class BadImage(Exception):
 
 
 def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
-    """RGB: upright, transparency over white, 16 bits scaled to 8, the first frame of several. Raises BadImage."""
+    """RGB image: upright, transparency over white, 16 bits scaled to 8, the first frame of several. Raises BadImage."""
     try:
         image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data), formats=FORMATS)
         short, long = sorted(image.size)
@@ -50,7 +50,7 @@ def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """By the orientation alone: Pillow's own function writes all EXIF anew, and fails where any of it is odd."""
+    """Apply the EXIF orientation alone: Pillow's own function rewrites all EXIF data, and fails if any of it is odd."""
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
 
@@ -83,5 +83,5 @@ def encode(image: Image.Image, quality: int) -> bytes:
     if quality:
         image.save(out, "JPEG", quality=quality)
     else:
-        image.save(out, "PNG", compress_level=1)  # the default takes 15 % longer for 2 % less, at 256 px
+        image.save(out, "PNG", compress_level=1)  # the default takes 15 % longer and saves 2 %, at 256 px
     return out.getvalue()

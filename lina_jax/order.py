@@ -1,7 +1,7 @@
-"""Which record stands at a position: a pure function of (seed, position), for one dataset or a weighted mixture.
+"""The order of records: a pure function of (seed, position), for one dataset or a weighted mixture.
 
 Positions number the examples of all global batches: batch b of size B has positions b B to b B + B - 1. Nothing is
-stored per record, so ten million cost what ten cost.
+stored per record, so ten million records cost no more than ten.
 """
 
 import bisect
@@ -16,17 +16,17 @@ from grain.experimental import index_shuffle
 
 from lina_jax.errors import UserError
 
-WINDOW = 1024  # positions in which a mixture has its exact counts
+WINDOW = 1024  # positions over which a mixture has exact counts
 SHORT_CAPTIONS, FLIPS, _WINDOWS = range(3)  # streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Positions to (component, record).
+    """Maps positions to (component, record).
 
-    Every window of WINDOW positions holds each component in proportion to its weight, shuffled; fractions are carried
-    from window to window, so that the counts of the first n windows are within one of their share of n WINDOW. Within a
-    component every epoch visits each record once, in an order of its own.
+    Every window of WINDOW positions holds the components in proportion to their weights, shuffled. Fractions carry over
+    from window to window, so that the counts of the first n windows are within one of their share of n WINDOW. Every
+    epoch of a component visits each of its records once, in its own order.
     """
 
     lengths: tuple[int, ...]
@@ -40,7 +40,7 @@ class Order:
         return component, index_shuffle(index, length - 1, _permutation(self.seed, component, epoch), 4)
 
     def _ordinal(self, position: int) -> tuple[int, int]:
-        """Component, and how many records it has given before."""
+        """(component, number of the record within it, counted over all epochs)."""
         window, slot = divmod(position, WINDOW)
         before, starts, shuffled = _window(self.weights, self.seed, window)
         slot = shuffled[slot]
@@ -49,7 +49,7 @@ class Order:
 
 
 def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Order:
-    """Weights may have any sum. Raises UserError if one is too small to appear in every window."""
+    """Order of a mixture; weights may have any sum. Raises UserError if one is too small to appear in every window."""
     if min(weights) * WINDOW < sum(weights):
         small, total = float(min(weights)), float(sum(weights))
         raise UserError(f"weight {small:g} of {total:g}: a dataset needs at least 1/{WINDOW}")
@@ -64,7 +64,7 @@ def integers(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 def apportion(weights: Sequence[int], count: int) -> list[int]:
-    """Whole numbers that add to `count`, each within one of its share: largest remainders, the first of equals."""
+    """Split `count` by weight: integers, each within one of its share (largest remainders; ties go to the first)."""
     shares = [divmod(weight * count, sum(weights)) for weight in weights]
     whole = [share for share, _ in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: -shares[i][1])
@@ -75,23 +75,23 @@ def apportion(weights: Sequence[int], count: int) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 def _permutation(seed: int, component: int, epoch: int) -> int:
-    """The key of an order of its own: mixed, so that the epochs of one seed are not those of the next, one later."""
+    """Key of one epoch's order, hashed so that epoch e + 1 of one seed is not epoch e of the next seed."""
     return int(np.random.SeedSequence((seed, component, epoch)).generate_state(1)[0])
 
 
 @functools.lru_cache(maxsize=64)
 def _window(weights: tuple[int, ...], seed: int, window: int) -> tuple[list[int], list[int], list[int]]:
-    """(records that each component gave before this window, first slot of each in it, the shuffled slots)."""
+    """(records of each component before this window, first slot of each in it, the shuffled slots)."""
     before = apportion(weights, window * WINDOW)
     after = apportion(weights, (window + 1) * WINDOW)
     starts = np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])[:-1]
-    # Not index_shuffle, which takes ten times longer for a thousand numbers than for a million.
+    # Not index_shuffle, which takes ten times longer per number in a range of a thousand than of a million.
     shuffled = np.argsort(uniforms(seed, range(window * WINDOW, (window + 1) * WINDOW), _WINDOWS), kind="stable")
     return before, starts.tolist(), shuffled.tolist()
 
 
 def uniforms(seed: int, positions: Sequence[int], stream: int) -> np.ndarray:
-    """(N,) float64 in [0, 1), one for each position and stream: SplitMix64 (Steele et al. 2014), applied twice."""
+    """(N,) float64 in [0, 1), functions of (seed, position, stream): SplitMix64 (Steele et al. 2014), applied twice."""
 
     def mixed(x: np.ndarray) -> np.ndarray:
         x = x + np.uint64(0x9E3779B97F4A7C15)

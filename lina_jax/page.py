@@ -1,4 +1,4 @@
-"""The page of `lina_jax.demo`: Gradio's components, and how a drawing is shown."""
+"""The page of `lina_jax.demo`: its Gradio components, and the HTML of a drawing."""
 
 import base64
 import html
@@ -28,7 +28,7 @@ _STYLE = """
 .drawings img.order { width: 40px; }
 .mistake { color: #b3261e; font-weight: 600; }
 """
-# Fonts by their names alone: Gradio's own would be asked of a server.
+# Fonts of the reader's system: Gradio's own would be fetched from a server.
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 _LOCAL = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -91,10 +91,10 @@ def _condition(studio: Studio) -> gr.components.Component:
 
 
 def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, str]]:
-    """(status, pictures) in HTML, after sets; each shown set is followed by `pause` seconds.
+    """Yield (status, images) as HTML while sets are drawn, with `pause` seconds after each set shown.
 
-    Where showing takes longer than drawing, as with a large autoencoder, sets are left out. The status at the end tells
-    the time of drawing, without that of showing and of the pauses.
+    Sets are skipped where showing takes longer than drawing, as with a large autoencoder. The last status reports the
+    drawing time, without showing and pauses.
     """
     if not studio.ready(request):
         yield "compiling: the first time with these numbers of pictures and steps takes a while", ""
@@ -116,7 +116,7 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
 
 
 def _timed(drawing: Iterator[DrawnStep]) -> Iterator[tuple[DrawnStep, float]]:
-    """Each with the seconds that all until then took to be made."""
+    """Each step with the seconds of drawing up to it."""
     seconds, begun = 0.0, time.monotonic()
     for progress in drawing:
         seconds += time.monotonic() - begun
@@ -147,7 +147,7 @@ def _mistake(message: str) -> str:
 
 
 class _OnlyLocal:
-    """Tells browsers to ask nobody but this server, whatever Gradio's files refer to."""
+    """Middleware that restricts browsers to this server, whatever Gradio's files refer to."""
 
     def __init__(self, app):
         self._app = app
@@ -162,7 +162,7 @@ class _OnlyLocal:
 
 
 def serve(blocks: gr.Blocks, door: socket.socket) -> None:
-    """Until Ctrl-C."""
+    """Serve the page on the listening socket `door` until Ctrl-C."""
     app = gr.mount_gradio_app(
         fastapi.FastAPI(),
         blocks,
@@ -175,9 +175,9 @@ def serve(blocks: gr.Blocks, door: socket.socket) -> None:
     )
     host, port = door.getsockname()[:2]
     server = uvicorn.Server(uvicorn.Config(_OnlyLocal(app), log_level="warning"))
-    # In a thread, or else uvicorn would answer Ctrl-C, and wait for browsers to go.
+    # In a thread: otherwise uvicorn would handle Ctrl-C, and wait for browsers to disconnect.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     print(f"http://{'localhost' if host == '127.0.0.1' else host}:{port}  (Ctrl-C ends)", flush=True)
     while thread.is_alive():
-        thread.join(0.5)  # a signal just before a wait without an end would not end it
+        thread.join(0.5)  # a signal just before a wait without timeout would not end it

@@ -1,4 +1,4 @@
-"""How good pictures are: FID and its kin of many images, drawn or read, in the training loop and offline alike."""
+"""Image quality: FID and related metrics of many images, drawn or read, both during training and offline."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -17,12 +17,12 @@ from lina_jax.image_sources import Source
 from lina_jax.reference import Reference, write_npz
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-_DIGITS = 4  # decimals that are told; standard errors are larger by far
+_DIGITS = 4  # decimals reported; standard errors are far larger
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What was found, in process 0."""
+    """The result of a measurement, in process 0."""
 
     values: Mapping[str, Value]
     lacking: Mapping[str, str]  # metric: why it was not measured
@@ -30,7 +30,7 @@ class Quality:
     images: np.ndarray  # the first few (N, H, W, 3) uint8
 
     def told(self) -> dict[str, Any]:
-        """As JSON."""
+        """The result as an object for JSON."""
         values = {
             name: {kind: None if number is None else round(number, _DIGITS) for kind, number in value._asdict().items()}
             for name, value in self.values.items()
@@ -38,7 +38,7 @@ class Quality:
         return {**values, "images": self.count, **({"not_measured": dict(self.lacking)} if self.lacking else {})}
 
     def scalars(self) -> dict[str, float]:
-        """The same for logs: 'quality/fid' and, where it is known, 'quality/fid_standard_error'."""
+        """The same for logs: 'quality/fid' and, if known, 'quality/fid_standard_error'."""
         told = self.told()
         scalars = {f"quality/{name}": told[name]["value"] for name in self.values}
         errors = {f"quality/{name}_standard_error": told[name]["standard_error"] for name in self.values}
@@ -46,7 +46,7 @@ class Quality:
 
 
 class Collector:
-    """Reduces features as they come."""
+    """Reduces features as they arrive."""
 
     def __init__(self, count: int, wanted: Collection[str]):
         self._count, self._wanted = count, wanted
@@ -72,7 +72,7 @@ class Collector:
             self._images.append(chunk.images[: SHOWN - chunk.start].copy())  # a view would keep the whole chunk
 
     def _to_groups(self, groups: list[RunningCovariance], start: int, rows: np.ndarray) -> None:
-        """Of N images, number i is in group i * GROUPS // N."""
+        """Add rows to their groups: of N images, number i is in group i * GROUPS // N."""
         if not groups:
             groups += [RunningCovariance(rows.shape[1]) for _ in range(GROUPS)]
         group = (start + np.arange(len(rows))) * GROUPS // self._count
@@ -83,7 +83,7 @@ class Collector:
         return np.concatenate(self._images)
 
     def values(self, reference: Reference | None) -> tuple[dict[str, Value], dict[str, str]]:
-        """(the metrics that are wanted and can be told, why the others cannot)."""
+        """(the wanted metrics that could be computed, why the others could not)."""
         values, lacking = {}, {}
         for name, groups in (("fid", self._pool), ("sfid", self._spatial)):
             if name not in self._wanted:
@@ -119,10 +119,10 @@ def measure(
     npz: Path | None = None,
     labels: np.ndarray | None = None,
 ) -> Quality | None:
-    """The metrics of a source's first `count` images; None in processes other than 0.
+    """Measure the first `count` images of a source; returns None in processes other than 0.
 
-    `work` holds what is done, and a later call goes on from there. `npz` is written in ADM's form, with the `labels`
-    (N,) where there are any; it needs `work`. Without a network nothing else is done. Raises UserError.
+    `work` keeps finished chunks, from which a later call resumes. The images are written to `npz` in ADM's format, with
+    `labels` (N,) if given; this needs `work`. Without a network nothing is measured. Raises UserError.
     """
     facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
     done = Done(work, facts)

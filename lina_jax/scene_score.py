@@ -1,7 +1,7 @@
 """Does a picture show what its caption states? A rule-based judge in the manner of GenEval, with nothing to download.
 
-Every pixel is unmixed into background and one palette colour, connected pixels make an object, and its shape is the one
-that covers it best when drawn anew with the same area in the same place. Lengths are in units of the image side.
+Every pixel is unmixed into background and one palette colour. Connected pixels form an object. Its shape is the one
+that, rendered with the same area in the same place, covers it best. Lengths are in units of the image side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from lina_jax.errors import UserError
 from lina_jax.shapes import CATEGORIES, PALETTE, PLACES, RELATIONS, SHAPES, Caption, Noun, Object, Scene
 
 MIN_AREA = 0.01  # of the picture; less is a speck (our smallest objects cover 0.03)
-MIN_CONTRAST = 60  # in 8-bit RGB; a colour closer to the background cannot be told from it
-MIN_OVERLAP = 0.7  # intersection over union; an object that no shape covers so well is of unknown shape
-CENTER = 0.09  # what is this far from the center is no longer there, but at a side
+MIN_CONTRAST = 60  # in 8-bit RGB; a colour closer to the background is not looked for
+MIN_OVERLAP = 0.7  # intersection over union; if no shape covers an object so well, its shape is unknown
+CENTER = 0.09  # an object this far from the center is not in the center, but at a side
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def detect(image: np.ndarray) -> Detection:
     for k, color in enumerate(colors):
         for part in _components((best == k) & (opacity[k] > 0.5)):
             if part.mean() >= MIN_AREA:
-                # A pale object is still a whole one: what most of it reaches counts as opaque.
+                # A pale object is still a whole one: the upper quartile of its opacity counts as opaque.
                 whole = np.quantile(opacity[k][part], 0.75)
                 objects.append(_recognise(np.minimum(opacity[k] / whole, 1) * _box(part), color))
     sized = tuple(replace(thing, size=shapes.size_word(thing.radius, len(objects))) for thing in objects)
@@ -62,7 +62,7 @@ def detect(image: np.ndarray) -> Detection:
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the connected parts of `mask` (H, W), each a mask itself; neighbours share an edge."""
-    from scipy import ndimage  # here, since few commands need it: a sixth of the time to import the package
+    from scipy import ndimage  # here, as few commands need it and it is a sixth of the package's import time
 
     labels, count = ndimage.label(mask)
     for label in range(1, count + 1):
@@ -70,7 +70,7 @@ def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _box(part: np.ndarray) -> np.ndarray:
-    """Return the mask of the box around `part`, wider by a pixel on each side: room for soft edges."""
+    """Return the mask of the box around `part`, one pixel wider on each side, for soft edges."""
     rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
     box = np.zeros_like(part)
     box[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2] = True
@@ -98,7 +98,7 @@ def _unit_moments(shape: str) -> tuple[float, float, float]:
 
 
 def _recognise(opacity: np.ndarray, color: str) -> Object:
-    """Return the object that `opacity` (H, H) in 0..1 resembles most, its size not judged yet."""
+    """Return the object that `opacity` (H, H) in 0..1 resembles most; its size is left empty."""
     area, x, y = _moments(opacity)
     fits = []
     for shape in SHAPES:
@@ -136,7 +136,7 @@ def _lies(thing: Object, place: str) -> bool:
 
 
 def _relates(first: Object, second: Object, relation: str) -> bool:
-    """Return whether the first lies in the relation's direction from the second, and farther so than aside."""
+    """Return whether the first lies in the relation's direction from the second, farther along it than across."""
     x, y = first.x - second.x, first.y - second.y
     right, down = RELATIONS[relation]
     return x * right + y * down > abs(x * down) + abs(y * right)
@@ -148,7 +148,7 @@ def matches(image: np.ndarray, caption: str) -> bool:
 
 
 def score(images: np.ndarray, captions: Sequence[str]) -> dict[str, float | dict[str, int]]:
-    """Return the fraction of pictures that are right: by category, and "overall", the mean over the categories.
+    """Return the fraction of correct images in each category, and "overall", the mean over the categories.
 
     `images` is (N, H, H, 3) in uint8. "examples" holds the number of pictures in each category.
     Raises UserError on a caption outside the grammar, or unless there are as many captions as images, and at least one.

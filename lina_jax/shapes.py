@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from lina_jax.errors import UserError
 
 SPLITS = ("train", "validation")
-# The share of each category in a split; a laptop in minutes learns to draw one object.
+# The share of each category in a split. One object is what a laptop learns to draw in minutes.
 CATEGORIES = {
     "single_object": 0.9,
     "colors": 0.02,
@@ -26,7 +26,7 @@ CATEGORIES = {
     "color_attribution": 0.02,
     "position": 0.02,
 }
-# The share of captions that state the background: most of a picture, so that a model soon learns to read.
+# The share of captions that state the background, which is most of a picture: so a model soon learns to read.
 GROUNDED = 0.9
 COLORS = {
     "red": (225, 30, 35),
@@ -38,7 +38,7 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 PALETTE = COLORS | BACKGROUNDS
-# Radius of an object alone, and of one in company; and the boundaries that tell small from large.
+# Radius of a single object, and of one among others; and the boundaries between small and large.
 SIZES = {"small": (7.2 / 32, 5 / 32), "large": (10 / 32, 6.5 / 32)}
 SIZE_BOUNDARIES = (8.5 / 32, 5.7 / 32)
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
@@ -63,13 +63,13 @@ _OUTLINES = {
 }
 SHAPES = tuple(_OUTLINES)
 
-_MARGIN = 1 / 32  # what every object keeps free around its box
+_MARGIN = 1 / 32  # free space around the box of every object
 _SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True)
 class Noun:
-    """What a caption says of one object; None where it says nothing."""
+    """What a caption says about one object; None where it says nothing."""
 
     shape: str | None = None
     color: str | None = None
@@ -122,7 +122,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and its caption; the objects stand in the order of the caption's nouns."""
+    """One picture and its caption; the objects are in the order of the caption's nouns."""
 
     objects: tuple[Object, ...]
     background: str
@@ -131,7 +131,7 @@ class Scene:
 
 
 def _captions(category: str) -> Iterator[Caption]:
-    """Yield every caption of a category. Two objects always differ in what the caption says of them."""
+    """Yield every caption of a category. Two objects always differ in what the caption says about them."""
     sizes, backgrounds = (None, *SIZES), (None, *BACKGROUNDS)
     if category == "single_object":
         for shape, color, size, place, ground in product(SHAPES, COLORS, sizes, (None, *PLACES), backgrounds):
@@ -176,7 +176,7 @@ def _texts(category: str, grounded: bool | None = None) -> tuple[str, ...]:
 
 
 def evaluation_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Return `count` pairs (category, caption): categories in turn, no caption again before all others had theirs."""
+    """Return `count` pairs (category, caption): categories in turn, every caption of one before any repeats."""
     rng = np.random.default_rng(seed)
     orders = {category: rng.permutation(_texts(category)).tolist() for category in CATEGORIES}
     rounds = ((category, k) for k in range(-(-count // len(CATEGORIES))) for category in CATEGORIES)
@@ -186,7 +186,7 @@ def evaluation_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
 def scene(split: str, index: int, seed: int = 0) -> Scene:
     """Return scene `index` of a split, a pure function of the arguments.
 
-    No picture is in both splits, whatever the seeds: a hash of its content, to the nearest 1/32, decides where it goes.
+    No picture is in both splits, whatever the seeds: a hash of its content, rounded to 1/32, decides its split.
     Raises UserError on an unknown split.
     """
     if split not in SPLITS:
@@ -202,7 +202,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 @cache
 def fingerprint() -> str:
-    """Return a digest of the first scenes: another one after a change of what is drawn, or how."""
+    """Return a digest of the first scenes, which changes with what is drawn and how."""
     digest = hashlib.blake2b(digest_size=8)
     for drawn in (scene("train", i) for i in range(64)):
         digest.update(drawn.caption.encode() + render(drawn, 16).tobytes())
@@ -210,7 +210,7 @@ def fingerprint() -> str:
 
 
 def _split(drawn: Scene) -> str:
-    """Return the split of a picture; the validation split owns 1 hash in 16."""
+    """Return the split of a picture; the validation split gets 1 hash in 16."""
     cells = sorted((o.shape, o.color, round(32 * o.x), round(32 * o.y), round(32 * o.radius)) for o in drawn.objects)
     digest = hashlib.blake2b(repr((drawn.background, cells)).encode(), digest_size=1).digest()
     return "validation" if digest[0] % 16 == 0 else "train"
@@ -219,7 +219,7 @@ def _split(drawn: Scene) -> str:
 def compose(caption: Caption, rng: np.random.Generator) -> Scene:
     """Draw a scene in which the caption holds; what it leaves open is random."""
     company = len(caption.nouns) > 1
-    # Four large objects would not fit, and a count must not show in the size.
+    # Four large objects would not fit, and sizes must not give away the count.
     sizes = ("small",) if caption.category == "counting" else tuple(SIZES)
     kinds = [
         (noun.shape or _pick(SHAPES, rng), noun.color or _pick(COLORS, rng), noun.size or _pick(sizes, rng))
@@ -241,7 +241,7 @@ def compose(caption: Caption, rng: np.random.Generator) -> Scene:
 
 
 def size_word(radius: float, objects: int) -> str:
-    """Return what an object of this radius is called in a picture of so many."""
+    """Return the size word for an object of this radius in a picture of so many `objects`."""
     return "small" if radius < SIZE_BOUNDARIES[objects > 1] else "large"
 
 
@@ -252,13 +252,13 @@ def _pick(options: Collection[str], rng: np.random.Generator) -> str:
 def _alone(radius: float, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Return the center (1, 2) of a single object."""
     low, high = _MARGIN + radius, 1 - _MARGIN - radius
-    # At a side means near its edge, and clear of the center however large.
+    # At a side means near its edge, and clear of the center whatever the object's size.
     bands = {-1: (low, min(low + 0.05, 0.37)), 0: (0.48, 0.52), 1: (max(high - 0.05, 0.63), high)}
     return np.array([[rng.uniform(*bands[step]) for step in place]])
 
 
 def _paired(radii: np.ndarray, direction: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Return the centers (2, 2) of two objects: the first in `direction` of the second, farther so than aside."""
+    """Return the centers (2, 2) of two objects: the first in `direction` from the second, more along it than across."""
     axis = 0 if direction[0] else 1
     near, far = (0, 1) if direction[axis] < 0 else (1, 0)
     slack = 1 - 4 * _MARGIN - 2 * radii.sum()
@@ -270,7 +270,7 @@ def _paired(radii: np.ndarray, direction: tuple[int, int], rng: np.random.Genera
 
 
 def _scattered(radii: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the centers (n, 2) of up to four objects, each within a quarter of the picture of its own."""
+    """Return the centers (n, 2) of up to four objects, each in its own quarter of the picture."""
     quarters = rng.permutation([(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)])[: len(radii)]
     reach = 0.25 - _MARGIN - radii[:, None]
     return quarters + reach * rng.uniform(-1, 1, quarters.shape)
@@ -282,7 +282,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
     image = Image.new("RGB", (side, side), PALETTE[scene.background])
     draw = ImageDraw.Draw(image)
     for o in scene.objects:
-        # Pillow counts from the middle of the first pixel, we from its corner.
+        # Pillow's origin is the center of the first pixel, ours is its corner.
         outline = side * (o.radius * _OUTLINES[o.shape] + (o.x, o.y)) - 0.5
         draw.polygon(outline.ravel().tolist(), PALETTE[o.color])
     return np.array(image.reduce(_SUPERSAMPLING))

@@ -1,4 +1,4 @@
-"""A trained model that draws what is asked of it while someone watches: what stands behind the page of `demo`."""
+"""A trained model that draws on request, step by step: the back end of the `demo` page."""
 
 import collections
 import contextlib
@@ -14,13 +14,13 @@ from lina_jax import example, mesh, reading, sample
 from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Schedule, Stepper
 
-MOST_IMAGES = 64  # of one request
+MOST_IMAGES = 64  # per request
 _EXAMPLES = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of the model; `condition` is a prompt or a class."""
+    """What the model is asked to draw; `condition` is a prompt or a class number."""
 
     condition: str | int
     seed: int
@@ -31,7 +31,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnStep:
-    """N pictures after a decoding step; `sets` (N, rows, columns) says in which step each token is made, from 1."""
+    """N images after a decoding step; `sets` (N, rows, columns) holds the step, from 1, that draws each token."""
 
     step: int
     steps: int
@@ -40,7 +40,7 @@ class DrawnStep:
 
 
 class Studio:
-    """A model that draws requests, one after the other; programs that are compiled serve again."""
+    """A model that draws one request after the other, and reuses compiled programs."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Studio:
         text_encoder: str = "",
         axes: str = "",
     ):
-        """`data` names classes and lends captions. Raises UserError where there is no model, or it cannot draw."""
+        """`data` provides class names and captions. Raises UserError if there is no model, or it cannot draw."""
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
         config = sample.drawable_config(workdir, autoencoder, text_encoder)
@@ -72,7 +72,7 @@ class Studio:
         except (UserError, OSError, RuntimeError) as error:
             if data:
                 raise UserError(f"--data={data}: {error}") from error
-            self.class_names, captions = [], []  # the run's own is elsewhere
+            self.class_names, captions = [], []  # the run's own dataset is not here
         texts = (*captions, *config.log.preview_prompts) if config.model.condition == "text" else ()
         self.examples = [text for text in dict.fromkeys(texts) if self._readable(text)][:_EXAMPLES]
         self._ready: set[tuple] = set()
@@ -81,7 +81,7 @@ class Studio:
         self.workdir, self._weights = workdir, [] if ema else ["--raw"]
 
     def request(self, condition: object, seed: object, steps: object, guidance: object, num: object) -> Request:
-        """Of what was filled in. Raises UserError for what the model cannot draw."""
+        """The request that the page's fields make. Raises UserError if the model cannot draw it."""
         seed, steps, num = (_whole(*pair) for pair in (("seed", seed), ("steps", steps), ("num", num)))
         if guidance is None:
             raise UserError("--guidance: expected a number")
@@ -102,7 +102,7 @@ class Studio:
         return Request(condition, seed, steps, float(guidance), num)
 
     def command(self, request: Request) -> str:
-        """The command line that draws the same pictures, to the byte, on this kind of device."""
+        """The command line that draws the same images, byte for byte, on this kind of device."""
         what = "label" if self.config.model.condition == "class" else "prompt"
         given = {
             "workdir": self.workdir, what: request.condition, "num": request.num, "seed": request.seed,
@@ -118,18 +118,18 @@ class Studio:
         return sample.Sampler(self._plan, settings, batch_size, self._stepper)
 
     def ready(self, request: Request) -> bool:
-        """Whether all programs for it are compiled."""
+        """Whether all programs for this request are compiled."""
         return _shapes(self.sampler(request)) in self._ready
 
     def compile(self, request: Request) -> None:
-        """Have all programs for it compiled: one batch is drawn, and seen by nobody."""
+        """Compile all programs for this request, by drawing one batch that nobody sees."""
         sampler = self.sampler(request)
         (last,) = collections.deque(self._batches(sampler, request)[0], maxlen=1)
         jax.block_until_ready(self._stepper.pixels(last))
         self._ready.add(_shapes(sampler))
 
     def draw(self, request: Request) -> Iterator[DrawnStep]:
-        """After each step, when it is done; all batches are made side by side."""
+        """Yield the images after each completed step; all batches advance side by side."""
         sampler = self.sampler(request)
         rows, columns = self.config.model.image_grid
         for states in zip(*self._batches(sampler, request), strict=True):
@@ -139,7 +139,7 @@ class Studio:
             yield DrawnStep(states[0].step, len(sampler.schedule.predicted), sets, states)
 
     def pixels(self, drawn: DrawnStep) -> np.ndarray:
-        """uint8 images (N, H, W, 3); tokens that are not made yet are zero."""
+        """uint8 images (N, H, W, 3); tokens that are not drawn yet are zero."""
         made = [np.asarray(self._stepper.pixels(state)) for state in drawn.states]
         return np.concatenate(made)[: len(drawn.sets)]
 
@@ -155,13 +155,13 @@ class Studio:
 
 
 def _shapes(sampler: sample.Sampler) -> tuple:
-    """What programs are compiled for."""
+    """The shapes that programs are compiled for, as a key."""
     steps = sampler.schedule
     return sampler.batch_size, steps.sigmas.shape[1], *map(steps.shape, steps.stages)
 
 
 def _sets(steps: Schedule, rank: np.ndarray) -> np.ndarray:
-    """In which step, from 1, tokens of these ranks are made."""
+    """The step, from 1, that draws the tokens of these ranks."""
     return 1 + np.searchsorted(np.cumsum(steps.predicted), rank, side="right")
 
 
@@ -172,7 +172,7 @@ def _whole(name: str, value: object) -> int:
 
 
 def _of_data(directory: str, split: str) -> tuple[list[str], list[str]]:
-    """(names of the classes, some captions) of a dataset. Raises UserError, OSError or RuntimeError without one."""
+    """(class names, some captions) of a dataset. Raises UserError, OSError or RuntimeError if it cannot be read."""
     opened, captions = reading.open_split(directory, split), []
     for number in range(min(len(opened), _EXAMPLES)):
         with contextlib.suppress(ValueError):  # a bad record

@@ -1,13 +1,13 @@
-"""A study gathered: what many runs of one budget say about their variants.
+"""Studies: compare variants of the model by many runs with the same budget.
 
-`launch/study.sh` makes the runs; `python -m lina_jax.evaluate --study=DIR` reads them and writes DIR/runs.csv (a row
-for each), DIR/effects.csv (what each choice changes, by pairs of runs that differ in it alone), DIR/loss.png (loss
-against parameters and FLOPs) and, where there are three sizes or more, the power laws as DIR/laws.csv.
+`launch/study.sh` trains and evaluates the runs. `python -m lina_jax.evaluate --study=DIR` then reads them and writes
+DIR/runs.csv (one row per run), DIR/effects.csv (what each choice changes, from pairs of runs that differ in it alone),
+DIR/loss.png (loss against parameters and FLOPs) and DIR/laws.csv (power laws of variants with three sizes or more).
 
 python -m lina_jax.study --config=FILE.py --variants=VARIANT,... [--flag=FLAG ...]
 
-Before them, study.sh asks so whether runs of these presets, with these flags of training, can be compared; exit code 2
-and a line that tells why where they cannot.
+checks whether runs of these presets, with these training flags, can be compared; study.sh calls it before it trains
+anything. If they cannot, it prints the reason in one line and exits with code 2.
 """
 
 import csv
@@ -36,19 +36,19 @@ from lina_jax.workdir import load_config
 
 CHOICES = ("attention", "normalization", "convolution", "gate", "width", "seed")
 MEASURES = ("loss", "scene_score", "fid")
-# Fields that are a study's choices, and those that follow from one: equal in all runs of the same choice.
+# Fields that are a study's choices, and fields that follow from one: equal in all runs with the same choice.
 _CHOSEN = {"seed", "model.attention", "model.normalization", "model.depthwise_conv", "model.kv_gate", "model.width"}
 _FOLLOWING = {
     "model.heads": "model.width",
     "model.head_width": "model.width",
-    "batch_size": "model.width",  # images are counted apart
+    "batch_size": "model.width",  # the budget of images is checked separately
     "model.softmax_period": "model.attention",
 }
-# A run may go on with others of these, but its loss would be of other examples.
+# A run may resume with other values of these, but then its loss is measured on other examples.
 _JUDGES = {"data.path", "data.validation_split", "eval.examples"}
 _BASE = {"attention": "linear", "normalization": "division", "convolution": "none", "gate": "none"}
 MARKERS = "os^D"
-_SCORE = Path("evaluation/score.json")  # of a workdir
+_SCORE = Path("evaluation/score.json")  # in a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Effect(NamedTuple):
     after: str
     measure: str
     difference: float
-    standard_error: float | None  # None of a single pair
+    standard_error: float | None  # None for a single pair
     pairs: int
 
 
@@ -95,7 +95,7 @@ class PowerLaw(NamedTuple):
 def read(directory: Path) -> list[Run]:
     """All evaluated runs in a directory.
 
-    Raises UserError where there are none, where budgets differ, or anything else that is no choice of the study.
+    Raises UserError if there are none, or if they differ in their budgets or anything else but the study's choices.
     """
     workdirs = _workdirs(directory)
     if not workdirs:
@@ -110,20 +110,20 @@ def read(directory: Path) -> list[Run]:
 
 
 def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> None:
-    """Raises UserError unless runs of these presets of a config file, with these flags, could be read as above."""
+    """Raise UserError unless runs of these presets of a config file, with these flags, can be compared."""
     configs = {variant: _config(f"{path}:{variant}", given) for variant in variants}
     _check_budgets(f"--config={path}", {name: config.steps * config.batch_size for name, config in configs.items()})
     _check_recipes(f"--config={path}", configs, {name: {} for name in configs})
 
 
 def _config(preset: str, given: Sequence[str]) -> Config:
-    """As lina_jax.train reads it; its other flags do not matter here."""
-    config_file.load(preset)  # which says better what is wrong
+    """The config that lina_jax.train would read; other flags of train are ignored."""
+    config_file.load(preset)  # its error messages are clearer
     values, words = flags.FlagValues(), ["train", f"--config={preset}", *given]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     try:
         values(words, known_only=True)
-    except Exception as error:  # of a field: there is none, or it cannot have that value
+    except Exception as error:  # a field does not exist, or cannot have that value
         raise UserError(f"--config={preset}: {error}") from error
     return config_lib.freeze(values.config)
 
@@ -136,7 +136,7 @@ def _check_budgets(where: str, images: Mapping[str, int]) -> None:
 
 
 def _check_recipes(where: str, configs: Mapping[str, Config], judged: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UserError where runs differ in what is no choice of the study, nor follows from one."""
+    """Raise UserError if runs differ in anything that is not a choice of the study and does not follow from one."""
     seen: dict[tuple, tuple] = {}
     for run, config in configs.items():
         fields = config_fields.flatten(config)
@@ -151,7 +151,7 @@ def _check_recipes(where: str, configs: Mapping[str, Config], judged: Mapping[st
 
 
 def unfinished(directory: Path) -> list[str]:
-    """Runs that have begun and are not evaluated."""
+    """Runs that were started and are not evaluated yet."""
     return [workdir.name for workdir in _workdirs(directory) if not (workdir / _SCORE).exists()]
 
 
@@ -188,13 +188,13 @@ def _run(workdir: Path) -> Run:
 
 
 def _number(value: float | None) -> float:
-    """Of JSON, which has null for what was not measured, or is not finite."""
+    """A number from JSON, where null means that it was not measured, or was not finite."""
     return math.nan if value is None else value
 
 
 def _recipe(config: Config) -> dict[str, Any]:
-    """What must be the same in all runs: how they are trained, and the examples that they are judged by."""
-    judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # where it ends
+    """What must be the same in all runs: how they are trained, and on which examples they are evaluated."""
+    judges = _JUDGES | ({"steps"} if config.optim.schedule == "cosine" else set())  # the schedule ends there
     return {
         name: value
         for name, value in config_fields.flatten(config).items()
@@ -203,7 +203,7 @@ def _recipe(config: Config) -> dict[str, Any]:
 
 
 def _judged(workdir: Path) -> dict[str, Any]:
-    """How a run was evaluated, which must be the same, too."""
+    """How a run was evaluated, which must be the same in all runs, too."""
     score = json.loads((workdir / _SCORE).read_text())
     quality = score.get("quality", {})
     names = ("weights", "sample", "seed", "data", "autoencoder", "text_encoder")
@@ -213,13 +213,13 @@ def _judged(workdir: Path) -> dict[str, Any]:
 
 
 def _parameters(model: ModelConfig) -> int:
-    """Trained ones."""
+    """Number of trained parameters."""
     params = nnx.state(nnx.eval_shape(lambda: LINA(model, rngs=nnx.Rngs(0))), nnx.Param)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def effects(runs: Sequence[Run]) -> list[Effect]:
-    """Of every choice but width and seed, for each measure that was taken."""
+    """Effects of every choice but width and seed, on each measure that was taken."""
     found = []
     for choice in ("attention", "normalization", "convolution", "gate"):
         first = _BASE[choice]
@@ -246,7 +246,7 @@ def _pairs(runs: Sequence[Run], choice: str, before: str, after: str, measure: s
 
 
 def power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw | None:
-    """Least squares of the logarithms; None with fewer than three sizes, where the uncertainty is unknown."""
+    """Least-squares fit of the logarithms; None for fewer than three sizes, where the uncertainty is unknown."""
     if len(set(x)) < 3:
         return None
     log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(loss, float))
@@ -263,7 +263,7 @@ def _variant(run: Run) -> str:
 
 
 def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
-    """Loss against parameters and against FLOPs, a line for each variant; {'VARIANT against X': its power law}."""
+    """Plot loss against parameters and FLOPs, one line per variant; returns {'VARIANT against X': its power law}."""
     plt, ticker = plots.matplotlib()
     variants = sorted({_variant(run) for run in runs})
     figure, both = plt.subplots(
@@ -299,7 +299,7 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
 
 
 def gather(directory: Path) -> str:
-    """Write the files of a study; what to print. Raises UserError."""
+    """Write the files of a study, and return the text to print. Raises UserError as `read` does."""
     runs = read(directory)
     _write(directory / "runs.csv", [field.name for field in dataclasses.fields(Run)], map(dataclasses.astuple, runs))
     changes = effects(runs)
@@ -336,7 +336,7 @@ def _size(run: Run) -> tuple[str, int]:
 
 
 def _told(values: Sequence[float]) -> str:
-    """Mean and, of several seeds, standard error."""
+    """Mean and, for several seeds, standard error."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "-"
