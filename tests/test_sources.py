@@ -1,5 +1,6 @@
 """Readers of raw collections: every item comes once, in order, and what is broken costs itself alone."""
 
+import errno
 import io
 import json
 import os
@@ -13,10 +14,20 @@ from PIL import Image
 from lina_jax import records
 from lina_jax.errors import UserError
 from lina_jax.sources import base
+from lina_jax.sources import parquet as parquet_source
 from lina_jax.sources.base import Example, Fields, Reject
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
 from lina_jax.sources.tfds import TfdsSource
+
+
+def refusing(number: int):
+    """A function that fails as the system does with this errno."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
 
 
 def png(value: int = 0) -> bytes:
@@ -118,6 +129,16 @@ def test_rows_stay_in_the_folder(folder, tmp_path):
     lines = "\n".join(json.dumps({"file_name": name, "text": "not ours"}) for name in names)
     source = folder({"metadata.jsonl": lines.encode()}, Fields("", "text", "", ""))
     assert reasons(source) == dict.fromkeys(names, "outside the folder")
+
+
+def test_a_picture_without_permission_ends_it(folder, monkeypatch):
+    """A folder of one class may be without; a directory in a picture's place is damage."""
+    source = folder({"cat/1.png": png(1)})
+    monkeypatch.setattr(base, "content", refusing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        items(source)
+    monkeypatch.setattr(base, "content", refusing(errno.EISDIR))
+    assert reasons(source) == {"cat/1.png": "unreadable file: Is a directory"}
 
 
 def test_images_without_a_row_are_counted(folder, caplog):
@@ -262,3 +283,27 @@ def test_an_unreadable_parquet_file_is_one_reject(tmp_path):
     assert len(items(source)) == 4
     with pytest.raises(UserError, match=r"cannot read .*b.parquet"):
         ParquetSource(str(tmp_path / "b.parquet"), Fields("image", "text"), 100)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOENT], ids=os.strerror)
+def test_a_parquet_file_that_the_system_refuses_ends_it(tmp_path, monkeypatch, number):
+    parquet(tmp_path / "a.parquet", 3)
+    monkeypatch.setattr(parquet_source, "_opened", refusing(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
+
+
+def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch):
+    """Of a footer, and of a row group."""
+
+    def short_of_memory(*_, **__):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    parquet(tmp_path / "a.parquet", 3)
+    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short_of_memory)
+    with pytest.raises(MemoryError):
+        items(source)
+    monkeypatch.setattr(parquet_source, "_opened", short_of_memory)
+    with pytest.raises(MemoryError):
+        ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)

@@ -200,6 +200,19 @@ def test_storage_that_fails_once_is_no_damage(webdataset, read, compress, monkey
         assert [item.key for item in found if isinstance(item, Example)] == ["a.tar:a", "a.tar:b", "a.tar:c"]
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ENOENT], ids=os.strerror)
+def test_a_tar_that_the_system_refuses_ends_it(webdataset, monkeypatch, number):
+    """It may hold ten thousand samples, and can be read once the user has mended what is wrong."""
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), path)
+
+    source = webdataset(tar(pairs("a")))
+    monkeypatch.setattr(webdataset_source, "_File", refuse)
+    with pytest.raises(OSError, match=rf"{os.strerror(number)}: .*a\.tar"):
+        items(source)
+
+
 def test_a_tar_that_cannot_be_opened_is_one_reject(webdataset, tmp_path):
     (tmp_path / "b.tar").mkdir()
     source = webdataset(tar(pairs("a")))

@@ -5,6 +5,7 @@ not depend on the number of processes.
 """
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
@@ -20,7 +21,8 @@ from lina_jax.retry import of_storage, patiently
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
 
 T = TypeVar("T")
-_STALLED_S = 600.0  # without an answer from a bucket; a whole tar is one answer
+_STALLED_S = 600.0  # without an answer from a bucket; a whole listing is one answer
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # limits of the process or the machine
 
 
 class Example(NamedTuple):
@@ -73,8 +75,12 @@ class Source(Protocol):
 
 
 def raise_if_storage(error: Exception) -> None:
-    """Raises an error of storage, which may be back soon, instead of making it a reject for ever."""
-    if storage_failed(error):
+    """Raises an error that is not of the data, and can be mended, instead of making it a reject for ever.
+
+    It is one of storage, a refusal by the system, or of a file that has gone since it was listed.
+    """
+    refused = isinstance(error, FileNotFoundError | PermissionError)
+    if storage_failed(error) or refused or (isinstance(error, OSError) and error.errno in _EXHAUSTED):
         raise error
 
 

@@ -67,6 +67,8 @@ class ParquetSource:
                         left.pop(0)
                         yield self._item(keys[row], batch, i)
                     row += 1
+        except MemoryError:  # Arrow's is one of its exceptions, too
+            raise
         except (pa.ArrowException, OSError) as error:
             base.raise_if_storage(error)
             yield from (Reject(keys[row], f"unreadable row group: {error}") for row in left)
@@ -88,6 +90,8 @@ class ParquetSource:
         try:
             with _opened(path) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
+        except MemoryError:
+            raise
         except (pa.ArrowException, OSError) as error:
             base.raise_if_storage(error)
             self._broken[path] = str(error)
