@@ -135,19 +135,35 @@ class Copy:
         return version == file.version and path.exists() and path.stat().st_size == file.size
 
     def _fetch(self, name: str, size: int) -> None:
-        def copy(progress: Progress) -> Path:
-            # A file of its own: a thread that was given up may wake and go on writing.
-            partial = self.directory / f"{name}.{threading.get_ident()}{_PARTIAL}"
-            with self._files.open(f"{self._root}/{name}", "rb") as source, open(partial, "wb") as target:
-                while piece := source.read(2**23):
-                    target.write(piece)
-                    progress.reach(f"byte {target.tell()} of {name}")
-            if partial.stat().st_size != size:
-                raise OSError(f"{partial.stat().st_size} of {size} bytes came")
-            return partial
-
         try:
-            partial = patiently(lambda progress: of_storage(lambda: copy(progress)), self._timeout)
+            fetch(self._files, f"{self._root}/{name}", self.directory / name, size, self._timeout)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot copy {self._source}/{name} to {self.directory}: {error}") from error
-        os.replace(partial, self.directory / name)
+
+
+def fetch(files: fsspec.AbstractFileSystem, path: str, target: Path, size: int | None, timeout: float) -> None:
+    """Copy a file of a bucket to `target`, which appears when it is whole.
+
+    `size` in bytes is checked, None where it is not known. A try that stands still for `timeout` seconds is given up.
+    Raises what the last try raised, an OSError or RuntimeError.
+    """
+
+    def copy(progress: Progress) -> Path:
+        # A file of its own: a thread that was given up may wake and go on writing.
+        partial = target.with_name(f"{target.name}.{threading.get_ident()}{_PARTIAL}")
+        try:
+            with files.open(path, "rb") as source, open(partial, "wb") as file:
+                while piece := source.read(2**23):
+                    progress.check()
+                    file.write(piece)
+                    progress.reach(f"byte {file.tell()} of {target.name}")
+            came = partial.stat().st_size
+            if size is not None and came != size:
+                raise OSError(f"{came} of {size} bytes came")
+            progress.check()
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial
+
+    os.replace(patiently(lambda progress: of_storage(lambda: copy(progress)), timeout), target)

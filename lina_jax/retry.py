@@ -39,7 +39,8 @@ class Progress:
 def of_storage(call: Callable[[], T]) -> T:
     """`call()`, which asks a bucket: errors of its library's own kinds become OSError.
 
-    They count as passing, like those of links, but for what names speak of credentials and permissions.
+    They count as passing, like those of links, but for what names speak of credentials (expired ones, too) and
+    permissions. Where such an error says of itself that it can be retried, it counts as passing.
     """
     try:
         return call()
@@ -48,7 +49,8 @@ def of_storage(call: Callable[[], T]) -> T:
     except Exception as error:
         kind = type(error).__name__
         told = f"{kind}: {error}"
-        lasts = re.search("credential|auth|permission|forbidden", kind, re.IGNORECASE)
+        lasts = re.search("credential|auth|permission|forbidden|refresh|token", kind, re.IGNORECASE)
+        lasts = lasts and not getattr(error, "retryable", False)
         raise (OSError(told) if lasts else OSError(errno.EREMOTEIO, told)) from error
 
 

@@ -50,18 +50,6 @@ def reasons(source) -> dict[str, str]:
     return {item.key: item.reason for item in items(source) if isinstance(item, Reject)}
 
 
-def test_what_libraries_of_buckets_raise_is_of_the_storage(monkeypatch):
-    class NoCredentials(Exception):
-        pass
-
-    def refused():
-        raise NoCredentials("log in")
-
-    monkeypatch.setattr("lina_jax.retry.FIRST_PAUSE_S", 0)
-    with pytest.raises(UserError, match="cannot read s3://bucket: NoCredentials: log in"):
-        base.patient("s3://bucket", refused)
-
-
 def test_an_unknown_protocol_is_named():
     with pytest.raises(UserError, match="cannot open nope://bucket/"):
         base.matching("nope://bucket/a.tar")
@@ -232,6 +220,13 @@ def test_tfds_datasets_are_read(prepared):
     assert [unit.count for unit in source.units] == [2, 2, 1]
     assert items(source) == [Example(f"train:{i}", png(i), f"nº {i}", "", i % 2) for i in range(5)]
     assert [item.caption for item in items(TfdsSource(f"{prepared}:test", Fields("image", "caption"), 2))] == ["last"]
+
+
+def test_a_missing_tfds_directory_is_no_split(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    for place in ("/absent", "/ab:sent/tiny", ":train"):
+        with pytest.raises(UserError, match=f"--input={place}: not a TFDS dataset directory"):
+            TfdsSource(place, Fields("image"), 2)
 
 
 def test_shards_of_tfds_that_were_read_are_closed(prepared):

@@ -10,11 +10,14 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import fsspec
 import numpy as np
+from fsspec.core import has_magic
 
+from lina_jax import cache
 from lina_jax.errors import UserError, storage_failed
 from lina_jax.retry import of_storage, patiently
 
@@ -153,7 +156,15 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def matching(pattern: str) -> dict[str, int]:
     """Sorted files that match a path, a glob or a URL with a glob, and their sizes. UserError if there are none."""
     fs, inner = filesystem(pattern)
-    found = patient(pattern, lambda: fs.glob(inner, detail=True))
+
+    def look() -> dict[str, Any]:
+        # Of a name without wildcards in a bucket, `glob` takes a failure for absence.
+        return fs.glob(inner, detail=True) if has_magic(inner) or is_local(fs) else {inner: fs.info(inner)}
+
+    try:
+        found = patient(pattern, look)
+    except FileNotFoundError:
+        found = {}
     if not found:
         raise UserError(f"no file matches {pattern!r}")
     return {path if is_local(fs) else fs.unstrip_protocol(path): found[path]["size"] for path in sorted(found)}
@@ -185,28 +196,51 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
-def is_directory(path: str) -> bool:
-    fs, inner = filesystem(path)
-    return fs.isdir(inner)
+def kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """What is there: "file", "directory" or what else the file system knows; None: nothing.
+
+    Raises UserError where a bucket does not tell, OSError where a local disk does not. (fsspec's own `exists` and
+    `isdir` take a failure for a no.)
+    """
+
+    def look() -> str:
+        return fs.info(path)["type"]
+
+    try:
+        return look() if is_local(fs) else patient(path, look)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 @contextlib.contextmanager
-def local_file(path: str) -> Iterator[str]:
-    """A file on a local disk: the file itself, or a temporary copy of one in a bucket."""
+def local_file(path: str, size: int | None) -> Iterator[str]:
+    """A file on a local disk: the file itself, or a temporary copy of one in a bucket, of `size` bytes if known.
+
+    Raises UserError where it cannot be copied, FileNotFoundError where it is not there.
+    """
     fs, inner = filesystem(path)
     if is_local(fs):
         yield inner
         return
-    with tempfile.TemporaryDirectory(prefix="lina_jax-") as directory:
-        copy = os.path.join(directory, os.path.basename(inner))
-        patient(path, lambda: fs.get_file(inner, copy))
-        yield copy
+    # A thread that was given up may still have a file there.
+    with tempfile.TemporaryDirectory(prefix="lina_jax-", ignore_cleanup_errors=True) as directory:
+        copy = Path(directory, os.path.basename(inner))
+        with _naming(path):
+            cache.fetch(fs, inner, copy, size, _STALLED_S)
+        yield str(copy)
 
 
 def patient(path: str, call: Callable[[], T]) -> T:
     """`call()`, tried again while the storage fails. Raises UserError naming the path, FileNotFoundError at once."""
-    try:
+    with _naming(path):
         return patiently(lambda _: of_storage(call), _STALLED_S)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Makes what storage raises a UserError that names the path; FileNotFoundError stays as it is."""
+    try:
+        yield
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError) as error:
@@ -223,8 +257,14 @@ class PatientFile(io.RawIOBase):
 
     def __init__(self, path: str):
         fs, inner = filesystem(path)
-        self._path = path
-        self._file = patient(path, lambda: fs.open(inner, "rb"))
+        self._path, self._at = path, 0
+        self._open = lambda: fs.open(inner, "rb")
+
+        def opened() -> tuple[io.IOBase, int]:
+            file = self._open()
+            return file, file.seek(0, os.SEEK_END)
+
+        self._file, self._size = patient(path, opened)
 
     def readable(self) -> bool:
         return True
@@ -233,19 +273,24 @@ class PatientFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._at
 
     def read(self, size: int = -1) -> bytes:
-        at = self._file.tell()
+        at, files = self._at, [self._file]
 
-        def read() -> bytes:
-            self._file.seek(at)
-            return self._file.read(size)
+        def read() -> tuple[io.IOBase, bytes]:
+            # Each further try opens the file anew: a thread that was given up may wake and go on reading.
+            file = files.pop() if files else self._open()
+            file.seek(at)
+            return file, file.read(size)
 
-        return patient(self._path, read)
+        self._file, data = patient(self._path, read)
+        self._at += len(data)
+        return data
 
     def close(self) -> None:
         self._file.close()

@@ -36,7 +36,7 @@ class FolderSource:
     def __init__(self, directory: str, fields: Fields, unit_items: int):
         self.name = directory
         self._fs, self._root = base.filesystem(directory)
-        if not self._fs.isdir(self._root):
+        if base.kind(self._fs, self._root) != "directory":
             raise UserError(f"--input={directory}: no such directory")
         described = _metadata(self._fs, self._root)
         self.label_names: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ class FolderSource:
 def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     """The rows of the metadata file, and its digest."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
-        if fs.exists(f"{root}/{name}"):
+        if base.kind(fs, f"{root}/{name}"):
             rows, seen, content = [], set(), base.content(fs, f"{root}/{name}")
             for i, columns in enumerate(parse(content)):
                 path = columns.get("file_name") if isinstance(columns, dict) else None

@@ -13,6 +13,7 @@ from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _BATCH = 256  # rows held in memory at once
+_BUFFER = 2**20  # bytes; without a buffer the first batch reads all of a row group's column
 _FOOTERS = 16  # read at a time: in a bucket each takes a round trip
 
 
@@ -111,7 +112,8 @@ class ParquetSource:
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     fs, inner = base.filesystem(path)
     # Arrow reads local files faster by itself.
-    with pq.ParquetFile(inner if base.is_local(fs) else base.PatientFile(path), pre_buffer=False) as file:
+    source = inner if base.is_local(fs) else base.PatientFile(path)
+    with pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
         yield file
 
 
@@ -119,7 +121,7 @@ def _label_names(directory: str) -> tuple[str, ...]:
     """Of labels.txt, line by line. Raises UserError where it cannot name classes."""
     path = f"{directory}/labels.txt"
     fs, inner = base.filesystem(path)
-    if not fs.exists(inner):
+    if not base.kind(fs, inner):
         return ()
     try:
         names = [line.strip() for line in base.content(fs, inner).decode("utf-8-sig").rstrip().split("\n")]

@@ -20,7 +20,10 @@ class TfdsSource:
 
     def __init__(self, place: str, fields: Fields, unit_items: int):
         self.name = place
-        directory, _, split = place.rpartition(":") if not base.is_directory(place) else (place, "", "")
+        directory, split = place, ""
+        before, _, after = place.rpartition(":")
+        if before and "/" not in after and base.kind(*base.filesystem(place)) != "directory":
+            directory, split = before, after
         self._split = split or "train"
         self._fields = fields
         try:

@@ -51,6 +51,7 @@ class WebDatasetSource:
         self._fields = fields
         files = base.matching(pattern)
         self._short = base.relative(list(files))
+        self._sizes = files
         self.contents = list(files.items())
         self.units = [Unit(path) for path in files]
 
@@ -58,7 +59,7 @@ class WebDatasetSource:
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
         name = self._short[unit.path]
         with contextlib.ExitStack() as stack:
-            path = stack.enter_context(base.local_file(unit.path))
+            path = stack.enter_context(base.local_file(unit.path, self._sizes[unit.path]))
             file = None
             try:
                 file = stack.enter_context(_File(path))
