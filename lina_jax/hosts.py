@@ -133,16 +133,26 @@ def check_shared(what: str, look: Callable[[], Any]) -> None:
     client, key = distributed.global_state.client, f"lina_jax/shared/{what}"
     if client is None:
         return
-    theirs, deadline = _as_process_0_says(key, look), None
-    while (mine := look()) != theirs:
+    theirs = _as_process_0_says(key, look)
+    if not soon(lambda: look() == theirs):
+        raise UserError(
+            f"process {jax.process_index()} sees {what} {look()}, process 0 {theirs}: all processes must work in one "
+            "shared directory"
+        )
+    _heeding_signals(client.wait_at_barrier, key, 1000 * PATIENCE_S)
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether what others have done to files is seen within --connect_timeout; alone: whether it is seen now."""
+    deadline = None
+    while not holds():
+        if distributed.global_state.client is None:
+            return False
         deadline = deadline or time.monotonic() + flags.FLAGS.connect_timeout
         if time.monotonic() > deadline:
-            raise UserError(
-                f"process {jax.process_index()} sees {what} {mine}, process 0 {theirs}: all processes must work in one "
-                "shared directory"
-            )
+            return False
         time.sleep(0.2)
-    _heeding_signals(client.wait_at_barrier, key, 1000 * PATIENCE_S)
+    return True
 
 
 def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from lina_jax import config_file, errors, hosts, images, pictures, preemption, records, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
+from lina_jax.shares import ALONE, Share, take_gpu, the_share
 from lina_jax.sources.base import Example, Fields, Reject, Source
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
@@ -45,7 +46,6 @@ READERS = {
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
 _PREVIEWED = 36
-_SLURM = ("PROCID", "STEP_NUM_TASKS", *(f"ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")))
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -126,42 +126,47 @@ class Settings:
         return dataclasses.asdict(self) | scenes
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """This process's part of the units: every `count`-th from `index` on."""
-
-    index: int = 0
-    count: int = 1
-
-
 def prepare(
     out: str | Path,
     settings: Settings,
     max_reject_fraction: float = 0.05,
-    share: Share = Share(),
+    share: Share = ALONE,
 ) -> dict[str, Any] | None:
     """Make this process's units of the dataset `out`, and the dataset itself if no unit is missing then.
 
-    Returns the totals: images per split, rejects per reason; None while units of other processes are missing. A
-    finished dataset of the same settings is left as it is. Raises UserError if `out` holds anything else, or if more
-    than the given share of the items is rejected; `out` does not appear then, but finished units are kept for a retry.
+    Returns the totals: images per split, rejects per reason; None while units of other processes are missing. With
+    jax.distributed all wait for each other, then process 0 assembles, and the others get None. A finished dataset of
+    the same settings is left as it is. Raises UserError if `out` holds anything else, or if more than the given share
+    of the items is rejected; `out` does not appear then, but finished units are kept for a retry.
     """
     out = Path(out).expanduser().absolute()
     if done := finished(out, settings):
+        _meet(out)
         print(f"{out} is already prepared with these settings")
         return done
     recorder = _recorder(settings)
     source = open_source(settings, recorder)
     try:
+        if share.index:  # process 0 begins the directory, so that others see whether it is theirs, too
+            _meet(out)
         work = units.WorkDirectory(out, settings.recorded(), source)
+        if not share.index:
+            _meet(out)
         if done := finished(out, settings):  # by others, while this process was loading encoders
             work.remove()
             return done
         _make_units(work, source, recorder, settings, max_reject_fraction, share)
-        receipts = [work.receipt(number) for number in range(len(source.units))]
-        if missing := receipts.count(None):
-            print(f"this process is done; {missing} of {len(receipts)} units are left to others")
+        hosts.barrier("units are made")
+        if share.index and jax.distributed.is_initialized():  # process 0 assembles
             return None
+        hosts.soon(lambda: not work.missing())
+        if missing := len(work.missing()):
+            lacking = f"{missing} of {len(source.units)} units"
+            if jax.distributed.is_initialized():
+                raise UserError(f"{lacking} are not in {work.path}: all processes must work in one shared directory")
+            print(f"this process is done; {lacking} are left to others")
+            return None
+        receipts = [work.receipt(number) for number in range(len(source.units))]
         totals = _totals(receipts)
         _check_rejects(totals["rejected"], sum(receipt.items for receipt in receipts), max_reject_fraction, work.path)
         if not totals["images"].get("train"):
@@ -175,6 +180,11 @@ def prepare(
             return done
         raise UserError(f"cannot prepare {out}: {error}") from error
     return totals
+
+
+def _meet(out: Path) -> None:
+    """Of processes of jax.distributed: raises UserError unless all see the same `out`."""
+    hosts.check_shared("--out", lambda: units.stage(out))
 
 
 def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
@@ -237,8 +247,8 @@ def _make_units(
     mine = range(share.index, len(source.units), share.count)
     serialize = records.Serializer(recorder.features(source.label_names))
     rejected: collections.Counter[str] = collections.Counter()
-    receipts = {number: work.receipt(number) for number in mine}
-    sizes = {number: receipt.items for number, receipt in receipts.items() if receipt}
+    receipts = {number: work.receipt(number) for number in set(mine) - work.missing()}
+    sizes = {number: receipt.items for number, receipt in receipts.items()}
     counts = [unit.count for unit in source.units]
 
     def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
@@ -257,7 +267,7 @@ def _make_units(
     expected = _expected(source, mine, sizes)
     with tqdm(total=expected, initial=sum(sizes.values()), unit=" images", disable=None) as progress:
         for number in mine:
-            if receipt := receipts[number]:
+            if receipt := receipts.get(number):
                 rejected.update(receipt.rejected)
                 continue
             with source.open(source.units[number]) as (count, items):
@@ -312,32 +322,6 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
     pictures.save(path, pictures.grid(shown, captions))
 
 
-def the_share(index: int | None, count: int | None) -> Share:
-    """This process among those that prepare: from flags, else from SLURM, else alone."""
-    if index is None and count is None:
-        return _slurm_share(os.environ)
-    if index is None or count is None or not 0 <= index < count:
-        raise UserError(f"--process_index={index} --process_count={count}: expected 0 <= index < count")
-    return Share(index, count)
-
-
-def _slurm_share(environment: Mapping[str, str]) -> Share:
-    """Tasks of a job step within the elements of a job array; all of it outside of SLURM."""
-    value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
-    # Not NTASKS, which a batch script and a shell see, too: they are one task, whatever the allocation has.
-    share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else Share()
-    if "ARRAY_TASK_ID" in value:
-        first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
-        if value["ARRAY_TASK_MAX"] - first != (count - 1) * step:
-            raise UserError(
-                f"a SLURM array of {count} tasks from {first} to {value['ARRAY_TASK_MAX']} has holes: say which share "
-                "each task has by --process_index and --process_count"
-            )
-        element = (value["ARRAY_TASK_ID"] - first) // step
-        share = Share(element * share.count + share.index, count * share.count)
-    return share
-
-
 def define_flags() -> None:
     """Define the flags of the entry point; not at import, where those of other entry points would clash."""
     for field in dataclasses.fields(Settings):
@@ -377,6 +361,8 @@ def main(argv: Sequence[str]) -> None:
                 print("no other process is known of: this one prepares all", file=sys.stderr)
             _prepare(values, settings, Share(jax.process_index(), jax.process_count()))
     else:
+        if values.process_index is None:
+            take_gpu(os.environ)
         _prepare(values, settings, the_share(values.process_index, values.process_count))
 
 

@@ -25,6 +25,7 @@ from lina_jax.errors import UserError
 from lina_jax.records import Shard, Shards
 from lina_jax.sources.base import Reject, Source
 
+_SETTINGS = "settings.json"
 Made = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
 
 
@@ -44,9 +45,10 @@ class WorkDirectory:
     def __init__(self, out: Path, settings: Mapping[str, Any], source: Source):
         """Raises UserError if it was begun with other settings, which are named, or of another collection."""
         self.out = out
-        self.path = out.with_name(out.name + ".partial")
+        self.path = _work(out)
         self._units = self.path / "units"
-        begun = self.path / "settings.json"
+        self._count = len(source.units)
+        begun = self.path / _SETTINGS
         # Units are known by number: what the numbers stand for must not have changed.
         collection = hashlib.sha256(repr((source.contents, source.units, source.label_names)).encode()).hexdigest()
         if begun.exists():
@@ -58,13 +60,15 @@ class WorkDirectory:
             self._units.mkdir(parents=True, exist_ok=True)
             places.write_json(begun, dict(settings) | {"collection": collection})
 
-    def receipt(self, number: int) -> Receipt | None:
-        """What came of a unit; None while it is not finished."""
+    def missing(self) -> set[int]:
+        """The numbers of the units that are not finished. Raises OSError where the work directory has gone."""
+        there = set(os.listdir(self._units))
+        return {number for number in range(self._count) if self._place(number).name not in there}
+
+    def receipt(self, number: int) -> Receipt:
+        """What came of a finished unit."""
         place = self._place(number)
-        try:
-            read = json.loads((place / "receipt.json").read_text())
-        except FileNotFoundError:
-            return None
+        read = json.loads((place / "receipt.json").read_text())
         shards = {
             split: [Shard(str(place / name), *sizes) for name, *sizes in parts]
             for split, parts in read["shards"].items()
@@ -106,7 +110,7 @@ class WorkDirectory:
         try:
             partial.rename(place)
         except OSError:
-            if self.receipt(number) is None:
+            if number in self.missing():
                 raise
             # Another process was told to make the same unit, and was faster.
             shutil.rmtree(partial, ignore_errors=True)
@@ -146,11 +150,22 @@ class WorkDirectory:
         return self._units / f"{number:06d}"
 
 
+def stage(out: Path) -> str:
+    """How far OUT is: "absent", "begun" or "finished"."""
+    if (out / "prepare.json").exists():
+        return "finished"
+    return "begun" if (_work(out) / _SETTINGS).exists() else "absent"
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def clean(out: Path) -> None:
     """Remove what the work left in a finished dataset."""
     for left in (out / "units", *out.glob("assembling.*")):
         shutil.rmtree(left, ignore_errors=True)
-    (out / "settings.json").unlink(missing_ok=True)
+    (out / _SETTINGS).unlink(missing_ok=True)
     places.remove_partials(out)
 
 

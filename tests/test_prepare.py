@@ -19,7 +19,7 @@ from PIL import Image
 
 from lina_jax import example, reading, records, units
 from lina_jax.errors import UserError
-from lina_jax.prepare import Settings, Share, prepare, the_share
+from lina_jax.prepare import Settings, Share, prepare
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -247,35 +247,6 @@ def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("shapes-train.*"))) == 10
     assert len(list((tmp_path / "one").glob("shapes-validation.*"))) == 1
-
-
-def array(**values) -> dict[str, str]:
-    return {f"SLURM_ARRAY_TASK_{name.upper()}": str(value) for name, value in values.items()}
-
-
-@pytest.mark.parametrize(
-    ("environment", "share"),
-    [
-        ({}, Share(0, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, Share(2, 8)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Share(0, 1)),  # a batch script, or a shell
-        (array(id=5, min=3, max=6, count=4), Share(2, 4)),
-        (array(id=20, min=0, max=30, count=4, step=10), Share(2, 4)),
-        (array(id=1, min=0, max=3, count=4) | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Share(3, 8)),
-    ],
-)
-def test_a_process_finds_its_share(monkeypatch, environment, share):
-    monkeypatch.setattr("os.environ", environment)
-    assert the_share(None, None) == share
-    assert the_share(1, 3) == Share(1, 3)
-    with pytest.raises(UserError, match="--process_index=3 --process_count=3"):
-        the_share(3, 3)
-
-
-def test_a_slurm_array_with_holes_is_refused(monkeypatch):
-    monkeypatch.setattr("os.environ", array(id=5, min=5, max=9, count=2))
-    with pytest.raises(UserError, match="array of 2 tasks from 5 to 9 has holes"):
-        the_share(None, None)
 
 
 def test_a_collection_that_changed_is_refused(tmp_path):
