@@ -1,6 +1,7 @@
 """Decode images of any kind to RGB of one size, and encode them."""
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -23,6 +24,11 @@ _TURNS = {
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and raise at a larger one; `decode` checks MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata; what matters is whether the image decodes
+
+
+def cpus() -> int:
+    """How many CPUs this process may use, which may be fewer than the machine has; so many images are coded at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class BadImage(Exception):

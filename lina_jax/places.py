@@ -31,7 +31,7 @@ def check(flag: str, directory: Path) -> None:
 
 
 def check_renames(flag: str, directory: Path) -> None:
-    """Raises UserError, naming the flag, where a directory that holds a file cannot be renamed, as checkpoints are."""
+    """Raises UserError, naming the flag, where a directory that holds a file cannot be renamed, as results are."""
     before = _beside(_nearest(directory) / "renamed")
     after = before.with_suffix(".after")
     try:
@@ -41,7 +41,7 @@ def check_renames(flag: str, directory: Path) -> None:
     except OSError as error:
         raise UserError(
             f"--{flag}={directory}: a directory with files cannot be renamed there ({error.strerror}), as finished "
-            "checkpoints are (buckets need a hierarchical namespace)"
+            "checkpoints and datasets are (buckets need a hierarchical namespace)"
         ) from error
     finally:
         for path in (before, after):
@@ -103,6 +103,17 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def own_directory(directory: Path) -> Iterator[Path]:
+    """A directory within `directory` that no other process has, for as long as the block lasts."""
+    own = _beside(directory / "own")
+    own.mkdir()
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path`, whatever was there, once all of it is written."""
     partial = _beside(path)
@@ -116,9 +127,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed writers (`new_file`, `new_directory`) left in a directory; none may be at work there."""
+    """Remove what killed writers (`new_file`, `new_directory`, `own_directory`) left; none may be at work there."""
     for left in directory.glob(_beside_name("*", "*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        # Others may be removing it, too.
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import config_file, errors, hosts, images, pictures, preemption, records, shapes, units
+from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
 from lina_jax.shares import ALONE, Share, take_gpu, the_share
@@ -46,6 +46,7 @@ READERS = {
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
 _PREVIEWED = 36
+_ALL_REJECTED = 1000  # so many items, and no other, tell that something is wrong with all
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -144,6 +145,9 @@ def prepare(
         _meet(out)
         print(f"{out} is already prepared with these settings")
         return done
+    places.check("out", out.parent)
+    if not share.index:
+        places.check_renames("out", out.parent)
     recorder = _recorder(settings)
     source = open_source(settings, recorder)
     try:
@@ -250,8 +254,10 @@ def _make_units(
     receipts = {number: work.receipt(number) for number in set(mine) - work.missing()}
     sizes = {number: receipt.items for number, receipt in receipts.items()}
     counts = [unit.count for unit in source.units]
+    useful = any(receipt.shards for receipt in receipts.values())
 
     def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
+        nonlocal useful
         unit = source.units[number]
         chosen = set() if unit.split else validation_items(source, number, count, settings)
         done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
@@ -262,6 +268,13 @@ def _make_units(
                 # One process sees its part alone: it may stop early only for what is too much of the whole.
                 if None not in counts:
                     _check_rejects(rejected, sum(counts), max_reject_fraction, work.path)
+                elif not useful and max_reject_fraction < 1 and rejected.total() >= _ALL_REJECTED:
+                    columns = [f"--{name}_column={column}" for name, column in settings.fields._asdict().items()]
+                    raise UserError(
+                        f"the first {rejected.total()} items are all rejected: {_commonest(rejected)}; check --input "
+                        f"and {', '.join(columns[1:])}, or go on with --max_reject_fraction=1"
+                    )
+            useful = useful or not isinstance(item, Reject)
             yield unit.split or ("validation" if position in chosen else "train"), item
 
     expected = _expected(source, mine, sizes)
@@ -299,11 +312,14 @@ def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
 def _check_rejects(rejected: dict[str, int], total: int, fraction: float, place: Path) -> None:
     bad = sum(rejected.values())
     if bad > fraction * total:
-        common = "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(5))
         raise UserError(
-            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {common}; each is listed in "
-            f"{place}/units/*/rejects.jsonl"
+            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {_commonest(rejected)}; "
+            f"each is listed in {place}/units/*/rejects.jsonl"
         )
+
+
+def _commonest(rejected: dict[str, int]) -> str:
+    return "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(5))
 
 
 def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
@@ -348,6 +364,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out={values.out}: shards are written as local files; name a disk or a mounted bucket")
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
+    if values.preview:
+        places.check("preview", Path(values.preview).expanduser().parent)
     together = values.distributed or values.coordinator
     mine = ("process_index", "process_count") if together else ("processes", "process_id")
     for name in mine:

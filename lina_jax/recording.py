@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -171,7 +170,7 @@ def record(
     items = iter(items)
     batches = iter(lambda: list(itertools.islice(items, recorder.batch_size)), [])
     # Threads are enough: Pillow decodes and scales without the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(images.cpus()) as pool:
         decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
         decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
         for batch, good, work in _ahead(map(started, decoded), recorder.ahead):

@@ -139,9 +139,13 @@ def assemble(
                 "filepathTemplate": _SHARD_TEMPLATE,
             }
         )
-    features.save_config(str(directory))
     info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": described}
-    (directory / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
+    # Each writes its own, so that none is seen half-written when another is done and the directory gets its name.
+    with places.own_directory(directory) as own:
+        features.save_config(str(own))
+        (own / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        for path in own.iterdir():
+            os.replace(path, directory / path.name)
 
 
 class Writer:

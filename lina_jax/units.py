@@ -6,14 +6,13 @@ and the collection alone, and so does the dataset: not on how many processes mad
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ class WorkDirectory:
             split: [shard for receipt in receipts for shard in receipt.shards.get(split, ())]
             for split in dict.fromkeys(split for receipt in receipts for split in receipt.shards)
         }
-        with _mine(self.path) as mine:
+        with places.own_directory(self.path) as mine:
             if "validation" in splits:  # a few records of each unit
                 splits["validation"] = _joined(splits["validation"], mine / "validation")
             records.assemble(self.path, name, features, splits)
@@ -163,8 +162,7 @@ def _work(out: Path) -> Path:
 
 def clean(out: Path) -> None:
     """Remove what the work left in a finished dataset."""
-    for left in (out / "units", *out.glob("assembling.*")):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(out / "units", ignore_errors=True)
     (out / _SETTINGS).unlink(missing_ok=True)
     places.remove_partials(out)
 
@@ -186,14 +184,3 @@ def _joined(parts: Sequence[Shard], stem: Path) -> list[Shard]:
             joined.append(record)
         reader.close()
     return joined.finish()
-
-
-@contextlib.contextmanager
-def _mine(directory: Path) -> Iterator[Path]:
-    """A directory inside that no other process uses."""
-    mine = directory / f"assembling.{uuid.uuid4().hex}"
-    mine.mkdir()
-    try:
-        yield mine
-    finally:
-        shutil.rmtree(mine, ignore_errors=True)

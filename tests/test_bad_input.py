@@ -11,6 +11,7 @@ import test_webdataset
 from test_sources import png
 from test_webdataset import pairs, tar
 
+from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, prepare
 
 LONG = 60  # bytes of caption allowed
@@ -123,3 +124,24 @@ def test_there_are_forty_kinds(tmp_path):
         kinds |= {(make.__name__, key) for key in make(raw)[1]}
     kinds.discard(("archives", "broken.tar:b"))  # loses its image by the same damage as byte 2048
     assert len(kinds) >= 40
+
+
+def test_a_wrong_column_is_noticed_before_the_end(tmp_path, monkeypatch):
+    """Where nobody knows how many items there are, and so how many are too many."""
+    monkeypatch.setattr("lina_jax.prepare._ALL_REJECTED", 40)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(4):
+        (raw / f"{i}.tar").write_bytes(tar(pairs(map(str, range(30)))))
+    made = {"source": "webdataset", "input": f"{raw}/*.tar", "resolution": 4, "validation": 6}
+    wrong = Settings(**made, caption_column="json.text")
+    said = r"the first 40 items are all rejected: empty caption \(40\); check .* --caption_column=json.text, "
+    with pytest.raises(UserError, match=said):
+        prepare(tmp_path / "out", wrong)
+    with pytest.raises(UserError, match=said):  # the first unit was made
+        prepare(tmp_path / "out", wrong)
+    with pytest.raises(UserError, match="nothing to train on: 120 items rejected"):
+        prepare(tmp_path / "out", wrong, max_reject_fraction=1)
+    # One that is good tells that the columns are.
+    (raw / "0.tar").write_bytes(tar([*pairs("a"), ("b.jpg", b"?"), ("b.txt", b"b")] * 60))
+    assert prepare(tmp_path / "right", Settings(**made), max_reject_fraction=0.9)["images"]

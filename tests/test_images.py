@@ -1,6 +1,7 @@
 """Images of any kind become upright RGB, or are refused with a short reason."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -9,6 +10,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from lina_jax import images
+
+
+def test_cpus_that_others_have_are_not_counted(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert images.cpus() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert images.cpus() == 64
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -208,6 +209,10 @@ def test_shapes_from_the_command_line(tmp_path):
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
+    failed = subprocess.run([*command, "--preview=gs://bucket/p.png"], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: --preview=gs:/bucket: a URL; mount the bucket")
+
     failed = subprocess.run([*command, "--train=7", "--validation=2"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr == f"error: --out={tmp_path}/out holds a dataset with other settings: train=6, asked 7\n"
@@ -271,6 +276,22 @@ def test_one_bad_tar_of_many_is_no_end(tmp_path, first):
     totals = prepare(tmp_path / "out", made, share=Share(3, 4))
     assert sum(totals["images"].values()) == 90
     assert sum(totals["rejected"].values()) == 1
+
+
+def test_places_are_looked_at_before_encoders_are_loaded(tmp_path, monkeypatch):
+    latents = Settings(resolution=8, train=8, validation=2, autoencoder=str(tmp_path / "absent"))
+
+    def rename(before, after):
+        raise OSError(errno.EMFILE, "Too many open files")  # what buckets without directories say
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename)
+        with pytest.raises(UserError, match=r"--out=.*cannot be renamed there \(Too many open files\)"):
+            prepare(tmp_path / "out", latents)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"--out={tmp_path}: {tmp_path} cannot be written"):
+        prepare(tmp_path / "out", latents)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monkeypatch):

@@ -38,6 +38,18 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_descriptions_are_never_seen_half_written(tmp_path):
+    """Several processes may describe one dataset, and the first of them give it its name: none writes in place."""
+    directory, features = write(tmp_path / "tiny"), records.pixel_features(["cat", "dog"])
+    files = ("dataset_info.json", "features.json", "label.labels.txt")
+    before = {name: ((directory / name).stat().st_ino, (directory / name).read_bytes()) for name in files[1:]}
+    records.assemble(directory, "tiny", features, {})
+    for name, (place, content) in before.items():
+        assert (directory / name).stat().st_ino != place
+        assert (directory / name).read_bytes() == content
+    assert sorted(path.name for path in directory.iterdir() if "array_record" not in path.name) == sorted(files)
+
+
 def test_tfds_reads_latents(tmp_path):
     moments = np.arange(2 * 3 * 4, dtype=np.float16).reshape(2, 3, 4)
     text = np.arange(15, dtype=np.float16).reshape(3, 5)
