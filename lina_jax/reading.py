@@ -1,6 +1,7 @@
 """Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
 
 import bisect
+import contextlib
 import errno
 import functools
 import hashlib
@@ -203,6 +204,9 @@ def _readers() -> Readers:
 
 def _open_files() -> int:
     """How many files this process may have open, after asking for as many as it may ask for."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return 2**16 if hard == resource.RLIM_INFINITY else hard
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2**16 if hard == resource.RLIM_INFINITY else hard
+    with contextlib.suppress(ValueError, OSError):  # macOS may refuse what its hard limit allows
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return soft

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import queue
+import resource
 import shutil
 import threading
 
@@ -87,6 +88,23 @@ def test_more_shards_than_open_files(sharded, monkeypatch):
     splits = [reading.open_split(sharded, "train") for _ in range(2)]
     assert [keys(split) for split in 2 * splits] == 4 * [[b"file:%d" % i for i in range(5)]]
     assert len(readers._open) == 2
+
+
+@pytest.mark.parametrize(
+    ("hard", "refused", "allowed"), [(4096, False, 4096), (resource.RLIM_INFINITY, False, 2**16), (4096, True, 256)]
+)
+def test_as_many_files_may_be_open_as_the_system_allows(monkeypatch, hard, refused, allowed):
+    """On macOS the hard limit is none, and the system refuses it as the soft one."""
+    limits = [256, hard]
+
+    def set_limits(_, wanted):
+        if refused or wanted[0] == resource.RLIM_INFINITY:
+            raise ValueError("current limit exceeds maximum limit")
+        limits[:] = wanted
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    assert reading._open_files() == allowed == limits[0]
 
 
 def test_a_file_that_has_shrunk_is_a_failure_of_the_storage(sharded):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +134,27 @@ def test_images_without_a_row_are_counted(folder, caplog):
     line = b'{"file_name": "a.png", "text": "a"}'
     folder({"a.png": png(1), "b.png": png(2), "c/d.JPG": b"x", "metadata.jsonl": line}, Fields("", "text", "", ""))
     assert "2 images have no row of metadata, such as b.png" in caplog.text
+
+
+def test_a_bucket_is_not_listed_for_a_warning(monkeypatch):
+    """Every process would do so."""
+    files = fsspec.filesystem("memory")
+    files.pipe({"/photos/a.png": png(1), "/photos/metadata.jsonl": b'{"file_name": "a.png", "text": "a"}'})
+    monkeypatch.setattr(base, "files_below", lambda *_: pytest.fail("it was listed"))
+    try:
+        assert len(items(FolderSource("memory://photos", Fields("", "text", "", ""), 100))) == 1
+    finally:
+        files.rm("/photos", recursive=True)
+
+
+def test_a_picture_has_one_name(folder, caplog):
+    """Names that differ in how they are written are of one file."""
+    names = ["a.png", "./a.png", "b//c.png"]
+    lines = "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names).encode()
+    source = folder({"a.png": png(1), "b/c.png": png(2), "metadata.jsonl": lines}, Fields("", "text", "", ""))
+    assert reasons(source) == {"./a.png": "duplicate key"}
+    assert [item.key for item in items(source) if isinstance(item, Example)] == ["a.png", "b//c.png"]
+    assert "no row of metadata" not in caplog.text
 
 
 def test_metadata_may_be_csv(folder):

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -52,7 +53,8 @@ class FolderSource:
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
-            self._tell_of_images_without_row(directory)
+            if base.is_local(self._fs):  # every process would list the whole bucket for it
+                self._tell_of_images_without_row(directory)
         self.units = base.ranges(directory, len(self._rows), unit_items)
 
     @contextlib.contextmanager
@@ -69,7 +71,7 @@ class FolderSource:
         return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
 
     def _tell_of_images_without_row(self, directory: str) -> None:
-        described = {row.path for row in self._rows}
+        described = {_plain(row.path) for row in self._rows}
         others = (path for path in self._sizes(directory) if path not in described)
         images = [path for path in others if path.lower().rpartition(".")[2] in base.IMAGES]
         if images:
@@ -116,13 +118,18 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
                 if not isinstance(path, str) or not path:
                     rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
                     continue
-                problem = "duplicate key" if path in seen else ""
+                problem = "duplicate key" if _plain(path) in seen else ""
                 if None in columns:  # of CSV: a comma too many
                     columns, problem = {}, "more fields than columns"
                 rows.append(_Row(path, columns, problem))
-                seen.add(path)
+                seen.add(_plain(path))
             return rows, hashlib.sha256(content).hexdigest()
     return None
+
+
+def _plain(path: str) -> str:
+    """A path without `.` and doubled slashes; `..` stays, as what is before it may be a link."""
+    return str(PurePosixPath(path))
 
 
 def _jsonl(content: bytes) -> Iterator[Any]:
