@@ -1,4 +1,4 @@
-"""python -m lina_jax: say which commands there are."""
+"""python -m lina_jax: list the commands."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ COMMANDS = ("prepare", "train", "sample", "evaluate", "demo", "convert", "plan",
 
 
 def _summary(command: str) -> str:
-    """First line of the docstring, read and not imported: that would start JAX."""
+    """First line of a command's docstring, parsed from its source, as importing it would start JAX."""
     module = ast.parse((Path(__file__).parent / f"{command}.py").read_text())
     return ast.get_docstring(module).splitlines()[0]
 

@@ -1,8 +1,8 @@
 """Checkpoints: orbax, asynchronous, atomic.
 
-WORKDIR/checkpoints/STEP holds the state after STEP batches in four items, so that sampling reads just the weights it
-needs, and digests of their files (`integrity.py`). A damaged checkpoint is named and the one before it used; training
-moves it to WORKDIR/damaged.
+WORKDIR/checkpoints/STEP holds the state after STEP batches in four items, so that sampling reads only the weights that
+it needs, and digests of their files (`integrity.py`). If a checkpoint is damaged, it is reported and an earlier one
+used; training moves the damaged one to WORKDIR/damaged.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from lina_jax.state import Blueprint, TrainState, Tree
 from lina_jax.workdir import is_imported, saved_steps
 
 Shape = tuple[int, ...]
-Flat = dict[tuple[str, ...], Any]  # arrays, or what stands for them, by path
+Flat = dict[tuple[str, ...], Any]  # arrays, concrete or abstract, by path
 Choice = Callable[[dict[tuple[str, ...], Shape]], Flat]
 WEIGHTS = ("params", "frozen", "ema")
-ALONE = ("params", "frozen")  # of an import
-# Of an array that several devices hold whole each writes a slice; smaller ones cost more to cut, each by a program of
-# its own, than they save: the first save of a tiny model on eight devices took ten times as long.
+ALONE = ("params", "frozen")  # the items of imported weights
+# Each device that holds a replica of an array writes a slice of it. Slicing smaller arrays, each with a program of its
+# own, costs more than it saves: the first save of a tiny model on eight devices took ten times as long.
 SMALLEST_SLICE_BYTES = 2**20
-CONCURRENT_GB = 96  # that a process reads or writes at once; orbax's own for states
+CONCURRENT_GB = 96  # most that a process reads or writes at once; orbax's default for states
 
 
 class Checkpoints:
@@ -49,8 +49,8 @@ class Checkpoints:
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
             create=create,
-            cleanup_tmp_directories=create,  # of a save that was killed; whoever only reads leaves those of a run alone
-            # In training what stalls is noticed by the watchdog; what is slow may take its time.
+            cleanup_tmp_directories=create,  # left by killed saves; a reader leaves them alone: a run may be writing
+            # A slow save may take its time; in training, the watchdog notices one that stalls.
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=hosts.PATIENCE_S, post_finalization_callback=self._record_digests
             ),
@@ -64,22 +64,22 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Start saving; the arrays are copied before this returns. Raises UserError when an earlier save failed."""
+        """Start saving; the arrays are copied before this returns. Raises UserError if an earlier save failed."""
         step = int(state.step)
         if step == self.latest_step():
             return
         items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in WEIGHTS}
         items["progress"] = ocp.args.PyTreeSave(_progress(state))
-        self.wait()  # for the save before, to which `_saving` belongs until it is finished
+        self.wait()  # for the previous save, which reads `_saving` until it is finished
         self._saving, self._under_way = step, True
         with _naming_failures(self.directory, self._saving):
             begun = self._manager.save(step, args=ocp.args.Composite(**items))
         assert begun, f"orbax did not save step {step}"
 
     def save_weights(self, params: Tree, frozen: Tree) -> None:
-        """Save weights of which nothing else is known as the checkpoint that a run starts from (step 0).
+        """Save weights without the rest of a state, as the checkpoint that a run starts from (step 0).
 
-        By themselves data files would grow to 2 GB, in memory until they are written.
+        By default, orbax makes data files of up to 2 GB, which are in memory until they are written.
         """
         trees = dict(zip(ALONE, (params, frozen), strict=True))
         items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
@@ -88,7 +88,7 @@ class Checkpoints:
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and types of the arrays that a model needs, none of which is read. Raises UserError."""
+        """Shapes and dtypes of a checkpoint's parameters and frozen arrays, from metadata alone. Raises UserError."""
         try:
             trees = [_metadata(self.directory / str(step) / item) for item in ALONE]
         except (OSError, ValueError) as error:
@@ -97,18 +97,18 @@ class Checkpoints:
         return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
 
     def imported(self, step: int) -> bool:
-        """Whether the checkpoint is one of `save_weights`."""
+        """Whether the checkpoint was made by `save_weights`."""
         return is_imported(self.directory / str(step))
 
     def kind(self, step: int, *, ema: bool) -> str:
-        """ema | raw: what `restore_weights` and `restore_some` give of a checkpoint."""
+        """ema | raw: which weights `restore_weights` and `restore_some` return."""
         return "ema" if ema and not self.imported(step) else "raw"
 
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
-        """The state at `step`, laid out as `plan` says, whatever mesh it was saved from.
+        """The state at `step`, sharded as `plan` says, whatever mesh it was saved from.
 
-        Without a step it is the latest that is not damaged; damaged ones are moved away, since the run will come to
-        their steps again. Weights alone become a fresh state.
+        Without a step, it is the latest state that is not damaged; damaged ones are moved aside, since the run will
+        reach their steps again. Imported weights become a fresh state.
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
@@ -121,9 +121,9 @@ class Checkpoints:
         return TrainState(**progress, **items)
 
     def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
-        """(parameters or their EMA, frozen arrays, step), nothing else read from disk.
+        """(parameters or their EMA, frozen arrays, step); nothing else is read from disk.
 
-        Where there are weights alone, they are given, whichever is asked for.
+        Imported weights have no EMA: their parameters are returned in any case.
         """
 
         trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}
@@ -133,9 +133,9 @@ class Checkpoints:
         return params, frozen, step
 
     def restore_some(self, choose: Choice, *, ema: bool = True, step: int | None = None) -> tuple[Flat, int]:
-        """(some of the parameters, or their EMA, and of the frozen arrays, by path; step), nothing else read.
+        """(some of the parameters, or of their EMA, and of the frozen arrays, by path; step); nothing else is read.
 
-        `choose` gets the shapes of all that there are, and returns jax.ShapeDtypeStruct with shardings of some.
+        `choose` gets the shapes of all saved arrays, and returns a jax.ShapeDtypeStruct with sharding for each to read.
         """
 
         def wanted(there: dict[str, Tree]) -> dict[str, Tree]:
@@ -150,25 +150,25 @@ class Checkpoints:
         return {path: array for tree in items.values() for path, array in flatten_dict(tree).items()}, step
 
     def updates(self, step: int) -> int:
-        """How many updates were applied until a checkpoint of a run."""
+        """The number of updates that the run had applied at a checkpoint."""
         count = jax.ShapeDtypeStruct((), np.int32, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
         wanted = {"progress": {"updates": count}}
         _, items, _ = self._restore_sound(step, (*wanted,), lambda there: wanted, partial=True)
         return int(items["progress"]["updates"])
 
     def check(self) -> None:
-        """Raises UserError, or PartFailed, when the last save has failed; one that is under way is not waited for."""
+        """Raises UserError or PartFailed if the last save has failed; does not wait for one that is under way."""
         if self._under_way and not self._manager.is_saving_in_progress():
             self._under_way = False
-            self.wait()  # which alone tells of an error that its thread has met
+            self.wait()  # only this raises an error of the saving thread
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises UserError when a save failed."""
+        """Wait until everything is on disk. Raises UserError if a save failed."""
         with _naming_failures(self.directory, self._saving):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """After everything is on disk. Raises UserError when a save failed."""
+        """Close, after everything is on disk. Raises UserError if a save failed."""
         with _naming_failures(self.directory, self._saving):
             self._manager.close()
 
@@ -182,8 +182,8 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Tree], list[int]]:
         """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound.
 
-        `names` tells the items to read, where there are not weights alone; `wanted` makes of what they hold the shapes
-        that are read: `partial`, or else all, which must be there.
+        `names` are the items to read (ALONE for imported weights). `wanted` maps their metadata to the abstract arrays
+        to read: some if `partial`, else all, which must match.
         """
         damaged: dict[int, str] = {}
         for candidate in self.candidates(step):
@@ -202,12 +202,12 @@ class Checkpoints:
         raise UserError(f"{named}: {'no other was asked for' if step is not None else 'there is no older one'}")
 
     def _restore(self, step: int, names: Sequence[str], wanted, partial: bool) -> dict[str, Tree]:
-        """Raises _Damaged, and UserError when the checkpoint lacks what is wanted."""
+        """The wanted items of a checkpoint. Raises _Damaged, and UserError if it does not fit or storage fails."""
         folder = self.directory / str(step)
         if reason := integrity.damage(folder, names):
             raise _Damaged(reason)
         try:
-            # Orbax tells a damaged checkpoint from one of another model by no kind of error, and says either at length.
+            # Orbax raises the same lengthy errors for a damaged checkpoint and for one of another model.
             there = {name: _metadata(folder / name) for name in names}
             trees = {name: tree for name, tree in wanted(there).items() if tree}
             if not partial:
@@ -215,25 +215,25 @@ class Checkpoints:
                     _check_shapes(folder / name, there[name], tree)
             args = {name: _arguments(tree, partial) for name, tree in trees.items()}
             return dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the latter: no memory on a device
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last: no memory on a device
             raise
-        except Exception as error:  # what orbax raises of unreadable data is no narrower
+        except Exception as error:  # orbax raises many types for unreadable data
             cause = error
             while cause.__cause__:
                 cause = cause.__cause__
             cause = _of_the_system(cause) or cause
-            reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # in brackets: how it was read
+            reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # brackets say how it was read
             if errors.storage_failed(cause):
                 raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
             said = f"checkpoint {step} in {self.directory} cannot be read ({reason})"
             if integrity.fingerprint(folder):
                 raise UserError(f"{said}, though its files are those that were saved") from error
-            if jax.process_count() > 1:  # others may have read it, so that all of them have to start again
+            if jax.process_count() > 1:  # others may have read it: all have to start again
                 raise UserError(f"{said}; if it is damaged, remove it") from error
             raise _Damaged(reason) from error
 
     def candidates(self, step: int | None) -> list[int]:
-        """The step that is asked for, or all, the latest first. Raises UserError where there is none."""
+        """The given step, or all, the latest first. Raises UserError if there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
@@ -250,7 +250,7 @@ class Checkpoints:
                 places = (self._aside / f"{step}.{count}" for count in itertools.count())
                 place = next(place for place in places if not place.exists())
                 shutil.move(self.directory / str(step), place)  # `checkpoints` may be a link to another disk
-        # Whoever listed one of them still would not save it when the run comes to its step again.
+        # A process that still listed one of them would not save when the run reaches its step again.
         hosts.check_shared(
             f"damaged checkpoints in {self.directory}",
             lambda: [step for step in saved_steps(self.directory.parent) if step in steps],
@@ -258,7 +258,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _record_digests(self) -> None:
-        """Called by orbax in process 0 when all is written, before the folder gets its name."""
+        """Called by orbax in process 0 when everything is written, before the folder gets its final name."""
         folders = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         assert folders, f"nothing to take digests of: {self.directory} has no unfinished checkpoint {self._saving}"
         for folder in folders:
@@ -266,10 +266,10 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which asks nothing about preemption.
+    """Orbax's manager, without its checks for preemption.
 
-    JAX tells the point at which all stop to those who ask with ever larger numbers. Orbax's are steps, between the
-    questions of `preemption.Notice`: the notice would be lost.
+    JAX announces the point at which all processes stop to callers whose numbers keep increasing. Orbax would ask with
+    steps, between the questions of `preemption.Notice`, and the notice would be lost.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -278,7 +278,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What writes and reads the items."""
+    """The handlers that write and read the items."""
     kinds = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE_BYTES)),
@@ -291,18 +291,18 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 
 class _Damaged(Exception):
-    """A checkpoint's files are not those that were saved."""
+    """A checkpoint's files cannot be read as they were saved."""
 
 
 @contextlib.contextmanager
 def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]:
-    """Turns what a failed write raises (a full disk, lost permissions) into one line naming the place, and the step."""
+    """Turn the error of a failed write (a full disk, lost permissions) into one line with the place and the step."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # What orbax makes of it when another process is gone, no failure of a disk: hosts.py knows that error.
+        # If another process is gone, orbax raises a TimeoutError from JAX's error, which hosts.py recognises.
         reason = error.__cause__ if isinstance(error, TimeoutError) else error
         if isinstance(reason, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise reason from None
@@ -311,24 +311,24 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         what = "saving" if step is None else f"saving step {step}"
         said = f"{what} to {directory} failed, earlier checkpoints are intact: {line}"
         if jax.process_count() > 1 and not (system or isinstance(error, OSError)):
-            raise PartFailed(said) from error  # of another process, as far as anybody can tell
+            raise PartFailed(said) from error  # probably the failure of another process
         raise UserError(said) from system or error
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
-    """The error of the operating system that tensorstore tells of, after where and what, at length."""
+    """The operating system's error in a message of tensorstore, after place and operation; None if absent."""
     first = str(error).strip().partition("\n")[0]
     number = re.search(r" \[os_error_code='?(\d+)", first)
     return OSError(int(number[1]), first[: number.start()].rpartition(": ")[2]) if number else None
 
 
 def _weights(ema: bool) -> tuple[str, str]:
-    """The items with parameters, or their EMA, and frozen arrays."""
+    """The names of the items with the parameters, or their EMA, and the frozen arrays."""
     return "ema" if ema else "params", "frozen"
 
 
 def _metadata(item: Path) -> Tree:
-    """Shapes and types of what an item holds."""
+    """Shapes and dtypes of the arrays in an item. Raises ValueError if its files are missing."""
     for part in ("_METADATA", "manifest.ocdbt"):
         if not (item / part).exists():
             raise ValueError(f"{item.name}/{part} is missing")

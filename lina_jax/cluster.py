@@ -1,4 +1,4 @@
-"""Which process this is, and among how many: from flags, or else from the environment."""
+"""Which process this is and how many there are, from flags or else from the environment."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from lina_jax.errors import PartFailed, UserError
 
 
 class Cluster(NamedTuple):
-    """This process among the others."""
+    """The place of this process among the processes of a run."""
 
     address: str  # HOST:PORT of process 0
     processes: int
@@ -22,9 +22,9 @@ class Cluster(NamedTuple):
 def the_cluster(
     address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
 ) -> Cluster | None:
-    """This process's place, from the three flags or else the environment; None: alone.
+    """This process's place, from the three flags or else the environment; None if it runs alone.
 
-    Raises UserError, and PartFailed where the environment may know it later.
+    Raises UserError, and PartFailed if the environment may have the answer later.
     """
     given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
     if processes == 1:
@@ -42,15 +42,15 @@ def the_cluster(
 
 
 def _detected(timeout: float) -> Cluster | None:
-    """By JAX's own rules."""
-    # A shell in an allocation is one task, while SLURM_NTASKS, which JAX reads, counts those of the allocation.
+    """This process's place by JAX's own rules; None if it runs alone."""
+    # A shell in an allocation is a step of one task; JAX reads SLURM_NTASKS, which counts those of the allocation.
     if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
         return None
     given = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout))
     except Exception as error:  # metadata servers, Kubernetes: each raises its own
-        # A server that does not answer (requests' errors are of the system's kind), a machine that has no name yet.
+        # A server that does not answer (errors of requests are OSErrors), or a machine that has no name yet.
         if isinstance(error, OSError) or "recognize coordinator address" in str(error):
             raise PartFailed(f"cannot tell yet which process this is: {error}") from error
         raise UserError(

@@ -1,4 +1,4 @@
-"""What values a config may have: each message names field, value and what is allowed."""
+"""Checks of a config's values; each message names the field, its value and what is allowed."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ CHOICES = {
     "sample.annealing": ("none", "linear", "cosine", "two_stage"),
 }
 
-# Fields that may be zero (it means "off", "none" or "inferred"); every other number must be positive.
+# Fields that may be zero; every other number must be positive (or negative, see below).
 MAY_BE_ZERO = frozenset({
     "seed", "autoencoder.shift_factor", "autoencoder.tile",
     "loss.mask_ratio_min", "loss.condition_dropout", "optim.final_learning_rate",
@@ -44,14 +44,14 @@ MAY_BE_NEGATIVE = frozenset({
     "autoencoder.shift_factor", "loss.mask_ratio_mean", "init_from.checkpoint",
 })  # fmt: skip
 
-LONGEST_S = 1e9  # that threads can wait
-MOST_STEPS = 100_000  # of decoding, and of Euler in each: schedules are arrays
+LONGEST_S = 1e9  # about the longest time that threads can wait
+MOST_STEPS = 100_000  # of decoding, and of Euler in each, as schedules are arrays
 
-COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # programs count in 32 bits
+COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # all other numbers reach programs, which count in 32 bits
 
 
 def check_value(name: str, value: Any) -> None:
-    """A field on its own, by its full name. Raises UserError."""
+    """Check a single field, by its full name. Raises UserError."""
     if name in CHOICES and value not in CHOICES[name]:
         raise UserError(f"{name}={value!r}: allowed are {', '.join(CHOICES[name])}")
     for number in value if isinstance(value, tuple) else (value,):
@@ -72,7 +72,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
-    """Sizes that must fit each other, and variants that exclude each other. Raises UserError."""
+    """Check that sizes fit each other and that variants are compatible. Raises UserError."""
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -122,21 +122,21 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
 
 
 def check_run(config: "Config") -> None:
-    """Training and sampling. Raises UserError."""
+    """Check the settings of training and sampling. Raises UserError."""
     loss, optim = config.loss, config.optim
     if not 0 <= loss.condition_dropout < 1:
         raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
     if not 0 <= loss.mask_ratio_min < 1:
         raise UserError(f"loss.mask_ratio_min={loss.mask_ratio_min}: must be in [0, 1)")
     far = 4 * loss.mask_ratio_std
-    if not loss.mask_ratio_min - far <= loss.mask_ratio_mean <= 1 + far:  # drawn in float32, which has no tails
+    if not loss.mask_ratio_min - far <= loss.mask_ratio_mean <= 1 + far:  # draws in float32 do not reach the tails
         raise UserError(
             f"loss.mask_ratio_mean={loss.mask_ratio_mean}: must lie within four loss.mask_ratio_std="
             f"{loss.mask_ratio_std} of the ratios from loss.mask_ratio_min={loss.mask_ratio_min} to 1"
         )
     if config.data.short_caption > 1:
         raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
-    _ = config.data.datasets  # which names a path that cannot be read
+    _ = config.data.datasets  # raises if data.path is malformed
     for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
         if decay >= 1:
             raise UserError(f"{name}={decay}: must be in [0, 1)")
@@ -160,13 +160,13 @@ def check_run(config: "Config") -> None:
 
 
 def check_mesh(mesh: "MeshConfig") -> None:
-    """Raises UserError where it leaves more than one axis to be inferred."""
+    """Raises UserError if more than one axis is to be inferred."""
     if len(inferred := [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]) > 1:
         raise UserError(f"{' and '.join(inferred)} are -1: only one axis can be inferred, set the other")
 
 
 def check_micro_batches(config: "Config") -> None:
-    """Also of a batch that was chosen after the config was made. Raises UserError."""
+    """Check that the batch divides into micro-batches; also for a batch chosen after the config. Raises UserError."""
     accumulate = config.optim.accumulate
     if config.batch_size % accumulate:
         raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={accumulate}")

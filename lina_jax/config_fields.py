@@ -1,4 +1,4 @@
-"""Frozen dataclasses made from mappings and back: typed fields in groups, every error naming the field."""
+"""Conversion between mappings and nested frozen dataclasses with typed fields; every error names the field."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from lina_jax.errors import UserError
 
 
 def build(kind: type, given: Any, prefix: str = "") -> Any:
-    """A dataclass, and those inside of it, from a mapping. Raises UserError naming the field and its value."""
+    """A dataclass, with those nested in it, from a mapping. Raises UserError that names the field and its value."""
     if not isinstance(given, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{prefix.rstrip('.') or 'config'}: {given!r} is not a group of fields")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -30,7 +30,7 @@ def build(kind: type, given: Any, prefix: str = "") -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{'model.width': 768, ...} in field order."""
+    """{'model.width': 768, ...}, in field order."""
     flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -42,7 +42,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def editable(config: Any) -> dict[str, Any]:
-    """Fields as they are; of those that are None their type is kept, for flags."""
+    """The fields as nested dicts; those that are None become placeholders that keep the type for flags."""
     hints, fields = typing.get_type_hints(type(config)), {}
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
@@ -71,7 +71,7 @@ def _unknown(name: str, prefix: str, key: str, known: Collection[str]) -> UserEr
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value as the field's type; ints pass as floats and lists as tuples, nothing else is converted."""
+    """The value, checked against the field's type; only ints become floats and lists tuples. Raises UserError."""
     if isinstance(hint, types.UnionType):  # bool | None
         if value is None:
             return None
@@ -91,5 +91,5 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 
 def _given(hint: Any) -> type:
-    """bool of bool | None."""
+    """bool for bool | None."""
     return typing.get_args(hint)[0]

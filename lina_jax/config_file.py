@@ -16,13 +16,13 @@ from lina_jax.errors import UserError
 
 
 def define_flag() -> None:
-    """Define --config; its value is a locked ConfigDict that has the overrides already."""
+    """Define --config; its value is a locked ConfigDict with the overrides applied."""
     config_flags.DEFINE_config_file("config", None, "file in configs/, with its preset after a colon", lock_config=True)
     flags.FLAGS["config"].parser = _Parser()
 
 
 def load(given: str) -> ml_collections.ConfigDict:
-    """What `get_config` of 'FILE.py' or 'FILE.py:PRESET' returns, locked. Raises UserError with what is wrong."""
+    """The locked result of `get_config` in 'FILE.py' or 'FILE.py:PRESET'. Raises UserError that says what is wrong."""
     name, colon, preset = given.partition(":")
     path = Path(name)
     if path.is_dir() or path.suffix != ".py":
@@ -40,7 +40,7 @@ def load(given: str) -> ml_collections.ConfigDict:
         config = module.get_config(*([preset] if colon else []))
     except UserError as error:
         raise UserError(f"{name} {error}") from error
-    except ValueError as error:  # what a file says of its preset
+    except ValueError as error:  # what a config raises about its preset
         raise UserError(f"{name}: {error}") from error
     except Exception as error:
         raise UserError(f"{name}: {type(error).__name__}: {error}") from error
@@ -50,13 +50,13 @@ def load(given: str) -> ml_collections.ConfigDict:
 
 
 def given_flags() -> dict[str, object]:
-    """{'--name': value} of the flags that the command line gives, beside those that differ among processes."""
+    """{'--name': value} of the flags on the command line, without those that differ between processes."""
     values, own = flags.FLAGS, ("coordinator", "process_id")
     return {f"--{name}": values[name].value for name in sorted(values) if values[name].present and name not in own}
 
 
 class _Parser(flags.ArgumentParser):
-    """Loads as above, and looks at the names of the overrides before ml_collections does."""
+    """Loads a config like `load`, and checks the names of overrides before ml_collections does."""
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
         config = load(path)

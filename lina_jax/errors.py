@@ -1,8 +1,8 @@
-"""How the entry points end: one clear line for what a user can mend, a traceback for what only we can.
+"""How entry points end: with one line for what a user can fix, with a traceback for bugs.
 
-Exit codes: 0 done, 1 training stopped itself (or an error of ours), 2 a user's mistake, 75 run the same command again
-(EX_TEMPFAIL: preempted, a step that stalled, storage that failed, another process or a worker that is gone, in many
-processes a device or link that failed; launchers restart on it), 130 interrupted (Ctrl-C).
+Exit codes: 0 done; 1 training stopped itself (or a bug); 2 a user's mistake; 75 run the same command again
+(EX_TEMPFAIL: preempted, a step that stalled, storage that failed, another process or a worker that is gone, or, with
+several processes, a failed device or link; launchers restart on it); 130 interrupted (Ctrl-C).
 """
 
 import _thread
@@ -25,15 +25,15 @@ from absl import logging as absl_logging
 
 import lina_jax
 
-_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's names of flag types
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # by absl's name of a flag's type
 
 RUN_AGAIN = 75
-# What storage says when its disk, server or network fails it: it may be back soon, unlike space or permissions.
+# Errors of a storage's disk, server or network, which may recover, unlike missing space or permissions.
 _PASSING = {
     errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED,
     errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH,
 }  # fmt: skip
-# What runtimes say of arrays that find no room, and of kernels that do not fit a chip, which is a mistake of ours.
+# Messages about missing device memory for arrays; and about on-chip memory: a kernel that exceeds it is a bug of ours.
 _NO_MEMORY = re.compile("out of memory|allocat", re.IGNORECASE)
 _ON_CHIP = re.compile("vmem|smem|shared memory", re.IGNORECASE)
 _leaving = threading.Lock()
@@ -48,19 +48,19 @@ class TrainingDiverged(Exception):
 
 
 class Preempted(Exception):
-    """Training was asked to stop and has saved; the same command goes on. Exit code 75."""
+    """Training was asked to stop and has saved; the same command resumes it. Exit code 75."""
 
 
 class PartFailed(Exception):
-    """A device failed, a link, storage, or a process that reads data; the same command goes on. Exit code 75."""
+    """A device, link, storage or process failed; the same command resumes the run. Exit code 75."""
 
 
 def ending(error: BaseException) -> tuple[str, int] | None:
-    """(line, exit code) of an error that is no bug."""
+    """(line to print, exit code) for an error; None for a bug."""
     match error:
         case UserError() | OSError() if storage_failed(error):
             return f"error: {error}; run the same command again", RUN_AGAIN
-        case UserError() | OSError():  # OSError: a full disk, a place that cannot be written or read
+        case UserError() | OSError():  # OSError: a full disk, a path that cannot be written or read
             return f"error: {error}", 2
         case TrainingDiverged():
             return f"error: {error}", 1
@@ -76,15 +76,15 @@ def ending(error: BaseException) -> tuple[str, int] | None:
 
 
 def exhausted(error: BaseException) -> str:
-    """What JAX's runtime says of memory that a device lacks for arrays; "" of any other error."""
-    if type(error).__name__ != "JaxRuntimeError":  # by name: not all that ends so has imported jax
+    """The line of a JAX error about device memory that is too small for arrays; "" for any other error."""
+    if type(error).__name__ != "JaxRuntimeError":  # by name: not every program has imported jax
         return ""
     lines = map(str.strip, str(error).splitlines())
     return next((line for line in lines if _NO_MEMORY.search(line) and not _ON_CHIP.search(line)), "")
 
 
 def storage_failed(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is one that passes; a TimeoutError is of reads that stalled."""
+    """Whether an error or one of its causes may pass: in _PASSING, or a TimeoutError of a read that stalled."""
     while error:
         if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING):
             return True
@@ -93,9 +93,9 @@ def storage_failed(error: BaseException | None) -> bool:
 
 
 def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> None:
-    """Run an absl `main`, turning the errors above and Ctrl-C into one line on stderr and their exit code.
+    """Run an absl `main`, turning the errors above and Ctrl-C into one line on stderr and an exit code.
 
-    Where there are `commands`, exactly one of them follows the program's name: argv[1] of `main`.
+    If there are `commands`, the first argument (argv[1] of `main`) must be one of them, and the only one.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -112,10 +112,10 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
-    # Traced programs are many objects, among which little is garbage: collections took a tenth of a run's start.
+    # Tracing makes many objects, few of which are garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)
-    # When one read of a checkpoint fails, orbax abandons the others; they would tell of it at length, each in its way.
+    # When one read of a checkpoint fails, orbax abandons the others, each of which would print long messages.
     sys.unraisablehook = _of_errors_in_callbacks
     absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -135,18 +135,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     except flags.IllegalFlagValueError as error:
         leave(f"error: {_illegal_value(error)}", 2)
-    # A config file and the overrides of its fields are evaluated while flags are parsed: any mistake can surface here.
+    # Parsing flags evaluates the config file and its overrides, so any mistake can surface here.
     except Exception as error:
         leave(f"error: {error}", 2)
 
-    # absl would choose INFO, where libraries report each save at length.
+    # absl's default is INFO, at which libraries log every save at length.
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = absl_logging.WARNING
     return rest
 
 
 def _illegal_value(error: flags.IllegalFlagValueError) -> str:
-    """'--steps=many: expected a whole number' of absl's 'flag --steps=many: REASON'."""
+    """'--steps=many: expected a whole number' for absl's 'flag --steps=many: REASON'."""
     given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
     name, _, value = given.removeprefix("--").partition("=")
     if name not in flags.FLAGS:
@@ -155,19 +155,19 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     if isinstance(parser, flags.IntegerParser | flags.FloatParser):
         with contextlib.suppress(TypeError, ValueError):
             parser.convert(value)
-            return f"{given}: {error.__context__}"  # a number, beyond its bounds, which absl names
+            return f"{given}: {error.__context__}"  # a number out of bounds, which absl's message names
     expected = _EXPECTED.get(parser.flag_type())
     return f"{given}: expected {expected}" if expected else str(error)
 
 
 def leave(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> NoReturn:
-    """Print one line and end the process, of the threads that want it the first.
+    """Print one line and end the process; if several threads call this, the first one wins.
 
-    `farewell` runs in between, and the line stays the last one: what the process prints after it is not heard.
+    `farewell` runs in between; anything that is printed to stderr after the line is dropped.
     """
     _leaving.acquire()
     try:
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(" ".join(line.split()), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -184,15 +184,15 @@ def leaving() -> bool:
 
 
 def _without_orbax_tracebacks(record: logging.LogRecord) -> bool:
-    """A filter of what orbax logs, once for each of its threads, of an error that it raises again where we wait."""
+    """A logging filter that drops tracebacks from orbax's threads; it raises the same errors where we wait for it."""
     return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _of_errors_in_callbacks(unraisable) -> None:
-    """A hook for errors that Python would print and forget: of finalizers, and of what runs with garbage collections.
+    """A hook for errors that Python would only print: those in finalizers and callbacks of garbage collection.
 
-    Ctrl-C is heard a moment later; reports to an event loop that is closed by then, and coroutines that nobody awaits,
-    are left out.
+    Ctrl-C is raised again a moment later. Errors about a closed event loop, and coroutines that were never awaited, are
+    dropped.
     """
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         _thread.start_new_thread(_interrupt_again, ())
@@ -203,5 +203,5 @@ def _of_errors_in_callbacks(unraisable) -> None:
 
 
 def _interrupt_again() -> None:
-    time.sleep(0.05)  # at once, the interrupt would come before the callback is left
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # a true signal ends a wait in C
+    time.sleep(0.05)  # without the pause, the interrupt would come within the callback
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # a real signal ends a wait in C

@@ -1,6 +1,6 @@
-"""How layers run: what a config leaves open becomes what plans best on its devices, and what each way takes.
+"""How layers run: choices for what a config leaves open, by what plans best on its devices, and their memory.
 
-Remat, scans and kernels change nothing beyond rounding, so that a run may go on in another way.
+Remat, scans and kernels change nothing beyond rounding, so a run may resume with other choices.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ from lina_jax.config import Config, ModelConfig
 from lina_jax.models import tiles
 from lina_jax.models.draws import max_visible
 
-FIELDS = ("remat", "scan_layers", "attention_kernel")  # of the model
-OPEN = ("auto", None)  # of these: as suits the devices
-RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # the share of a step's FLOPs that a policy computes twice
-# KEPT: arrays of a token's width that a block keeps for the backward pass. dots keeps what matrix products (query, key,
-# value, projection, four of the hidden layer, one more) and convolutions give, and the block's input; none also what
-# lies between them. WORKING: such arrays that are alive at once inside the widest block.
+FIELDS = ("remat", "scan_layers", "attention_kernel")  # of ModelConfig
+OPEN = ("auto", None)  # values of these that leave the choice open
+RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # share of a step's FLOPs that is recomputed
+# KEPT: how many arrays of a token's width a block keeps for the backward pass. "dots" keeps the results of matmuls
+# (query, key, value, projection, four of the hidden layer, one more) and of convolutions, and the block's input; "none"
+# also keeps what lies between them. WORKING: how many such arrays are live at once inside the widest block.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
-# The same with kernels, fitted to what is planned for GPUs.
+# The same with kernels, fitted to plans for GPUs.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
-FULL = 0.92  # of the memory: what an estimate may fill; compilers need some room
+FULL = 0.92  # share of the memory that an estimate may fill; compilers need some room
 
 
 def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     """The config with a choice for each of FIELDS that it leaves open, for the devices of a mesh.
 
-    `encoders` are bytes that each device holds of frozen ones. GPUs keep for the gradient as much as by estimate fits.
-    TPUs keep what matrix products give, and so do GPUs that do not tell their memory; CPUs keep everything.
+    `encoders`: bytes per device of frozen encoders. GPUs keep as many activations for the backward pass as are
+    estimated to fit. TPUs, and GPUs whose memory is unknown, keep the results of matmuls. CPUs keep everything.
     """
     platform = mesh.devices.flat[0].platform
     config = _filled(config, **ways(config.model, platform)[0])
@@ -46,19 +46,19 @@ def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
 
 
 def for_inference(config: Config, mesh: Mesh) -> Config:
-    """`resolved`, but GPUs scan, too: unrolled, what samples takes 2 % less time and five times as much to compile."""
+    """`resolved`, but GPUs also scan layers: unrolled, sampling takes 2 % less time, compiling five times as long."""
     return _filled(_filled(config, scan_layers=True), **of(resolved(config, mesh).model))
 
 
 def for_all_platforms(config: Config) -> Config:
-    """The config with the choices of a program that runs anywhere."""
+    """The config with the choices for a program that runs on any platform."""
     return _filled(config, remat="none", **ways(config.model, "cpu")[0])
 
 
 def ways(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
-    """Choices of scan_layers and attention_kernel for a platform, best first, that agree with what the model sets."""
+    """Choices of scan_layers and attention_kernel for a platform, the best first, which keep what the model sets."""
     channels = model.width // model.heads
-    # More of float32 exceeds the shared memory of an A100.
+    # More float32 channels exceed the shared memory of an A100.
     most = tiles.GPU_LANES[1] if model.dtype == "bfloat16" else tiles.GPU_LANES[1] // 2
     kernels = ["pallas"] if platform == "gpu" and model.attention != "softmax" and channels <= most else []
     kernels = [*kernels, "xla"] if model.attention_kernel in OPEN else [model.attention_kernel]
@@ -67,7 +67,7 @@ def ways(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
 
 
 def policies(model: ModelConfig) -> list[str]:
-    """Of remat, those that agree with what the model sets."""
+    """The choices of remat: that of the model, or all if it leaves it open."""
     return list(RECOMPUTED) if model.remat in OPEN else [model.remat]
 
 
@@ -76,24 +76,25 @@ def described(remat: str, scan_layers: bool, attention_kernel: str) -> str:
 
 
 def of(model: Any) -> dict[str, Any]:
-    """FIELDS of a model, or of anything that has them."""
+    """{name: value} of FIELDS of a model, or of anything that has them."""
     return {name: getattr(model, name) for name in FIELDS}
 
 
 def step_bytes(config: Config, images: float, parts: int, gathered: float = 1.0) -> float:
-    """Bytes that a device needs beside its part of the state, by estimate.
+    """Estimated bytes per device beside its shard of the state.
 
-    Gradients, as the state cut into `parts`; activations of so many images; the share `gathered` of blocks' matrices.
+    Gradients, sharded into `parts` like the state; activations of `images` images; the share `gathered` of all blocks'
+    matrices.
     """
     gradients = 4 * _matrix_parameters(config.model) / parts
     return gradients + activation_bytes(config, images) + gathered * gathered_bytes(config.model)
 
 
 def activation_bytes(config: Config, images: float) -> float:
-    """Bytes of a device with so many images of a batch, by estimate: what blocks keep, and what the widest works on.
+    """Estimated bytes of activations with this many images per device: what blocks keep, and what the widest works on.
 
-    Of S devices that share an image by `sequence`, each counts as having 1 / S of it. What `tensor` saves is not
-    counted: it shards hidden units and heads, but neither the stream nor the results of projections.
+    Each of S devices that share an image over `sequence` counts 1 / S of it. Savings by `tensor` are not counted: it
+    shards hidden units and heads, but not the residual stream or the results of projections.
     """
     model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens
@@ -121,12 +122,12 @@ def activation_bytes(config: Config, images: float) -> float:
 
 
 def gathered_bytes(model: ModelConfig) -> float:
-    """Bytes of all blocks' matrices as they are gathered."""
+    """Bytes of all blocks' matrices when gathered."""
     return jnp.dtype(model.dtype).itemsize * _matrix_parameters(model)
 
 
 def _state_bytes(model: ModelConfig) -> float:
-    """Of blocks' matrices, float32: parameters, two moments, EMA."""
+    """Bytes of the state of blocks' matrices, float32: parameters, two moments, EMA."""
     return 4 * 4 * _matrix_parameters(model)
 
 
@@ -135,17 +136,17 @@ def _matrix_parameters(model: ModelConfig) -> float:
 
 
 def _memory(mesh: Mesh) -> float:
-    """Bytes that programs of a GPU have: as the device says, or where it is not there, as `chips` does; 0: unknown."""
+    """Bytes of a GPU's memory for programs: from the device or, for absent ones, from `chips`; 0: unknown."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     try:
         told = own[0].memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # of a device that is not there
+    except jax.errors.JaxRuntimeError:  # an absent device
         told = {}
     chip = chips.of_kind(own[0].device_kind)
     return told.get("bytes_limit", chip.memory if chip else 0.0)
 
 
 def _filled(config: Config, **choices: Any) -> Config:
-    """The config with these choices for fields of the model that are open."""
+    """The config with these choices for fields of the model that it leaves open."""
     choices = {name: value for name, value in choices.items() if getattr(config.model, name) in OPEN}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **choices))

@@ -1,10 +1,10 @@
 """Floating-point operations of the model, counted from its sizes; a multiply-add is two.
 
-What is counted are the matrix products of the mathematics, and the depthwise convolutions, whatever the program does
-beside them (padding, recomputation). Of the loss that is the published one: the head predicts all tokens, also the
-visible ones, which have no weight and which one CPU leaves out (13 % of the head; without them a step of a large preset
-would count 2.6 to 3.6 % less). Embeddings, norms, gates and the autoencoder are left out. The MFU of training logs, of
-plans and of benchmarks rests on these numbers.
+The count covers the matmuls of the mathematics and the depthwise convolutions, whatever else the program does (padding,
+recomputation). The loss counted is the published one: the head predicts all tokens, including the visible ones, which
+have no weight and which a single CPU leaves out (13 % of the head; without them, a step of a large preset would count
+2.6 to 3.6 % less). Norms, gates, the autoencoder and embeddings, other than the projections of image tokens and text
+features, are left out. The MFU of training logs, plans and benchmarks uses these numbers.
 """
 
 import math
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: bool, read: int | None = None) -> int:
-    """One attention layer over `tokens` tokens of one image, of `read` of which (None: all) the outputs are wanted."""
+    """One attention layer over `tokens` tokens of one image, with outputs for `read` of them (None: all)."""
     width, made = model.width, tokens if read is None else read
     projections = 2 * (tokens + made) * width * 2 * width  # keys and values; queries and outputs
     if softmax:
@@ -31,7 +31,7 @@ def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: boo
 def stack_flops(
     model: ModelConfig, first: int, depth: int, tokens: int, *, conv: bool = False, read: int | None = None
 ) -> int:
-    """Blocks first .. first + depth - 1 over `tokens` tokens of an image; the last makes `read` of them (None: all)."""
+    """Blocks first .. first + depth - 1 over `tokens` tokens of an image; the last outputs `read` (None: all)."""
     total = 0
     for i in range(first, first + depth):
         softmax = model.attention == "softmax" or (
@@ -44,13 +44,13 @@ def stack_flops(
 
 
 def head_flops(model: ModelConfig) -> int:
-    """The diffusion head for one token and one noise level, the projection of its condition left out."""
+    """The diffusion head for one token and one noise level, without the projection of its condition."""
     r = model.head_width
     return 2 * (2 * model.token_dim * r + model.head_depth * 5 * r * r + 2 * r * r)
 
 
 def condition_flops(model: ModelConfig) -> int:
-    """The condition of one image, encoded."""
+    """Encoding the condition of one image."""
     text = model.text_tokens if model.condition == "text" else 1
     total = stack_flops(model, 0, model.condition_depth, text + model.condition_tokens)
     if model.condition == "text":
@@ -59,7 +59,7 @@ def condition_flops(model: ModelConfig) -> int:
 
 
 def image_flops(model: ModelConfig, visible: int, read: int | None = None) -> int:
-    """z of `read` tokens (None: all) of one image, `visible` of which exist: embedding, encoder half, decoder half."""
+    """z for `read` tokens (None: all) of an image with `visible` visible ones: projection, encoder and decoder half."""
     c, n, (encoders, decoders) = model.condition_tokens, model.image_tokens, model.halves
     total = stack_flops(model, 0, encoders, c + visible)
     total += stack_flops(model, encoders, decoders, c + n, conv=model.depthwise_conv, read=read)
@@ -72,7 +72,7 @@ def projection_flops(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, loss: LossConfig) -> float:
-    """One image's loss. Only tokens that exist count: the visible ones of the encoder half at their mean number."""
+    """One image's loss, without padding: the encoder half counts the mean number of visible tokens."""
     n = model.image_tokens
     visible = round(n * (1 - _mean_mask_ratio(loss)))
     head = n * (projection_flops(model) + loss.repeat * head_flops(model))
@@ -80,12 +80,12 @@ def forward_flops(model: ModelConfig, loss: LossConfig) -> float:
 
 
 def training_flops(model: ModelConfig, loss: LossConfig) -> float:
-    """One image's forward and backward pass; recomputation by remat is not counted, as in MFU's definition."""
+    """One image's forward and backward pass; as in the definition of MFU, recomputation by remat does not count."""
     return 3 * forward_flops(model, loss)
 
 
 def sampling_flops(model: ModelConfig, schedule: "Schedule") -> float:
-    """One image, without the autoencoder; the unconditional condition, one for all images of a call, is left out."""
+    """One image, without the autoencoder and without the unconditional condition, which all images of a call share."""
     branches = 2 if schedule.guided else 1
     total = condition_flops(model)
     steps = zip(schedule.visible, schedule.predicted, schedule.euler_steps, strict=True)
@@ -100,6 +100,6 @@ def _mean_mask_ratio(loss: LossConfig) -> float:
     steps = 1000
     ratios = [loss.mask_ratio_min + (1 - loss.mask_ratio_min) * (i + 0.5) / steps for i in range(steps)]
     exponents = [-0.5 * ((r - loss.mask_ratio_mean) / loss.mask_ratio_std) ** 2 for r in ratios]
-    largest = max(exponents)  # without it, all weights of a narrow one are zero
+    largest = max(exponents)  # subtracted, as all weights of a narrow normal would underflow to zero
     weights = [math.exp(exponent - largest) for exponent in exponents]
     return sum(r * w for r, w in zip(ratios, weights, strict=True)) / sum(weights)

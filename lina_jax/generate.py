@@ -1,4 +1,4 @@
-"""Set-by-set decoding: one compiled program from conditions to images, or one a step (paper section 3.1)."""
+"""Set-by-set decoding, as one compiled program from conditions to images or one per step (paper section 3.1)."""
 
 import dataclasses
 import functools
@@ -19,17 +19,17 @@ from lina_jax.state import Blueprint, Program, Tree
 
 
 class StepInputs(NamedTuple):
-    """The numbers of a decoding step, or of several along a first axis."""
+    """The values of a decoding step, or of several steps along a first axis."""
 
-    visible: np.ndarray | jax.Array  # tokens that exist before it
-    predicted: np.ndarray | jax.Array  # tokens that it makes
-    guidance: np.ndarray | jax.Array  # at least 1, which is none
+    visible: np.ndarray | jax.Array  # number of tokens that exist before it
+    predicted: np.ndarray | jax.Array  # number of tokens that it draws
+    guidance: np.ndarray | jax.Array  # at least 1, which means none
     euler_steps: np.ndarray | jax.Array
     sigmas: np.ndarray | jax.Array  # (E + 1,) noise levels of its Euler steps
 
 
 class StepShape(NamedTuple):
-    """What a step's program is compiled for: bounds on the tokens that exist before it and that it makes; guidance."""
+    """What a step's program is compiled for: the most tokens that exist before it and that it draws, and guidance."""
 
     visible: int
     predicted: int
@@ -40,12 +40,12 @@ class StepShape(NamedTuple):
 class Schedule:
     """What each of K decoding steps does, known before anything runs."""
 
-    visible: np.ndarray  # (K,) tokens that exist before the step
-    predicted: np.ndarray  # (K,) tokens that it makes
+    visible: np.ndarray  # (K,) number of tokens that exist before the step
+    predicted: np.ndarray  # (K,) number of tokens that it draws
     guidance: np.ndarray  # (K,)
     euler_steps: np.ndarray  # (K,)
     sigmas: np.ndarray  # (K, E + 1) noise levels of its Euler steps, padded with zeros
-    stages: tuple[slice, ...]  # steps that share one padded size
+    stages: tuple[slice, ...]  # groups of steps, each with one padded size
     temperature: float
 
     @property
@@ -53,7 +53,7 @@ class Schedule:
         return bool(np.any(self.guidance > 1))
 
     def inputs(self, steps: slice | int) -> StepInputs:
-        guidance = np.maximum(self.guidance, 1)  # below 1 is none, as published
+        guidance = np.maximum(self.guidance, 1)  # below 1 means none, as published
         return StepInputs(self.visible[steps], self.predicted[steps], guidance[steps], self.euler_steps[steps],
                           self.sigmas[steps])  # fmt: skip
 
@@ -62,7 +62,7 @@ class Schedule:
 
 
 def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
-    """Of images of so many tokens; `shift` is that of the noise levels. Steps that make no token are left out."""
+    """The schedule for images of `tokens` tokens and noise levels of this `shift`, without steps that draw none."""
     predicted = flow.cosine_schedule(tokens, config.steps)
     predicted = predicted[predicted > 0]
     steps = len(predicted)
@@ -83,12 +83,12 @@ def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
 
 
 class DecodingInputs(NamedTuple):
-    """What stays the same through all decoding steps of B images."""
+    """What is the same in all decoding steps of B images."""
 
-    c: jax.Array  # encoded condition (B, ...); guided: (2B, ...), each image's before its unconditional one
-    order: jax.Array  # (B, N), a permutation of the tokens per image
-    rank: jax.Array  # (B, N), its inverse
-    noise: jax.Array  # (B, N, p*p*C), what each token is denoised from: drawn once, since each token is made once
+    c: jax.Array  # encoded conditions (B, ...); guided: (2B, ...), each followed by the unconditional one
+    order: jax.Array  # (B, N), a permutation of the tokens of each image
+    rank: jax.Array  # (B, N), the inverse of `order`
+    noise: jax.Array  # (B, N, p*p*C), what tokens are denoised from; drawn once, as each token is drawn once
 
 
 def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> DecodingInputs:
@@ -97,13 +97,13 @@ def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Arra
     if guided:
         batch = order.shape[0]
         other = model.encode_condition(unconditional(model.config, condition))
-        # Neighbours, not halves: so each image and its copy stay on the device that has the image.
+        # Interleaved, not concatenated, so that an image's two conditions are on the device that has the image.
         c = jnp.stack([c, jnp.broadcast_to(other, c.shape)], axis=1).reshape(2 * batch, *c.shape[1:])
     return DecodingInputs(c, order, jnp.argsort(order, axis=1), noise)
 
 
 def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepInputs, shape: StepShape) -> jax.Array:
-    """Tokens (B, N, p*p*C) after one more step; those that are not made yet are zero."""
+    """Tokens (B, N, p*p*C) after one more step; those not drawn yet are zero."""
     c, order, rank, noise = fixed
     count, predicted, guidance, euler, sigmas = inputs
     copies = 2 if shape.guided else 1
@@ -111,7 +111,7 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
     def both(x):
         return jnp.repeat(x, copies, axis=0)
 
-    # Slices of the order may run past its end; what lies there is never used.
+    # Slices of the order may run past its end; the padding there is never used.
     padded = jnp.pad(order, ((0, 0), (0, shape.predicted)))
     ids = jax.lax.dynamic_slice_in_dim(padded, count, shape.predicted, axis=1)
     z = model.encode_image(both(tokens), both(rank >= count), shape.visible, c, only=both(ids))
@@ -126,16 +126,16 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
         return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 
     made = jax.lax.fori_loop(0, euler, euler_step, gather_tokens(noise, ids))
-    # By gathering: of a scatter XLA's partitioner would gather the images of all devices.
+    # A gather: for a scatter, XLA's partitioner would collect the images of all devices.
     place = rank - count
     fresh = (place >= 0) & (place < predicted)
     return jnp.where(fresh[..., None], gather_tokens(made, jnp.clip(place, 0, shape.predicted - 1)), tokens)
 
 
 def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, steps: Schedule) -> jax.Array:
-    """Image tokens (B, N, p*p*C); order and noise as in `DecodingInputs`, but for the temperature.
+    """Image tokens (B, N, p*p*C); `order` and `noise` as in `DecodingInputs`, but the noise without temperature.
 
-    The image after step i is where(argsort(order) < visible[i + 1], tokens, 0).
+    After step i, but the last, the image is where(argsort(order) < visible[i + 1], tokens, 0).
     """
     fixed = prepare(model, condition, order, steps.temperature * noise, guided=steps.guided)
     tokens = jnp.zeros_like(noise)
@@ -150,7 +150,7 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
 
 
 def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Decoding order (B, N) and noise (B, N, p*p*C) of each image number (B,), functions of (seed, number)."""
+    """Decoding order (B, N) and noise (B, N, p*p*C) of image numbers (B,), each a function of (seed, number)."""
 
     def one(image):
         order, noise = jax.random.split(jax.random.fold_in(root_key(seed), image))
@@ -171,7 +171,7 @@ def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
 def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
     """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3).
 
-    The condition is as in a training batch: with the frozen text encoder in the plan, `text` may be token ids.
+    The condition is as in a training batch; if the plan has a frozen text encoder, `text` may be token ids.
     """
     config = plan.config
     steps = schedule(sample, config.model.image_tokens, config.loss.shift)
@@ -186,19 +186,19 @@ def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
 
 
 class DecodingState(NamedTuple):
-    """B images after one of their decoding steps."""
+    """B images after a decoding step."""
 
-    step: int  # the first is 1
-    tokens: jax.Array  # (B, N, p*p*C); those that are not made yet are zero
-    rank: jax.Array  # (B, N), when each token is made
+    step: int  # counted from 1
+    tokens: jax.Array  # (B, N, p*p*C); those not drawn yet are zero
+    rank: jax.Array  # (B, N), the place of each token in the order of drawing
 
 
 class Stepper:
-    """What `make_sampler` makes, a step at a time, so that images can be seen while they are made.
+    """The images of `make_sampler`, one program call per decoding step, so that they can be shown as they form.
 
-    Programs are compiled for shapes alone: prompts, seeds, temperatures and guidances (but none) share them; numbers of
-    images and of steps do not. With the quickstart's model on two CPU cores the bits were those of the one program, and
-    the time was within a tenth of its own (1, 4 and 36 images).
+    Programs depend on shapes alone: other prompts, seeds, temperatures and guidances (except switching guidance off)
+    reuse them; another number of images or steps compiles anew. With the quickstart's model on two CPU cores, images
+    were bit-identical to those of `make_sampler`, and the time was within a tenth of its time (1, 4 and 36 images).
     """
 
     def __init__(self, plan: Blueprint):
@@ -225,7 +225,7 @@ class Stepper:
     def __call__(
         self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, steps: Schedule
     ) -> Iterator[DecodingState]:
-        """The states of images of these numbers (B,), one for each step; the last is of the finished images."""
+        """The states of the images with these numbers (B,), one per step; the last holds the finished images."""
         which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
         tokens, fixed, params = self._begin(steps.guided, params, frozen, condition, *which)
         for stage in steps.stages:
@@ -240,10 +240,9 @@ class Stepper:
 
 
 def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
-    """The jitted program as of `make_sampler`, -> uint8 images (S, B, H, W, 3) of the picture as it is being decoded.
+    """A program like that of `make_sampler` -> uint8 images (S, B, H, W, 3) of the pictures as they form.
 
-    S is at most `shown`: after the first step, some evenly spread ones, and the last. Tokens that are not made yet are
-    zero.
+    S is at most `shown`: the first step, evenly spaced ones, and the last. Tokens not drawn yet are zero.
     """
     config = plan.config
     steps = schedule(sample, config.model.image_tokens, config.loss.shift)

@@ -1,8 +1,7 @@
-"""Many processes, one run: how they start together, agree on what they run, and end together.
+"""Several processes in one run: they start together, agree on what they run, and end together.
 
-`together()` is the frame of an entry point. Where flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the
-process is one of several, it starts jax.distributed; alone, nothing is different. docs/many_hosts.md tells the user's
-side.
+Entry points work within `together()`. If flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the process
+is one of several, it starts jax.distributed; a single process just runs. docs/many_hosts.md is for users.
 """
 
 import _thread
@@ -31,18 +30,18 @@ from lina_jax.cluster import Cluster, the_cluster
 from lina_jax.errors import RUN_AGAIN, PartFailed, Preempted, UserError
 
 T = TypeVar("T")
-_END = "lina_jax/end"  # key of what ended the run: [process, line, exit code]
+_END = "lina_jax/end"  # key of the reason why the run ended: [process, line, exit code]
 _SEEN = "lina_jax/seen"  # directory of keys, one for each process that knows of the end
-_FAREWELL_S = 5.0  # how long a process that ends waits until all others know why
-_said: int | None = None  # the exit code, as soon as this process has said why it ends
-# What JAX's runtime says of mistakes, which would come again. All else may be the fault of a link or a machine.
+_FAREWELL_S = 5.0  # longest time that a process that ends waits for all others to know why
+_said: int | None = None  # the exit code, once this process has printed why it ends
+# Statuses of JAX's runtime for mistakes, which would recur. All others may be the fault of a link or a machine.
 _LASTING = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
-_NO_BACKEND = "Unable to initialize backend"  # how JAX begins to tell of a runtime that failed as it started
-PATIENCE_S = 24 * 3600  # for processes that live: those that do not are noticed by their heartbeats
+_NO_BACKEND = "Unable to initialize backend"  # how JAX's error begins if a runtime fails to start
+PATIENCE_S = 24 * 3600  # how long to wait for live processes; heartbeats detect dead ones
 
 
 def define_flags() -> None:
-    """Define the flags of entry points that run in many processes."""
+    """Define the flags of entry points that run in several processes."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found by the environment, or alone")
     flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
@@ -52,10 +51,10 @@ def define_flags() -> None:
 
 @contextlib.contextmanager
 def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[None]:
-    """The frame of an entry point's work, in each process of the run.
+    """The context in which each process of a run does an entry point's work.
 
     All processes must agree on `facts` (name: value). An error in one of them ends all, with its line and its exit
-    code. With `preemption`, SIGTERM is a notice for `preemption.Notice`.
+    code. With `preemption`, SIGTERM is left to `preemption.Notice`.
     """
     values = flags.FLAGS
     for name in ("connect_timeout", "heartbeat_timeout"):
@@ -75,13 +74,13 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
             yield
         except Preempted as error:  # in all processes after the same step
             preempted = error
-        barrier("end")  # however long one of them works alone: JAX's own patience is five minutes
+        barrier("end")  # one process may work alone for long; JAX itself waits only five minutes
     except BaseException as error:
         if not errors.ending(error):
             traceback.print_exc()
         if reason := _runtime_failure(error):
-            # Collectives fail at once when a process is gone. Which one, and whether it said why, is known by the end
-            # of this time, in `_follow` or `_aborted`.
+            # Collectives fail at once when a process is gone. By the end of this time, `_follow` or `_aborted` knows
+            # which one it was, and whether it gave a reason.
             time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
             error = PartFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
         _end_all(cluster, error)
@@ -91,7 +90,7 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
 
 
 def _runtime_failure(error: BaseException) -> str:
-    """What JAX's runtime says of a device or a link that failed; "" of any other error."""
+    """What JAX's runtime reports about a failed device or link; "" for any other error."""
     if not isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_NO_BACKEND):
         return ""
     if errors.exhausted(error):
@@ -101,9 +100,9 @@ def _runtime_failure(error: BaseException) -> str:
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
-    """Returns when all processes have come here with the facts of process 0. Raises UserError naming what differs.
+    """Wait until all processes are here with the facts of process 0. Raises UserError that names what differs.
 
-    `what` names the occasion, anew each time. Alone, nothing happens.
+    `what` names the occasion and must be new each time. A single process does nothing.
     """
     client = distributed.global_state.client
     if client is None:
@@ -125,10 +124,10 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
 
 
 def check_shared(what: str, look: Callable[[], Any]) -> None:
-    """Returns when `look` shows all processes what it showed process 0 when that came here. Raises UserError.
+    """Wait until `look` returns in all processes what it returned in process 0. Raises UserError if it does not.
 
-    `what` names what is looked at; the others look again, as network file systems keep old listings, for as long as
-    --connect_timeout.
+    `what` names what is looked at. The others look repeatedly, for up to --connect_timeout, as network file systems
+    cache old listings.
     """
     client, key = distributed.global_state.client, f"lina_jax/shared/{what}"
     if client is None:
@@ -156,7 +155,7 @@ def soon(holds: Callable[[], bool]) -> bool:
 
 
 def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
-    """What `what` gives in process 0, as JSON gives it back, in all processes."""
+    """The result of `what` in process 0, passed through JSON, in all processes."""
     client = distributed.global_state.client
     if jax.process_index() == 0:
         client.key_value_set(key, json.dumps(what()))
@@ -164,14 +163,14 @@ def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
 
 
 def barrier(occasion: str) -> None:
-    """Returns when all processes have come here, which may take a day. An occasion has a name of its own."""
+    """Wait, for up to a day, until all processes are here. Each `occasion` must have a new name."""
     client = distributed.global_state.client
     if client is not None:
         _heeding_signals(client.wait_at_barrier, f"lina_jax/meet/{occasion}", 1000 * PATIENCE_S)
 
 
 def summed(name: str, counts: Mapping[str, int]) -> dict[str, int]:
-    """In process 0 the counts of all processes, as each said them last; in the others their own. Nobody waits."""
+    """In process 0, the sum of the counts that each process last reported; in the others their own. Never waits."""
     client = distributed.global_state.client
     if client is None:
         return dict(counts)
@@ -183,10 +182,11 @@ def summed(name: str, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _heeding_signals(wait: Callable[..., T], *args) -> T:
-    """The result of a wait in JAX's runtime, in a thread of its own: the main one could not be interrupted there.
+    """The result of a wait in JAX's runtime, in another thread, as the main thread could not be interrupted there.
 
-    The main thread waits in C: an interrupt within locks that are written in Python, as those of executors are, may
-    leave them held for ever. And it wakes up now and then: a signal just before a wait in C does not end it.
+    The main thread waits in a SimpleQueue, which is written in C: an interrupt within locks written in Python, like
+    those of executors, may leave them held forever. It wakes up at intervals, as a signal that comes just before a wait
+    in C does not end it.
     """
     ends: SimpleQueue = SimpleQueue()
 
@@ -208,7 +208,7 @@ def _heeding_signals(wait: Callable[..., T], *args) -> T:
 
 def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool) -> None:
     roll_call.hold(cluster, timeout)
-    # Without it SIGTERM ends a process, as usual; with it nothing but a training loop heeds the signal.
+    # Without this service, SIGTERM ends a process as usual; with it, only a training loop reacts to the signal.
     jax.config.update("jax_enable_preemption_service", preemption)
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
@@ -223,20 +223,20 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
         )
     except ValueError as error:
         raise UserError(f"cannot start jax.distributed at {cluster.address}: {error}") from error
-    except RuntimeError as error:  # one that came to the roll call has gone since
+    except RuntimeError as error:  # a process that answered the roll call is gone
         raise PartFailed(f"cannot start jax.distributed at {cluster.address}: {error}") from error
 
 
 def _disconnect(follower: threading.Thread) -> None:
-    """Leave when all do."""
+    """Disconnect, together with all processes."""
     jax.distributed.shutdown()
-    follower.join()  # a thread in the runtime's hands would end the interpreter's own end with an abort
+    follower.join()  # a thread still in the runtime would make the interpreter abort at exit
     ctypes.CDLL(None).signal(signal.SIGABRT, None)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(signum: int) -> None:
-    """JAX's runtime aborts the process when others are gone, and asks nobody before."""
+    """Handler of SIGABRT: JAX's runtime aborts this process when another one is gone."""
     del signum
     if _said is not None:  # the others have left already
         os._exit(_said)
@@ -249,7 +249,7 @@ def _aborted(signum: int) -> None:
 
 
 def _end_all(cluster: Cluster, error: BaseException) -> None:
-    """Tell the others why this process ends, and end it."""
+    """Report to the others why this process ends, and end it."""
     line, code = errors.ending(error) or (f"error: {type(error).__name__}: {error}", 1)
     client = distributed.global_state.client
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the store is gone
@@ -258,7 +258,7 @@ def _end_all(cluster: Cluster, error: BaseException) -> None:
 
 
 def _follow(cluster: Cluster) -> None:
-    """End this process when another one says that it ends."""
+    """End this process when another one reports that it ends."""
     try:
         process, line, code = json.loads(
             distributed.global_state.client.blocking_key_value_get(_END, 365 * 1000 * PATIENCE_S)
@@ -270,9 +270,9 @@ def _follow(cluster: Cluster) -> None:
 
 
 def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
-    """Say that the end is known here, and leave when all have said so: who leaves earlier makes JAX abort others.
+    """Report that this process knows of the end, and leave once all have: leaving earlier makes JAX abort the others.
 
-    It aborts those, too, that leave a moment after process 0 does: nobody hears it by then.
+    It also aborts processes that leave just after process 0, but their output is closed by then.
     """
 
     def farewell():
@@ -288,7 +288,7 @@ def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
 
 
 def _code() -> str:
-    """The version, and a digest of this package's sources."""
+    """The version and a digest of this package's sources."""
     digest, root = hashlib.sha256(), Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())

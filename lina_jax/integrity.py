@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are those that were saved: their sizes and CRC-32, in a file beside them."""
+"""Digests of a checkpoint's files (size and CRC-32), in a file beside them, to detect damage."""
 
 import json
 import zlib
@@ -15,12 +15,12 @@ from lina_jax import places
 DIGESTS = "digests.json"
 _PIECE = 2**24
 _THREADS = 8  # reading waits for storage, and CRC-32 works outside the interpreter lock
-_SOUND, _UNKNOWN, _UNREADABLE, _FIRST = 0, 1, 2, 3  # findings; from _FIRST on they name file and kind of damage
+_SOUND, _UNKNOWN, _UNREADABLE, _FIRST = 0, 1, 2, 3  # findings; _FIRST and above encode the file and the kind of damage
 _KINDS = ("is missing", "has another size than was saved", "has other bytes than were saved")
 
 
 def record(folder: Path) -> None:
-    """Write the digests of all files in the items of a checkpoint."""
+    """Write the digests of all files in a checkpoint's items."""
     paths = [path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file()]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
@@ -28,7 +28,7 @@ def record(folder: Path) -> None:
 
 
 def saved_items(folder: Path) -> set[str]:
-    """The items that a checkpoint was saved with, by its digests, whatever is left of them; and what is there."""
+    """The names of items in a checkpoint's digests, even if the items are gone, and of everything in its folder."""
     try:
         recorded = _recorded(folder)
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def saved_items(folder: Path) -> set[str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of all that a checkpoint holds; "" of one without digests (of earlier versions)."""
+    """A fingerprint of all files of a checkpoint; "" without digests (from earlier versions)."""
     try:
         return f"{zlib.crc32((folder / DIGESTS).read_bytes()):08x}"
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def fingerprint(folder: Path) -> str:
 def damage(folder: Path, items: Collection[str]) -> str:
     """What is wrong with the files of these items, "" if nothing; the same in all processes, which share the work.
 
-    Checkpoints without digests (of earlier versions) pass. Raises OSError where storage fails.
+    Checkpoints without digests (from earlier versions) pass. Raises OSError if storage fails.
     """
     try:
         digests = _recorded(folder)
@@ -72,7 +72,7 @@ def damage(folder: Path, items: Collection[str]) -> str:
 
 
 def _recorded(folder: Path) -> dict[str, list[int]]:
-    """[size, CRC-32] of each file. Raises OSError and ValueError."""
+    """[size, CRC-32] of each file, by name. Raises OSError and ValueError."""
     digests = json.loads((folder / DIGESTS).read_text())
     if not isinstance(digests, dict) or not digests:
         raise ValueError(f"{DIGESTS} holds no digests")

@@ -1,4 +1,4 @@
-"""Whether attention kernels compute on this device what XLA's products do: asked once, before a run relies on them."""
+"""Checks, before a run relies on attention kernels, that they compute the same as XLA's matmuls on this device."""
 
 import dataclasses
 import math
@@ -17,15 +17,15 @@ from lina_jax.errors import UserError
 from lina_jax.models import tiles
 from lina_jax.models.attention import Attention, AttentionConfig
 
-TOLERANCE = 0.03  # of the norm of the result, and of each gradient; measured with bfloat16: 0.005 at most
-SMALL = 0.01  # of the norm of all gradients, added to that of each: those that nearly cancel are all rounding
-CONDITION, SIDE = 64, 24  # so many tokens that several programs of a GPU share an image
+TOLERANCE = 0.03  # relative to the norm of the result or gradient; measured with bfloat16: 0.005 at most
+SMALL = 0.01  # share of the norm of all gradients added to that of each: some nearly cancel, and are mostly rounding
+CONDITION, SIDE = 64, 24  # enough tokens that several programs of a GPU share an image
 
 
 def settled(config: Config, devices: Mesh) -> Config:
-    """The config without kernels, if it leaves them open and they fail on the devices here, which is logged.
+    """The config, without kernels if it leaves them open and they fail on the devices of any process (logged).
 
-    The same in all processes. Raises UserError where kernels fail that the config asks for.
+    The same in all processes. Raises UserError if kernels that the config asks for fail.
     """
     reason = fault(execution.resolved(config, devices).model)
     if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
@@ -38,19 +38,19 @@ def settled(config: Config, devices: Mesh) -> Config:
 
 
 def check(model: ModelConfig) -> None:
-    """Raises UserError where the model's kernels fail on the devices of this process."""
+    """Raises UserError if the model's kernels fail on the devices of this process."""
     if reason := fault(model):
         raise _refusal(reason)
 
 
 def fault(model: ModelConfig) -> str:
-    """What is wrong with the model's kernels on the devices of this process: "" where they agree, or there are none.
+    """What is wrong with the model's kernels on the devices of this process; "" if nothing, or if it uses none.
 
-    A small layer with them is compared, in value and gradient, with one without.
+    Compares the results and gradients of a small layer with and without kernels.
     """
     if model.attention_kernel != "pallas" or model.attention == "softmax" or not tiles.device():
         return ""
-    heads = math.gcd(model.heads, 4)  # as many of 96 channels share a tile of a TPU
+    heads = math.gcd(model.heads, 4)  # four heads of 96 channels share a tile of a TPU
     layer = AttentionConfig(
         width=heads * (model.width // model.heads),
         heads=heads,
@@ -67,7 +67,7 @@ def fault(model: ModelConfig) -> str:
         found = _outcome(layer, rotary=model.rotary)
     except UserError:
         raise
-    except Exception as error:  # Pallas and the compilers raise what they like of what they cannot lower
+    except Exception as error:  # Pallas and compilers raise many types for what they cannot lower
         return f"does not compile or run: {str(error).strip().splitlines()[0]}"
     sizes = [np.linalg.norm(part) for part in expected]
     small = SMALL * np.linalg.norm(sizes[1:])
@@ -85,7 +85,7 @@ def _refusal(reason: str) -> UserError:
 
 
 def _outcome(layer: AttentionConfig, *, rotary: bool) -> list[np.ndarray]:
-    """Result and gradients of a layer on noise, some of whose tokens do not exist; each flat and float32."""
+    """Result and gradients of a layer on noise, with some tokens absent; each flat and float32."""
     graph, weights = nnx.split(Attention(layer, rngs=nnx.Rngs(0)))
     shape = 2, layer.tokens, layer.width
     x, direction = (jax.random.normal(jax.random.key(i), shape).astype(layer.dtype) for i in (1, 2))

@@ -1,4 +1,4 @@
-"""Devices to mesh, and the one table that says which array axis lives on which mesh axis."""
+"""The device mesh, and the one table that says which array axis is sharded over which mesh axes."""
 
 import bisect
 import dataclasses
@@ -16,39 +16,38 @@ from lina_jax import config_checks, places
 from lina_jax.config import TIME_FEATURES, Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
-# From the slowest links to the fastest: between slices or nodes stands `replica`, which only gradients cross, once for
-# each micro-batch; `tensor` exchanges activations in every layer.
+# From the slowest links to the fastest. `replica` lies between slices or nodes: only gradients cross it, once per
+# micro-batch. `tensor` exchanges activations in every layer.
 AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters, their moments and EMA, and the frozen encoders: the first large axis is
-# cut over `fsdp` (gathered where used, so that no device holds the model; of another axis, GPUs would turn the matrix
-# over before and after), heads and hidden units over `tensor` (Megatron: the width is summed). Activations: cut by
-# batch, and the tokens of each image by `sequence` (models/sequence.py).
+# Logical axis -> mesh axes. In parameters, their moments and EMA, and the frozen encoders, the first large axis is
+# sharded over `fsdp`: arrays are gathered where they are used, so that no device holds the whole model. (With another
+# axis, GPUs would transpose the matrix before and after.) Heads and hidden units are sharded over `tensor` (Megatron:
+# partial sums of the width are reduced). Activations are sharded by batch, and the tokens of each image over `sequence`
+# (models/sequence.py).
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("replica", "data", "fsdp"),
-    "tokens": ("sequence",),  # of condition and image; data and encoders are whole along it
-    "embed": ("fsdp",),  # width of the residual stream and of the diffusion head, channels of autoencoders
+    "tokens": ("sequence",),  # of condition and image; data and encoders are replicated over it
+    "embed": ("fsdp",),  # widths of the residual stream and the diffusion head, channels of autoencoders
     "rows": ("fsdp",),  # of large tables with a row for each token
     "heads": ("tensor",),  # attention heads
-    "mlp": ("tensor",),  # hidden units of the two-layer perceptrons
-    "inner": ("tensor", "fsdp"),  # heads or hidden units, of a matrix that maps them to the residual stream
-    "parts": (),  # maps side by side in one array: queries, keys, values; scale, shift, gate
+    "mlp": ("tensor",),  # hidden units of MLPs
+    "inner": ("tensor", "fsdp"),  # heads or hidden units, in a matrix that maps them to the residual stream
+    "parts": (),  # maps stacked in one array: queries, keys, values; scale, shift, gate
 }
 
-# Numbers of a layer's table of gates from which on it is cut: those of images up to 1024 px are smaller.
+# Size (number of elements) from which a layer's table of gates is sharded; tables for images up to 1024 px are smaller.
 LARGE_TABLE = 2**18
 
-# Into as many parts widths of 1024 and 1536 can be cut so that the rows of each are a multiple of 16: of other shards,
-# XLA:TPU sums padded copies in place of gathering them (docs/planning.md).
+# The most shards of widths 1024 and 1536 that have a multiple of 16 rows each. XLA:TPU does not gather other shards but
+# sums padded copies of them (docs/planning.md).
 WHOLE_TILES = 32
 
 
 def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that a config trains on.
+    """The mesh that a config trains on. Raises UserError as `build` and `check` do.
 
-    `sequence` of 0 is chosen: the fewest parts of an image with which the batch can be cut over the devices.
-
-    Raises UserError as `build` and `check` do.
+    If `sequence` is 0, images are split into the fewest parts with which the batch can be sharded over the devices.
     """
     devices = jax.devices() if devices is None else devices
     if config.mesh.sequence:
@@ -74,14 +73,14 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, neighbours in it neighbours in the machine.
+    """A mesh over all devices; neighbours in the mesh are neighbours in the machine.
 
-    `fsdp` of 0 is chosen: with `data` or `replica` -1 as many of the devices that the other axes leave as divide
-    WHOLE_TILES and are in one slice or node (`nodes`), else all of them. `sequence` of 0 is 1, as no batch is known
-    here.
+    `fsdp` of 0 is chosen from the devices that the other axes leave. If `data` or `replica` is -1, it is the
+    greatest common divisor of their number, WHOLE_TILES, and how many sequence x tensor groups a slice or node holds
+    (`nodes`); else it is all of them. `sequence` of 0 means 1, as no batch is known here.
 
-    Raises UserError with the arithmetic when the axes do not multiply to the number of devices, `replica` does not fit
-    the slices of a TPU, or these are not alike.
+    Raises UserError with the arithmetic if the product of the axes is not the number of devices, `replica` does not fit
+    the slices of a TPU, or the slices differ in size.
     """
     config_checks.check_mesh(config)
     devices = jax.devices() if devices is None else devices
@@ -99,7 +98,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
-    """Of these sizes, of which one may be -1."""
+    """The mesh of these sizes, one of which may be -1."""
     known = math.prod(n for n in sizes.values() if n != -1)
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
@@ -122,7 +121,7 @@ def _check_slices(replica: int, devices: Sequence[jax.Device]) -> None:
 
 
 def holding(model: ModelConfig) -> Mesh:
-    """A mesh to hold weights without a batch: cut over the devices here where widths allow it, else on one of them."""
+    """A mesh to hold weights: sharded over this process's devices if the widths allow it, else on one of them."""
     devices = jax.local_devices()
     mesh = build(MeshConfig(data=1, fsdp=len(devices)), devices)
     try:
@@ -133,16 +132,16 @@ def holding(model: ModelConfig) -> Mesh:
 
 
 def nodes(devices: Sequence[jax.Device]) -> list[int]:
-    """For each of all devices of a program, the slice (TPU) or node (GPU) it is in, where links are fast.
+    """The number of the slice (TPU) or node (GPU), within which links are fast, of each device of a program.
 
-    Both are JAX's `slice_index`: it numbers GPUs by machine or NVLink domain, however many processes drive them. Where
-    all GPUs have the same number (compilers for absent ones; machines that hide their boot id), a process that drives
-    several is a node, but a process for each is one node, as on one machine by launch/slurm.sh. Devices without
-    numbers (CPUs) are near those of their process.
+    Both are JAX's `slice_index`, which numbers GPUs by machine or NVLink domain, however many processes drive them. If
+    all GPUs have the same number (compilers for absent GPUs; machines that hide their boot id), each process is a node,
+    unless every process has just one GPU: then all are one node, as on one machine with launch/slurm.sh. Devices
+    without numbers (CPUs) are grouped by process.
     """
     slices = [getattr(device, "slice_index", None) for device in devices]
     if devices[0].platform == "tpu":
-        return [number or 0 for number in slices]  # the compiler for an absent slice gives none
+        return [number or 0 for number in slices]  # None from the compiler for an absent slice
     processes = [device.process_index for device in devices]
     if None in slices or (len(set(slices)) == 1 and len(set(processes)) < len(devices)):
         return processes
@@ -150,7 +149,7 @@ def nodes(devices: Sequence[jax.Device]) -> list[int]:
 
 
 def sums_cross_nodes(mesh: Mesh) -> bool:
-    """Whether gradients are summed within nodes of GPUs, then between them: no `fsdp` group spans several."""
+    """Whether gradients are reduced within GPU nodes, then between them: no `fsdp` group spans several nodes."""
     devices = list(mesh.devices.flat)
     node_of = np.array(nodes(devices)).reshape(mesh.devices.shape)
     groups = np.moveaxis(node_of, AXES.index("fsdp"), -1)
@@ -161,7 +160,7 @@ def sums_cross_nodes(mesh: Mesh) -> bool:
 def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     shape, node_of = tuple(sizes.values()), nodes(devices)
     if devices[0].platform != "tpu":
-        # Node by node. The last axes change fastest, so that `replica` and `data` are the ones between nodes.
+        # Node by node. The last axes vary fastest, so that `replica` and `data` are the ones that cross nodes.
         order = sorted(range(len(devices)), key=lambda i: (node_of[i], devices[i].id))
         return np.array([devices[i] for i in order], object).reshape(shape)
     slices = [
@@ -175,15 +174,15 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
 
 
 def _in_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Of a TPU, neighbours in the mesh neighbours in the torus."""
+    """The devices of a TPU slice in this shape; neighbours in the mesh are neighbours in the torus."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (ValueError, TypeError):  # of edges like 20, 28 and 44 it finds few layouts (jax 0.10)
+    except (ValueError, TypeError):  # it finds few layouts for edges like 20, 28 and 44 (jax 0.10)
         return _in_boxes(shape, devices)
 
 
 def _in_boxes(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The axes behind `data` are boxes of the torus: the cores of a chip, then of each edge as much as divides it."""
+    """Axes after `data` become boxes of the torus: the cores of a chip, then of each edge as much as divides it."""
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(axis=0)
     torus = np.empty(places.max(axis=0) + 1, object)
@@ -202,9 +201,9 @@ def _product(sizes: dict[str, int]) -> str:
 
 
 def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
-    """'fsdp=2,sequence=4' as a config. Raises UserError.
+    """The config of 'fsdp=2,sequence=4'. Raises UserError.
 
-    Axes that are not named are the defaults, but `replica` is the number of slices: each draws images of its own.
+    Other axes have their defaults, except `replica`: it is the number of slices, each of which draws its own images.
     """
     sizes = {}
     for part in filter(None, text.split(",")):
@@ -221,26 +220,26 @@ def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
 
 
 def cache_programs(directory: Path) -> None:
-    """Keep compiled programs in a directory, if it can be written, so that the next start need not compile them."""
+    """Cache compiled programs in a directory, if it is writable, so that the next start does not compile them again."""
     if jax.config.jax_compilation_cache_dir is None and places.writable(directory):
         jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is cut; 1 without a mesh."""
+    """The number of shards of a batch; 1 without a mesh."""
     return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
 
 
 def check(config: Config, mesh: Mesh) -> None:
-    """Raises UserError when a batch, the heads, a width or the tokens cannot be cut as the table says."""
+    """Raises UserError if the batch, the heads, a width or the tokens cannot be sharded as RULES says."""
     config_checks.check_micro_batches(config)
     _divides(mesh, "batch_size / optim.accumulate", config.batch_size // config.optim.accumulate, batch_parts(mesh))
     check_model(config.model, mesh)
 
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
-    """`check`, without the batch."""
+    """`check` of all but the batch."""
     size, (rows, columns) = mesh.shape, model.image_grid
     _divides(mesh, "model.heads", model.heads, size["tensor"])
     for name, width in (("model.width", model.width), ("model.head_width", model.head_width)):
@@ -268,7 +267,7 @@ def _divides(mesh: Mesh, name: str, value: int, parts: int) -> None:
 
 
 def spec(*names: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these logical names (None: not cut)."""
+    """The PartitionSpec of an array whose axes have these logical names (None: not sharded)."""
     cut = [RULES[name] or None if name else None for name in names]
     used = [axis for axes in cut if axes for axis in axes]
     if len(used) != len(set(used)):
@@ -277,21 +276,21 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
-    """Where an array lies whose axes have these logical names (RULES); a None is not cut."""
+    """The sharding of an array whose axes have these logical names (RULES; None: not sharded)."""
     return NamedSharding(mesh, spec(*names))
 
 
 def rows_here(mesh: Mesh, count: int) -> list[int]:
-    """The rows of a batch of `count` that devices of this process hold, in order.
+    """The rows of a batch of `count` that the devices of this process hold, in order.
 
-    Where `sequence` or `tensor` reach over processes, these hold the same rows.
+    Processes that `sequence` or `tensor` spans hold the same rows.
     """
     slices = sharding(mesh, "batch").addressable_devices_indices_map((count,)).values()
     return sorted(set().union(*(range(*rows.indices(count)) for (rows,) in slices)))
 
 
 def placed(mesh: Mesh, count: int, rows: Sequence[int], arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch of `count` on the devices, of which each process gives its own `rows`, those of `rows_here`."""
+    """A batch of `count` on the devices, to which each process contributes its rows (`rows_here`)."""
     place = sharding(mesh, "batch")
 
     def put(array: np.ndarray) -> jax.Array:
@@ -306,15 +305,15 @@ def placed(mesh: Mesh, count: int, rows: Sequence[int], arrays: Mapping[str, np.
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays, abstract or not."""
+    """Bytes per device of a tree of arrays, abstract or not."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin an activation's axes to the mesh; outside a mesh (`jax.set_mesh`) nothing happens.
+    """Constrain the sharding of an activation; without a mesh (`jax.set_mesh`) nothing happens.
 
-    A batch that its devices cannot share evenly stays whole, like the one unconditional image of guidance: cut, each
-    device would have padding, and layers would exchange it.
+    A batch that cannot be sharded evenly, like the single unconditional image of guidance, is not sharded: each device
+    would have padding, and layers would exchange it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -325,7 +324,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def gathered(x: jax.Array, *names: str | None) -> jax.Array:
-    """A parameter as its layer reads it, whole along `fsdp`; its gradient is scattered again."""
+    """A parameter gathered along `fsdp`, as its layer reads it; its gradient is sharded again."""
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return x
     whole = PartitionSpec(*(tuple(axis for axis in RULES.get(name, ()) if axis != "fsdp") or None for name in names))
@@ -339,26 +338,26 @@ def gathered(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: what is traced is meant for devices of the mesh in use, or else for those of this process."""
+    """The platform (cpu, gpu or tpu) that is traced for: that of the mesh in use, else that of this process."""
     device_mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if device_mesh.empty else device_mesh.abstract_device.platform
 
 
-# portable(True): what is traced inside is meant for every platform (exports).
+# portable(True): what is traced within must run on every platform (exports).
 portable = jax.make_user_context(default_value=False)
 
 
 def one_cpu() -> bool:
-    """Whether what is traced is meant for one CPU and nothing else."""
+    """Whether what is traced is to run on a single CPU device, and nowhere else."""
     device_mesh = jax.sharding.get_abstract_mesh()
     return platform() == "cpu" and not portable.value and (device_mesh.empty or device_mesh.size == 1)
 
 
 def by_platform(*args, default: Callable, **functions: Callable):
-    """The one of `functions` (cpu, cuda, tpu) that `platform` asks for, or else `default`, of the arguments.
+    """Apply the function (cpu, cuda, tpu) of the current `platform`, or else `default`, to the arguments.
 
-    Chosen now, but in `portable`: of jax.lax.platform_dependent remat would keep what the functions that do not run
-    give, too, as zeros.
+    It is chosen while tracing, except for `portable` programs: with jax.lax.platform_dependent, remat would also keep
+    the results of the functions that do not run, as zeros.
     """
     if portable.value:
         return jax.lax.platform_dependent(*args, default=default, **functions)
@@ -367,8 +366,8 @@ def by_platform(*args, default: Callable, **functions: Callable):
 
 
 def loops_gather_late() -> bool:
-    """Whether compilers leave a loop's gathers of weights in the iteration that uses them, which then waits for them.
+    """Whether the compiler leaves a loop's all-gathers of weights in the iteration that uses them, which has to wait.
 
-    Those for TPUs do; those for GPUs move gathers into the iteration before (`xla_flags`).
+    Compilers for TPUs do; those for GPUs move the gathers to the previous iteration (`xla_flags`).
     """
     return platform() == "tpu" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1

@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines and TensorBoard events, throughput and MFU."""
+"""The reports of a run: JSON lines and TensorBoard events, throughput and MFU."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from lina_jax.flops import training_flops
 
 
 def peak_flops(config: Config) -> float:
-    """Peak FLOP/s of one device, 0 where unknown."""
+    """Peak FLOP/s of one device; 0 if unknown."""
     chip = chips.of_kind(jax.devices()[0].device_kind)
     return config.log.peak_flops or (chip.peak_flops if chip else 0.0)
 
@@ -34,24 +34,24 @@ class Writer:
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
             before = self.path.read_bytes() if self.path.exists() else b""
-            if before and not before.endswith(b"\n"):  # a kill cut the last line
+            if before and not before.endswith(b"\n"):  # a kill cut off the last line
                 self._append("\n")
             events = workdir / "events"
             with self._writing(events):
                 events.mkdir(exist_ok=True)
-                # Not a SummaryWriter: when a write of its thread fails, whoever hands it more events waits for ever.
+                # Not a SummaryWriter: after a failed write in its thread, adding more events blocks forever.
                 self._events = EventsWriter(str(events / "events"))
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if self._active:
             values = {name: float(value) for name, value in values.items()}
             finite = {name: value for name, value in values.items() if np.isfinite(value)}
-            # JSON has no NaN: what is not finite is there, as null.
+            # JSON has no NaN: values that are not finite are written as null.
             self._append(json.dumps({"step": step, **{name: finite.get(name) for name in values}}) + "\n")
             self._show(step, [summary.scalar(name, value) for name, value in finite.items()])
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """image (H, W, 3) uint8."""
+        """Show an image (H, W, 3) uint8 in TensorBoard."""
         if self._active:
             self._show(step, [summary.image(name, image, dataformats="HWC")])
 
@@ -61,11 +61,11 @@ class Writer:
                 self._events.close()
 
     def _append(self, line: str) -> None:
-        with self._writing(self.path), self.path.open("a") as lines:  # and close: before, a mounted bucket has nothing
+        with self._writing(self.path), self.path.open("a") as lines:  # closed: a mounted bucket has nothing before
             lines.write(line)
 
     def _show(self, step: int, summaries: list) -> None:
-        """To TensorBoard."""
+        """Write to TensorBoard."""
         with self._writing(self.path.parent / "events"):
             for each in summaries:
                 self._events.write_event(Event(wall_time=time.time(), step=step, summary=each))
@@ -96,19 +96,19 @@ class Throughput:
         return rates | ({"mfu": images * self._flops / self._peak} if self._peak else {})
 
     def restart(self) -> None:
-        """What was before now is not training."""
+        """Leave out all time until now."""
         self._time = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time that is not training."""
+        """A context for work that is not training, whose time is left out."""
         started = time.monotonic()
         yield
         self._time += time.monotonic() - started
 
 
 def rows_as_written(path: Path) -> Iterator[dict[str, float | None]]:
-    """Rows of metrics.jsonl, a step that was repeated as often as it was; a line cut by a kill is left out."""
+    """Rows of metrics.jsonl in the order written, repeated steps included; a line cut off by a kill is left out."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
@@ -118,7 +118,7 @@ def rows_as_written(path: Path) -> Iterator[dict[str, float | None]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, float | None]]:
-    """Rows in order of step; a run that was interrupted repeats steps, and the last row of a step wins."""
+    """One row per step, in order; if a resumed run repeated a step, its last values count."""
     rows: dict[int, dict[str, float | None]] = {}
     for row in rows_as_written(path):
         rows[row["step"]] = rows.get(row["step"], {}) | row

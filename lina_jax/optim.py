@@ -1,4 +1,4 @@
-"""AdamW as published, or Muon: schedule, weight decay, clipping. Frozen arrays never get here."""
+"""AdamW as published, or Muon, with schedule, weight decay and clipping. Frozen arrays are not passed to it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,14 @@ from optax.contrib import MuonDimensionNumbers, muon
 from lina_jax.config import OptimConfig
 
 MUON_MOMENTUM = 0.95
-MUON_RMS = 0.2  # of an update with learning rate 1, as AdamW's are: both go by one learning rate (arXiv 2502.16982)
+MUON_RMS = 0.2  # of an update at learning rate 1, like AdamW's, so that both share a learning rate (arXiv 2502.16982)
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Updates applied so far -> learning rate. Warm-up is linear from nearly `warmup_factor` times the peak.
+    """Updates applied so far -> learning rate.
 
-    After it: constant, or a cosine to `final_learning_rate` at update `steps`.
+    Warm-up is linear, from nearly `warmup_factor` times the peak. Then the rate is constant, or follows a cosine to
+    `final_learning_rate` at update `steps`.
     """
 
     def schedule(count: jax.Array) -> jax.Array:
@@ -37,10 +38,10 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """Clipping, then AdamW or Muon.
 
-    `decayed` is a tree of bools like the parameters, False for the scales and biases of layer norms. `matrices` names
-    the arrays that map features to features: key path -> (contracted axes, output axes). Muon (Jordan 2024) makes the
-    momentum of those orthogonal, so that no direction learns slower than another; AdamW, with Nesterov's momentum as
-    Muon's, has the rest.
+    `decayed` is a tree of bools like the parameters, False for the scales and biases of layer norms. `matrices` lists
+    the arrays that map features to features: key path -> (contracted axes, output axes). Muon (Jordan 2024)
+    orthogonalises their momentum, so that no direction learns slower than another. AdamW updates the rest, with
+    Nesterov momentum like Muon.
     """
     rate = learning_rate(config, steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

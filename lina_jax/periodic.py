@@ -1,4 +1,4 @@
-"""What is measured of a run as it trains: when it is due, how it is recorded, what of it a kill has cut off."""
+"""Measurements during training: when they are due, how they are recorded, and which of them a kill has prevented."""
 
 import itertools
 import shutil
@@ -16,12 +16,12 @@ from lina_jax.validation import Validation
 
 
 def falls_on(step: int, every: int) -> bool:
-    """Whether a cadence falls on a step; 0: never."""
+    """Whether a cadence of `every` steps falls on a step; 0: never."""
     return every > 0 and step % every == 0
 
 
 def due(config: Config, step: int) -> list[str]:
-    """Which of validation, quality and previews are due after a step of the run."""
+    """Which of validation, quality and previews are due after a step."""
     cadences = {"validation": config.eval.every}
     if config.eval.images:
         cadences["quality"] = config.eval.images_every
@@ -33,10 +33,10 @@ def due(config: Config, step: int) -> list[str]:
 
 
 def overdue(config: Config, workdir: Path, step: int) -> list[str]:
-    """What was due after the step of a checkpoint and is not recorded; the same in all processes.
+    """What was due at a checkpoint's step and is not recorded; the same in all processes.
 
-    A checkpoint that is due is saved before anything is measured: what ends a run meanwhile costs no training. Features
-    that a kill has left are removed, unless it is quality that is missing.
+    A checkpoint that is due is saved before anything is measured, so that a run that ends meanwhile loses no training.
+    Features that a killed run has left are removed, unless quality is missing, which needs them.
     """
     missing = _missing(config, workdir, step)
     if "quality" not in missing and jax.process_index() == 0:
@@ -45,7 +45,7 @@ def overdue(config: Config, workdir: Path, step: int) -> list[str]:
 
 
 def _features(workdir: Path) -> Path:
-    """Of pictures, until they are measured."""
+    """Where the features of pictures are, until quality is measured."""
     return workdir / "measuring"
 
 
@@ -56,15 +56,15 @@ def _missing(config: Config, workdir: Path, step: int) -> list[str]:
     recorded = _recorded(workdir / "metrics.jsonl", step)
     if sample.preview_path(workdir, step).exists():
         recorded.add("previews")
-    # Process 0 writes the records; others need not see them.
+    # Process 0 writes the records; the others may not see them.
     missing = multihost_utils.broadcast_one_to_all(np.array([name not in recorded for name in names]))
     return list(itertools.compress(names, missing))
 
 
 def _recorded(log: Path, step: int) -> set[str]:
-    """What is measured of a step, since the run last came to it.
+    """What has been measured at a step since the run last reached it.
 
-    A run that a damaged checkpoint threw back trains the step again, where the log tells the steps in between.
+    A run that a damaged checkpoint sets back reaches the step again; the rows of the steps in between show this.
     """
     found: set[str] = set()
     for row in metrics.rows_as_written(log):
@@ -76,10 +76,10 @@ def _recorded(log: Path, step: int) -> set[str]:
 
 
 class Measurements:
-    """Of the weights of a run: validation losses and quality to its logs, previews to files."""
+    """Measures the weights of a run: validation losses and quality go to its logs, previews to files."""
 
     def __init__(self, plan: state.Blueprint, records: Records, workdir: Path):
-        """`records` are those of the validation split. Raises UserError for what cannot be read, or drawn."""
+        """`records` are those of the validation split. Raises UserError for what cannot be read or drawn."""
         config = plan.config
         self._plan, self._work = plan, _features(workdir)
         self._validation = Validation(plan, records)
@@ -88,7 +88,7 @@ class Measurements:
         self._previews = sample.Previews(plan, workdir) if draws else None
 
     def take(self, names: Collection[str], step: int, run: state.TrainState, writer: metrics.Writer) -> None:
-        """Measure these, in all processes, and record each as soon as it is known."""
+        """Take these measurements, in all processes, and record each as soon as it is known."""
         if "validation" in names:
             losses = self._validation.both(run.params, run.ema, run.frozen)
             writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})

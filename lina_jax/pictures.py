@@ -1,4 +1,4 @@
-"""Images on paper: captioned grids, pictures that are not finished, PNG."""
+"""Captioned grids of images, views of unfinished pictures, and PNG files."""
 
 import io
 import textwrap
@@ -11,13 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from lina_jax import places
 
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
-SMALLEST_SHOWN = 256  # the same, of an unfinished picture
+SMALLEST_SHOWN = 256  # the same for an unfinished picture
 BLANK, FRAME = (206, 206, 200), (255, 122, 26)
-FIRST, LAST = (44, 40, 110), (250, 222, 96)  # between them lie the colours of the order
+FIRST, LAST = (44, 40, 110), (250, 222, 96)  # colours of the first and the last tokens in `order`
 
 
 def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int = 0) -> np.ndarray:
-    """images (N, H, W, 3) uint8, each over its caption -> one picture (H', W', 3) uint8; a square by default."""
+    """images (N, H, W, 3) uint8, each above its caption -> one picture (H', W', 3) uint8; nearly square by default."""
     count, height, width, _ = images.shape
     columns = min(columns or int(np.ceil(np.sqrt(count))), count)
     scale = max(1, -(-SMALLEST_CELL // min(height, width)))
@@ -50,9 +50,9 @@ def png(image: np.ndarray) -> bytes:
 
 
 def unfinished(image: np.ndarray, sets: np.ndarray, step: int) -> np.ndarray:
-    """A picture (H, W, 3) uint8 after `step` decoding steps, enlarged where it is small -> (H', W', 3).
+    """A picture (H, W, 3) uint8 after `step` decoding steps, enlarged if it is small -> (H', W', 3).
 
-    sets (rows, columns): in which step each token is made, from 1. The latest are framed, later ones are blank.
+    sets (rows, columns): the step, from 1, in which each token is drawn. The latest are framed, later ones are blank.
     """
     scale = max(1, -(-SMALLEST_SHOWN // min(image.shape[:2])))
     side = image.shape[0] * scale // sets.shape[0]  # of a token
@@ -65,7 +65,7 @@ def unfinished(image: np.ndarray, sets: np.ndarray, step: int) -> np.ndarray:
 
 
 def order(sets: np.ndarray, step: int) -> np.ndarray:
-    """(rows, columns, 3) uint8: when each token is made, from dark to light, as far as the step has come."""
+    """(rows, columns, 3) uint8: when each token is drawn, from dark to light; blank for tokens after `step`."""
     share = (sets - 1) / max(1, sets.max() - 1)
     shown = (np.array(FIRST) + share[..., None] * np.subtract(LAST, FIRST)).astype(np.uint8)
     shown[sets > step] = BLANK

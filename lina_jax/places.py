@@ -1,4 +1,4 @@
-"""Where results go: looked at before work is done for nothing, and never seen half-written."""
+"""Where results go: checked before work starts, and never visible half-written."""
 
 import contextlib
 import fcntl
@@ -16,12 +16,12 @@ from absl import logging
 
 from lina_jax.errors import UserError
 
-_LEASE_S = 120  # after which NFS frees what a machine held that is gone
+_LEASE_S = 120  # after this time NFS frees the locks of a machine that is gone
 
 
 def check(flag: str, directory: Path) -> None:
-    """Raises UserError, naming the flag, unless `directory` can be made or is there and can be written."""
-    if directory.parts[:1] and directory.parts[0].endswith(":"):  # gs://BUCKET, of which a Path keeps one slash
+    """Raises UserError, naming the flag, unless `directory` is writable or can be created."""
+    if directory.parts[:1] and directory.parts[0].endswith(":"):  # gs://BUCKET, in which a Path keeps one slash
         raise UserError(f"--{flag}={directory}: a URL; mount the bucket and give a directory (docs/pods.md)")
     nearest = _nearest(directory)
     if not nearest.is_dir():
@@ -31,7 +31,7 @@ def check(flag: str, directory: Path) -> None:
 
 
 def check_renames(flag: str, directory: Path) -> None:
-    """Raises UserError, naming the flag, where a directory that holds a file cannot be renamed, as results are."""
+    """Raises UserError, naming the flag, if directories with files cannot be renamed there, as results are."""
     before = _beside(_nearest(directory) / "renamed")
     after = before.with_suffix(".after")
     try:
@@ -49,10 +49,10 @@ def check_renames(flag: str, directory: Path) -> None:
 
 
 def lock(flag: str, directory: Path) -> TextIO:
-    """An open file that keeps other processes of this machine (on NFS: of any) from locking `directory`, until closed.
+    """Lock `directory` against other processes of this machine (on NFS: of any), until the returned file is closed.
 
-    The system frees it when the process ends, however it does, or when the process closes any other opening of the
-    file. Raises UserError, naming the flag and who is there.
+    The system also frees the lock when the process ends in any way, or closes any other handle of the file. Raises
+    UserError that names the flag and the holder.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path, host, patience = directory / "lock", socket.gethostname(), time.monotonic() + _LEASE_S
@@ -75,9 +75,9 @@ def lock(flag: str, directory: Path) -> TextIO:
 
 
 def _locked(file: TextIO) -> bool:
-    """Whether this process has the file now; False: another has it."""
+    """Try to lock the file for this process; False if another one holds it."""
     try:
-        # Of the process, not of the open file: those that read data for it do not keep it when they live on.
+        # A lock of the process, not of the open file: data workers that outlive it do not keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
@@ -85,13 +85,13 @@ def _locked(file: TextIO) -> bool:
 
 
 def writable(directory: Path) -> bool:
-    """Whether files can be made in a directory that is there or can be made."""
+    """Whether files can be created in a directory, which exists or can be created."""
     return os.access(_nearest(directory), os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `path`, which is empty or not there, once all of it is written."""
+    """A directory to write into, renamed to `path` (empty or absent) once it is complete."""
     partial = _beside(path.absolute())
     try:
         partial.mkdir(parents=True)
@@ -115,7 +115,7 @@ def own_directory(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write that becomes `path`, whatever was there, once all of it is written."""
+    """The path of a file to write, renamed to `path` once it is complete, replacing what was there."""
     partial = _beside(path)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -127,16 +127,16 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed writers (`new_file`, `new_directory`, `own_directory`) left; none may be at work there."""
+    """Remove what killed writers (`new_file`, `new_directory`, `own_directory`) left; none may be active there."""
     for left in directory.glob(_beside_name("*", "*")):
         # Others may be removing it, too.
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file, indented, that is there whole or not at all, even if the power fails then.
+    """Write an indented JSON file that is complete or absent, even after a power failure.
 
-    Raises OSError naming it where it cannot be written.
+    Raises OSError that names it if it cannot be written.
     """
     with new_file(path) as partial, partial.open("w") as file:
         file.write(json.dumps(content, indent=2) + "\n")
@@ -146,7 +146,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Says of a write that fails (a full disk) what was written, which such an OSError does not."""
+    """Add the path to the OSError of a failed write (a full disk), which lacks it."""
     try:
         yield
     except OSError as error:
@@ -155,7 +155,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    """A name that no other process has, in the same file system."""
+    """A path beside `path`, in the same file system, that no other process uses."""
     return path.with_name(_beside_name(path.name, uuid.uuid4().hex))
 
 
@@ -164,6 +164,6 @@ def _beside_name(name: str, unique: str) -> str:
 
 
 def _nearest(directory: Path) -> Path:
-    """What is there of a path: itself or the nearest of its parents."""
+    """The path itself if it exists, else the nearest parent that does."""
     directory = directory.absolute()
     return next(path for path in (directory, *directory.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""Curves of a run, as PNG files."""
+"""Plots of a run's metrics, as PNG files."""
 
 import itertools
 from pathlib import Path
@@ -11,7 +11,7 @@ from lina_jax.metrics import read_jsonl
 
 
 def matplotlib() -> tuple[ModuleType, ModuleType]:
-    """(pyplot, ticker), to draw into files; every start of a program would wait half a second for their import."""
+    """(pyplot, ticker), for drawing into files; imported only here, as the import takes half a second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,7 +21,7 @@ def matplotlib() -> tuple[ModuleType, ModuleType]:
 
 
 def losses(metrics: Path, picture: Path | BinaryIO) -> None:
-    """The training loss (and validation losses, where there are any) against the step, as a PNG."""
+    """Plot the training loss, and validation losses if there are any, against the step, as a PNG."""
     plt, ticker = matplotlib()
     rows = read_jsonl(metrics)
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
@@ -30,7 +30,7 @@ def losses(metrics: Path, picture: Path | BinaryIO) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1, markersize=4)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    low, high = axes.get_ylim()  # within a decade, powers of ten would leave one tick or none
+    low, high = axes.get_ylim()  # within a decade, powers of ten give at most one tick
     axes.yaxis.set_major_locator(ticker.MaxNLocator(8) if high < 10 * low else ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
@@ -42,9 +42,9 @@ def losses(metrics: Path, picture: Path | BinaryIO) -> None:
 
 
 def quality(metrics: Path, picture: Path | BinaryIO) -> bool:
-    """Each measure `quality/*` against the step, in a plot of its own with its standard error, as a PNG.
+    """Plot each metric `quality/*` against the step, in its own axes with its standard error, as a PNG.
 
-    False, and no picture, where there is none.
+    Returns False, and writes nothing, if there are none.
     """
     plt, _ = matplotlib()
     rows, suffix = read_jsonl(metrics), "_standard_error"

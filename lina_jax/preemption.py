@@ -1,4 +1,4 @@
-"""A run that is asked to stop, and a run that has stopped by itself: both end so that they can be run again."""
+"""Runs that are asked to stop, and runs that stall: both end in a way that lets them be run again."""
 
 import contextlib
 import faulthandler
@@ -15,23 +15,23 @@ from lina_jax import errors
 
 
 def leave_when_asked() -> None:
-    """From here on, but within a `Notice`, SIGTERM ends this process at once, to be run again: it has nothing to save.
+    """From here on, except within a `Notice`, SIGTERM ends this process at once with exit code 75: nothing to save.
 
-    Where jax.distributed starts with preemption, the runtime takes the signal over.
+    If jax.distributed starts with preemption, its runtime takes over the signal.
     """
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(signum, frame) -> None:
     del signum, frame
-    if not errors.leaving():  # the thread that this interrupts may be at it
+    if not errors.leaving():  # the interrupted thread may be in `errors.leave` itself
         errors.leave("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
 
 
 class Notice:
-    """Whether the run is to stop: SIGTERM in this process, or with jax.distributed in any, or the platform's notice.
+    """Whether the run is to stop: after SIGTERM (with jax.distributed: in any process) or the platform's notice.
 
-    A context: within it SIGTERM, however often it comes, does nothing else, and `heed` asks this notice.
+    A context manager: within it, SIGTERM has no other effect, however often it comes, and `heed` asks this notice.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Notice:
     def __enter__(self):
         global _notice
         _notice = self
-        # With jax.distributed the signal is in the hands of the runtime, which tells all processes.
+        # With jax.distributed, its runtime handles the signal and notifies all processes.
         self._own = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
         if self._own:
             self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -54,9 +54,9 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
     def reached(self) -> bool:
-        """To be asked equally often by all processes, after every step at least: from some question on true in all."""
+        """Whether to stop. All processes must ask equally often, at least after each step; all get the same answer."""
         self._questions += 1
-        if jax.distributed.is_initialized():  # which says so once
+        if jax.distributed.is_initialized():  # it reports the point only once
             self._asked = self._asked or multihost_utils.reached_preemption_sync_point(self._questions)
         return self._asked
 
@@ -69,16 +69,16 @@ _notice: Notice | None = None
 
 
 def heed() -> None:
-    """Raises Preempted, in all processes at once, where a training run is to stop; for work between its steps."""
+    """Raises Preempted, in all processes at once, if a training run is to stop; for work between its steps."""
     if _notice and _notice.reached():
         raise errors.Preempted
 
 
 @contextlib.contextmanager
 def finishing(what: str) -> Iterator[None]:
-    """Within, the first Ctrl-C counts at the end: work that was interrupted could not be waited for again.
+    """A context that defers the first Ctrl-C to its end, as interrupted work could not be waited for again.
 
-    Where Ctrl-C does not interrupt anyway, or in another thread than the main one, nothing is different.
+    Does nothing if Ctrl-C does not interrupt anyway, or in a thread other than the main one.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()
@@ -92,7 +92,7 @@ def finishing(what: str) -> Iterator[None]:
         if asked:
             signal.default_int_handler(signum, frame)
         asked = True
-        os.write(2, f"finishing {what}; Ctrl-C again leaves it unfinished\n".encode())  # print might be at work
+        os.write(2, f"finishing {what}; Ctrl-C again leaves it unfinished\n".encode())  # a print may be under way
 
     signal.signal(signal.SIGINT, ask)
     try:
@@ -104,9 +104,9 @@ def finishing(what: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends the process, with the stacks of its threads, when the next step does not end within so many seconds.
+    """Prints the stacks of all threads and ends the process if the next step does not end in time; 0 s: never.
 
-    A context. It starts with the first `restart`, when the first step is compiled, or `allowing`. 0 s: never.
+    A context manager. The clock starts with the first `restart`, when the first step is compiled, or with `allowing`.
     """
 
     def __init__(self, seconds: float):
@@ -123,14 +123,15 @@ class Watchdog:
         self._set(0.0, "", is_open=False)
 
     def restart(self) -> None:
-        """A step has ended, or begins: it has its full time."""
+        """Give the next step its full time."""
         self._set(self._seconds, f"no step has ended for {self._seconds:g} s (step_timeout)")
 
     @contextlib.contextmanager
     def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
-        """Work that has a time of its own, 0 s: any, and what is said when that is over.
+        """A context for work with a time limit of its own (0 s: none); `otherwise` is printed when it is exceeded.
 
-        Then a step that was timed has its full time. After an error the time goes on, for what ends the run.
+        Afterwards, if a step was being timed, it gets its full time. After an error the clock keeps running, for the
+        work that ends the run.
         """
         timed = self._deadline is not None
         self._set(seconds, otherwise)
@@ -161,6 +162,6 @@ class Watchdog:
 
 @contextlib.contextmanager
 def limited(seconds: float, otherwise: str) -> Iterator[None]:
-    """Within, a watchdog's time for work that has no steps: what is said when it is over. 0 s: any time."""
+    """A context with a watchdog for work that has no steps; prints `otherwise` when time is up. 0 s: no limit."""
     with Watchdog(0.0) as watchdog, watchdog.allowing(seconds, otherwise):
         yield

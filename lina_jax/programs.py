@@ -1,4 +1,4 @@
-"""The real train step and sampling step, compiled for devices that may not be there."""
+"""The real train step and sampling program, compiled for devices that may be absent."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ Tree = Any
 
 
 class OutOfMemory(Exception):
-    """The compiler found that a program does not fit; both numbers are bytes of one device."""
+    """The compiler reports that a program does not fit; `needed` and `capacity` are bytes per device."""
 
     def __init__(self, needed: float, capacity: float):
         super().__init__(f"{needed / 2**30:.2f} GiB of {capacity / 2**30:.2f} GiB")
@@ -33,13 +33,13 @@ class OutOfMemory(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program's text and what it needs; bytes are those of one device."""
+    """A compiled program, its text and its memory; all bytes are per device."""
 
     text: str
     arguments: int
     temporaries: int
-    outputs: int  # that are not arguments written again
-    seconds: float  # of lowering and compiling
+    outputs: int  # without those that reuse the memory of arguments
+    seconds: float  # for lowering and compiling
     executable: jax.stages.Compiled
 
     @property
@@ -54,9 +54,9 @@ def train_step(config: Config, mesh: Mesh) -> tuple[Program, tuple]:
 
 
 def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool = True) -> tuple[Program, tuple]:
-    """The sampler for `images` images, with the autoencoder that its latents need, and its abstract arguments.
+    """The sampler for `images` images, with the autoencoder if its latents need one, and its abstract arguments.
 
-    Texts come as features: encoding prompts is a program of its own size, and done once for many images.
+    Texts are given as features: encoding prompts is separate work, done once for many images.
     """
     plan = state.blueprint(config, mesh, abstract_encoders(config, mesh) if autoencoder else Encoders())
     whole = mesh_lib.sharding(mesh)
@@ -67,7 +67,7 @@ def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool 
 
 
 def batch(config: Config, mesh: Mesh) -> Tree:
-    """What `data.open_records` gives of prepared records, abstract: moments (pixels without an autoencoder)."""
+    """An abstract batch like those of `data.open_records`: moments (pixels without an autoencoder) and conditions."""
     model, size = config.model, config.batch_size
     array = functools.partial(_batched, mesh, size)
     if config.autoencoder.kind == "identity":
@@ -78,7 +78,7 @@ def batch(config: Config, mesh: Mesh) -> Tree:
 
 
 def condition(config: Config, mesh: Mesh, size: int) -> Tree:
-    """Labels, bytes or text features of `size` images, abstract."""
+    """Abstract labels, bytes or text features of `size` images."""
     model, array = config.model, functools.partial(_batched, mesh, size)
     if model.condition == "class":
         return {"label": array((), jnp.int32)}
@@ -89,7 +89,7 @@ def condition(config: Config, mesh: Mesh, size: int) -> Tree:
 
 
 def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
-    """The published autoencoder of the config's kind, for its latents, abstract and placed as `load_encoders` would."""
+    """The published autoencoder of the config's kind, with abstract weights, sharded as by `load_encoders`."""
     kind = config.autoencoder.kind
     if kind == "identity":
         return Encoders()
@@ -101,7 +101,7 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
 
 
 def compile_program(program: Program, arguments: tuple, options: Mapping[str, object]) -> Compiled:
-    """Raises OutOfMemory where the compiler says so, and UserError where memory on chip is too small for its flags."""
+    """Compile. Raises OutOfMemory if the program does not fit, UserError if flags ask for too much on-chip memory."""
     start = time.monotonic()
     lowered = program.lower(*arguments)
     try:
@@ -125,7 +125,7 @@ def compile_program(program: Program, arguments: tuple, options: Mapping[str, ob
 
 
 def _out_of_memory(message: str) -> OutOfMemory | None:
-    """Of 'Used 19.75G of 15.75G hbm', or '... (143.31G) exceeds available HBM (95.74G)'."""
+    """Parses 'Used 19.75G of 15.75G hbm' or '... (143.31G) exceeds available HBM (95.74G)'; None for other messages."""
     number = r"([\d.]+)([KMGTP]?)"
     match = re.search(rf"Used {number} of {number} hbm", message)
     match = match or re.search(rf"\({number}\) exceeds available HBM \({number}\)", message)
@@ -136,7 +136,7 @@ def _out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def state_bytes(plan: Blueprint) -> dict[str, int]:
-    """Bytes that one device holds of the state, by kind."""
+    """Bytes per device of the state, by kind."""
     shapes = plan.shapes
     return {
         "params": mesh_lib.device_bytes(shapes.params) + mesh_lib.device_bytes(shapes.frozen),

@@ -1,4 +1,4 @@
-"""How far a long loop over images has come, and when it will be done."""
+"""Progress bars of long loops over images."""
 
 import sys
 
@@ -9,12 +9,12 @@ _LOGGED_EVERY_S = 30.0
 
 
 def bar(total: int, *, done: int = 0, name: str = "", leave: bool = True) -> tqdm:
-    """A bar in process 0: on a terminal at once, in a log twice a minute, so that short loops say nothing there.
+    """A progress bar in process 0. In a log, it prints twice a minute, so short loops print nothing.
 
-    `leave`: it stays on the terminal when the loop has ended.
+    `leave`: keep it on the terminal after the loop.
     """
     if sys.stderr.isatty():
         shown = {"mininterval": 0.5, "leave": leave}
-    else:  # a log keeps its lines, so that what comes next has one of its own
+    else:  # in a log, the last line stays, so that what follows starts a new one
         shown = {"mininterval": _LOGGED_EVERY_S, "delay": _LOGGED_EVERY_S, "leave": True}
     return tqdm(total=total, initial=done, desc=name, unit="image", disable=jax.process_index() != 0, **shown)

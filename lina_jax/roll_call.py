@@ -1,6 +1,6 @@
-"""The roll call: all processes of a run meet at the coordinator's port, just before JAX starts there.
+"""The roll call: all processes of a run connect to the coordinator's port, just before JAX starts there.
 
-JAX would abort each process, and would not say whom it had waited for.
+If a process is missing, JAX would abort the others without naming it.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ from lina_jax.cluster import Cluster
 from lina_jax.errors import PartFailed, UserError
 
 _GREETING = "lina_jax"
-WAKE_S = 0.5  # after which one that waits looks for signals
-_PATIENCE_S = 5.0  # with one that called and says nothing
+WAKE_S = 0.5  # how often a process that waits checks for signals
+_PATIENCE_S = 5.0  # how long to wait for a caller that sends nothing
 
 
 def hold(cluster: Cluster, timeout: float) -> None:
-    """Returns when all have come; `timeout`: seconds.
+    """Wait until all processes have called, for up to `timeout` seconds.
 
-    Raises, in all that came, PartFailed that names who did not (a late machine is nobody's mistake), and UserError
-    where numbers do not fit.
+    Raises, in all that did, PartFailed that names the missing ones (a late machine is not a mistake of the user), and
+    UserError if numbers of processes do not fit.
     """
     deadline = time.monotonic() + timeout
     if cluster.process_id == 0:
@@ -31,7 +31,7 @@ def hold(cluster: Cluster, timeout: float) -> None:
 
 def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
     port = int(cluster.address.rpartition(":")[2])
-    callers, here = [], {}  # all that called; by number, those that wait
+    callers, here = [], {}  # everyone who called; those who are waiting, by number
     mistake: UserError | PartFailed | None = None
     with contextlib.ExitStack() as present:
         try:
@@ -45,7 +45,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
                 caller.settimeout(_PATIENCE_S)
                 greeting, *numbers = caller.makefile().readline().split()
                 number, count = map(int, numbers)
-            except (OSError, ValueError):  # the time-out, or a stranger
+            except (OSError, ValueError):  # the timeout, or a caller that is not ours
                 continue
             if greeting != _GREETING:
                 continue
@@ -72,7 +72,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
 
 
 def _hung_up(caller: socket.socket) -> bool:
-    """Whether who called has gone since: it was started again, or lost the line."""
+    """Whether a caller has gone since: it was restarted, or lost its connection."""
     caller.setblocking(False)
     try:
         return not caller.recv(1)
@@ -101,7 +101,7 @@ def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
                 raise {"UserError": UserError, "PartFailed": PartFailed}[kind](reason)
             if greeting == _GREETING:
                 return
-        time.sleep(0.1)  # it has not started yet
+        time.sleep(0.1)  # process 0 has not started yet
     raise PartFailed(
         f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
     )

@@ -4,9 +4,9 @@ python -m lina_jax.sample --workdir=DIR (--prompt=TEXT | --prompts_file=FILE | -
     [--num=4] [--seed=0] [--guidance=G] [--steps=K] [--euler_steps=E] [--temperature=T] [--raw] [--checkpoint=STEP]
     [--batch_size=64]
 
-Writes 00000.png, ..., settings.json, and grid.png of the first 100. Image i is a function of (weights, prompt, seed,
-i). In an OUT of an earlier call, pictures that its settings.json counts are replaced, and those beyond the new number
-removed. Another number of pictures (up to --batch_size) compiles anew; WORKDIR/compiled keeps the programs.
+Writes 00000.png, ..., settings.json, and grid.png of the first 100. Image i is a function of (weights, settings,
+prompt, seed, i). If OUT is from an earlier call, the pictures that its settings.json lists are replaced, and surplus
+ones removed. Another number of pictures (up to --batch_size) compiles anew; WORKDIR/compiled keeps the programs.
 """
 
 import collections
@@ -46,20 +46,20 @@ from lina_jax.state import Blueprint, Tree
 from lina_jax.workdir import load_config
 
 _GRID, _SETTINGS = "grid.png", "settings.json"  # beside the pictures
-_GRID_PICTURES = 100  # thousands would not fit in memory
+_GRID_PICTURES = 100  # a grid of thousands would not fit in memory
 
 
 class Sampler:
-    """Draws any number of conditions, step by step, in batches of one size."""
+    """Draws images of any number of conditions, step by step, in batches of one size."""
 
     def __init__(self, plan: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
-        """`stepper` is one of this plan, whose programs may be compiled already."""
+        """`stepper` is one of this plan, to reuse programs that it has compiled."""
         self.plan, self.batch_size = plan, batch_size
         self.stepper = stepper or Stepper(plan)
         self.schedule = self.stepper.schedule(settings)
 
     def __call__(self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int) -> np.ndarray:
-        """uint8 images (N, H, W, 3) of captions or class numbers; image i is number i of this seed."""
+        """uint8 images (N, H, W, 3) of captions or class numbers; image i has number i of this seed."""
         images = []
         with progress.bar(len(conditions), leave=False) as bar:
             for states in self.batches(params, frozen, conditions, seed):
@@ -72,7 +72,7 @@ class Sampler:
     def batches(
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int
     ) -> list[Iterator[DecodingState]]:
-        """Of each batch its states, made as they are asked for; the last batch is filled up with its last image."""
+        """Each batch's states, computed on demand; the last batch is padded with its last condition."""
         config, made = self.plan.config, []
         for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])
@@ -86,7 +86,7 @@ class Sampler:
 def encode_conditions(
     config: Config, conditions: Sequence[str] | Sequence[int], text_encoder: TextEncoder | None = None
 ) -> dict[str, np.ndarray]:
-    """Captions or class numbers (B,) as the sampler takes them. Raises UserError for a class that does not exist."""
+    """The condition of the sampler for captions or class numbers (B,). Raises UserError for an unknown class."""
     model = config.model
     if model.condition == "class":
         for label in conditions:
@@ -105,7 +105,7 @@ def encode_conditions(
 
 
 class Previews:
-    """Pictures of a run's EMA weights: the same prompts, seeds and settings every time."""
+    """Pictures drawn by a run's EMA weights, with the same conditions, seed and settings every time."""
 
     def __init__(self, plan: Blueprint, workdir: Path):
         config = plan.config
@@ -117,7 +117,7 @@ class Previews:
         self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
 
     def draw(self, step: int, run: state.TrainState, writer: metrics.Writer) -> None:
-        """The file at `preview_path`, and to TensorBoard."""
+        """Draw, and write the picture to `preview_path` and to TensorBoard."""
         images = self._sampler(run.ema, run.frozen, self._conditions, seed=0)
         if jax.process_index() == 0:
             picture = pictures.grid(images, [str(condition) for condition in self._conditions])
@@ -126,7 +126,7 @@ class Previews:
 
 
 def preview_prompts(config: Config) -> Sequence[str]:
-    """What previews and reports of a text-conditional model show."""
+    """The prompts in previews and reports of a text-conditional model."""
     return config.log.preview_prompts or ("a picture",)
 
 
@@ -135,7 +135,7 @@ def preview_path(workdir: Path, step: int) -> Path:
 
 
 def define_weights_flags() -> None:
-    """Define the flags that say which model draws, and where."""
+    """Define the flags that say which weights draw, and on which mesh."""
     flags.DEFINE_string("workdir", None, "training directory")
     flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
@@ -154,15 +154,15 @@ def define_settings_flags() -> None:
 
 
 def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
-    """A batch size near `wanted` that all devices can share."""
+    """The smaller of `wanted` and `most`, rounded up so that devices share a batch evenly."""
     parts = mesh.batch_parts(plan.mesh)
     return max(1, -(-min(wanted, most) // parts)) * parts
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
-    """The config with other directories of frozen encoders, where they are given.
+    """The config with these directories of frozen encoders; "" leaves the config's own.
 
-    Raises UserError for an encoder that the model has no use for.
+    Raises UserError for an encoder that the model does not use.
     """
     if autoencoder and config.autoencoder.kind == "identity":
         raise UserError(f"--autoencoder={autoencoder}: this model makes pixels, it needs none")
@@ -174,7 +174,7 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
 
 
 def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Config:
-    """`with_encoders` of a training directory's config. Raises UserError where something that draws is missing."""
+    """`with_encoders` of a training directory's config. Raises UserError if an encoder to draw with is missing."""
     config = with_encoders(load_config(workdir), autoencoder, text_encoder)
     if lacking := cannot_draw(config):
         raise UserError(lacking)
@@ -182,7 +182,7 @@ def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Confi
 
 
 def cannot_draw(config: Config) -> str:
-    """What a model that works on latents or text features lacks for drawing; "" if nothing."""
+    """What a model of latents or text features lacks to draw pictures; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
         return "the autoencoder whose latents the model makes is not known: --autoencoder=DIR (autoencoder.path)"
     if _reads_features(config) and not config.text_encoder.path:
@@ -203,10 +203,10 @@ def load(
     text_encoder: str = "",
     axes: MeshConfig | None = None,
 ) -> tuple[Blueprint, Tree, Tree, int]:
-    """(blueprint over all devices here, parameters, frozen arrays, step) of a training directory.
+    """(blueprint over all devices, parameters, frozen arrays, step) of a training directory.
 
-    `autoencoder` and `text_encoder` are directories to use in place of those in the run's config, `axes` the mesh
-    (default: every device draws images of its own). Raises UserError where the model cannot be cut so.
+    `autoencoder` and `text_encoder` are directories to use instead of those in the run's config. `axes` is the mesh
+    (default: every device draws images of its own). Raises UserError if the model cannot be sharded over it.
     """
     config = dataclasses.replace(load_config(workdir), mesh=axes or mesh.parse(""))
     config = with_encoders(config, autoencoder, text_encoder)
@@ -227,10 +227,10 @@ def settings_of_flags(config: Config, values: flags.FlagValues) -> SampleConfig:
 
 
 def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfig:
-    """The config's settings with those that were given on the command line. Raises UserError for impossible ones."""
+    """The config's settings with these overrides (None: not given). Raises UserError for impossible ones."""
     given = {name: value for name, value in overrides.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
-    if "guidance" in given:  # a ramp does not begin above what was asked for
+    if "guidance" in given:  # a ramp must not start above the guidance that was asked for
         settings = dataclasses.replace(settings, guidance_min=min(settings.guidance_min, settings.guidance))
     for name in ("steps", "euler_steps"):
         if not 1 <= (value := getattr(settings, name)) <= config_checks.MOST_STEPS:
@@ -249,7 +249,7 @@ def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfi
 def requested(
     config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[int], num: int
 ) -> list:
-    """`num` copies of each condition that was asked for. Raises UserError when there is none or a wrong kind."""
+    """`num` copies of each condition given. Raises UserError if there is none, or one of the wrong kind."""
     if num < 1:
         raise UserError(f"--num={num}: must be at least 1")
     prompts = list(prompts)
@@ -291,7 +291,7 @@ def check_seed(seed: int) -> None:
 
 
 def earlier_pictures(out: Path) -> list[Path]:
-    """What settings.json of an earlier call counts. Raises UserError when file or pictures there are not ours."""
+    """The pictures that settings.json in `out` lists. Raises UserError if `out` has files of another origin."""
     settings = out / _SETTINGS
     if (out / "config.json").exists():
         raise UserError(f"--out={out}: this is a training directory, choose another place")
@@ -307,7 +307,7 @@ def earlier_pictures(out: Path) -> list[Path]:
 
 
 def is_grid(path: Path) -> bool:
-    """Whether a file is the picture of all pictures of an earlier call."""
+    """Whether a file is the grid of an earlier call."""
     return path.name == _GRID and (path.parent / _SETTINGS).is_file()
 
 
@@ -353,7 +353,7 @@ def _main(values: flags.FlagValues) -> None:
         "conditions": conditions,
         "sample": dataclasses.asdict(settings),
     }
-    # In this order: whenever it is killed, no picture lies beside settings that it was not made with.
+    # In this order, a call that is killed never leaves a picture beside settings that it was not drawn with.
     for old in (*earlier, out / _GRID):
         old.unlink(missing_ok=True)
     places.write_json(out / _SETTINGS, record)

@@ -1,4 +1,4 @@
-"""Everything a run remembers, and the one step that changes it."""
+"""The state of a run, and the training step that updates it."""
 
 import dataclasses
 import functools
@@ -27,10 +27,10 @@ from lina_jax.models.lina import LINA, Condition, drop_conditions
 from lina_jax.models.transformer import by_image, sums_in_time
 
 Tree = Any
-Path = tuple[str, ...]  # of an array in a tree
+Path = tuple[str, ...]  # the path of an array in a tree
 Batch = dict[str, jax.Array]
 SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
-INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # of keys: no training step has these numbers
+INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # keys that no training step has
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +38,9 @@ INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # of keys: no 
 class TrainState:
     """The state after `step` batches.
 
-    `step` counts batches consumed: it addresses data and randomness and names checkpoints. `updates` counts updates
-    applied: it drives the learning rate, Adam and the EMA. They differ by `skipped`, of which the last
-    `skipped_in_a_row` were in a row.
+    `step` counts batches consumed: it addresses data and randomness, and names checkpoints. `updates` counts updates
+    applied: it drives the learning rate, Adam and the EMA. The difference is `skipped`, the number of skipped steps;
+    `skipped_in_a_row` counts those since the last update.
     """
 
     step: jax.Array
@@ -55,7 +55,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What is known of a run before any array exists: one sharding tree that serves init, step and restore alike."""
+    """What is known about a run before any array exists; initialisation, steps and restoring share its shardings."""
 
     config: Config
     mesh: Mesh
@@ -74,14 +74,14 @@ class Blueprint:
         return nnx.merge(self.graphdef, params, frozen)
 
     def inference(self, params: Tree, frozen: Tree) -> LINA:
-        """The same with layers as programs without gradients run them (`execution.for_inference`)."""
+        """The model, with layers run as suits programs without gradients (`execution.for_inference`)."""
         return nnx.merge(self.inference_graphdef, params, frozen)
 
     def sampling_params(self, params: Tree, frozen: Tree) -> Tree:
-        """The parameters as programs read them that sample, many times over.
+        """The parameters as sampling programs read them, many times over.
 
-        Matrices of stacks are in the model's dtype, and those of the head's stack, which every Euler step reads, whole
-        along `fsdp`: computing such a step takes less time than gathering them.
+        Matrices of stacks are in the model's dtype. Those of the head's stack, which every Euler step reads, are also
+        whole along `fsdp`: computing such a step takes less time than gathering them.
         """
         dtype = jnp.dtype(self.config.model.dtype)
 
@@ -90,7 +90,7 @@ class Blueprint:
             if value.ndim == len(metadata["axes"]) or "matrix" not in metadata:
                 return value
             axes = None, *metadata["axes"]
-            if value.dtype != dtype:  # else the caller's own array, no copy
+            if value.dtype != dtype:  # else no copy: the caller's own array
                 value = constrain(value.astype(dtype), *axes)
             return gathered(value, *axes) if path[0] == "head" else value
 
@@ -98,7 +98,7 @@ class Blueprint:
         return unflatten_dict({path: narrow(path, variable) for path, variable in variables})
 
     def condition(self, weights: Tree, batch: Batch) -> Condition:
-        """What the model is conditioned on; captions as token ids go through the frozen text encoder."""
+        """What the model is conditioned on; captions given as token ids go through the frozen text encoder."""
         if self.config.model.condition == "class":
             return {"label": batch["label"]}
         text = batch["text"]
@@ -107,12 +107,12 @@ class Blueprint:
         return {"text": text, "text_length": batch["text_length"]}
 
     def init(self) -> TrainState:
-        """A fresh state, each array made where it will live."""
+        """A fresh state, each array created directly in its shards."""
         make = functools.partial(_initial_state, self.config, self.optimizer)
         return self._once(make, self.shardings, key_of(self.config, INITIAL))
 
     def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
-        """Some of the arrays that a fresh state has, trained or frozen; the others are not made."""
+        """Only these arrays of a fresh state, trained or frozen; the others are not created."""
         shapes = flatten_dict(self.shapes.params) | flatten_dict(self.shapes.frozen)
 
         def make(key):
@@ -124,18 +124,18 @@ class Blueprint:
         return self._once(make, shardings, key_of(self.config, INITIAL))
 
     def start(self, params: Tree, frozen: Tree) -> TrainState:
-        """A fresh state of these weights, which are donated to it."""
+        """A fresh state with these weights, which are donated to it."""
         make = functools.partial(fresh_state, optimizer=self.optimizer)
         return self._once(make, self.shardings, params, frozen, donate_argnums=(0, 1))
 
     def _once(self, make: Callable, shardings: Tree, *args, **options) -> Tree:
-        """What a program makes that runs once."""
+        """The result of `make`, compiled as a program that runs once."""
         quickly = xla_flags.of_first_state(self.mesh.devices.flat[0].platform)
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=shardings, compiler_options=quickly, **options)(*args)
 
     def jit(self, function: Callable, *trailing, **options) -> "Program":
-        """`jax.jit` under this run's mesh; arguments `trailing` follow those of each call."""
+        """`jax.jit` under this run's mesh; the arguments `trailing` are appended to those of each call."""
         return Program(jax.jit(function, **options), self.mesh, trailing)
 
 
@@ -145,14 +145,14 @@ class Program:
 
     jitted: Callable
     mesh: Mesh
-    trailing: tuple = ()  # arguments that follow those of each call
+    trailing: tuple = ()  # arguments appended to those of each call
 
     def __call__(self, *args):
         with jax.set_mesh(self.mesh):
             return self.jitted(*args, *self.trailing)
 
     def compile(self, *args) -> None:
-        """Compile for these arguments, so that the call with them runs at once."""
+        """Compile for these arguments, so that a call with them runs at once."""
         self.lower(*args).compile()
 
     def lower(self, *args) -> jax.stages.Lowered:
@@ -161,9 +161,9 @@ class Program:
 
 
 def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
-    """The plan of a run; `encoders` where it trains from pixels, or draws pictures, with frozen ones.
+    """The plan of a run; its config says how layers run (`execution.resolved`).
 
-    How layers run is decided in its config.
+    `encoders` are the frozen ones of a run that trains from pixels or captions, or draws pictures.
     """
     encoders = encoders or Encoders()
     inference = execution.for_inference(config, mesh)
@@ -174,7 +174,7 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     def with_sharding(variable):
         shape = variable.get_value().shape
         axes = variable.get_metadata("axes")
-        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers add a leading axis, never cut
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers have a leading axis, never sharded
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=mesh_lib.sharding(mesh, *axes))
 
     def tree_of(function, state):
@@ -194,7 +194,7 @@ def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def _matrix_axes(variable: nnx.Variable) -> tuple | None:
-    """(contracted axes, output axes) of a map of features to features, stacked or not; None of anything else."""
+    """(contracted axes, output axes) of a map between features, stacked or not; None for any other array."""
     metadata = variable.get_metadata()
     if not metadata.get("between_features"):
         return None
@@ -208,7 +208,7 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
     at = {path: leaf.sharding for path, leaf in jax.tree.leaves_with_path(params)}
 
     def placed(path, leaf):
-        # Moments live where their parameters live; their paths end alike.
+        # Moments are sharded like their parameters, whose paths are the ends of theirs.
         sharding = next((at[path[i:]] for i in range(len(path)) if path[i:] in at), replicated)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -217,7 +217,7 @@ def _state_shapes(optimizer, params: Tree, frozen: Tree, mesh: Mesh) -> TrainSta
 
 
 def key_of(config: Config, purpose: jax.Array | np.uint32) -> jax.Array:
-    """Of a run's randomness, by training step or one of the constants above."""
+    """The random key of a run for a training step, or for one of the purposes INITIAL and VALIDATION."""
     return jax.random.fold_in(root_key(config.seed), purpose)
 
 
@@ -231,7 +231,7 @@ def _initial_state(config: Config, optimizer, key: jax.Array) -> TrainState:
 
 
 def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """A run that starts from these parameters."""
+    """The state of a run that starts from these weights."""
     zero = functools.partial(jnp.zeros, (), jnp.int32)
     return TrainState(
         zero(), zero(), zero(), zero(), params, frozen, optimizer.init(params), jax.tree.map(jnp.copy, params)
@@ -239,10 +239,10 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
 
 
 def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
-    """Data tokens (B, N, p*p*C) float32 in the space that is learned, and the condition.
+    """Data tokens (B, N, p*p*C) float32 in the space that is learned (latents or pixels), and the condition.
 
-    Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights`
-    are those of the plan's encoders, for batches that have pixels or token ids in place of moments or features.
+    Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights` are those of the
+    plan's encoders, for batches that have pixels or token ids instead of moments or features.
     """
     config = plan.config
     if "moments" in batch:
@@ -261,12 +261,12 @@ def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable
 def make_train_step(plan: Blueprint) -> Program:
     """The jitted step (state, batch) -> (state, metrics): one global batch, one update. Donates the state.
 
-    If loss or gradient is not finite, there is no update.
+    A step with a non-finite loss or gradient makes no update.
     """
     config, optimizer = plan.config, plan.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
-    # Of hybrids the runs of equal layers are short.
+    # Not for hybrids, whose runs of equal layers are short.
     unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
     in_time = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
 
@@ -281,7 +281,7 @@ def make_train_step(plan: Blueprint) -> Program:
         examples = jnp.arange(config.batch_size)
         tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, config.loss)
-        # The mean is over the masked tokens of the whole batch, however many micro-batches it is cut into.
+        # The mean is over the masked tokens of the whole batch, however many micro-batches it is split into.
         weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
         loss_and_grad = jax.value_and_grad(loss_of)
         if config.optim.accumulate == 1:
@@ -311,10 +311,10 @@ def make_train_step(plan: Blueprint) -> Program:
 
 
 def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
-    """What one of two functions makes of the arguments.
+    """function(*args) if the condition holds, else other(*args).
 
-    A branch, except on GPUs, where the host would wait until the condition is known. They choose number by number,
-    which costs nothing, as an update reads the old numbers anyway; CPUs would move a tenth more bytes.
+    This is a branch, except on GPUs, where the host would wait for the condition. GPUs select each element instead,
+    which costs nothing, as an update reads the old values anyway; on CPUs it would move a tenth more bytes.
     """
     if mesh_lib.platform() == "gpu":
         return jax.tree.map(functools.partial(jnp.where, condition), function(*args), other(*args))
@@ -327,7 +327,7 @@ def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weigh
     axis = dataclasses.replace(jax.tree.map(lambda _: 0, draws), timestep=1, noise=1)
 
     def cut(x, batch_axis=0):
-        # Every parts-th example to a micro-batch, so that each device keeps the examples that it has.
+        # A micro-batch takes every parts-th example, so that examples stay on their devices.
         before, after = x.shape[:batch_axis], x.shape[batch_axis + 1 :]
         return jnp.moveaxis(x.reshape(*before, -1, parts, *after), batch_axis + 1, 0)
 
@@ -341,7 +341,7 @@ def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weigh
 
 
 def apply_gradients(ema_config: EmaConfig, optimizer, state: TrainState, grads: Tree) -> TrainState:
-    """One update of parameters, moments and EMA."""
+    """The state after one update of parameters, moments and EMA."""
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
     updates = state.updates + 1
@@ -361,22 +361,22 @@ def _skip(state: TrainState, grads: Tree) -> TrainState:
 
 
 def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> Tree:
-    """The EMA after `updates` updates, of which this one made `params`."""
+    """The EMA after `updates` updates, the last of which gave `params`."""
     decay = ema_decay(config, updates)
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
 
 def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
-    """What an EMA keeps of itself at updates of these numbers, the first of which is 1."""
+    """The share of itself that the EMA keeps at each of these update numbers, counted from 1."""
     decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
     return jnp.where(updates % config.every == 0, decay, 1.0)
 
 
 def make_eval_step(plan: Blueprint) -> Program:
-    """(params, frozen, batch, examples (B,)) -> sums of masked loss, masked tokens by bin of sigma, (B, SIGMA_BINS).
+    """(params, frozen, batch, examples (B,)) -> masked loss and number of masked tokens, each summed by bin of sigma.
 
-    The draws depend on (seed, example) alone: the same for every checkpoint. Examples with a negative number are
-    padding.
+    Both sums are (B, SIGMA_BINS). The draws depend on (seed, example) alone: they are the same for every checkpoint.
+    Examples with a negative number are padding.
     """
     config = plan.config
     sigmas = flow.training_sigmas(config.loss.shift)

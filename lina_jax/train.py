@@ -2,14 +2,15 @@
 
 python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--config.any.field=value ...]
 
-Run the same command again and it goes on from the last checkpoint; Ctrl-C stops it after a save under way, SIGTERM
-after saving (exit code 75). In many processes (docs/many_hosts.md) only the first writes logs and pictures. WORKDIR
-holds config.json, checkpoints/, metrics.jsonl (steps that a resumed run repeats stand there twice), TensorBoard
-events/, previews/, compiled/ programs, measuring/ (pictures' features, until they are measured), init_from.json where
-the run started from other weights (config.init_from), lock (one run at a time) and, at the end, loss.png.
+Run the same command again to resume from the last checkpoint. Ctrl-C stops a run, after finishing a save that is under
+way; SIGTERM makes it save and stop (exit code 75). With several processes (docs/many_hosts.md), only the first writes
+logs and pictures. WORKDIR holds config.json, checkpoints/, metrics.jsonl (a resumed run adds rows for the steps that it
+repeats), TensorBoard events/, previews/, compiled/ programs, measuring/ (features of pictures until their quality is
+known), init_from.json if the run started from other weights (config.init_from), lock (one run at a time) and, at the
+end, loss.png.
 
 Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
---config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run goes on.
+--config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run resumes.
 """
 
 import contextlib
@@ -54,11 +55,12 @@ from lina_jax.workdir import check_config, saved_steps, write_config
 
 
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
-    """Train to `config.steps` batches, starting where the workdir's last checkpoint stands.
+    """Train up to step `config.steps`, from the workdir's last checkpoint if there is one.
 
-    What was due at that checkpoint and is not recorded is measured first. Raises UserError for what the user can mend,
-    before anything is written, TrainingDiverged after `optim.max_skipped` steps in a row with a non-finite loss or
-    gradient, and Preempted when it was asked to stop and has saved.
+    Measurements that were due at that checkpoint and are not recorded come first. Raises UserError for mistakes that
+    the user can fix (config and data are checked before anything is written), TrainingDiverged after
+    `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
+    stop has saved.
     """
     devices = mesh.of(config)
     places.check("workdir", workdir)
@@ -114,7 +116,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     profile = Profile(config, workdir, first)
-    pending = None  # metrics of the step before, fetched while the next one runs
+    pending = None  # metrics of the previous step, fetched while the next one runs
     measuring = functools.partial(
         watchdog.allowing, config.eval.timeout, f"measuring has taken {config.eval.timeout:g} s (eval.timeout)"
     )
@@ -129,19 +131,20 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
             checkpoints.close()
 
     try:
-        # Left from right to left: whatever ends the run, a save under way is finished, and SIGTERM waits for it.
+        # Contexts exit from right to left: whatever ends the run, a save under way finishes, and SIGTERM waits.
         with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress, profile:
             end.callback(finish)
             if not resumed:
                 save()
             with measuring():
                 _measure(measurements, overdue, first, run, writer, save)
-            owed = False  # a checkpoint
+            owed = False  # whether a checkpoint is due that has not been saved
             for step in range(first + 1, config.steps + 1):
                 profile.before(step, run)
                 batch = next(batches)
                 if step == first + 1:
-                    # A process that compiles faster would wait for the others in a collective: between CPUs, 30 s.
+                    # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
+                    # CPUs.
                     _say("compiling the train step: minutes at most, seconds where WORKDIR/compiled has it")
                     train_step.compile(run, batch)
                     hosts.barrier("train step")
@@ -161,8 +164,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     skipped = _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with throughput.paused():
-                        # Steps that are skipped in a row have one state, copies of which would push out those before.
-                        # Measuring quality may take hours: a run that is killed meanwhile resumes here.
+                        # Steps skipped in a row share one state; saving it again would push out earlier checkpoints.
+                        # Measuring quality may take hours: a run that is killed meanwhile resumes from this save.
                         if last or preempted or ((owed or "quality" in due) and not skipped):
                             save()
                             owed = False
@@ -178,7 +181,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
 
 def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
-    """Global batches on the mesh, from step `first` on; each process reads the rows that its devices hold."""
+    """Global batches on the mesh, after step `first`; each process reads the rows that its devices hold."""
     rows = mesh.rows_here(plan.mesh, config.batch_size)
     batches = data.training_batches(
         source,
@@ -193,7 +196,7 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
     def next_batch() -> state.Batch:
         return mesh.placed(plan.mesh, config.batch_size, rows, next(batches))
 
-    pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread: batches come in order
+    pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread keeps batches in order
     try:
         ahead = deque(pool.submit(next_batch) for _ in range(config.data.device_prefetch))
         while True:
@@ -205,14 +208,14 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
 
 
 class Profile:
-    """Traces `log.profile_steps` steps from `log.profile_start` on into WORKDIR/profile.
+    """Traces `log.profile_steps` steps, starting with `log.profile_start`, into WORKDIR/profile.
 
-    A context: what was traced is kept, whatever ends the run meanwhile. A run that resumes within these steps traces
+    A context manager: the trace is kept whatever ends the run meanwhile. A run that resumes within these steps traces
     nothing.
     """
 
     def __init__(self, config: Config, workdir: Path, first: int):
-        """`first` is the step that the run starts from."""
+        """`first` is the step that the run resumes from, or 0."""
         self._directory = workdir / "profile"
         self._start, self._stop = config.log.profile_start, config.log.profile_start + config.log.profile_steps
         self._wanted = first < self._start < self._stop
@@ -226,10 +229,10 @@ class Profile:
             jax.profiler.stop_trace()
 
     def before(self, step: int, run: state.TrainState) -> None:
-        """Called before each step, with what the step before makes."""
+        """To be called before each step, with the state that the previous step returned."""
         if not self._wanted or step not in (self._start, self._stop):
             return
-        jax.block_until_ready(run)  # the trace would have part of a step that is still at work
+        jax.block_until_ready(run)  # else the trace would contain part of a step that still runs
         if step == self._start:
             jax.profiler.start_trace(str(self._directory))
         else:
@@ -245,7 +248,7 @@ def _measure(
     writer: metrics.Writer,
     save: Callable[[], None],
 ) -> None:
-    """Measure these after a step. Raises Preempted when the run is to stop meanwhile: what is missing comes later."""
+    """Take these measurements. Raises Preempted, after saving, if the run is to stop; a resumed run takes the rest."""
     if not names:
         return
     try:
@@ -253,7 +256,7 @@ def _measure(
     except Preempted:
         save()
         raise _preempted(step) from None
-    hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective waits for it
+    hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective would wait for it
 
 
 def _preempted(step: int) -> Preempted:
@@ -261,7 +264,7 @@ def _preempted(step: int) -> Preempted:
 
 
 def _say(line: str) -> None:
-    """To stderr of process 0, above a bar that may stand there."""
+    """Print a line to stderr in process 0, above the progress bar if there is one."""
     if jax.process_index() == 0:
         tqdm.write(line, file=sys.stderr)
 
@@ -278,7 +281,7 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
 
 
 def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> int:
-    """Log a step that has ended; how many up to it were skipped in a row. Raises TrainingDiverged for too many."""
+    """Log a finished step; returns the number of steps skipped in a row. Raises TrainingDiverged if it is too high."""
     scalars = {name: np.asarray(value).item() for name, value in scalars.items()}
     progress.update()
     in_a_row = scalars.pop("skipped_in_a_row")
@@ -302,7 +305,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
 
 
 def _conclude(config: Config, workdir: Path, step: int, *, idle: bool = False) -> None:
-    """Draw the loss of a run that has come to its end, and say where everything is, or that it was there before."""
+    """Plot the loss of a finished run, and print where everything is, or that there was nothing to do (`idle`)."""
     if jax.process_index() != 0:
         return
     if step == config.steps:

@@ -1,4 +1,4 @@
-"""Validation losses: how well a run predicts examples that it does not train on."""
+"""Validation losses, on examples that a run does not train on."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from lina_jax import mesh as mesh_lib
 from lina_jax.image_metrics import Value
 from lina_jax.state import SIGMA_BINS, Blueprint, Tree
 
-# Significant digits of validation losses that are told. Sums within a batch come in another order on other numbers of
-# devices, which changes a loss by 1e-7 of itself.
+# Significant digits of reported validation losses. The order of sums within a batch depends on the number of devices,
+# which changes a loss by 1e-7 of itself.
 _DIGITS = 5
 
 
 class Validation:
-    """Losses on fixed examples with fixed draws, whatever the checkpoint, the batch size or the mesh.
+    """Losses on fixed examples with fixed draws, the same for any checkpoint, batch size and mesh.
 
-    Each process holds, from the start on, the examples of its devices.
+    Each process holds the examples of its devices in memory from the start.
     """
 
     def __init__(self, plan: Blueprint, records: data.Records):
@@ -34,12 +34,12 @@ class Validation:
         self._examples = data.fixed_examples(records, self._count, self._held)
 
     def both(self, params: Tree, ema: Tree, frozen: Tree) -> dict[str, float]:
-        """Losses of the parameters, and (names ending in _ema) of their EMA."""
+        """Losses of the parameters and (with names ending in _ema) of their EMA."""
         raw, ema = self.losses([params, ema], frozen)
         return raw | {f"{name}_ema": value for name, value in ema.items()}
 
     def losses(self, weights: Sequence[Tree], frozen: Tree) -> list[dict[str, float]]:
-        """Of each of the `weights`, 'loss', 'loss_standard_error', and 'loss_sigma_LOW_HIGH' by noise level."""
+        """For each of `weights`: 'loss', 'loss_standard_error', and 'loss_sigma_LOW_HIGH' by noise level."""
         parts: list[list[np.ndarray]] = [[] for _ in weights]
         for start in self._starts:
             rows = np.searchsorted(self._held, self._numbers(start))
@@ -60,7 +60,7 @@ class Validation:
         return range(0, self._count, self._batch)
 
     def _numbers(self, start: int) -> list[int]:
-        """Which examples this process' rows of a batch are; after the last one it stands again, as padding."""
+        """The example in each of this process' rows of a batch; the last example is repeated as padding."""
         return [min(start + row, self._count - 1) for row in self._rows]
 
     def _summary(self, parts: Sequence[np.ndarray]) -> dict[str, float]:
@@ -70,15 +70,15 @@ class Validation:
         told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
             f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value
             for low, high, *sums in zip(edges, edges[1:], total.T, weight.T, strict=False)
-            if np.any(sums[1])  # of a noise level that no token has nothing is known
+            if np.any(sums[1])  # else no token had a noise level in this bin
         }
         return {name: float(f"{value:.{_DIGITS}g}") for name, value in told.items() if value is not None}
 
 
 def mean_loss(total: np.ndarray, weight: np.ndarray) -> Value:
-    """Mean over tokens of examples, of which `total` (N,) are the sums and `weight` (N,) the numbers of tokens.
+    """Mean over the tokens of N examples, from each example's sum `total` (N,) and number of tokens `weight` (N,).
 
-    Standard error: that of a ratio of sums over examples drawn at random; None of a single one.
+    The standard error is that of a ratio of sums over randomly drawn examples; None for a single example.
     """
     count, tokens = len(total), max(weight.sum(), 1.0)
     mean = total.sum() / tokens

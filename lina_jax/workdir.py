@@ -1,4 +1,4 @@
-"""What a training directory says of itself: its config, and which checkpoints are there."""
+"""The config of a training directory, and a list of its checkpoints."""
 
 import dataclasses
 import json
@@ -14,26 +14,26 @@ from lina_jax.errors import UserError
 
 
 def is_imported(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds weights alone."""
+    """Whether a checkpoint holds only weights."""
     return checkpoint.is_dir() and not {"ema", "progress"} & integrity.saved_items(checkpoint)
 
 
 def saved_checkpoints(workdir: Path) -> list[Path]:
-    """The folders of a workdir's checkpoints, whole or damaged, which is not looked at."""
+    """The folders of a workdir's checkpoints, without a check for damage."""
     return [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps of a workdir's checkpoints, whole or damaged, in order."""
+    """The steps of a workdir's checkpoints in order, without a check for damage."""
     return sorted(int(path.name) for path in saved_checkpoints(workdir))
 
 
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
-    """Check that a workdir may go on with a config.
+    """Check that a run with this config may resume in a workdir.
 
-    Raises UserError naming each field that changes the function, the optimiser or the data order, unless told
-    otherwise. Imported weights, before they are trained, have a function only. What is missing of an earlier run is
-    told.
+    Unless `allow_changes`, raises UserError that names each field that changes the function, the optimiser or the data
+    order (for imported weights that are not trained yet: only the function). Warns if parts of an earlier run are
+    missing.
     """
     saved = saved_checkpoints(workdir)
     if not (workdir / "config.json").exists():
@@ -53,20 +53,20 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Bind a workdir to a config."""
+    """Write the config of a workdir, which later runs must match."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         places.write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
 def load_config(workdir: Path) -> Config:
-    """The config that a workdir was trained with. Raises UserError when there is none, or none that is valid."""
+    """The config that a workdir was trained with. Raises UserError if there is no valid one."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training directory: it has no config.json")
     try:
         return config_lib.freeze(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # no JSON, no text
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is corrupt: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
