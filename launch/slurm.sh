@@ -19,9 +19,9 @@
 #
 # This directory and its environment (pip install -e '.[cuda]') must be visible on all nodes. Each GPU has its own task:
 # under SLURM, JAX gives a task the GPU of its number on the node and no other (prepare takes that one, too), and NCCL
-# and data loading get a process for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then the job requeues itself, as it
-# does when one of them was killed (137). If a node fails, or the cluster preempts the job, SLURM itself requeues it
-# (--requeue). scancel --name=RUN stops a run.
+# and data loading get a process for each GPU. The tasks get SIGTERM before the time limit, save, and end with 75; then
+# the job requeues itself, as it does when one of them was killed (137). If a node fails, or the cluster preempts the
+# job, SLURM itself requeues it (--requeue). scancel --name=RUN stops a run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
