@@ -4,24 +4,26 @@ Each device works on the same number of images at once, however many devices the
 that of one among a thousand are the same, and so are the features, to the bit.
 """
 
+import functools
 import hashlib
 import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from lina_jax import hosts, places, preemption, progress
 from lina_jax import mesh as mesh_lib
-from lina_jax import places, preemption, progress
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
 from lina_jax.models import inception
@@ -30,6 +32,7 @@ from lina_jax.state import Tree
 
 CHUNK = 500  # images whose features are added, and stored, at once
 SHOWN = 36  # first images that are kept to be looked at
+_PORTION = 2**26  # bytes of images that are whole on each device at once, on their way to the hosts
 
 
 class Chunk(NamedTuple):
@@ -80,6 +83,8 @@ class Done:
         self._directory, self.count = directory, 0
         if directory and jax.process_index() == 0:
             self._open(directory, json.dumps(facts, indent=2, sort_keys=True))
+        # Process 0 looked for files alone, and may have written a reference: longer than a collective waits for it.
+        hosts.barrier("what is done is known")
         # Others need not see the directory.
         self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
 
@@ -137,6 +142,7 @@ def chunks(
         if first:
             print(f"{name}: {first} of {count} were done before", file=sys.stderr)
         yield from done
+    hosts.barrier("what is done is added")  # by process 0 alone
     kept = min(kept, count)
     waiting = Chunk(first, Features(*[np.zeros((0, 0), np.float32)] * 3), np.zeros((0, 0, 0, 3), np.uint8))
     with progress.bar(count, done=first, name=name) as bar:
@@ -188,7 +194,7 @@ def _batches(
             seen = Features(*(part[:rows] for part in multihost_utils.process_allgather(features, tiled=True)))
         if images is None:
             return rows, seen, np.zeros((0, 0, 0, 3), np.uint8)
-        return rows, seen, multihost_utils.process_allgather(images, tiled=True)[: min(rows, kept - at)]
+        return rows, seen, _first(images, mesh, min(rows, kept - at))
 
     before = None
     for at in range(numbers.start, numbers.stop, size):
@@ -198,3 +204,29 @@ def _batches(
         before = started
     if before:
         yield finish(*before)
+
+
+def _first(images: jax.Array, mesh: Mesh, count: int) -> np.ndarray:
+    """The first `count` images of a batch (B, H, W, 3) on every host."""
+    if images.is_fully_addressable:
+        return np.asarray(images)[:count]
+    return _gathered(images, mesh, count)
+
+
+def _gathered(images: jax.Array, mesh: Mesh, count: int) -> np.ndarray:
+    """The same by way of the devices, in portions: the whole batch of a pod would not fit on one of them."""
+    size = min(count, max(1, _PORTION * len(images) // images.nbytes))
+    portions = []
+    for start in range(0, count, size):
+        wanted = np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)  # one program for all portions
+        portions.append(np.asarray(_gatherer(mesh)(images, wanted)))
+    return np.concatenate(portions)[:count]
+
+
+@functools.cache
+def _gatherer(mesh: Mesh) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+    """Images of a batch by their rows (N,), whole on each device."""
+    # By indices: of a slice, the compiler would gather the batch first.
+    return jax.jit(
+        lambda images, wanted: jnp.take(images, wanted, 0, mode="clip"), out_shardings=mesh_lib.sharding(mesh)
+    )

@@ -163,7 +163,7 @@ def _as_process_0_says(key: str, what: Callable[[], Any]) -> Any:
 
 
 def barrier(occasion: str) -> None:
-    """Wait, for up to a day, until all processes are here. Each `occasion` must have a new name."""
+    """Wait, for up to a day, until all processes are here. The same `occasion` may come again."""
     client = distributed.global_state.client
     if client is not None:
         _heeding_signals(client.wait_at_barrier, f"lina_jax/meet/{occasion}", 1000 * PATIENCE_S)

@@ -90,6 +90,21 @@ def test_all_wait_for_the_one_that_works_alone_at_the_end():
         assert ends(processes) == [("", 0), ("", 0)]
 
 
+AGAIN = """
+def work(process):
+    hosts.barrier("measured")
+    if process == 1:
+        pathlib.Path("file").touch()
+    hosts.barrier("measured")
+    assert pathlib.Path("file").exists()
+"""
+
+
+def test_processes_wait_for_each_other_when_an_occasion_comes_again(tmp_path):
+    with two_processes(AGAIN, cwd=lambda process: tmp_path) as processes:
+        assert ends(processes) == [("", 0), ("", 0)]
+
+
 KILLED = """
 def work(process):
     if process == 1:

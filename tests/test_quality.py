@@ -132,6 +132,39 @@ def test_an_interrupted_measurement_goes_on(source, measure, whole, tmp_path):
     np.testing.assert_array_equal(found.images, whole.images)
 
 
+def test_others_wait_while_process_0_adds_what_was_done(source, measure, tmp_path, monkeypatch):
+    """They would wait in a collective, which between CPUs ends after 30 s."""
+    with pytest.raises(KeyboardInterrupt):
+        measure(of=Killed(source(1), 30), work=tmp_path / "work")
+    events, add = [], quality.Collector.add
+
+    def added(collector, chunk):
+        events.append(f"add {chunk.start}")
+        add(collector, chunk)
+
+    class Watched(Killed):
+        def batch(self, numbers):
+            events.append("draw")
+            return super().batch(numbers)
+
+    monkeypatch.setattr(quality.Collector, "add", added)
+    monkeypatch.setattr(featurise.hosts, "barrier", events.append)
+    measure(of=Watched(source(1)), work=tmp_path / "work")
+    before = ["what is done is known", "add 0", "add 12", "what is done is added", "draw"]
+    assert events[: len(before)] == before
+
+
+def test_devices_gather_no_more_images_than_are_kept(devices, monkeypatch):
+    """A batch of a pod would not fit on one of them; 20 images go in portions of 7."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+    placed = jax.device_put(images, mesh.sharding(devices[8], "batch"))
+    monkeypatch.setattr(featurise, "_PORTION", 7 * images[0].nbytes)
+    np.testing.assert_array_equal(featurise._gathered(placed, devices[8], 20), images[:20])
+    program = featurise._gatherer(devices[8]).lower(placed, np.arange(7, dtype=np.int32)).compile().as_text()
+    assert "[7,8,8,3]" in program
+    assert "[64," not in program
+
+
 @pytest.mark.parametrize("left", [0, 1000])
 def test_a_file_of_features_that_is_cut_is_named(left, source, measure, tmp_path):
     with pytest.raises(KeyboardInterrupt):
