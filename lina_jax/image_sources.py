@@ -9,6 +9,7 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from lina_jax.models import vae
 from lina_jax.sources import base
 from lina_jax.state import Blueprint, Program, Tree
 
+_READERS = 16  # threads that read a folder, which wait for storage for the most part
 PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config on which pictures depend
 Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
 
@@ -149,8 +151,8 @@ def open_images(
 
 def _folder(path: Path, mesh: Mesh) -> Read:
     fs, root = base.filesystem(str(path))
-    found = sorted(Path(name) for name in base.files_below(fs, root))
-    found = [file for file in found if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
+    found = [file for file in sorted(sizes) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     files = [file for file in shown if not sample.is_grid(file)]
     if not files:
@@ -162,10 +164,10 @@ def _folder(path: Path, mesh: Mesh) -> Read:
         except images.BadImage as error:
             raise UserError(f"{files[number]}: {error}") from error
 
-    shape = one(0).shape
+    shape, pool = one(0).shape, ThreadPoolExecutor(_READERS)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        made = [one(number) for number in numbers]
+        made = list(pool.map(one, numbers))
         for number, image in zip(numbers, made, strict=True):
             if image.shape != shape:
                 sides = [f"{s[1]} x {s[0]}" for s in (image.shape, shape)]
@@ -174,7 +176,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
         return np.stack(made)
 
     names = hashlib.sha256(
-        "\n".join(f"{f.relative_to(root)} {f.stat().st_size}" for f in files).encode(errors="surrogateescape")
+        "\n".join(f"{f.relative_to(root)} {sizes[f]}" for f in files).encode(errors="surrogateescape")
     )
     return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
 
@@ -203,7 +205,7 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
         return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode, shuffled=True)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
-    except (ValueError, images.BadImage) as error:
+    except (OSError, RuntimeError, ValueError, images.BadImage) as error:  # of the file, or of the record
         raise UserError(f"{opened.location(0)}: {error}") from error
     return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)
 

@@ -1,13 +1,16 @@
 """Images to measure are read by number, of folders, files and datasets; what cannot be measured is named."""
 
 import io
+import os
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import data, image_sources, records, shapes
+from lina_jax import data, image_sources, images, records, shapes
 from lina_jax.errors import UserError
+from lina_jax.prepare import Settings, prepare
 
 
 def test_the_first_pictures_of_a_sorted_folder_stand_for_all(one_device, tmp_path):
@@ -55,6 +58,29 @@ def test_a_record_that_cannot_be_measured_is_named(one_device, tmp_path):
         source.batch(np.arange(4))
     with pytest.raises(UserError, match=r"split 'train\[:0\]' is empty"):
         image_sources.open_images(tmp_path / "data", one_device, "train[:0]")
+
+
+def test_a_dataset_whose_first_shard_is_cut_is_named(one_device, tmp_path):
+    prepare(tmp_path / "data", Settings(resolution=8, train=4, validation=2))
+    (shard,) = (tmp_path / "data").glob("*train*")
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match=f"record 0 of {shard}: "):
+        image_sources.open_images(tmp_path / "data", one_device)
+
+
+def test_pictures_of_a_folder_are_read_at_once(one_device, tmp_path, monkeypatch):
+    """Storage that is far away lets each wait; they keep their order."""
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    folder = image_sources.open_images(tmp_path, one_device)
+    alone, together, decode = np.asarray(folder.batch(np.arange(4))), threading.Barrier(4), images.decode
+
+    def decoded(content):
+        together.wait(timeout=60)
+        return decode(content)
+
+    monkeypatch.setattr(images, "decode", decoded)
+    np.testing.assert_array_equal(np.asarray(folder.batch(np.arange(4))), alone)
 
 
 def test_text_models_draw_the_captions_of_the_data(tiny_text):
