@@ -17,9 +17,8 @@ kill, and it goes on. docs/evaluation.md tells the rest. The same code measures 
 import dataclasses
 import json
 import math
-import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,6 @@ from lina_jax import (
 )
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.config import EvalConfig, SampleConfig
-from lina_jax.data import Records
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
 from lina_jax.quality import Quality
@@ -57,7 +54,9 @@ from lina_jax.state import Blueprint, Tree
 from lina_jax.validation import Validation
 from lina_jax.workdir import load_config
 
-_WORK = ".measuring"  # in OUT, until the end: what is done, should the process be killed
+# In OUT until the end, should the process be killed: features that are done, and what is measured. Whoever finds
+# score.json may rely on it that all of it is there.
+_WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
 
 
@@ -66,67 +65,6 @@ def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> 
     captions = [caption for _, caption in shapes.evaluation_prompts(count, seed)]
     images = sampler(params, frozen, captions, seed)
     return scene_score.score(images, captions), images, captions
-
-
-class DrawnQuality:
-    """FID and its kin of pictures that a run's weights draw; the same pictures' numbers and conditions every time."""
-
-    def __init__(self, plan: Blueprint, records: Records | None):
-        """As `config.eval` says. Raises UserError for what cannot be read, or drawn."""
-        config = plan.config.eval
-        if lacking := sample.cannot_draw(plan.config):
-            raise UserError(f"eval.images={config.images}: {lacking}")
-        self._plan, self._config = plan, config
-        path = Path(config.reference).expanduser()
-        if config.reference:
-            _check_stored(path, config)
-            reference.check_count(f"eval.images={config.images}", config.images, path)
-        self._network = Network(Path(config.inception).expanduser(), plan.mesh)
-        self._reference = None
-        if config.reference:
-            self._reference = reference.load(path, self._network, per_device=config.per_device, work=None, images=True)
-        # What the weights of a step depend on, and how they are cut.
-        facts = {"config": dataclasses.asdict(plan.config), "mesh": dict(plan.mesh.shape)}
-        self._source = drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
-
-    def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
-        """Of the weights after `step`; `work` holds what is done. None in processes other than 0."""
-        self._source.weights, self._source.facts["step"] = (params, frozen), step
-        return quality.measure(
-            self._source,
-            self._network,
-            self._reference,
-            self._plan.mesh,
-            count=self._config.images,
-            per_device=self._config.per_device,
-            work=work,
-        )
-
-
-def _check_stored(path: Path, config: EvalConfig) -> None:
-    """Raises UserError unless the reference is there as statistics: each start of a run would make them anew."""
-    if reference.is_stored(path):
-        return
-    flags_given = {"samples_from": path, "number": 10, "inception": config.inception, "reference": path, "out": "DIR"}
-    command = ["python", "-m", "lina_jax.evaluate", *(f"--{name}={value}" for name, value in flags_given.items())]
-    raise UserError(
-        f"eval.reference={config.reference}: training reads .npz files with mu and sigma; "
-        f"DIR/reference.npz is one after {shlex.join(command)}"
-    )
-
-
-def drawn(
-    plan: Blueprint, settings: SampleConfig, records: Records | None, count: int, *, seed: int, facts: dict[str, Any]
-) -> image_sources.Drawn:
-    """Pictures of a model: of all classes in turn, or of the captions of `records`."""
-    if plan.config.model.condition == "class":
-        conditions = image_sources.balanced_classes(plan.config)
-    elif records is None:
-        raise UserError("pictures of a text-to-image model need the captions of a dataset: --data=DIR")
-    else:
-        conditions = image_sources.captions_of(records, count)
-        facts = {**facts, "captions": records.manifest}
-    return image_sources.Drawn(plan, settings, conditions, count, seed, facts)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -150,6 +88,7 @@ def _main(values: flags.FlagValues) -> None:
     result = run.facts() if run else {}
     if run and values.validation:
         result["validation"] = run.validation()
+        _keep(out, result)
     rows = run.rows() if run and values.report else []
     shown = []  # (title, pictures, captions)
     if run and values.scenes:
@@ -158,12 +97,13 @@ def _main(values: flags.FlagValues) -> None:
         shown.append(("Scenes", images[:36], captions[:36]))
         if jax.process_index() == 0:
             pictures.save(out / "samples.png", pictures.grid(images[:36], captions[:36]))
+        _keep(out, result)
     if run and values.geneval:
-        result["geneval"], *found = run.geneval(out / "geneval")
+        result["geneval"], *found = run.geneval()
         shown.append(("GenEval", *found))
+        _keep(out, result)
     measured = bool(values.samples_from or values.inception or values.npz)
     if measured:
-        hosts.barrier("scenes are judged")  # by process 0 alone
         found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
         if found:
             result["quality"] = {**found.told(), "reference": compared}
@@ -171,14 +111,20 @@ def _main(values: flags.FlagValues) -> None:
             shown.append(("Pictures measured", found.images, captions))
     if jax.process_index() != 0:
         return
-    out.mkdir(parents=True, exist_ok=True)
     told = _as_json(result)
     places.write_json(out / "score.json", told)
+    (out / _UNFINISHED).unlink(missing_ok=True)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
     if measured:
         shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
     print(json.dumps(told, indent=2))
+
+
+def _keep(out: Path, result: dict[str, Any]) -> None:
+    """Write what is measured so far."""
+    if jax.process_index() == 0:
+        places.write_json(out / _UNFINISHED, _as_json(result))
 
 
 def _as_json(value: Any) -> Any:
@@ -226,6 +172,7 @@ class _Run:
     """A training directory under measurement."""
 
     def __init__(self, values: flags.FlagValues, workdir: Path, metrics: list[str], out: Path):
+        """Raises UserError for all that can be known to be wrong before hours are spent on measuring."""
         self._values, self._workdir, self._metrics, self._out = values, workdir, metrics, out
         loaded = load_config(workdir)
         self._settings = sample.settings_of_flags(loaded, values)
@@ -238,10 +185,10 @@ class _Run:
             raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
         if values.geneval and loaded.model.condition != "text":
             raise UserError(f"--geneval={values.geneval}: the model draws classes, not prompts")
-        self._prompts = (
-            geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten) if values.geneval else []
-        )
-        self._plan, self._drawing, self._frozen, self.step = sample.load(
+        prompts = []
+        if values.geneval:
+            prompts = geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten, loaded)
+        plan, self._drawing, self._frozen, self.step = sample.load(
             workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
         )
         self._weights = "raw" if values.raw else "ema"
@@ -251,12 +198,19 @@ class _Run:
             "workdir": str(workdir),
             "checkpoint": integrity.fingerprint(workdir / "checkpoints" / str(self.step)),
         }
-        config = self._plan.config
+        config = plan.config
         if values.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
-        self._config = config
+        self._plan = dataclasses.replace(plan, config=config)
+        self._geneval = None
+        if values.geneval:
+            counts = {"seed": values.seed, "images": values.geneval_images}
+            self._geneval = geneval.Drawing(
+                self._plan, self._settings, prompts, out / "geneval", **counts, facts=self._origin
+            )
         captioned = config.model.condition == "text" and (values.npz or values.inception)
         self._network = Network(Path(values.inception).expanduser(), self._plan.mesh) if values.inception else None
+        self._reference = _opened_reference(values, self._network, metrics, out, self._plan)
         self._records = None
         if values.validation or captioned:
             self._records = data.open_records(config, config.data.validation_split, self._plan.encoders.text)
@@ -267,13 +221,13 @@ class _Run:
             "weights": self._weights,
             "sample": dataclasses.asdict(self._settings),
             "seed": self._values.seed,
-            "data": self._config.data.path,
-            "autoencoder": dataclasses.asdict(self._config.autoencoder),
-            "text_encoder": dataclasses.asdict(self._config.text_encoder),
+            "data": self._plan.config.data.path,
+            "autoencoder": dataclasses.asdict(self._plan.config.autoencoder),
+            "text_encoder": dataclasses.asdict(self._plan.config.text_encoder),
         }
 
     def validation(self) -> dict[str, float]:
-        checkpoints = Checkpoints(self._workdir, self._config.checkpoint, create=False)
+        checkpoints = Checkpoints(self._workdir, self._plan.config.checkpoint, create=False)
         # Here alone both are needed, and in memory.
         other, _, _ = checkpoints.restore_weights(self._plan, ema=self._values.raw, step=self.step)
         raw, ema = (self._drawing, other) if self._values.raw else (other, self._drawing)
@@ -284,25 +238,17 @@ class _Run:
         sampler = sample.Sampler(self._plan, self._settings, sample.batch_for(self._plan, count))
         return scene_scores(sampler, self._drawing, self._frozen, count, self._values.seed)
 
-    def geneval(self, out: Path) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-        return geneval.draw(
-            self._plan,
-            self._settings,
-            (self._drawing, self._frozen),
-            self._prompts,
-            out,
-            seed=self._values.seed,
-            images=self._values.geneval_images,
-            per_device=self._values.per_device,
-            facts=self._origin,
-        )
+    def geneval(self) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+        return self._geneval.draw((self._drawing, self._frozen), self._values.per_device)
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         values = self._values
-        compared = _reference(values, self._network, self._metrics, self._out, self._plan)
-        source = drawn(self._plan, self._settings, self._records, values.number, seed=values.seed, facts=self._origin)
+        compared = self._reference() if self._reference else None
+        source = image_sources.drawn(
+            self._plan, self._settings, self._records, values.number, seed=values.seed, facts=self._origin
+        )
         source.weights = self._drawing, self._frozen
-        classes = self._config.model.condition == "class"
+        classes = self._plan.config.model.condition == "class"
         found = quality.measure(
             source,
             self._network,
@@ -313,15 +259,15 @@ class _Run:
             wanted=self._metrics,
             work=self._out / _WORK / "samples",
             npz=Path(values.npz).expanduser() if values.npz else None,
-            labels=np.arange(values.number) % self._config.model.num_classes if classes else None,
+            labels=np.arange(values.number) % self._plan.config.model.num_classes if classes else None,
         )
         return found, dict(compared.facts) if compared else None
 
     def captions(self, count: int) -> list[str]:
         """Of the first pictures that are measured."""
-        if self._config.model.condition == "class":
-            return report.conditions_of(self._config, count)[1]
-        if self._config.model.text_encoder != "bytes":
+        if self._plan.config.model.condition == "class":
+            return report.conditions_of(self._plan.config, count)[1]
+        if self._plan.config.model.text_encoder != "bytes":
             return [""] * count
         rows = image_sources.captions_of(self._records, self._values.number)(np.arange(count))
         pairs = zip(rows["text"], rows["text_length"], strict=True)
@@ -333,13 +279,13 @@ class _Run:
         return [report.draw_samples(*drawing), report.decode_strips(*drawing)]
 
 
-def _reference(
+def _opened_reference(
     values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
-) -> reference.Reference | None:
+) -> Callable[[], reference.Reference] | None:
     """Of --reference."""
     if not values.reference:
         return None
-    return reference.load(
+    return reference.opened(
         Path(values.reference).expanduser(),
         network,
         per_device=values.per_device,
@@ -367,7 +313,8 @@ def _quality_of_files(
     if values.reference and _OF_IMAGES & set(metrics):
         named = f"--samples_from={values.samples_from}: {count} images"
         reference.check_count(named, count, Path(values.reference).expanduser())
-    compared = _reference(values, network, metrics, out, plan=None)
+    opened = _opened_reference(values, network, metrics, out, plan=None)
+    compared = opened() if opened else None
     found = quality.measure(
         source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
         work=out / _WORK / "samples",

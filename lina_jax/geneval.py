@@ -7,8 +7,7 @@ Picture k of prompt i is number i * K + k of the seed, so that what exists alrea
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from lina_jax import image_sources, pictures, places, progress, sample
+from lina_jax import hosts, image_sources, pictures, places, progress, sample
 from lina_jax import mesh as mesh_lib
-from lina_jax.config import SampleConfig
+from lina_jax.config import Config, SampleConfig
 from lina_jax.errors import UserError
 from lina_jax.state import Blueprint, Tree
 
@@ -32,27 +31,32 @@ class Prompt(NamedTuple):
     text: str  # that is drawn
 
 
-def read_prompts(path: Path, rewritten: str | None) -> list[Prompt]:
+def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prompt]:
     """Of the benchmark's metadata, each with the line of the same number of a file of rewritten prompts, if given.
 
-    Raises UserError naming the file and the line.
+    Raises UserError naming the file and the line, also of a prompt that the model of `config` cannot read.
     """
-    lines, texts = [], []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        lines.append(line)
+    lines, texts = _lines(path), []
+    for number, line in lines:
         try:
             texts.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{path}, line {number}: expected a JSON object with "prompt" ({line[:60]})') from error
     if not lines:
         raise UserError(f"{path}: no prompts")
+    drawn, where = lines, path
     if rewritten:
-        texts = [_rewritten(line) for line in _lines(Path(rewritten).expanduser()) if line.strip()]
+        where = Path(rewritten).expanduser()
+        drawn = _lines(where)
+        texts = [_rewritten(line) for _, line in drawn]
         if len(texts) != len(lines):
             raise UserError(f"--geneval_rewritten={rewritten}: {len(texts)} prompts, {path} has {len(lines)}")
-    return [Prompt(*pair) for pair in zip(lines, texts, strict=True)]
+    for (number, _), text in zip(drawn, texts, strict=True):
+        try:
+            sample.check_prompt(config, text)
+        except UserError as error:
+            raise UserError(f"{where}, line {number}: {error}") from error
+    return [Prompt(line, text) for (_, line), text in zip(lines, texts, strict=True)]
 
 
 def _rewritten(line: str) -> str:
@@ -63,60 +67,103 @@ def _rewritten(line: str) -> str:
         return line.strip()
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of each that is not blank."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def draw(
-    plan: Blueprint,
-    settings: SampleConfig,
-    weights: tuple[Tree, Tree],
-    prompts: Sequence[Prompt],
-    out: Path,
-    *,
-    seed: int,
-    images: int,
-    per_device: int,
-    facts: dict[str, Any],
-) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-    """Draw what `out` lacks; (what there is now, the first pictures (N, H, W, 3), their prompts).
+class Drawing:
+    """Pictures of prompts in a directory, which may hold some of them."""
 
-    `facts` name the weights. Each process writes what its devices made. Raises UserError where `out` holds pictures of
-    other weights or settings.
-    """
-    for prompt in prompts:
-        sample.check_prompt(plan.config, prompt.text)
-    texts = [prompt.text for prompt in prompts for _ in range(images)]
-    source = image_sources.Drawn(
-        plan, settings, image_sources.prompts(plan, texts), len(texts), seed, {**facts, "images": images}
-    )
-    source.weights = weights
-    absent = np.ones(len(texts), np.int8)
-    if jax.process_index() == 0:
-        _prepare(out, prompts, {**source.facts, "prompts": [prompt.text for prompt in prompts]})
-        absent = np.array([not _picture(out, number, images).exists() for number in range(len(texts))], np.int8)
-    absent = np.flatnonzero(multihost_utils.broadcast_one_to_all(absent))
-    size = per_device * mesh_lib.batch_parts(plan.mesh)
-    with (
-        progress.bar(len(texts), done=len(texts) - len(absent), name="GenEval") as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+    def __init__(
+        self,
+        plan: Blueprint,
+        settings: SampleConfig,
+        prompts: Sequence[Prompt],
+        out: Path,
+        *,
+        seed: int,
+        images: int,
+        facts: Mapping[str, Any],
     ):
-        for start in range(0, len(absent), size):
-            numbers = absent[np.minimum(np.arange(start, start + size), len(absent) - 1)]
-            made = source.batch(numbers)
-            jobs = [pool.submit(pictures.save, _picture(out, n, images), image) for n, image in _ours(made, numbers)]
-            for job in jobs:
-                job.result()
-            bar.update(min(size, len(absent) - start))
-    multihost_utils.sync_global_devices("geneval")  # all pictures are there
-    result = {"folder": str(out), "prompts": len(prompts), "images_per_prompt": images}
-    first = list(range(0, len(texts), images))[:_SHOWN]
-    leader = jax.process_index() == 0
-    shown = [np.asarray(Image.open(_picture(out, number, images))) for number in first] if leader else []
-    return result, np.array(shown, np.uint8), [texts[number] for number in first]
+        """`images` of each prompt; `facts` name the weights. Nothing is written yet.
+
+        Raises UserError where `out` holds pictures of other weights or settings.
+        """
+        self._plan, self._prompts, self._out, self._images = plan, prompts, out, images
+        self._texts = [prompt.text for prompt in prompts for _ in range(images)]
+        conditions = image_sources.prompts(plan, self._texts)
+        facts = {**facts, "images": images}
+        self._source = image_sources.Drawn(plan, settings, conditions, len(self._texts), seed, facts)
+        told = {**self._source.facts, "prompts": [prompt.text for prompt in prompts]}
+        self._facts, self._about = json.loads(json.dumps(told)), out / "settings.json"
+        if jax.process_index() == 0:
+            self._check_earlier()
+
+    def draw(self, weights: tuple[Tree, Tree], per_device: int) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+        """Draw what is absent; (what there is now, the first pictures (N, H, W, 3) uint8, their prompts).
+
+        Each process writes what its devices made; others than 0 get no pictures.
+        """
+        self._source.weights = weights
+        leader, count = jax.process_index() == 0, len(self._texts)
+        absent = np.ones(count, np.int8)
+        if leader:
+            self._make_folders()
+            absent = np.array([not self._picture(number).exists() for number in range(count)], np.int8)
+        # Here the others wait, too, while process 0 looks at thousands of files.
+        hosts.check_shared(str(self._about), lambda: "there" if self._about.exists() else "absent")
+        absent = np.flatnonzero(multihost_utils.broadcast_one_to_all(absent))
+        size = per_device * mesh_lib.batch_parts(self._plan.mesh)
+        with (
+            progress.bar(count, done=count - len(absent), name="GenEval") as bar,
+            ThreadPoolExecutor(places.cores()) as pool,
+        ):
+            for start in range(0, len(absent), size):
+                numbers = absent[np.minimum(np.arange(start, start + size), len(absent) - 1)]
+                made = self._source.batch(numbers)
+                jobs = [pool.submit(pictures.save, self._picture(n), image) for n, image in _ours(made, numbers)]
+                for job in jobs:
+                    job.result()
+                bar.update(min(size, len(absent) - start))
+        hosts.barrier("GenEval's pictures are there")
+        result = {"folder": str(self._out), "prompts": len(self._prompts), "images_per_prompt": self._images}
+        first = list(range(0, count, self._images))[:_SHOWN]
+        shown = [np.asarray(Image.open(self._picture(number))) for number in first] if leader else []
+        return result, np.array(shown, np.uint8), [self._texts[number] for number in first]
+
+    def _picture(self, number: int) -> Path:
+        prompt, image = divmod(number, self._images)
+        return self._out / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+
+    def _check_earlier(self) -> None:
+        """Raises UserError where the directory holds anything but pictures of these facts."""
+        out = self._out
+        if self._about.exists():
+            try:
+                before = json.loads(self._about.read_text())
+            except ValueError as error:
+                raise UserError(f"{self._about} is damaged: choose another place, or remove {out}") from error
+            differing = [name for name in self._facts | before if self._facts.get(name) != before.get(name)]
+            if differing:
+                raise UserError(
+                    f"{out} holds pictures of other {', '.join(differing)}: choose another --out, or remove it"
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds files that are not of this command: choose another --out")
+
+    def _make_folders(self) -> None:
+        """And what the pictures are of."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        places.write_json(self._about, self._facts)
+        for number, prompt in enumerate(self._prompts):
+            folder = self._out / f"{number:05d}"
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "metadata.jsonl").write_text(prompt.line + "\n", encoding="utf-8")
 
 
 def _ours(made: jax.Array, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -129,29 +176,3 @@ def _ours(made: jax.Array, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarra
             if number not in written:
                 written.add(number)
                 yield number, image
-
-
-def _picture(out: Path, number: int, images: int) -> Path:
-    prompt, image = divmod(number, images)
-    return out / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
-
-
-def _prepare(out: Path, prompts: Sequence[Prompt], facts: dict[str, Any]) -> None:
-    """Folders and what the pictures are of."""
-    about, facts = out / "settings.json", json.loads(json.dumps(facts))
-    if about.exists():
-        try:
-            before = json.loads(about.read_text())
-        except ValueError as error:
-            raise UserError(f"{about} is damaged: choose another place, or remove {out}") from error
-        differing = [name for name in facts | before if facts.get(name) != before.get(name)]
-        if differing:
-            raise UserError(f"{out} holds pictures of other {', '.join(differing)}: choose another --out, or remove it")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds files that are not of this command: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    places.write_json(about, facts)
-    for number, prompt in enumerate(prompts):
-        folder = out / f"{number:05d}"
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "metadata.jsonl").write_text(prompt.line + "\n", encoding="utf-8")

@@ -127,6 +127,20 @@ def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
     )
 
 
+def drawn(
+    plan: Blueprint, settings: SampleConfig, records: Records | None, count: int, *, seed: int, facts: Mapping[str, Any]
+) -> Drawn:
+    """Pictures of a model: of all classes in turn, or of the captions of `records`."""
+    if plan.config.model.condition == "class":
+        conditions = balanced_classes(plan.config)
+    elif records is None:
+        raise UserError("pictures of a text-to-image model need the captions of a dataset: --data=DIR")
+    else:
+        conditions = captions_of(records, count)
+        facts = {**facts, "captions": records.manifest}
+    return Drawn(plan, settings, conditions, count, seed, facts)
+
+
 def open_images(
     path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None, *, in_order: bool = True
 ) -> Read:

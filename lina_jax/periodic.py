@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lina_jax import evaluate, hosts, metrics, sample, state
+from lina_jax import hosts, metrics, quality, sample, state
 from lina_jax.config import Config
 from lina_jax.data import Records
 from lina_jax.validation import Validation
@@ -83,7 +83,7 @@ class Measurements:
         config = plan.config
         self._plan, self._work = plan, _features(workdir)
         self._validation = Validation(plan, records)
-        self._quality = evaluate.DrawnQuality(plan, records) if config.eval.images else None
+        self._quality = quality.DrawnQuality(plan, records) if config.eval.images else None
         draws = config.log.preview_images and not sample.cannot_draw(config)
         self._previews = sample.Previews(plan, workdir) if draws else None
 

@@ -1,6 +1,7 @@
 """Image quality: FID and related metrics of many images, drawn or read, both during training and offline."""
 
 import dataclasses
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lina_jax import featurise, image_metrics
+from lina_jax import featurise, image_metrics, image_sources, sample
+from lina_jax import reference as reference_lib
+from lina_jax.config import EvalConfig
+from lina_jax.data import Records
 from lina_jax.errors import UserError
 from lina_jax.featurise import SHOWN, Chunk, Done, Network
 from lina_jax.image_metrics import GROUPS, InceptionScore, RunningCovariance, Value
 from lina_jax.image_sources import Source
 from lina_jax.reference import Reference, write_npz
+from lina_jax.state import Blueprint, Tree
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 _DIGITS = 4  # decimals reported; standard errors are far larger
@@ -140,6 +145,55 @@ def measure(
     if network is None:
         lacking = dict.fromkeys(METRICS, "no weights of Inception v3 (--inception)")
     return Quality(values, lacking, count, images)
+
+
+class DrawnQuality:
+    """FID and its kin of pictures that a run's weights draw; the same pictures' numbers and conditions every time."""
+
+    def __init__(self, plan: Blueprint, records: Records | None):
+        """As `config.eval` says. Raises UserError for what cannot be read, or drawn."""
+        config = plan.config.eval
+        if lacking := sample.cannot_draw(plan.config):
+            raise UserError(f"eval.images={config.images}: {lacking}")
+        self._plan, self._config = plan, config
+        path = Path(config.reference).expanduser()
+        if config.reference:
+            _check_stored(path, config)
+            reference_lib.check_count(f"eval.images={config.images}", config.images, path)
+        self._network = Network(Path(config.inception).expanduser(), plan.mesh)
+        self._reference = None
+        if config.reference:
+            self._reference = reference_lib.load(
+                path, self._network, per_device=config.per_device, work=None, images=True
+            )
+        # What the weights of a step depend on, and how they are cut.
+        facts = {"config": dataclasses.asdict(plan.config), "mesh": dict(plan.mesh.shape)}
+        self._source = image_sources.drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
+
+    def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
+        """Of the weights after `step`; `work` holds what is done. None in processes other than 0."""
+        self._source.weights, self._source.facts["step"] = (params, frozen), step
+        return measure(
+            self._source,
+            self._network,
+            self._reference,
+            self._plan.mesh,
+            count=self._config.images,
+            per_device=self._config.per_device,
+            work=work,
+        )
+
+
+def _check_stored(path: Path, config: EvalConfig) -> None:
+    """Raises UserError unless the reference is there as statistics: each start of a run would make them anew."""
+    if reference_lib.is_stored(path):
+        return
+    flags_given = {"samples_from": path, "number": 10, "inception": config.inception, "reference": path, "out": "DIR"}
+    command = ["python", "-m", "lina_jax.evaluate", *(f"--{name}={value}" for name, value in flags_given.items())]
+    raise UserError(
+        f"eval.reference={config.reference}: training reads .npz files with mu and sigma; "
+        f"DIR/reference.npz is one after {shlex.join(command)}"
+    )
 
 
 def check_metrics(names: Collection[str]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def check_count(named: str, count: int, path: Path) -> None:
         raise UserError(f"{named}: more than {NEIGHBOURS} are needed for precision and recall ({path} has images)")
 
 
-def load(
+def opened(
     path: Path,
     network: Network,
     *,
@@ -58,12 +58,15 @@ def load(
     count: int = 0,
     out: Path | None = None,
     plan: Blueprint | None = None,
-) -> Reference:
-    """The reference in an npz file, or of the first `count` images (0: all) of what has no statistics.
+) -> Callable[[], Reference]:
+    """A function that reads the reference in an npz file, or computes it of what has no statistics.
 
-    `images` says that the features of single images are needed. What is computed of a folder or dataset is written to
-    `out`, which needs `work`: that holds what is done until it is whole. A dataset of latents needs the `plan` of a run
-    with their autoencoder. Raises UserError.
+    Of the latter the first `count` images (0: all) are taken. `images` says that the features of single images are
+    needed. What is computed of a folder or dataset is written to `out`, which needs `work`: that holds what is done
+    until it is whole. A dataset of latents needs the `plan` of a run with their autoencoder.
+
+    Raises UserError at once for what is no reference, or is one of other weights or of too few images. The function
+    raises it for images that cannot be read.
     """
     if not is_stored(path):
         # In an order of chance: the first of them stand for all in precision and recall.
@@ -71,7 +74,7 @@ def load(
         if count > source.count:
             raise UserError(f"--reference_number={count}: there are {source.count} images")
         _check_images(path, count or source.count, images)
-        return _computed(source, network, per_device, work, count or source.count, out)
+        return functools.partial(_computed, source, network, per_device, work, count or source.count, out)
     made_with = npz_array(path, "inception")
     if made_with is not None and str(made_with) != network.digest:
         raise UserError(f"{path} was made with other weights of Inception v3 ({made_with}, here {network.digest})")
@@ -83,9 +86,20 @@ def load(
         facts, _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
     )
     if not images or npz_array(path, "arr_0") is None:
-        return reference
+        return lambda: reference
     source = open_images(path, network.mesh)
     _check_images(path, source.count, images)
+    return functools.partial(_with_features, reference, source, network, per_device, work)
+
+
+def load(path: Path, network: Network, **options) -> Reference:
+    """`opened`, and read or computed at once."""
+    return opened(path, network, **options)()
+
+
+def _with_features(
+    reference: Reference, source: Read, network: Network, per_device: int, work: Path | None
+) -> Reference:
     done = Done(work, {"inception": network.digest, **source.facts})
     found = [
         chunk.features.pool

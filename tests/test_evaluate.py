@@ -1,15 +1,19 @@
 """The command that measures, and the one that training names: what it asks for, says and leaves."""
 
+import io
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from inception_weights import write
+from PIL import Image
 
-from lina_jax import evaluate, state
+from lina_jax import quality, records, state
 from lina_jax.errors import UserError
 
 
@@ -25,7 +29,7 @@ def test_training_names_the_command_that_makes_its_reference(
 
     def prepared(reference):
         config = tiny(eval={"images": 8, "inception": str(weights), "reference": str(reference)})
-        return evaluate.DrawnQuality(state.blueprint(config, one_device), None)
+        return quality.DrawnQuality(state.blueprint(config, one_device), None)
 
     with pytest.raises(UserError, match=f"eval.reference={shapes_data}: training reads .npz files with mu") as error:
         prepared(shapes_data)
@@ -35,9 +39,8 @@ def test_training_names_the_command_that_makes_its_reference(
     assert result.returncode == 0, result.stderr
     prepared(tmp_path / "reference.npz")
     np.savez(tmp_path / "pictures.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
-    for other in ("pictures.npz", "nowhere.npz"):
-        with pytest.raises(UserError, match=f"eval.reference={tmp_path}/{other}: training reads .npz files with mu"):
-            prepared(tmp_path / other)
+    with pytest.raises(UserError, match=f"eval.reference={tmp_path}/pictures.npz: training reads .npz files with mu"):
+        prepared(tmp_path / "pictures.npz")
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,79 @@ def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_
     assert score["weights"] == "raw"
     assert score["autoencoder"] | {"path": encoders["autoencoder"], "tile": 8} == score["autoencoder"]
     assert score["text_encoder"]["path"] == encoders["text_encoder"]
+
+
+@pytest.fixture(scope="module")
+def run(text_plan, rough, save_run, tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("text") / "run", text_plan, rough(text_plan))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle"}\n')
+    return tmp_path / "prompts.jsonl"
+
+
+def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data, prompts, run_module, tmp_path):
+    """Validation, which is first, would say that the parameters are missing."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "params")
+    (tmp_path / "blank.txt").write_text('{"prompt": " "}\n')
+    other = tmp_path / "other" / "geneval"
+    other.mkdir(parents=True)
+    (other / "settings.json").write_text('{"seed": 1}')
+    for out, options, message in (
+        ("out", [f"--geneval={prompts}", f"--geneval_rewritten={tmp_path}/blank.txt"], "blank.txt, line 1: prompt ' '"),
+        ("other", [f"--geneval={prompts}"], f"{other} holds pictures of other "),
+        ("out", [f"--inception={weights}", f"--reference={shapes_data}", "--reference_number=65"], "there are 64"),
+    ):
+        result = run_module("evaluate", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / out}", *options)
+        assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_measured_before_a_failure_is_kept(run, weights, prompts, run_module, tmp_path):
+    shown, out = tmp_path / "reference", tmp_path / "out"
+    shown.mkdir()
+    for number in range(5):
+        Image.new("RGB", (8 + (number == 4), 8), (40 * number, 0, 0)).save(shown / f"{number}.png")
+    options = [f"--out={out}", f"--geneval={prompts}", f"--inception={weights}", f"--reference={shown}", "--number=4"]
+    result = run_module("evaluate", f"--workdir={run}", *options)
+    assert result.returncode == 2 and "4.png is 9 x 8" in result.stderr
+    assert not (out / "score.json").exists()
+    kept = json.loads((out / "score.unfinished.json").read_text())
+    (shown / "4.png").unlink()
+    result = run_module("evaluate", f"--workdir={run}", *options)
+    assert result.returncode == 0, result.stderr
+    score = json.loads((out / "score.json").read_text())
+    assert {"validation", "geneval"} < kept.keys() and kept == {name: score[name] for name in kept}
+    assert "quality" in score and not (out / "score.unfinished.json").exists()
+
+
+EVALUATE_PRINTING_NAMES = """
+import runpy, sys
+from lina_jax import report
+conditions_of = report.conditions_of
+def printed(*given):
+    found = conditions_of(*given)
+    print(found[1], file=sys.stderr)
+    return found
+report.conditions_of = printed
+runpy.run_module("lina_jax.evaluate", run_name="__main__")
+"""
+
+
+def test_a_report_has_the_class_names_of_the_data_that_is_given(
+    tiny, rough, save_run, one_device, one_device_env, tmp_path
+):
+    with records.create(tmp_path / "data", "data", records.pixel_features(["cat", "dog", "newt"])) as writer:
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(content, "PNG")
+        writer.write("train", image=content.getvalue(), caption="", short_caption="", label=0, key="0")
+    plan = state.blueprint(tiny(), one_device)
+    workdir = save_run(tmp_path / "run", plan, rough(plan))
+    options = [f"--workdir={workdir}", "--novalidation", f"--data={tmp_path / 'data'}", f"--report={tmp_path / 'page'}"]
+    command = [sys.executable, "-c", EVALUATE_PRINTING_NAMES, *options]
+    result = subprocess.run(command, env=one_device_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "['0: cat', '1: dog', '2: newt']" in result.stderr

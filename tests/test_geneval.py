@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 
 import jax
@@ -35,18 +36,18 @@ def weights(plan, rough):
 
 
 @pytest.fixture
-def prompts(tmp_path):
+def prompts(plan, tmp_path):
     path = tmp_path / "metadata.jsonl"
     path.write_text("\n".join(LINES) + "\n")
-    return geneval.read_prompts(path, None)
+    return geneval.read_prompts(path, None, plan.config)
 
 
 @pytest.fixture
 def draw(plan, weights):
     def drawn(prompts, out, *, plan=plan, per_device=4, seed=0, images=2):
         placed = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
-        options = {"seed": seed, "images": images, "per_device": per_device, "facts": {"step": 7}}
-        return geneval.draw(plan, plan.config.sample, placed, prompts, out, **options)
+        options = {"seed": seed, "images": images, "facts": {"step": 7}}
+        return geneval.Drawing(plan, plan.config.sample, prompts, out, **options).draw(placed, per_device)
 
     return drawn
 
@@ -105,18 +106,51 @@ def test_pictures_of_other_encoders_are_not_mixed(draw, prompts, tiny_text, one_
             draw(prompts[:1], tmp_path / "out", images=1, plan=plan)
 
 
-def test_rewritten_prompts_are_drawn_and_the_metadata_stays(tmp_path):
+def test_pictures_of_other_settings_are_noticed_before_anything_is_drawn(draw, prompts, plan, tmp_path):
+    options = {"images": 1, "facts": {"step": 7}}
+    geneval.Drawing(plan, plan.config.sample, prompts, tmp_path / "out", seed=0, **options)
+    assert not (tmp_path / "out").exists()
+    draw(prompts, tmp_path / "out", images=1)
+    with pytest.raises(UserError, match="holds pictures of other seed"):
+        geneval.Drawing(plan, plan.config.sample, prompts, tmp_path / "out", seed=1, **options)
+
+
+def test_all_processes_see_the_folders_before_they_draw(draw, prompts, tmp_path, monkeypatch):
+    """Else some would leave their pictures on disks of their own, and all but process 0 begin to wait too early."""
+    seen = []
+
+    def check_shared(what, look):
+        seen.append((what, look(), len(list(tmp_path.glob("out/*/samples"))), len(list(tmp_path.rglob("*.png")))))
+
+    monkeypatch.setattr(geneval.hosts, "check_shared", check_shared)
+    draw(prompts, tmp_path / "out")
+    assert seen == [(str(tmp_path / "out" / "settings.json"), "there", 3, 0)]
+
+
+def test_threads_are_as_many_as_the_process_has_processors(draw, prompts, tmp_path, monkeypatch):
+    threads, pool = [], geneval.ThreadPoolExecutor
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6}, raising=False)
+    monkeypatch.setattr(geneval, "ThreadPoolExecutor", lambda count: threads.append(count) or pool(count))
+    draw(prompts[:1], tmp_path / "out", images=1)
+    assert threads == [3]
+
+
+def test_rewritten_prompts_are_drawn_and_the_metadata_stays(plan, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(LINES))
     (tmp_path / "rewritten.txt").write_text('one\n\n{"prompt": "two"}\nthree\n')
-    prompts = geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
+    given = tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"), plan.config
+    prompts = geneval.read_prompts(*given)
     assert [prompt.text for prompt in prompts] == ["one", "two", "three"]
     assert [prompt.line for prompt in prompts] == LINES
     (tmp_path / "rewritten.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"rewritten.txt: 1 prompts, .*metadata.jsonl has 3"):
-        geneval.read_prompts(tmp_path / "metadata.jsonl", str(tmp_path / "rewritten.txt"))
+        geneval.read_prompts(*given)
+    (tmp_path / "rewritten.txt").write_text('one\n\n{"prompt": " "}\nthree\n')
+    with pytest.raises(UserError, match=r"rewritten.txt, line 3: prompt ' ' is blank"):
+        geneval.read_prompts(*given)
     (tmp_path / "metadata.jsonl").write_text("\n" + LINES[0] + '\n \n{"tag": "x"}\n')
     with pytest.raises(UserError, match=r"metadata.jsonl, line 4: expected a JSON object with"):
-        geneval.read_prompts(tmp_path / "metadata.jsonl", None)
+        geneval.read_prompts(tmp_path / "metadata.jsonl", None, plan.config)
 
 
 def test_strips_end_with_the_picture(plan, weights):

@@ -14,7 +14,7 @@ from inception_weights import write
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lina_jax import data, evaluate, featurise, image_sources, mesh, quality, reference, shapes, state, train
+from lina_jax import data, featurise, image_sources, mesh, quality, reference, shapes, state, train
 from lina_jax.config import MeshConfig
 from lina_jax.errors import Preempted, UserError
 from lina_jax.featurise import Network
@@ -62,7 +62,7 @@ def source(tiny, rough, devices):
         if count not in made:
             plan = state.blueprint(tiny(), devices[count])
             run = rough(plan)
-            made[count] = evaluate.drawn(plan, plan.config.sample, None, COUNT, seed=3, facts={})
+            made[count] = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=3, facts={})
             made[count].weights = run.params, run.frozen
         return made[count]
 
@@ -189,7 +189,7 @@ def test_what_was_done_for_other_pictures_does_not_count(
 ):
     plan = state.blueprint(tiny(**others), devices[1])
     other = Killed(source(1), 30)
-    other.facts = evaluate.drawn(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
+    other.facts = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
     with pytest.raises(KeyboardInterrupt):
         measure(of=other, work=tmp_path / "work")
     again = Killed(source(1))
@@ -300,6 +300,18 @@ def test_files_that_are_no_reference_are_named(networks, tmp_path, arrays, messa
         reference.load(tmp_path / "bad.npz", networks[1], per_device=4, work=None, images=True)
 
 
+def test_what_is_wrong_with_a_reference_is_known_before_it_is_computed(networks, shapes_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(featurise, "chunks", None)
+    (tmp_path / "note.txt").touch()
+    options = {"per_device": 4, "work": tmp_path / "work", "images": True}
+    with pytest.raises(UserError, match=r"note.txt: not a folder of pictures, an .npz file or a prepared dataset"):
+        reference.opened(tmp_path / "note.txt", networks[1], **options)
+    with pytest.raises(UserError, match="--reference_number=65: there are 64 images"):
+        reference.opened(shapes_data, networks[1], **options, count=65)
+    reference.opened(shapes_data, networks[1], **options)
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_text, weights, compared, devices, tmp_path_factory):
     """(config, workdir, state) of three steps on one device that were measured after the second and the last."""
@@ -322,7 +334,7 @@ def test_the_training_loop_measures_its_average(trained, devices):
     config, workdir, run = trained
     assert [row["step"] for row in of_quality(workdir)] == [2, 3]
     plan = state.blueprint(config, devices[1])
-    drawn_quality = evaluate.DrawnQuality(plan, data.open_records(config, "validation"))
+    drawn_quality = quality.DrawnQuality(plan, data.open_records(config, "validation"))
     again = drawn_quality.measure(run.ema, run.frozen, step=3)
     assert of_quality(workdir)[-1]["quality/fid"] == again.told()["fid"]["value"]
     assert json.loads(json.dumps(again.told()))["images"] == 28
@@ -383,7 +395,7 @@ def test_too_few_images_are_refused_before_any_is_drawn(tiny, weights, networks,
         config = tiny(eval={"images": 3, "inception": str(weights), "reference": str(tmp_path / f"{name}.npz")})
         plan = state.blueprint(config, one_device)
         if fits:
-            evaluate.DrawnQuality(plan, None)
+            quality.DrawnQuality(plan, None)
             continue
         with pytest.raises(UserError, match=r"eval.images=3: more than 3 are needed for precision and recall"):
-            evaluate.DrawnQuality(plan, None)
+            quality.DrawnQuality(plan, None)
