@@ -195,7 +195,7 @@ class _Run:
         self._origin = {  # by which pictures of these weights are known
             "step": self.step,
             "weights": self._weights,
-            "workdir": str(workdir),
+            "workdir": str(workdir.resolve()),
             "checkpoint": integrity.fingerprint(workdir / "checkpoints" / str(self.step)),
         }
         config = plan.config

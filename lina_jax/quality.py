@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lina_jax import featurise, image_metrics, image_sources, sample
+from lina_jax import config as config_lib
+from lina_jax import config_fields, featurise, image_metrics, image_sources, sample
 from lina_jax import reference as reference_lib
 from lina_jax.config import EvalConfig
 from lina_jax.data import Records
@@ -166,8 +167,10 @@ class DrawnQuality:
             self._reference = reference_lib.load(
                 path, self._network, per_device=config.per_device, work=None, images=True
             )
-        # What the weights of a step depend on, and how they are cut.
-        facts = {"config": dataclasses.asdict(plan.config), "mesh": dict(plan.mesh.shape)}
+        # What the weights of a step depend on, and how they are cut; the source tells how it draws.
+        fields = config_fields.flatten(plan.config).items()
+        trained = {name: value for name, value in fields if not config_lib.free_on_resume(name)}
+        facts = {"config": trained, "mesh": dict(plan.mesh.shape)}
         self._source = image_sources.drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
     def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
@@ -186,6 +189,8 @@ class DrawnQuality:
 
 def _check_stored(path: Path, config: EvalConfig) -> None:
     """Raises UserError unless the reference is there as statistics: each start of a run would make them anew."""
+    if not path.exists():
+        raise UserError(f"eval.reference={config.reference}: no such file")
     if reference_lib.is_stored(path):
         return
     flags_given = {"samples_from": path, "number": 10, "inception": config.inception, "reference": path, "out": "DIR"}

@@ -41,6 +41,8 @@ def test_training_names_the_command_that_makes_its_reference(
     np.savez(tmp_path / "pictures.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match=f"eval.reference={tmp_path}/pictures.npz: training reads .npz files with mu"):
         prepared(tmp_path / "pictures.npz")
+    with pytest.raises(UserError, match=f"eval.reference={tmp_path}/nowhere.npz: no such file"):
+        prepared(tmp_path / "nowhere.npz")
 
 
 @pytest.mark.parametrize(
@@ -110,17 +112,19 @@ def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data
 
 
 def test_what_is_measured_before_a_failure_is_kept(run, weights, prompts, run_module, tmp_path):
+    """And the same run, by another path to it, goes on."""
     shown, out = tmp_path / "reference", tmp_path / "out"
     shown.mkdir()
     for number in range(5):
         Image.new("RGB", (8 + (number == 4), 8), (40 * number, 0, 0)).save(shown / f"{number}.png")
+    (tmp_path / "link").symlink_to(run)
     options = [f"--out={out}", f"--geneval={prompts}", f"--inception={weights}", f"--reference={shown}", "--number=4"]
     result = run_module("evaluate", f"--workdir={run}", *options)
     assert result.returncode == 2 and "4.png is 9 x 8" in result.stderr
     assert not (out / "score.json").exists()
     kept = json.loads((out / "score.unfinished.json").read_text())
     (shown / "4.png").unlink()
-    result = run_module("evaluate", f"--workdir={run}", *options)
+    result = run_module("evaluate", f"--workdir={tmp_path / 'link'}", *options)
     assert result.returncode == 0, result.stderr
     score = json.loads((out / "score.json").read_text())
     assert {"validation", "geneval"} < kept.keys() and kept == {name: score[name] for name in kept}

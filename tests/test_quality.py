@@ -373,6 +373,18 @@ def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
     assert not (tmp_path / "run" / "measuring").exists()
 
 
+def test_a_run_with_other_cadences_goes_on_with_the_same_features(tiny, weights, one_device):
+    """Of a change of what is trained or drawn it would not."""
+
+    def facts(**changes):
+        config = tiny(eval={"images": 8, "inception": str(weights)}, **changes)
+        return quality.DrawnQuality(state.blueprint(config, one_device), None)._source.facts
+
+    assert facts(steps=9, log={"every": 7}, checkpoint={"every": 2}) == facts()
+    for changes in ({"optim": {"learning_rate": 0.5}}, {"sample": {"steps": 3}}, {"autoencoder": {"tile": 8}}):
+        assert facts(**changes) != facts(), changes
+
+
 def test_features_that_nothing_asks_for_any_more_are_removed(trained, tmp_path, train_on_one_device):
     """Of a measurement that was killed, at a start without it; also where the run has come to its last step."""
     config, workdir, _ = trained
