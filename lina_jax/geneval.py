@@ -21,6 +21,7 @@ from lina_jax import hosts, image_sources, pictures, places, progress, sample
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, SampleConfig
 from lina_jax.errors import UserError
+from lina_jax.images import cpus
 from lina_jax.state import Blueprint, Tree
 
 _SHOWN = 36
@@ -121,7 +122,7 @@ class Drawing:
         size = per_device * mesh_lib.batch_parts(self._plan.mesh)
         with (
             progress.bar(count, done=count - len(absent), name="GenEval") as bar,
-            ThreadPoolExecutor(places.cores()) as pool,
+            ThreadPoolExecutor(cpus()) as pool,
         ):
             for start in range(0, len(absent), size):
                 numbers = absent[np.minimum(np.arange(start, start + size), len(absent) - 1)]

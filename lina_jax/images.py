@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata; what m
 
 
 def cpus() -> int:
-    """How many CPUs this process may use, which may be fewer than the machine has; so many images are coded at once."""
+    """CPUs that this process may use, fewer than the machine has in containers and batch jobs: threads for images."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

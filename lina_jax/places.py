@@ -84,11 +84,6 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
-def cores() -> int:
-    """Processors that this process may use; containers and batch systems give it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def writable(directory: Path) -> bool:
     """Whether files can be created in a directory, which exists or can be created."""
     return os.access(_nearest(directory), os.W_OK | os.X_OK)

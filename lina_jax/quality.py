@@ -149,10 +149,10 @@ def measure(
 
 
 class DrawnQuality:
-    """FID and its kin of pictures that a run's weights draw; the same pictures' numbers and conditions every time."""
+    """Image metrics of pictures that a run's weights draw, with the same numbers and conditions every time."""
 
     def __init__(self, plan: Blueprint, records: Records | None):
-        """As `config.eval` says. Raises UserError for what cannot be read, or drawn."""
+        """The settings are those of `config.eval`. Raises UserError for what cannot be read or drawn."""
         config = plan.config.eval
         if lacking := sample.cannot_draw(plan.config):
             raise UserError(f"eval.images={config.images}: {lacking}")
@@ -167,14 +167,14 @@ class DrawnQuality:
             self._reference = reference_lib.load(
                 path, self._network, per_device=config.per_device, work=None, images=True
             )
-        # What the weights of a step depend on, and how they are cut; the source tells how it draws.
+        # What the weights of a step depend on, and how they are sharded; the source adds how it draws.
         fields = config_fields.flatten(plan.config).items()
         trained = {name: value for name, value in fields if not config_lib.free_on_resume(name)}
         facts = {"config": trained, "mesh": dict(plan.mesh.shape)}
         self._source = image_sources.drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
     def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
-        """Of the weights after `step`; `work` holds what is done. None in processes other than 0."""
+        """The quality of the weights after `step`; None in processes other than 0. `work` holds what is done."""
         self._source.weights, self._source.facts["step"] = (params, frozen), step
         return measure(
             self._source,

@@ -59,13 +59,13 @@ def opened(
     out: Path | None = None,
     plan: Blueprint | None = None,
 ) -> Callable[[], Reference]:
-    """A function that reads the reference in an npz file, or computes it of what has no statistics.
+    """A function that reads the reference from an npz file, or computes it from images without statistics.
 
-    Of the latter the first `count` images (0: all) are taken. `images` says that the features of single images are
-    needed. What is computed of a folder or dataset is written to `out`, which needs `work`: that holds what is done
-    until it is whole. A dataset of latents needs the `plan` of a run with their autoencoder.
+    It computes from the first `count` images (0: all). `images` says that the features of single images are needed.
+    What is computed from a folder or dataset is written to `out`, which needs `work`, where unfinished work is kept. A
+    dataset of latents needs the `plan` of a run with their autoencoder.
 
-    Raises UserError at once for what is no reference, or is one of other weights or of too few images. The function
+    Raises UserError at once for what is no reference, was made with other weights, or has too few images. The function
     raises it for images that cannot be read.
     """
     if not is_stored(path):
@@ -93,7 +93,7 @@ def opened(
 
 
 def load(path: Path, network: Network, **options) -> Reference:
-    """`opened`, and read or computed at once."""
+    """The reference that `opened` opens, read or computed at once."""
     return opened(path, network, **options)()
 
 
