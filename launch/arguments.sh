@@ -174,12 +174,12 @@ ${partition:+#SBATCH --partition=$partition
 
 $(declare -f restarts_on)
 cd $(quoted "$root") || exit
-# SLURM itself tells the batch shell of scancel and of its own requeueing: then there is nothing to do here.
+# SLURM signals the batch shell itself on scancel and on its own requeueing: then there is nothing to do here.
 stopped=
 trap 'stopped=yes' TERM
 $3
 code=\$?
-# A SIGTERM of which only the tasks learned was the warning before the time limit; some were still importing.
+# A SIGTERM that only the tasks got was the warning before the time limit; some were still importing.
 if [ \$code -eq 143 ] && [ -z "\$stopped" ]; then code=75; fi
 if ! restarts_on \$code || [ -n "\$stopped" ]; then exit \$code; fi
 restarts=\${SLURM_RESTART_COUNT:-0}
@@ -188,7 +188,7 @@ if [ "\$restarts" -ge $max_restarts ]; then
   exit \$code
 fi
 echo "ended with \$code: restart \$((restarts + 1)) of at most $max_restarts" >&2
-# One element of an array has the number of the whole array as its own: by that, all would be requeued.
+# The job id of an array element is that of the whole array, and would requeue all elements.
 scontrol requeue "\${SLURM_ARRAY_JOB_ID:-\$SLURM_JOB_ID}\${SLURM_ARRAY_TASK_ID:+_\$SLURM_ARRAY_TASK_ID}"
 END_OF_JOB
 END

@@ -58,7 +58,7 @@ perform gcloud "$(
   cat <<END
 tar -C $(quoted "$root") --exclude=__pycache__ -czf $(quoted "$archive") \
 lina_jax configs launch pyproject.toml requirements.txt README.md LICENSE || exit
-# Of Ctrl-C, gcloud makes a failure like any other.
+# gcloud turns Ctrl-C into an ordinary failure.
 trap 'exit 130' INT
 $(declare -f restarts_on)
 attempts=0 known=''
@@ -71,8 +71,8 @@ pause() {
   echo "$name: \$1"
   sleep "\${LINA_POLL_SECONDS:-30}"
 }
-# gcloud's own failures have the codes of mistakes, too: the run's are in a worker's record. For one that is not to
-# start again the others would wait in vain.
+# gcloud's own failures use the same exit codes as mistakes; the run's code is in a worker's record. If one worker must
+# not restart, the others would wait in vain.
 end_with_workers() {
   local ended
   for ended in \$($tpus tpu-vm $(queue ssh --worker=all --command="$record") | sed -n 's,.*/$name\.code:,,p'); do
@@ -81,7 +81,7 @@ end_with_workers() {
 }
 while :; do
   if ! state=\$($tpus queued-resources $(queue describe --format='value(state.state)') 2>$(quoted "$errors")); then
-    # After any other failure it may well be there, and at work.
+    # After any other failure the TPU may exist and be at work.
     if ! grep -q NOT_FOUND $(quoted "$errors"); then
       cat $(quoted "$errors") >&2
       [ -n "\$known" ] || exit 1 # no login, no project: it would say so for ever
@@ -93,7 +93,7 @@ while :; do
   known=yes
   case \$state in
     NONE)
-      # By gcloud's stable commands shapes can be chosen of v4 alone.
+      # gcloud's stable commands can choose shapes of v4 only.
       ${tpus/gcloud/gcloud alpha} queued-resources $(queue create --node-id="$name" --type="$tpu_type" \
         --topology="$shape" --runtime-version="${runtime_version:-$image}") $extra || {
         code=\$?
@@ -104,7 +104,8 @@ while :; do
       ;;
     ACTIVE)
       if $tpus tpu-vm $(quoted scp "$archive" "$name:$name.tgz" --worker=all "${where[@]}"); then
-        # 124: at work; now a worker that was lost meanwhile is started. One that is gone must not keep the connection.
+        # 124: still at work; the next call starts a worker that was lost meanwhile. A dead worker must not keep the
+        # connection.
         code=124
         while [ \$code -eq 124 ]; do
           $tpus tpu-vm $(queue ssh --worker=all --ssh-flag=-oServerAliveInterval=30 --command="$start")

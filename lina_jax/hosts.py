@@ -242,7 +242,7 @@ def _aborted(signum: int) -> None:
         os._exit(_said)
     faulthandler.dump_traceback()
     errors.leave(
-        "error: JAX's runtime ended this process, as it does when another one is gone (its reason stands above); "
+        "error: JAX's runtime ended this process, as it does when another one is gone (its reason is above); "
         "run the same command again",
         RUN_AGAIN,
     )

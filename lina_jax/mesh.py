@@ -211,7 +211,7 @@ def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
         if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise UserError(f"--mesh={text}: expected AXIS=SIZE,AXIS=SIZE with axes {', '.join(AXES)}")
         if axis in sizes:
-            raise UserError(f"--mesh={text}: {axis} stands there twice")
+            raise UserError(f"--mesh={text}: {axis} is given twice")
         sizes[axis] = int(size)
     slices = _slices(jax.devices() if devices is None else devices)
     config = MeshConfig(**{"replica": slices} | sizes)

@@ -154,7 +154,7 @@ class Watchdog:
                 if left is not None and left <= 0:
                     faulthandler.dump_traceback()
                     errors.leave(
-                        f"error: {self._otherwise}, the stacks of all threads stand above; run the same command again",
+                        f"error: {self._otherwise}, the stacks of all threads are above; run the same command again",
                         errors.RUN_AGAIN,
                     )
                 self._changed.wait(left)

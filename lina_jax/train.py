@@ -175,7 +175,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                             _measure(measurements, due, step, run, writer, save)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
-        raise KeyboardInterrupt(f"run the same command to go on from step {step}") from None
+        raise KeyboardInterrupt(f"run the same command to resume from step {step}") from None
     _conclude(config, workdir, config.steps)
     return run
 
@@ -260,7 +260,7 @@ def _measure(
 
 
 def _preempted(step: int) -> Preempted:
-    return Preempted(f"run the same command to go on from step {step}")
+    return Preempted(f"run the same command to resume from step {step}")
 
 
 def _say(line: str) -> None:
@@ -275,7 +275,7 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
     _say(
         f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
         f"{execution.described(**execution.of(plan.config.model))}; "
-        + (f"going on from step {first}" if first else "starting")
+        + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"
     )
 

@@ -155,7 +155,7 @@ def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(tiny_text
 
     batches = importlib.import_module("lina_jax.train").device_batches
     monkeypatch.setattr("lina_jax.train.device_batches", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 3"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to resume from step 3"):
         train(tiny_text(), tmp_path / "run")
     assert Checkpoints(tmp_path / "run", tiny_text().checkpoint, create=False).steps() == [0, 3]
 
@@ -173,7 +173,7 @@ def test_ctrl_c_during_the_last_save_waits_for_it(tiny_text, tmp_path, monkeypat
 
     whole, pause = integrity.record, threading.Event()
     monkeypatch.setattr(integrity, "record", record)
-    with pytest.raises(KeyboardInterrupt, match="run the same command to go on from step 2"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to resume from step 2"):
         train(tiny_text(steps=2), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "2" / "digests.json").exists()
 

@@ -278,7 +278,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(compiling, config, file, star
     assert saved >= moment
     for code, errors in ends:
         assert code == RUN_AGAIN, errors
-        assert errors.splitlines()[-1] == f"preempted; run the same command to go on from step {saved}"
+        assert errors.splitlines()[-1] == f"preempted; run the same command to resume from step {saved}"
     train(dataclasses.replace(config, steps=saved + 2), workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, saved + 3))  # none twice, none missing

@@ -213,7 +213,7 @@ def test_a_mesh_that_cannot_be_read_is_named(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fsdp=2,fsdp=4", "--mesh=fsdp=2,fsdp=4: fsdp stands there twice"),
+        ("fsdp=2,fsdp=4", "--mesh=fsdp=2,fsdp=4: fsdp is given twice"),
         ("fsdp=-1", "mesh.data and mesh.fsdp are -1: only one axis can be inferred, set the other"),
     ],
 )

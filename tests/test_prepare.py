@@ -150,7 +150,7 @@ def test_a_finished_dataset_is_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"crane\nmaillot\ncrane\n", r"labels.txt: 'crane' stands in lines 1 and 3; names must differ"),
+        (b"crane\nmaillot\ncrane\n", r"labels.txt: 'crane' is in lines 1 and 3; names must differ"),
         (b"cat\n\ndog\n", r"labels.txt: line 2 is blank"),
         (b"", r"labels.txt: line 1 is blank"),
         (b"caf\xe9\n", r"labels.txt is not UTF-8"),

@@ -132,7 +132,7 @@ def _label_names(directory: str) -> tuple[str, ...]:
         if not name:
             raise UserError(f"{path}: line {number} is blank; each line names a class, from class 0 on")
         if first.setdefault(name, number) != number:
-            raise UserError(f"{path}: {name!r} stands in lines {first[name]} and {number}; names must differ")
+            raise UserError(f"{path}: {name!r} is in lines {first[name]} and {number}; names must differ")
     return tuple(names)
 
 
