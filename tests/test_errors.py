@@ -27,7 +27,7 @@ def main(argv):
     if flags.FLAGS.count == 4:
         raise KeyboardInterrupt
     if flags.FLAGS.count == 5:
-        raise KeyboardInterrupt("go on from step 7")
+        raise KeyboardInterrupt("resume from step 7")
     if flags.FLAGS.count == 6:
         raise OSError(errno.ENOSPC, "No space left on device")
     if flags.FLAGS.count == 8:
@@ -49,7 +49,7 @@ errors.run(main)
         ("--count=2", 2, "error: two is not allowed"),
         ("--count=3", 1, "error: stopped"),
         ("--count=4", 130, "interrupted"),
-        ("--count=5", 130, "interrupted; go on from step 7"),
+        ("--count=5", 130, "interrupted; resume from step 7"),
         ("--count=6", 2, "error: [Errno 28] No space left on device"),
         ("--count=7", 75, "error: cannot read a.arrayrecord; run the same command again"),
         (

@@ -363,7 +363,7 @@ def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
         return batch(source, numbers)
 
     monkeypatch.setattr(image_sources.Drawn, "batch", stopped)
-    with pytest.raises(error, match=f"go on from step {step}"):
+    with pytest.raises(error, match=f"resume from step {step}"):
         train.train(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run")[-1] == step
     monkeypatch.setattr(image_sources.Drawn, "batch", counted)

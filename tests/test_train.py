@@ -161,7 +161,7 @@ def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_pa
     """They are cut off after the saves of steps 3 and 6; what was already recorded is not measured again."""
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, name, call, signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt, match=f"go on from step {3 * call}"):
+        with pytest.raises(KeyboardInterrupt, match=f"resume from step {3 * call}"):
             train(config, tmp_path / "run")
     assert identical(jax.device_get(train(config, tmp_path / "run")), finished[1])
     assert measured(tmp_path / "run") == measured(finished[0])
@@ -169,14 +169,14 @@ def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("metrics.Writer.scalars", 2), ("validation.Validation.losses", 2), ("sample.Previews.draw", 1)],
+    [("metrics.Writer.scalars", 2), ("validation.Validation.losses", 1), ("sample.Previews.draw", 1)],
     ids=["in_step_3", "validation", "previews"],
 )
 def test_what_was_due_when_sigterm_came_is_measured_when_the_run_goes_on(name, call, config, finished, tmp_path):
     rarely = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=100))
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, name, call, signal.SIGTERM)
-        with pytest.raises(Preempted, match="go on from step 3") as caught:
+        with pytest.raises(Preempted, match="resume from step 3") as caught:
             train(rarely, tmp_path / "run")
     assert ending(caught.value)[1] == RUN_AGAIN
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]

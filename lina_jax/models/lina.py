@@ -153,7 +153,7 @@ class LINA(nnx.Module):
             x = x + position_table(self.config.image_grid, self.config.width).astype(self.dtype)
 
         def encode_visible(chosen: sequence.Visible) -> tuple[jax.Array, jax.Array]:
-            batch = len(chosen.ids)
+            batch = chosen.ids.shape[0]
             valid = sequence.arrange(jnp.ones((batch, conditions), bool), chosen.exists)
             chosen_angles = None
             if angles is not None:
