@@ -282,7 +282,7 @@ class _Run:
 def _opened_reference(
     values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
 ) -> Callable[[], reference.Reference] | None:
-    """Of --reference."""
+    """What `reference.opened` gives for --reference; None without one. Raises UserError for what is no reference."""
     if not values.reference:
         return None
     return reference.opened(
@@ -301,7 +301,7 @@ def _opened_reference(
 def _quality_of_files(
     values: flags.FlagValues, metrics: list[str], out: Path
 ) -> tuple[Quality | None, dict[str, Any] | None]:
-    """Of --samples_from."""
+    """The quality of the pictures of --samples_from, and facts of the reference; None where there is none."""
     mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
     source = image_sources.open_images(Path(values.samples_from).expanduser(), mesh)
     network = Network(Path(values.inception).expanduser(), mesh)

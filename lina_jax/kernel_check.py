@@ -27,7 +27,7 @@ def settled(config: Config, devices: Mesh) -> Config:
 
     The same in all processes. Raises UserError if kernels that the config asks for fail.
     """
-    reason = fault(execution.resolved(config, devices).model)
+    reason = _fault(execution.resolved(config, devices).model)
     if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
         return config
     reason = reason or "fails in another process"
@@ -39,11 +39,11 @@ def settled(config: Config, devices: Mesh) -> Config:
 
 def check(model: ModelConfig) -> None:
     """Raises UserError if the model's kernels fail on the devices of this process."""
-    if reason := fault(model):
+    if reason := _fault(model):
         raise _refusal(reason)
 
 
-def fault(model: ModelConfig) -> str:
+def _fault(model: ModelConfig) -> str:
     """What is wrong with the model's kernels on the devices of this process; "" if nothing, or if it uses none.
 
     Compares the results and gradients of a small layer with and without kernels.

@@ -132,17 +132,25 @@ def test_a_picture_without_permission_ends_it(folder, monkeypatch):
 
 def test_images_without_a_row_are_counted(folder, caplog):
     line = b'{"file_name": "a.png", "text": "a"}'
-    folder({"a.png": png(1), "b.png": png(2), "c/d.JPG": b"x", "metadata.jsonl": line}, Fields("", "text", "", ""))
+    files = {"a.png": png(1), "b.png": png(2), "c/d.JPG": b"x", "metadata.jsonl": line}
+    items(folder(files, Fields("", "text", "", "")))
     assert "2 images have no row of metadata, such as b.png" in caplog.text
 
 
-def test_a_bucket_is_not_listed_for_a_warning(monkeypatch):
-    """Every process would do so."""
+def test_one_process_lists_a_bucket_for_the_images_without_a_row(monkeypatch, caplog):
+    """The one that makes the first unit, not all that open the source."""
     files = fsspec.filesystem("memory")
-    files.pipe({"/photos/a.png": png(1), "/photos/metadata.jsonl": b'{"file_name": "a.png", "text": "a"}'})
-    monkeypatch.setattr(base, "files_below", lambda *_: pytest.fail("it was listed"))
+    lines = "\n".join(json.dumps({"file_name": f"{i}.png", "text": "a"}) for i in range(2))
+    files.pipe({f"/photos/{i}.png": png(i) for i in range(3)} | {"/photos/metadata.jsonl": lines.encode()})
     try:
-        assert len(items(FolderSource("memory://photos", Fields("", "text", "", ""), 100))) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "files_below", lambda *_: pytest.fail("it was listed"))
+            source = FolderSource("memory://photos", Fields("", "text", "", ""), 1)
+            with source.open(source.units[1]) as (_, made):
+                assert len(list(made)) == 1
+        with source.open(source.units[0]) as (_, made):
+            assert len(list(made)) == 1
+        assert "1 images have no row of metadata, such as 2.png" in caplog.text
     finally:
         files.rm("/photos", recursive=True)
 

@@ -53,12 +53,13 @@ class FolderSource:
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
-            if base.is_local(self._fs):  # every process would list the whole bucket for it
-                self._tell_of_images_without_row(directory)
+        self._described = described is not None
         self.units = base.ranges(directory, len(self._rows), unit_items)
 
     @contextlib.contextmanager
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
+        if self._described and not unit.start:  # by one process alone, as it lists the whole folder
+            self._warn_of_images_without_row()
         rows = self._rows[unit.start : unit.stop]
         with ThreadPoolExecutor(_READS) as pool:
             chunks = (rows[i : i + 4 * _READS] for i in range(0, len(rows), 4 * _READS))
@@ -70,12 +71,12 @@ class FolderSource:
         sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
         return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
 
-    def _tell_of_images_without_row(self, directory: str) -> None:
+    def _warn_of_images_without_row(self) -> None:
         described = {_plain(row.path) for row in self._rows}
-        others = (path for path in self._sizes(directory) if path not in described)
+        others = (path for path in self._sizes(self.name) if path not in described)
         images = [path for path in others if path.lower().rpartition(".")[2] in base.IMAGES]
         if images:
-            logging.warning("%s: %d images have no row of metadata, such as %s", directory, len(images), images[0])
+            logging.warning("%s: %d images have no row of metadata, such as %s", self.name, len(images), images[0])
 
     def _classes(self, directory: str, fields: Fields) -> tuple[list[_Row], list[tuple[str, int]]]:
         """The images, and the sizes of their files."""
