@@ -1,17 +1,18 @@
-"""Measure a model: validation loss by noise level, FID and its kin, GenEval's pictures, the scene score.
+"""Measure a model: validation loss by noise level, FID and other image metrics, GenEval's images, the scene score.
 
 python -m lina_jax.evaluate --workdir=DIR [--raw] [--checkpoint=STEP] [--data=DIR] [--seed=0] [--guidance=G] [--out=DIR]
     [--inception=FILE --reference=FILE_OR_DIR [--number=50000] [--metrics=fid,sfid]]   FID, sFID, Inception score,
-                                precision and recall of pictures drawn, decoded, featurised and reduced on all devices
-    [--npz=FILE]                the pictures in ADM's form, class-balanced, for its own suite
-    [--geneval=FILE]            pictures of GenEval's prompts, in the folders that its judge reads
-    [--scenes=N]                N captions of the `shapes` grammar, checked picture by picture by rule
-    [--report=DIR]              one HTML page of all that
+                                precision and recall of images drawn, decoded and featurised on all devices
+    [--npz=FILE]                the images in ADM's format, class-balanced, for ADM's own suite
+    [--geneval=FILE]            images of GenEval's prompts, in the folders that its judge reads
+    [--scenes=N]                images of N captions of the `shapes` grammar, each checked by rule
+    [--report=DIR]              one HTML page with all results
 python -m lina_jax.evaluate --samples_from=FOLDER_OR_NPZ --inception=FILE --reference=FILE_OR_DIR --out=DIR
 python -m lina_jax.evaluate --study=DIR         tables and plots of the runs of launch/study.sh
 
-Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation). Run the same command again after a
-kill, and it goes on. docs/evaluation.md tells the rest. The same code measures in the training loop.
+Prints one JSON object and writes it to OUT/score.json (default: WORKDIR/evaluation). If it is killed, run the same
+command again: finished features and GenEval's images are kept. docs/evaluation.md has the details. Training measures
+with the same code.
 """
 
 import dataclasses
@@ -54,14 +55,14 @@ from lina_jax.state import Blueprint, Tree
 from lina_jax.validation import Validation
 from lina_jax.workdir import load_config
 
-# In OUT until the end, should the process be killed: features that are done, and what is measured. Whoever finds
-# score.json may rely on it that all of it is there.
+# In OUT until the end, in case the process is killed: finished features, and the results so far. score.json is written
+# only when it is complete.
 _WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:
-    """(scores by category, images (N, H, W, 3), captions) of `count` captions of the `shapes` grammar."""
+    """Draw and judge `count` captions of the `shapes` grammar: (scores by category, images (N, H, W, 3), captions)."""
     captions = [caption for _, caption in shapes.evaluation_prompts(count, seed)]
     images = sampler(params, frozen, captions, seed)
     return scene_score.score(images, captions), images, captions
@@ -117,25 +118,25 @@ def _main(values: flags.FlagValues) -> None:
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
     if measured:
-        shutil.rmtree(out / _WORK, ignore_errors=True)  # what a kill would have needed
+        shutil.rmtree(out / _WORK, ignore_errors=True)  # needed only to resume after a kill
     print(json.dumps(told, indent=2))
 
 
 def _keep(out: Path, result: dict[str, Any]) -> None:
-    """Write what is measured so far."""
+    """Write the results so far."""
     if jax.process_index() == 0:
         places.write_json(out / _UNFINISHED, _as_json(result))
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no numbers that are not finite: they become null."""
+    """Replace numbers that are not finite, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {name: _as_json(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check(values: flags.FlagValues) -> list[str]:
-    """Flags that exclude or need each other; the metrics that are wanted. Raises UserError."""
+    """Check the flags and return the metrics to measure. Raises UserError for wrong flags and combinations."""
     metrics = [name.strip() for name in values.metrics.split(",")]
     quality.check_metrics(metrics)
     if not values.workdir and not values.samples_from:
@@ -169,10 +170,10 @@ def _check(values: flags.FlagValues) -> list[str]:
 
 
 class _Run:
-    """A training directory under measurement."""
+    """A training directory to measure."""
 
     def __init__(self, values: flags.FlagValues, workdir: Path, metrics: list[str], out: Path):
-        """Raises UserError for all that can be known to be wrong before hours are spent on measuring."""
+        """Load and check everything, so that mistakes raise UserError before hours are spent on measuring."""
         self._values, self._workdir, self._metrics, self._out = values, workdir, metrics, out
         loaded = load_config(workdir)
         self._settings = sample.settings_of_flags(loaded, values)
@@ -192,7 +193,7 @@ class _Run:
             workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
         )
         self._weights = "raw" if values.raw else "ema"
-        self._origin = {  # by which pictures of these weights are known
+        self._origin = {  # identifies images drawn with these weights
             "step": self.step,
             "weights": self._weights,
             "workdir": str(workdir.resolve()),
@@ -228,7 +229,7 @@ class _Run:
 
     def validation(self) -> dict[str, float]:
         checkpoints = Checkpoints(self._workdir, self._plan.config.checkpoint, create=False)
-        # Here alone both are needed, and in memory.
+        # Only here must the parameters and their EMA both be in memory.
         other, _, _ = checkpoints.restore_weights(self._plan, ema=self._values.raw, step=self.step)
         raw, ema = (self._drawing, other) if self._values.raw else (other, self._drawing)
         return Validation(self._plan, self._records).both(raw, ema, self._frozen)
@@ -264,7 +265,7 @@ class _Run:
         return found, dict(compared.facts) if compared else None
 
     def captions(self, count: int) -> list[str]:
-        """Of the first pictures that are measured."""
+        """Captions or class names of the first `count` images measured; empty if the model reads features."""
         if self._plan.config.model.condition == "class":
             return report.conditions_of(self._plan.config, count)[1]
         if self._plan.config.model.text_encoder != "bytes":
@@ -274,7 +275,7 @@ class _Run:
         return [bytes(text[:length]).decode(errors="replace") for text, length in pairs]
 
     def rows(self) -> list[report.Rows]:
-        """What a report shows whatever else is asked for."""
+        """The images that every report shows."""
         drawing = self._plan, self._settings, self._drawing, self._frozen, self._values.seed
         return [report.draw_samples(*drawing), report.decode_strips(*drawing)]
 
@@ -282,7 +283,7 @@ class _Run:
 def _opened_reference(
     values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
 ) -> Callable[[], reference.Reference] | None:
-    """What `reference.opened` gives for --reference; None without one. Raises UserError for what is no reference."""
+    """The result of `reference.opened` for --reference; None without that flag. Raises UserError."""
     if not values.reference:
         return None
     return reference.opened(
@@ -301,7 +302,7 @@ def _opened_reference(
 def _quality_of_files(
     values: flags.FlagValues, metrics: list[str], out: Path
 ) -> tuple[Quality | None, dict[str, Any] | None]:
-    """The quality of the pictures of --samples_from, and facts of the reference; None where there is none."""
+    """The quality of the images of --samples_from (None in processes other than 0); the reference's facts, if any."""
     mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
     source = image_sources.open_images(Path(values.samples_from).expanduser(), mesh)
     network = Network(Path(values.inception).expanduser(), mesh)

@@ -1,7 +1,7 @@
-"""Images to features on every device of every host, in the order of their numbers; what is done survives a kill.
+"""Images to features on all devices of all hosts, in the order of their numbers; finished chunks survive a kill.
 
-Each device works on the same number of images at once, however many devices there are: the program of one device and
-that of one among a thousand are the same, and so are the features, to the bit.
+Each device works on the same number of images at once, however many devices there are. It therefore runs the same
+program alone as among a thousand, and the features are the same to the bit.
 """
 
 import functools
@@ -30,13 +30,13 @@ from lina_jax.models import inception
 from lina_jax.models.inception import Features
 from lina_jax.state import Tree
 
-CHUNK = 500  # images whose features are added, and stored, at once
-SHOWN = 36  # first images that are kept to be looked at
-_PORTION = 2**26  # bytes of images that are whole on each device at once, on their way to the hosts
+CHUNK = 500  # images whose features are reduced and stored together
+SHOWN = 36  # first images that are kept for display
+_PORTION = 2**26  # most bytes of images that are replicated on each device at once, on their way to the hosts
 
 
 class Chunk(NamedTuple):
-    """Features of images start, start + 1, ...; `images` are those of them that are kept."""
+    """Features of images start, start + 1, ...; `images` holds those that are kept."""
 
     start: int
     features: Features  # NumPy arrays
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class Network:
-    """Inception v3 of a file on every device of a mesh."""
+    """Inception v3 with weights from a file, replicated on every device of a mesh."""
 
     def __init__(self, path: Path, mesh: Mesh):
         graphdef, weights = inception.load(path)
@@ -67,7 +67,7 @@ class Network:
 
 
 def _digest(weights: Tree) -> str:
-    """The same for equal weights, whatever the kind of their file."""
+    """A digest of the weights that does not depend on their file's format."""
     digest = hashlib.sha256()
     for name, array in sorted(flatten_dict(weights, sep="/").items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -76,16 +76,19 @@ def _digest(weights: Tree) -> str:
 
 
 class Done:
-    """Chunks that are done, in a directory of process 0, for one set of facts."""
+    """The finished chunks of one measurement, in a directory of process 0."""
 
     def __init__(self, directory: Path | None, facts: Mapping[str, Any]):
-        """`directory` None keeps nothing. What the directory holds of other facts is removed, which is said."""
+        """`facts` identify the measurement; chunks of another one are removed, with a message.
+
+        With `directory` None, no chunks are kept.
+        """
         self._directory, self.count = directory, 0
         if directory and jax.process_index() == 0:
             self._open(directory, json.dumps(facts, indent=2, sort_keys=True))
-        # Process 0 looked for files alone, and may have written a reference: longer than a collective waits for it.
+        # Only process 0 looks for files, and it may have just written a reference: a collective would time out.
         hosts.barrier("what is done is known")
-        # Others need not see the directory.
+        # The other processes may not see the directory.
         self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
 
     def _open(self, directory: Path, facts: str) -> None:
@@ -103,7 +106,7 @@ class Done:
         return self._directory / f"{number:06d}.npz"
 
     def __iter__(self) -> Iterator[Chunk]:
-        """In process 0."""
+        """The finished chunks, in order; only in process 0."""
         for number in range(self.count):
             try:
                 with np.load(self._file(number)) as arrays:
@@ -132,17 +135,17 @@ def chunks(
     kept: int = SHOWN,
     name: str = "",
 ) -> Iterator[Chunk]:
-    """Chunks of the first `count` images, those that are done first; in process 0. Others take part and see nothing.
+    """Yield the chunks of the first `count` images, finished ones first; processes other than 0 take part but get none.
 
-    Each device works on `per_device` images at a time. The first `kept` images of all are given beside their features.
-    Without a network there are images alone. `name` is shown with the progress.
+    Each device works on `per_device` images at a time. The first `kept` images come with their features; without a
+    network, there are only images. `name` labels the progress bar.
     """
     first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
     if leader:
         if first:
             print(f"{name}: {first} of {count} were done before", file=sys.stderr)
         yield from done
-    hosts.barrier("what is done is added")  # by process 0 alone
+    hosts.barrier("what is done is added")  # while process 0 reduced the finished chunks
     kept = min(kept, count)
     waiting = Chunk(first, Features(*[np.zeros((0, 0), np.float32)] * 3), np.zeros((0, 0, 0, 3), np.uint8))
     with progress.bar(count, done=first, name=name) as bar:
@@ -171,18 +174,21 @@ def chunks(
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of all parts; empty ones may have other shapes."""
+    """The parts, concatenated; empty ones may have other shapes."""
     return np.concatenate([part for part in parts if len(part)] or [parts[-1]])
 
 
 def _batches(
     source: Source, network: Network | None, mesh: Mesh, per_device: int, numbers: range, kept: int
 ) -> Iterator[tuple[int, Features, np.ndarray]]:
-    """How many images, their features, those numbered below `kept`; a batch is gathered while the next one is made."""
+    """Yield (number of images, their features, the images numbered below `kept`) of each batch.
+
+    A batch is gathered while the next one is computed.
+    """
     size = per_device * mesh_lib.batch_parts(mesh)
 
     def start(at: int):
-        wanted = np.minimum(np.arange(at, at + size), numbers.stop - 1)  # the last one again where there is no other
+        wanted = np.minimum(np.arange(at, at + size), numbers.stop - 1)  # padded with the last one
         images = source.batch(wanted)
         return at, network(images) if network else None, images if at < kept else None
 
@@ -214,7 +220,7 @@ def _first(images: jax.Array, mesh: Mesh, count: int) -> np.ndarray:
 
 
 def _gathered(images: jax.Array, mesh: Mesh, count: int) -> np.ndarray:
-    """The same by way of the devices, in portions: the whole batch of a pod would not fit on one of them."""
+    """`_first`, replicated on the devices in portions: the whole batch of a pod would not fit on one of them."""
     size = min(count, max(1, _PORTION * len(images) // images.nbytes))
     portions = []
     for start in range(0, count, size):
@@ -225,8 +231,8 @@ def _gathered(images: jax.Array, mesh: Mesh, count: int) -> np.ndarray:
 
 @functools.cache
 def _gatherer(mesh: Mesh) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    """Images of a batch by their rows (N,), whole on each device."""
-    # By indices: of a slice, the compiler would gather the batch first.
+    """The program that takes the images in rows (N,) of a batch and replicates them on each device."""
+    # By index: for a slice, the compiler would all-gather the whole batch first.
     return jax.jit(
         lambda images, wanted: jnp.take(images, wanted, 0, mode="clip"), out_shardings=mesh_lib.sharding(mesh)
     )

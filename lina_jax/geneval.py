@@ -1,9 +1,10 @@
-"""Pictures of GenEval's prompts (Ghosh et al. 2023) in the folders that its judge reads.
+"""Images of GenEval's prompts (Ghosh et al. 2023) in the folders that its judge reads.
 
-    OUT/00000/metadata.jsonl      the prompt's line of the benchmark's file, as it is
+    OUT/00000/metadata.jsonl      the prompt's line of the benchmark's file, unchanged
     OUT/00000/samples/0000.png    and 0001.png, ...
 
-Picture k of prompt i is number i * K + k of the seed, so that what exists already need not be drawn again.
+With K images per prompt, image k of prompt i has number i * K + k of the seed, so that images that exist need not be
+drawn again.
 """
 
 import json
@@ -29,13 +30,13 @@ _SHOWN = 36
 
 class Prompt(NamedTuple):
     line: str  # of the benchmark's file
-    text: str  # that is drawn
+    text: str  # to draw
 
 
 def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prompt]:
-    """Of the benchmark's metadata, each with the line of the same number of a file of rewritten prompts, if given.
+    """The prompts of the benchmark's metadata file, in the wording of the file `rewritten` (same order) if given.
 
-    Raises UserError naming the file and the line, also of a prompt that the model of `config` cannot read.
+    Raises UserError that names file and line, also for a prompt that the model of `config` cannot read.
     """
     lines, texts = _lines(path), []
     for number, line in lines:
@@ -61,7 +62,7 @@ def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prom
 
 
 def _rewritten(line: str) -> str:
-    """A prompt, as it stands or as "prompt" of a JSON object."""
+    """The prompt in a line: "prompt" of a JSON object, or the line itself."""
     try:
         return str(json.loads(line)["prompt"])
     except (ValueError, KeyError, TypeError):
@@ -69,7 +70,7 @@ def _rewritten(line: str) -> str:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of each that is not blank."""
+    """(number, line) of each line that is not blank. Raises UserError if the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +79,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 class Drawing:
-    """Pictures of prompts in a directory, which may hold some of them."""
+    """Images of prompts in a directory, which may already hold some of them."""
 
     def __init__(
         self,
@@ -91,9 +92,9 @@ class Drawing:
         images: int,
         facts: Mapping[str, Any],
     ):
-        """`images` of each prompt; `facts` name the weights. Nothing is written yet.
+        """`images` is the number per prompt; `facts` identify the weights. Nothing is written yet.
 
-        Raises UserError where `out` holds pictures of other weights or settings.
+        Raises UserError if `out` holds images of other weights or settings, or files of another origin.
         """
         self._plan, self._prompts, self._out, self._images = plan, prompts, out, images
         self._texts = [prompt.text for prompt in prompts for _ in range(images)]
@@ -106,9 +107,10 @@ class Drawing:
             self._check_earlier()
 
     def draw(self, weights: tuple[Tree, Tree], per_device: int) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-        """Draw what is absent; (what there is now, the first pictures (N, H, W, 3) uint8, their prompts).
+        """Draw the missing images; returns (what there is now, images (N, H, W, 3) uint8 to show, their prompts).
 
-        Each process writes what its devices made; others than 0 get no pictures.
+        Each process writes the images of its devices. The images to show, one for each of the first prompts, are
+        returned only in process 0.
         """
         self._source.weights = weights
         leader, count = jax.process_index() == 0, len(self._texts)
@@ -116,7 +118,7 @@ class Drawing:
         if leader:
             self._make_folders()
             absent = np.array([not self._picture(number).exists() for number in range(count)], np.int8)
-        # Here the others wait, too, while process 0 looks at thousands of files.
+        # Here the others also wait while process 0 looks for thousands of files.
         hosts.check_shared(str(self._about), lambda: "there" if self._about.exists() else "absent")
         absent = np.flatnonzero(multihost_utils.broadcast_one_to_all(absent))
         size = per_device * mesh_lib.batch_parts(self._plan.mesh)
@@ -142,7 +144,7 @@ class Drawing:
         return self._out / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
     def _check_earlier(self) -> None:
-        """Raises UserError where the directory holds anything but pictures of these facts."""
+        """Raises UserError if the directory holds images of other facts, or files of another origin."""
         out = self._out
         if self._about.exists():
             try:
@@ -158,7 +160,7 @@ class Drawing:
             raise UserError(f"{out} holds files that are not of this command: choose another --out")
 
     def _make_folders(self) -> None:
-        """And what the pictures are of."""
+        """Make the folders, and write settings.json and the metadata of each prompt."""
         self._out.mkdir(parents=True, exist_ok=True)
         places.write_json(self._about, self._facts)
         for number, prompt in enumerate(self._prompts):
@@ -168,7 +170,7 @@ class Drawing:
 
 
 def _ours(made: jax.Array, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each picture on this process's devices, once, with its number."""
+    """Yield (number, image), each once, for the images on this process' devices that it has to write."""
     written = set()
     for shard in made.addressable_shards:
         if shard.replica_id:

@@ -1,8 +1,8 @@
 """FID, sFID, Inception score, precision and recall from features, by the definitions of ADM's evaluation suite.
 
-Features arrive in chunks, in the order of the images. The distances need their moments alone, accumulated in float64
-(Chan et al. 1979): a run over 50,000 images keeps two matrices per group of images instead of all features. Groups give
-the standard errors of the distances, by the jackknife.
+Features arrive in chunks, in the order of the images. The distances need only their moments, accumulated in float64
+(Chan et al. 1979): two matrices per group of images, instead of the features of all images, which only precision and
+recall need. The groups give the standard errors of the distances, by the jackknife.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lina_jax.errors import UserError
 
 GROUPS = 10  # consecutive parts of the samples, each left out once for the standard error of a distance
 SPLIT = 5_000  # images per Inception score; the mean of the scores is reported
-NEIGHBOURS = 3  # a ball of the manifold reaches to the neighbour of this rank
+NEIGHBOURS = 3  # each ball of a manifold reaches to the neighbour of this rank
 _BLOCK = 2_000  # rows and columns of distances computed at once
 
 
@@ -116,7 +116,7 @@ def jackknife(groups: list[RunningCovariance], distance: Frechet) -> Value:
 
 
 class InceptionScore:
-    """exp(mean KL divergence of p(class | image) from its mean) of each 5,000 images, averaged over these splits."""
+    """exp(mean KL divergence of p(class | image) from its mean) per split of 5,000 images, averaged over the splits."""
 
     def __init__(self):
         self._splits: list[tuple[int, float, np.ndarray]] = []  # images, sum of p log p, sum of p

@@ -1,7 +1,7 @@
 """Images to measure, by number: drawn by a model, or read from a folder, an ADM npz file or a prepared dataset.
 
-A source puts any numbers on the mesh as one batch (B, H, W, 3) in uint8; each process makes or reads the rows of its
-own devices. Which image has a number does not depend on the batch or the mesh.
+A source places the images with any given numbers on the mesh, as one uint8 batch (B, H, W, 3). Each process draws or
+reads the rows of its own devices. Which image has which number does not depend on the batch or the mesh.
 """
 
 import dataclasses
@@ -29,34 +29,34 @@ from lina_jax.models import vae
 from lina_jax.sources import base
 from lina_jax.state import Blueprint, Program, Tree
 
-_READERS = 16  # threads that read a folder, which wait for storage for the most part
-PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config on which pictures depend
+_READERS = 16  # threads that read a folder; they mostly wait for storage
+PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config that images depend on
 Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
 
 
 class Source(Protocol):
     @property
     def count(self) -> int:
-        """Images that there are."""
+        """The number of images."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the images depend on, in JSON's types."""
+        """What the images depend on, in JSON types."""
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
-        """Images of numbers (B,) on the mesh, cut over its devices."""
+        """The images with these numbers (B,), sharded over the mesh."""
 
 
 class Drawn:
-    """Pictures of a model: image i is a function of (weights, condition i, seed, i)."""
+    """Images drawn by a model: image i is a function of (weights, condition i, seed, i)."""
 
     def __init__(
         self, plan: Blueprint, settings: SampleConfig, conditions: Conditions, count: int, seed: int, facts: Mapping
     ):
-        """`facts` says which weights and conditions; `weights` (parameters, frozen) are set before the first batch."""
+        """`facts` identify weights and conditions. Set `weights` (parameters, frozen) before the first batch."""
         self.count, self._seed, self._plan, self._conditions = count, seed, plan, conditions
         self._program = generate.make_sampler(plan, settings)
-        # A workdir and a step alone do not say which autoencoder decodes, nor how.
+        # A workdir and a step alone do not say which autoencoder decodes, or how.
         made_by = {name: dataclasses.asdict(getattr(plan.config, name)) for name in PIXELS}
         made_by["model"] = {k: v for k, v in made_by["model"].items() if k not in execution.FIELDS}
         self.facts = {"seed": seed, "sample": vars(settings), **made_by, **facts}
@@ -70,10 +70,10 @@ class Drawn:
 
 
 class Read:
-    """Images of one size that something reads by number, or that are decoded of what it reads.
+    """Images of one size that `read` returns by number, or that `decode` makes from what it returns.
 
-    `shuffled` gives them numbers in a fixed order of chance: collections lie sorted by class, and the first few, or one
-    part after the other, should stand for all.
+    `shuffled` numbers them in a fixed random order: collections are often sorted by class, but the first few images,
+    and each consecutive part, should represent all of them.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Read:
 def placed(
     mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
-    """What `read` gives for all numbers (B,), cut by rows over the mesh; each process reads the rows of its devices."""
+    """The arrays that `read` returns for numbers (B,), sharded by row over the mesh. Each process reads its rows."""
     rows = mesh_lib.rows_here(mesh, len(numbers))
     return mesh_lib.placed(mesh, len(numbers), rows, read(numbers[rows]))
 
 
 def balanced_classes(config: Config) -> Conditions:
-    """Image i is of class i modulo their number: 50 images of each of 1000 classes in 50,000."""
+    """Image i has class i modulo the number of classes: 50,000 images are 50 of each of 1000 classes."""
     return lambda numbers: {"label": (numbers % config.model.num_classes).astype(np.int32)}
 
 
 def captions_of(records: Records, count: int) -> Conditions:
-    """Image i has the caption of the i-th of `count` records, or of all, again from the first after the last."""
+    """Image i has the caption of the i-th of `count` evenly spaced records; if there are fewer, they repeat."""
     wanted = records.some(min(count, len(records)))
 
     def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -130,7 +130,10 @@ def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
 def drawn(
     plan: Blueprint, settings: SampleConfig, records: Records | None, count: int, *, seed: int, facts: Mapping[str, Any]
 ) -> Drawn:
-    """Pictures of a model: of all classes in turn, or of the captions of `records`."""
+    """Images that a model draws: of all classes in turn, or of the captions of `records`.
+
+    Raises UserError for a text-to-image model without records.
+    """
     if plan.config.model.condition == "class":
         conditions = balanced_classes(plan.config)
     elif records is None:
@@ -144,10 +147,10 @@ def drawn(
 def open_images(
     path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None, *, in_order: bool = True
 ) -> Read:
-    """A folder of pictures, an npz file (its arr_0; `in_order`, as ADM's suite reads it), or a split of a dataset.
+    """Open a folder of images, an npz file (arr_0), or a split of a prepared dataset.
 
-    Of latents, the autoencoder of the `plan` decodes the means. Raises UserError for anything else, and where pictures
-    are not of one size.
+    `in_order` concerns npz files, which ADM's suite reads in their own order; all else is shuffled. The autoencoder of
+    `plan` decodes the means of latents. Raises UserError for anything else; reading raises it if sizes differ.
     """
     if path.is_dir() and (path / "features.json").is_file():
         return _dataset(path, mesh, split, plan)
@@ -205,7 +208,7 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
         def read(numbers: np.ndarray) -> np.ndarray:
             arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
-            if notes.bad:  # another record stands in its place
+            if notes.bad:  # another record was read instead
                 raise UserError(f"{path}: {notes.bad[0][2]}")
             return np.array(arrays[name])
 
@@ -225,7 +228,7 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
 
 def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) -> Program:
-    """Moments (B, 2C, h, w) -> uint8 images (B, H, W, 3) of their means."""
+    """The program moments (B, 2C, h, w) -> uint8 images (B, H, W, 3), decoded from the means. Raises UserError."""
     if plan is None or plan.encoders.autoencoder is None:
         raise UserError(
             f"{path} holds latents: they are decoded as --reference beside --workdir, by the autoencoder of that run "
@@ -248,7 +251,7 @@ def _file_facts(path: Path, count: int) -> dict[str, Any]:
 
 
 def npz_array(path: Path, name: str) -> np.ndarray | None:
-    """An array of an npz file, mapped where it is stored as it is; None if it has none such. Raises UserError."""
+    """An array of an npz file, memory-mapped unless it is compressed; None if absent. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():

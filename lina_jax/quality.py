@@ -152,7 +152,7 @@ class DrawnQuality:
     """Image metrics of pictures that a run's weights draw, with the same numbers and conditions every time."""
 
     def __init__(self, plan: Blueprint, records: Records | None):
-        """The settings are those of `config.eval`. Raises UserError for what cannot be read or drawn."""
+        """The settings are those of `config.eval`. Raises UserError if something cannot be read or drawn."""
         config = plan.config.eval
         if lacking := sample.cannot_draw(plan.config):
             raise UserError(f"eval.images={config.images}: {lacking}")
@@ -174,7 +174,7 @@ class DrawnQuality:
         self._source = image_sources.drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
 
     def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
-        """The quality of the weights after `step`; None in processes other than 0. `work` holds what is done."""
+        """The quality of the weights after `step`; None in processes other than 0. `work` keeps finished chunks."""
         self._source.weights, self._source.facts["step"] = (params, frozen), step
         return measure(
             self._source,
@@ -188,7 +188,7 @@ class DrawnQuality:
 
 
 def _check_stored(path: Path, config: EvalConfig) -> None:
-    """Raises UserError unless the reference is there as statistics: each start of a run would make them anew."""
+    """Raises UserError unless the reference has statistics: each start of a run would have to compute them again."""
     if not path.exists():
         raise UserError(f"eval.reference={config.reference}: no such file")
     if reference_lib.is_stored(path):

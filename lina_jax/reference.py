@@ -1,4 +1,4 @@
-"""Statistics of real images, that samples are compared with: read from an npz file in ADM's form, or computed once."""
+"""Statistics of real images to compare samples with: read from an npz file in ADM's format, or computed once."""
 
 import dataclasses
 import functools
@@ -17,12 +17,15 @@ from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, RunningCovaria
 from lina_jax.image_sources import Read, npz_array, open_images
 from lina_jax.state import Blueprint
 
-IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as ADM's files have
+IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as in ADM's files
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What is there of it; `features` (M, 2048) are those of single images. In processes other than 0 all are None."""
+    """Statistics, and `features` (M, 2048) of single images; each is None if absent.
+
+    What is computed from images is None in processes other than 0.
+    """
 
     facts: Mapping[str, Any]
     pool: Gaussian | None = None
@@ -31,18 +34,18 @@ class Reference:
 
     @functools.cached_property
     def distances(self) -> dict[str, Frechet]:
-        """'fid' and 'sfid', as far as there are statistics."""
+        """The distances 'fid' and 'sfid', as far as there are statistics for them."""
         gaussians = {"fid": self.pool, "sfid": self.spatial}
         return {name: Frechet(gaussian) for name, gaussian in gaussians.items() if gaussian}
 
 
 def is_stored(path: Path) -> bool:
-    """Whether statistics can be read there, and need not be computed. Raises UserError for a damaged file."""
+    """Whether the file holds statistics, which then need not be computed. Raises UserError if it is damaged."""
     return path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
 
 
 def check_count(named: str, count: int, path: Path) -> None:
-    """Raises UserError where samples are too few for precision and recall, and the reference has images for these."""
+    """Raises UserError if the samples are too few for precision and recall and the reference has images for these."""
     if count <= NEIGHBOURS and (not is_stored(path) or npz_array(path, "arr_0") is not None):
         raise UserError(f"{named}: more than {NEIGHBOURS} are needed for precision and recall ({path} has images)")
 
@@ -59,17 +62,17 @@ def opened(
     out: Path | None = None,
     plan: Blueprint | None = None,
 ) -> Callable[[], Reference]:
-    """A function that reads the reference from an npz file, or computes it from images without statistics.
+    """A function that returns the reference: read from an npz file, or computed from images without statistics.
 
-    It computes from the first `count` images (0: all). `images` says that the features of single images are needed.
-    What is computed from a folder or dataset is written to `out`, which needs `work`, where unfinished work is kept. A
+    Statistics are computed from the first `count` images (0: all) in a fixed random order, and written to `out` if it
+    is given; this needs `work`, which keeps finished chunks. `images`: the features of single images are needed. A
     dataset of latents needs the `plan` of a run with their autoencoder.
 
-    Raises UserError at once for what is no reference, was made with other weights, or has too few images. The function
-    raises it for images that cannot be read.
+    Raises UserError at once if `path` is not a reference, was made with other weights of Inception, or has too few
+    images. The function raises it for images that cannot be read.
     """
     if not is_stored(path):
-        # In an order of chance: the first of them stand for all in precision and recall.
+        # In random order, as the first of them represent all in precision and recall.
         source = open_images(path, network.mesh, split, plan, in_order=False)
         if count > source.count:
             raise UserError(f"--reference_number={count}: there are {source.count} images")
@@ -93,7 +96,7 @@ def opened(
 
 
 def load(path: Path, network: Network, **options) -> Reference:
-    """The reference that `opened` opens, read or computed at once."""
+    """Read or compute the reference at once; the options are those of `opened`."""
     return opened(path, network, **options)()
 
 
@@ -111,7 +114,7 @@ def _with_features(
 
 
 def _check_images(path: Path, count: int, images: bool) -> None:
-    """Raises UserError for too few."""
+    """Raises UserError if a reference has too few images."""
     least = NEIGHBOURS + 1 if images else 2
     if count < least:
         raise UserError(f"{path}: {count} images; a reference needs at least {least}")
@@ -159,7 +162,7 @@ def _computed(
 def write_npz(
     path: Path, arrays: Mapping[str, np.ndarray], images: Mapping[str, tuple[tuple[int, ...], Iterable[np.ndarray]]]
 ) -> None:
-    """An npz file of arrays, and of uint8 images (N, H, W, 3) that come in portions and never are in memory at once."""
+    """Write an npz file of arrays, and of uint8 images given as (shape, portions), which are never all in memory."""
     with (
         places.new_file(path) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,

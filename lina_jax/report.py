@@ -1,4 +1,4 @@
-"""One HTML page that tells how good a model is: self-contained, to be sent to a colleague."""
+"""One self-contained HTML page that shows how good a model is, for example to send to a colleague."""
 
 import base64
 import html
@@ -25,8 +25,8 @@ from lina_jax.quality import METRICS
 from lina_jax.state import Blueprint, Tree
 from lina_jax.workdir import load_config
 
-_STRIPS, _MOMENTS = 4, 8  # pictures that are shown while they are decoded, and how often
-_CONDITIONS, _EACH = 8, 4  # what is drawn in any case, and how often
+_STRIPS, _MOMENTS = 4, 8  # images shown as they are decoded, and views of each (at most)
+_CONDITIONS, _EACH = 8, 4  # conditions that every report draws (at most), and images of each
 _DEVIATIONS = 1.96  # standard deviations of a normal that enclose 95 % of it
 
 _MEANING = {
@@ -49,7 +49,7 @@ details { margin: .5rem 0; } pre { background: #f4f4f2; padding: .6rem; white-sp
 
 
 class Rows(NamedTuple):
-    """Pictures (N, M, H, W, 3) uint8 in N rows, and what each row is of."""
+    """Images (N, M, H, W, 3) uint8 in N rows, and a name for each row."""
 
     title: str
     about: str
@@ -64,9 +64,10 @@ def write(
     shown: Sequence[tuple[str, np.ndarray, Sequence[str]]],
     rows: Sequence[Rows],
 ) -> None:
-    """DIRECTORY/index.html of what `lina_jax.evaluate` found.
+    """Write DIRECTORY/index.html with the `result` of `lina_jax.evaluate`.
 
-    shown: (title, pictures (N, H, W, 3) uint8, captions or class names) of each set; rows: as they are drawn below.
+    `shown` has (title, images (N, H, W, 3) uint8, captions or class names) of each set of images. `rows` come from
+    `draw_samples` and `decode_strips`.
     """
     name = workdir.resolve().name if workdir else "Pictures of a file"
     step = f"step {result['step']}, {_WEIGHTS[result['weights']]}" if "step" in result else ""
@@ -103,9 +104,9 @@ _WEIGHTS = {"ema": "average of the parameters (EMA)", "raw": "the parameters the
 
 
 def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
-    """(`count` classes or preview prompts, from the first again after the last; what to call them).
+    """(`count` classes or preview prompts, starting over after the last; a name for each).
 
-    Classes have their names, too, where the dataset is at hand and knows them.
+    Class names come from the dataset if it is at hand and has them.
     """
     model = config.model
     if model.condition == "text":
@@ -114,14 +115,14 @@ def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
         return texts, texts
     try:
         names = reading.label_names(config.data.datasets[0][0])
-    except (UserError, OSError, RuntimeError):  # whatever hinders: names are a courtesy
+    except (UserError, OSError, RuntimeError):  # whatever the reason, a report can do without names
         names = ()
     labels = [i % model.num_classes for i in range(count)]
     return labels, [f"{label}: {names[label]}" if label < len(names) else f"class {label}" for label in labels]
 
 
 def draw_samples(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
-    """A few pictures of each of the first conditions, those of `lina_jax.sample --num=4` with them and this seed."""
+    """Four images of each of the first conditions, the same as from `lina_jax.sample --num=4` with this seed."""
     config = plan.config
     distinct = config.model.num_classes if config.model.condition == "class" else len(config.log.preview_prompts)
     conditions, names = conditions_of(config, min(_CONDITIONS, max(1, distinct)))
@@ -132,7 +133,7 @@ def draw_samples(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: 
 
 
 def decode_strips(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
-    """Pictures of the first conditions while they are decoded."""
+    """Images of the first conditions as they are decoded."""
     config = plan.config
     count = sample.batch_for(plan, _STRIPS)
     conditions, names = conditions_of(config, count)
@@ -216,7 +217,7 @@ def _rows(rows: Rows) -> list[str]:
 
 
 def _absent(result: Mapping[str, Any]) -> list[str]:
-    """What this page does not tell, and why."""
+    """What was not measured, and why."""
     quality, missing = result.get("quality") or {}, []
     reasons = quality.get("not_measured", {})
     for name in METRICS:
@@ -251,7 +252,7 @@ def _origin(workdir: Path | None, result: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's, which tells something of no or all hits too."""
+    """Wilson's 95 % interval of a share, which is informative even with no hits, or only hits."""
     square = _DEVIATIONS**2 / count
     middle = (share + square / 2) / (1 + square)
     half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
@@ -259,7 +260,7 @@ def _interval(share: float, count: int) -> tuple[float, float]:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    """To two digits of the error."""
+    """The value and its standard error, to two digits of the error."""
     if not error or not math.isfinite(error):
         return f"{value:.3f}"
     digits = max(0, 1 - math.floor(math.log10(error)))

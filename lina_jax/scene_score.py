@@ -17,7 +17,7 @@ from lina_jax.shapes import CATEGORIES, PALETTE, PLACES, RELATIONS, SHAPES, Capt
 
 MIN_AREA = 0.01  # of the picture; less is a speck (our smallest objects cover 0.03)
 MIN_CONTRAST = 60  # in 8-bit RGB; a colour closer to the background is not looked for
-MIN_OVERLAP = 0.7  # intersection over union; if no shape covers an object so well, its shape is unknown
+MIN_OVERLAP = 0.7  # intersection over union; if no shape covers an object this well, its shape is unknown
 CENTER = 0.09  # an object this far from the center is not in the center, but at a side
 
 

@@ -1,4 +1,4 @@
-"""The command that measures, and the one that training names: what it asks for, says and leaves."""
+"""The evaluate command, and the call of it that training suggests: what it needs, reports and writes."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 def test_training_names_the_command_that_makes_its_reference(
     tiny, weights, shapes_data, run_module, one_device, tmp_path
 ):
-    """And takes what that makes."""
+    """Training then accepts the file that this command writes."""
 
     def prepared(reference):
         config = tiny(eval={"images": 8, "inception": str(weights), "reference": str(reference)})
@@ -60,7 +60,7 @@ def test_the_command_says_how_many_images_it_takes(run_module, weights, shapes_d
 
 
 def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_run, one_device, run_module, tmp_path):
-    """Parameters and encoders as they are asked for; of the average not a byte is there."""
+    """The weights and encoders that the flags ask for; the EMA is deleted beforehand, so that reading it would fail."""
     encoders = {"autoencoder": str(tmp_path / "vae"), "text_encoder": str(tmp_path / "phi")}
     write_autoencoder(tmp_path / "vae", scaling_factor=0.2)
     write_phi(tmp_path / "phi")
@@ -70,7 +70,7 @@ def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
     flags = [f"--{name}={path}" for name, path in encoders.items()]
-    others = [workdir / "evaluation" / name for name in ("work", ".measuring")]  # somebody's own; unfinished metrics
+    others = [workdir / "evaluation" / name for name in ("work", ".measuring")]  # a user's; an unfinished measurement
     for directory in others:
         directory.mkdir(parents=True)
     result = run_module("evaluate", f"--workdir={workdir}", "--raw", "--novalidation", *flags)
@@ -94,7 +94,7 @@ def prompts(tmp_path):
 
 
 def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data, prompts, run_module, tmp_path):
-    """Validation, which is first, would say that the parameters are missing."""
+    """Validation, which comes first, would fail, because the parameters are missing."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "params")
     (tmp_path / "blank.txt").write_text('{"prompt": " "}\n')
@@ -112,7 +112,7 @@ def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data
 
 
 def test_what_is_measured_before_a_failure_is_kept(run, weights, prompts, run_module, tmp_path):
-    """And the same run, by another path to it, goes on."""
+    """The same command then succeeds, even by another path to the run."""
     shown, out = tmp_path / "reference", tmp_path / "out"
     shown.mkdir()
     for number in range(5):

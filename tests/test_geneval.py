@@ -1,4 +1,4 @@
-"""GenEval's pictures stand where its judge looks for them, whatever was drawn before; reports tell what there is."""
+"""GenEval's images are where its judge looks for them, whatever was drawn before; reports show what was measured."""
 
 import base64
 import io
@@ -69,7 +69,7 @@ def test_folders_are_those_of_the_benchmark(draw, prompts, tmp_path):
 
 
 def test_pictures_are_those_of_the_sampler(draw, prompts, plan, weights, tmp_path):
-    """Picture k of prompt i is number 2 i + k of the seed."""
+    """Image k of prompt i has number 2 i + k of the seed."""
     draw(prompts, tmp_path / "out", seed=5)
     texts = [prompt.text for prompt in prompts for _ in range(2)]
     images = sample.Sampler(plan, plan.config.sample, 4)(*weights, texts, seed=5)
@@ -116,7 +116,7 @@ def test_pictures_of_other_settings_are_noticed_before_anything_is_drawn(draw, p
 
 
 def test_all_processes_see_the_folders_before_they_draw(draw, prompts, tmp_path, monkeypatch):
-    """Else some would leave their pictures on disks of their own, and all but process 0 begin to wait too early."""
+    """Otherwise some could write to disks of their own, and all but process 0 would wait in a collective too early."""
     seen = []
 
     def check_shared(what, look):
@@ -158,7 +158,7 @@ def test_strips_end_with_the_picture(plan, weights):
     assert rows.images.shape[:1] + rows.images.shape[2:] == (4, 8, 8, 3) and rows.names == ["a picture"] * 4
     images = sample.Sampler(plan, plan.config.sample, 4)(*weights, rows.names, seed=0)
     np.testing.assert_array_equal(rows.images[:, -1], images)
-    empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in rows.images.swapaxes(0, 1)]  # what is zero is gray
+    empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in rows.images.swapaxes(0, 1)]  # zero tokens are gray
     assert empty[0] > 0.5 and empty == sorted(empty, reverse=True) and empty[-1] < 0.1
 
 

@@ -1,4 +1,4 @@
-"""Images to measure are read by number, of folders, files and datasets; what cannot be measured is named."""
+"""Images to measure are read by number from folders, files and datasets; errors name what cannot be measured."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from lina_jax.prepare import Settings, prepare
 
 
 def test_the_first_pictures_of_a_sorted_folder_stand_for_all(one_device, tmp_path):
-    """Of three classes one after the other; what `sample` and systems put beside pictures is none of them."""
+    """The folder holds three classes in turn. Files that `sample` and operating systems add are ignored."""
     for number in range(60):
         Image.new("L", (8, 8), 100 * (number // 20)).save(tmp_path / f"{number:03d}.png")
     for name in ("grid.png", "settings.json", "._000.png"):
@@ -47,7 +47,7 @@ def test_a_folder_of_pictures_may_link_others_and_hides_what_is_hidden(one_devic
 
 
 def test_a_record_that_cannot_be_measured_is_named(one_device, tmp_path):
-    """Training takes the next one in its place."""
+    """Training would use the next record instead."""
     with records.create(tmp_path / "data", "data", records.pixel_features([])) as writer:
         for i in range(4):
             picture = io.BytesIO()
@@ -69,7 +69,7 @@ def test_a_dataset_whose_first_shard_is_cut_is_named(one_device, tmp_path):
 
 
 def test_pictures_of_a_folder_are_read_at_once(one_device, tmp_path, monkeypatch):
-    """Storage that is far away lets each wait; they keep their order."""
+    """Each read from remote storage takes a while; the images keep their order."""
     for number in range(4):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
     folder = image_sources.open_images(tmp_path, one_device)

@@ -1,4 +1,4 @@
-"""What is measured depends on (weights, seed, number) and on nothing beside; what was done before a kill counts."""
+"""Results depend only on (weights, seed, number); work that was finished before a kill is used."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
-    """Chunks of 12 images, so that a few images are several of them; 44 are no multiple."""
+    """Chunks of 12 images, so that a few images make several; 44 is not a multiple of 12."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(featurise, "CHUNK", 12)
         yield
@@ -55,7 +55,7 @@ def compared(networks, shapes_data):
 
 @pytest.fixture(scope="module")
 def source(tiny, rough, devices):
-    """Pictures of a class model with random weights, on so many devices."""
+    """A function of the number of devices: images of a class model with random weights."""
     made = {}
 
     def make(count):
@@ -100,7 +100,7 @@ def test_eight_devices_measure_what_one_does(measure, whole):
 
 
 def test_the_batch_size_does_not_matter(measure, whole):
-    """To the last digit that is told; pictures and features are equal to rounding."""
+    """Results agree in all reported digits; images and features are equal up to rounding."""
     assert measure(per_device=5).told() == whole.told()
 
 
@@ -110,7 +110,7 @@ def test_another_seed_matters(source, measure, whole, monkeypatch):
 
 
 class Killed:
-    """A source that is interrupted when it comes to a number."""
+    """A source that is interrupted when it reaches number `at`."""
 
     def __init__(self, source, at=10**9):
         self._source, self._at, self.made, self.facts, self.count = source, at, [], source.facts, source.count
@@ -133,7 +133,7 @@ def test_an_interrupted_measurement_goes_on(source, measure, whole, tmp_path):
 
 
 def test_others_wait_while_process_0_adds_what_was_done(source, measure, tmp_path, monkeypatch):
-    """They would wait in a collective, which between CPUs ends after 30 s."""
+    """Otherwise they would wait in a collective, which times out after 30 s on CPUs."""
     with pytest.raises(KeyboardInterrupt):
         measure(of=Killed(source(1), 30), work=tmp_path / "work")
     events, add = [], quality.Collector.add
@@ -155,7 +155,7 @@ def test_others_wait_while_process_0_adds_what_was_done(source, measure, tmp_pat
 
 
 def test_devices_gather_no_more_images_than_are_kept(devices, monkeypatch):
-    """A batch of a pod would not fit on one of them; 20 images go in portions of 7."""
+    """The batch of a pod would not fit on one of them; 20 images are gathered in portions of 7."""
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
     placed = jax.device_put(images, mesh.sharding(devices[8], "batch"))
     monkeypatch.setattr(featurise, "_PORTION", 7 * images[0].nbytes)
@@ -248,7 +248,7 @@ def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices,
 
 
 def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_data):
-    """No distance, all of it within its own manifold."""
+    """The distances are zero, and all images are within the manifold."""
     source = image_sources.open_images(shapes_data, devices[1])
     own = quality.measure(source, networks[1], compared, devices[1], count=64, per_device=4)
     told = own.told()
@@ -276,7 +276,7 @@ def test_a_computed_reference_is_stored_and_read(networks, weights, shapes_data,
 
 
 def test_statistics_without_images_give_distances_alone(source, networks, devices, compared, tmp_path):
-    """As files of other suites have them: what cannot be told says why."""
+    """As in the files of other suites; the result says why the other metrics are missing."""
     np.savez(tmp_path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
     statistics = reference.load(tmp_path / "statistics.npz", networks[1], per_device=4, work=None, images=True)
     found = quality.measure(source(1), networks[1], statistics, devices[1], count=COUNT, per_device=4)
@@ -314,7 +314,7 @@ def test_what_is_wrong_with_a_reference_is_known_before_it_is_computed(networks,
 
 @pytest.fixture(scope="module")
 def trained(tiny_text, weights, compared, devices, tmp_path_factory):
-    """(config, workdir, state) of three steps on one device that were measured after the second and the last."""
+    """(config, workdir, state) of a run of three steps on one device, measured after the second and the last."""
     path = tmp_path_factory.mktemp("trained")
     np.savez(path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
     measuring = {"images": 28, "images_every": 2, "inception": str(weights), "per_device": 4}
@@ -325,7 +325,7 @@ def trained(tiny_text, weights, compared, devices, tmp_path_factory):
 
 
 def of_quality(workdir):
-    """By step; each is measured once."""
+    """The rows of the log with image metrics."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "quality/fid" in line]
 
@@ -349,7 +349,7 @@ def test_the_training_loop_measures_its_average(trained, devices):
 def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
     number, error, step, trained, tmp_path, train_on_one_device, monkeypatch
 ):
-    """Also where the run has come to its last step."""
+    """Also after the last step."""
     config, workdir, _ = trained
     batch, made = image_sources.Drawn.batch, []
 
@@ -368,13 +368,13 @@ def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
     assert saved_steps(tmp_path / "run")[-1] == step
     monkeypatch.setattr(image_sources.Drawn, "batch", counted)
     train.train(config, tmp_path / "run")
-    assert min(made) == (step, 12)  # a chunk of 12 was done, and the next one gathered when the kill came
+    assert min(made) == (step, 12)  # one chunk of 12 was finished; the second was being gathered when the signal came
     assert of_quality(tmp_path / "run") == of_quality(workdir)
     assert not (tmp_path / "run" / "measuring").exists()
 
 
 def test_a_run_with_other_cadences_goes_on_with_the_same_features(tiny, weights, one_device):
-    """Of a change of what is trained or drawn it would not."""
+    """A change of what is trained or drawn invalidates them."""
 
     def facts(**changes):
         config = tiny(eval={"images": 8, "inception": str(weights)}, **changes)
@@ -386,7 +386,7 @@ def test_a_run_with_other_cadences_goes_on_with_the_same_features(tiny, weights,
 
 
 def test_features_that_nothing_asks_for_any_more_are_removed(trained, tmp_path, train_on_one_device):
-    """Of a measurement that was killed, at a start without it; also where the run has come to its last step."""
+    """A killed measurement left them, and the run starts again without measuring, here after its last step."""
     config, workdir, _ = trained
     shutil.copytree(workdir, tmp_path / "run")
     (tmp_path / "run" / "measuring").mkdir()
@@ -395,7 +395,7 @@ def test_features_that_nothing_asks_for_any_more_are_removed(trained, tmp_path, 
 
 
 def test_too_few_images_are_refused_before_any_is_drawn(tiny, weights, networks, shapes_data, one_device, tmp_path):
-    """Precision and recall need a third neighbour, which statistics alone do not ask for."""
+    """Precision and recall need a third neighbour; with statistics alone, there is no such minimum."""
     options = {"per_device": 4, "work": None, "count": 3}
     with pytest.raises(UserError, match=r"shapes: 3 images; a reference needs at least 4"):
         reference.load(shapes_data, networks[1], **options, images=True)
