@@ -1,6 +1,6 @@
-"""Datasets in buckets: shards copied ahead into a local directory, where reading at random is fast.
+"""Datasets in buckets: shards are first copied to a local directory, where random access is fast.
 
-A bucket that is mounted (gcsfuse, mountpoint-s3) needs none of this: it is a directory like any other.
+A mounted bucket (gcsfuse, mountpoint-s3) does not need this: it is a directory like any other.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from lina_jax.errors import UserError
 from lina_jax.retry import Progress, of_storage, patiently
 
 _PARTIAL = ".partial"
-# What file systems tell of a file that changes when it is written anew; the first that is there counts.
+# Names of file attributes that change when a file is rewritten; the first one that a file has is used.
 _VERSIONS = ("etag", "ETag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -32,7 +32,7 @@ class _File(NamedTuple):
 
 
 def mounted(directory: str | Path) -> Path:
-    """A path that is read in place. Raises UserError for URLs."""
+    """The path of a dataset that is read in place. Raises UserError for URLs."""
     if "://" in str(directory):
         raise UserError(
             f"data.path={directory}: a bucket is read through a mount (gcsfuse, mountpoint-s3: give its directory), "
@@ -44,8 +44,8 @@ def mounted(directory: str | Path) -> Path:
 class Copy:
     """The copy of one dataset in a cache directory.
 
-    A file appears under its name when it is whole, so that an interrupted copy goes on where it stopped. Processes of
-    one machine take turns: the second finds everything there.
+    A file gets its name when it is complete, so that an interrupted copy continues with the missing files. Processes of
+    one machine take turns: the first copies, the others find everything there.
     """
 
     def __init__(self, source: str, cache: str, *, timeout: float):
@@ -57,13 +57,13 @@ class Copy:
             self._files, self._root = fsspec.core.url_to_fs(self._source)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(f"data.path={source}: {error}") from error
-        # The name for people, the digest because two buckets may hold datasets of one name.
+        # The name is for people; the digest is needed because two buckets may hold datasets of the same name.
         name = f"{os.path.basename(self._source)}-{hashlib.sha256(self._source.encode()).hexdigest()[:8]}"
         self.directory = Path(cache).expanduser().absolute() / name
         self._notes, self._noting = self.directory / "copied.json", threading.Lock()
 
     def metadata(self, names: Sequence[str]) -> Path:
-        """Copy small files, anew each time, and return the directory of the copy. Absent ones stay absent."""
+        """Copy small files, every time, and return the directory of the copy. Skips files that the source lacks."""
         with self._turn():
             files = self._listed()
             for name in names:
@@ -72,9 +72,9 @@ class Copy:
         return self.directory
 
     def shards(self, names: Sequence[str], threads: int) -> None:
-        """Copy what is not there yet, or was written anew since.
+        """Copy the shards that are not there yet or have been rewritten since.
 
-        Raises UserError for files that the source lacks or that cannot be copied.
+        Raises UserError for shards that the source lacks or that cannot be copied.
         """
         with self._turn():
             files, copied = self._listed(), self._copied()
@@ -97,7 +97,7 @@ class Copy:
             try:
                 for made in tqdm(done, "copying shards", len(copies), unit="shard", disable=None):
                     made.result()
-            finally:  # after a failure, and after Ctrl-C, there is no point in the rest, and none in waiting for it
+            finally:  # after a failure or Ctrl-C, drop the remaining copies and do not wait for those under way
                 pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
@@ -142,14 +142,14 @@ class Copy:
 
 
 def fetch(files: fsspec.AbstractFileSystem, path: str, target: Path, size: int | None, timeout: float) -> None:
-    """Copy a file of a bucket to `target`, which appears when it is whole.
+    """Copy a file of a bucket to `target`, which appears when it is complete.
 
-    `size` in bytes is checked, None where it is not known. A try that stands still for `timeout` seconds is given up.
-    Raises what the last try raised, an OSError or RuntimeError.
+    The copy must have `size` bytes (None: unknown). A try that makes no progress for `timeout` seconds is given up.
+    Raises the OSError or RuntimeError of the last try.
     """
 
     def copy(progress: Progress) -> Path:
-        # A file of its own: a thread that was given up may wake and go on writing.
+        # One file per thread: a thread that was given up may wake up and go on writing.
         partial = target.with_name(f"{target.name}.{threading.get_ident()}{_PARTIAL}")
         try:
             with files.open(path, "rb") as source, open(partial, "wb") as file:

@@ -5,11 +5,11 @@ python -m lina_jax.prepare --source=parquet --input='RAW/*.parquet' --out=DIR --
 python -m lina_jax.prepare --source=webdataset --input='gs://BUCKET/*.tar' --out=DIR --resolution=256 \
     --autoencoder=VAE --text_encoder=PHI --process_index=$I --process_count=$N
 
-`out` becomes a TFDS dataset directory (see `records.py`) with two files more: `prepare.json` (settings and totals) and
-`rejects.jsonl` (one line per item left out). With --autoencoder the records are latents, otherwise pixels. Any number
-of processes share the work; each owns every N-th unit (see `units.py`), and the last to finish assembles the dataset.
-Killed at any moment and started again, it goes on. The `validation` images are drawn evenly over the collection by
-`seed`; rejects among them make them fewer.
+`out` becomes a TFDS dataset directory (see `records.py`) with two more files: `prepare.json` (settings and totals) and
+`rejects.jsonl` (one line per rejected item). With --autoencoder the records hold latents, otherwise pixels. Any number
+of processes can share the work: each makes every N-th unit (see `units.py`), and the last to finish (with
+--distributed, process 0) assembles the dataset. If it is killed at any point, the same command continues the work. The
+`validation` images are drawn evenly over the collection by `seed`; rejects among them are not replaced.
 """
 
 import collections
@@ -46,7 +46,7 @@ READERS = {
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
 _PREVIEWED = 36
-_ALL_REJECTED = 1000  # so many items, and no other, tell that something is wrong with all
+_ALL_REJECTED = 1000  # this many rejects without a single good item: the input or a column must be wrong
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -55,7 +55,7 @@ def _flag(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides the content of a dataset; each field is a flag. None: as is usual in that kind of collection."""
+    """Everything that decides what a dataset holds; each field is a flag. None: the source's default, in READERS."""
 
     source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(READERS)}")
     resolution: int = _flag(32, "side of the stored images, in pixels")
@@ -86,7 +86,7 @@ class Settings:
         columns = tuple(f"{name}_column" for name in Fields._fields)
         for name in ("input", *columns) if self.source == "shapes" else ("train",):
             self._refuse(name, f"--source={self.source}")
-        if self.source in ("webdataset", "folder"):  # where an image stands, names of files tell
+        if self.source in ("webdataset", "folder"):  # the image is found by its file name
             self._refuse("image_column", f"--source={self.source}")
         for name in () if self.autoencoder else ("text_encoder", "dtype", "batch_size"):
             self._refuse(name, "pixels: it needs --autoencoder")
@@ -96,7 +96,7 @@ class Settings:
             raise UserError(
                 f"--source={self.source} needs --input: {type(self).__dataclass_fields__['input'].metadata['help']}"
             )
-        if self.source in READERS:  # dataclasses that are frozen are still filled in this way
+        if self.source in READERS:  # __setattr__ of object, as the dataclass is frozen
             for name, usual in zip(columns, READERS[self.source][1], strict=True):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
@@ -122,7 +122,7 @@ class Settings:
         return Fields(*(getattr(self, f"{name}_column") for name in Fields._fields))
 
     def recorded(self) -> dict[str, Any]:
-        """What a dataset is known by: its settings and, of rendered scenes, what the code makes of them."""
+        """What identifies a dataset: its settings and, if scenes are rendered, a fingerprint of the rendering code."""
         scenes = {"scenes": shapes.fingerprint()} if self.source == "shapes" else {}
         return dataclasses.asdict(self) | scenes
 
@@ -133,12 +133,13 @@ def prepare(
     max_reject_fraction: float = 0.05,
     share: Share = ALONE,
 ) -> dict[str, Any] | None:
-    """Make this process's units of the dataset `out`, and the dataset itself if no unit is missing then.
+    """Make this process's units of the dataset `out`, then the dataset itself if no unit is missing.
 
-    Returns the totals: images per split, rejects per reason; None while units of other processes are missing. With
-    jax.distributed all wait for each other, then process 0 assembles, and the others get None. A finished dataset of
-    the same settings is left as it is. Raises UserError if `out` holds anything else, or if more than the given share
-    of the items is rejected; `out` does not appear then, but finished units are kept for a retry.
+    Returns the totals (images per split, rejects per reason, truncated captions), or None while units of other
+    processes are missing. Under jax.distributed, all processes wait for each other, then process 0 assembles and the
+    others return None. A finished dataset with the same settings is left as it is. Raises UserError if `out` holds
+    anything else, or if more than `max_reject_fraction` of the items are rejected; `out` does not appear then, but
+    finished units are kept for a retry.
     """
     out = Path(out).expanduser().absolute()
     if done := finished(out, settings):
@@ -151,7 +152,7 @@ def prepare(
     recorder = _recorder(settings)
     source = open_source(settings, recorder)
     try:
-        if share.index:  # process 0 begins the directory, so that others see whether it is theirs, too
+        if share.index:  # process 0 creates the work directory first, so that the others can check that they see it
             _meet(out)
         work = units.WorkDirectory(out, settings.recorded(), source)
         if not share.index:
@@ -179,7 +180,7 @@ def prepare(
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
     except jax.errors.JaxRuntimeError:
         raise
-    except (OSError, RuntimeError) as error:  # the latter of ArrayRecord, whose file another process has moved
+    except (OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's, if another process has moved its file
         if done := finished(out, settings):  # another process was faster
             return done
         raise UserError(f"cannot prepare {out}: {error}") from error
@@ -187,12 +188,12 @@ def prepare(
 
 
 def _meet(out: Path) -> None:
-    """Of processes of jax.distributed: raises UserError unless all see the same `out`."""
+    """Under jax.distributed, wait for all processes. Raises UserError unless all see `out` at the same stage."""
     hosts.check_shared("--out", lambda: units.stage(out))
 
 
 def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """Totals of the dataset in `out`, None if there is nothing yet."""
+    """Totals of the dataset in `out`, None if there is nothing yet. Raises UserError if `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / "prepare.json").is_file():
@@ -206,7 +207,7 @@ def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def open_source(settings: Settings, recorder: Recorder) -> Source:
-    """The collection, cut into units of about a shard."""
+    """The collection, divided into units of about one shard each."""
     items = max(1, min(records.SHARD_RECORDS, settings.shard_mb * 2**20 // recorder.record_bytes))
     if settings.source == "shapes":
         return ShapesSource(settings.train, settings.validation, settings.resolution, settings.seed, items)
@@ -219,9 +220,9 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
 
 
 def validation_items(source: Source, number: int, count: int, settings: Settings) -> set[int]:
-    """Which items of a unit are for validation: its share of --validation, by its share of the collection.
+    """Positions of a unit's validation items; its part of --validation is proportional to its size.
 
-    Where sizes are not known before reading, units count alike; none gives more than half of its items.
+    If the sizes are known only after reading, all units count the same. No unit gives more than half of its items.
     """
     sizes = [unit.count for unit in source.units]
     if None in sizes:
@@ -265,7 +266,7 @@ def _make_units(
             progress.update()
             if isinstance(item, Reject):
                 rejected[item.reason] += 1
-                # One process sees its part alone: it may stop early only for what is too much of the whole.
+                # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
                 if None not in counts:
                     _check_rejects(rejected, sum(counts), max_reject_fraction, work.path)
                 elif not useful and max_reject_fraction < 1 and rejected.total() >= _ALL_REJECTED:
@@ -293,7 +294,7 @@ def _make_units(
 
 
 def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
-    """Items in this process's units: what is known, and for other units the mean of what is."""
+    """The number of items in this process's units; a unit of unknown size counts as the mean of the known ones."""
     known = [sizes.get(number, source.units[number].count) for number in mine]
     told = [size for size in known if size is not None]
     return sum(told) + (len(known) - len(told)) * (sum(told) // max(1, len(told)))
@@ -323,8 +324,8 @@ def _commonest(rejected: dict[str, int]) -> str:
 
 
 def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
-    """A picture of records that are evenly spread over the training split, with their captions."""
-    decoders = None if settings.autoencoder else {"image": tfds.decode.SkipDecoding()}  # TFDS asks for OpenCV
+    """Save a picture of evenly spaced records of the training split, with their captions."""
+    decoders = None if settings.autoencoder else {"image": tfds.decode.SkipDecoding()}  # TFDS would need OpenCV
     stored = tfds.builder_from_directory(dataset).as_data_source("train", decoders=decoders)
     count = min(_PREVIEWED, len(stored))
     rows = [stored[i * len(stored) // count] for i in range(count)]
@@ -339,7 +340,7 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
 
 
 def define_flags() -> None:
-    """Define the flags of the entry point; not at import, where those of other entry points would clash."""
+    """Define the entry point's flags; not at import, when they would clash with those of other entry points."""
     for field in dataclasses.fields(Settings):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_string
         define(field.name, field.default, field.metadata["help"])
@@ -373,7 +374,7 @@ def main(argv: Sequence[str]) -> None:
             other = "jax.distributed knows it" if together else "it needs --coordinator; alone, --process_index"
             raise UserError(f"--{name}={values[name].value}: {other}")
     if together:
-        # Who has done its share waits for the others at the end, a day at most.
+        # A process that has finished its share waits for the others, for up to a day.
         with hosts.together(config_file.given_flags()):
             if jax.process_count() == 1:
                 print("no other process is known of: this one prepares all", file=sys.stderr)

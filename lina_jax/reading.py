@@ -1,4 +1,4 @@
-"""Datasets on disk, read at random: the raw records of one split, whatever the storage does."""
+"""Random access to the raw records of a split on disk; damaged records and failing storage raise different errors."""
 
 import bisect
 import contextlib
@@ -25,7 +25,7 @@ COMMON_FIELDS = ("caption", "short_caption", "label", "key")  # what every recor
 
 
 class Form(NamedTuple):
-    """What the records of a dataset hold beside captions and label."""
+    """What the records of a dataset hold besides captions and label."""
 
     moments: tuple[int, int, int] | None  # (2C, H, W) of latents; None: pixels
     text_dim: int  # of text features; 0: none
@@ -40,7 +40,7 @@ class ShardSlice(NamedTuple):
 
 
 class Readers:
-    """Open shards, the most recently used ones: a dataset may have more of them than a process may have open files."""
+    """Keeps the most recently used shards open: a dataset may have more of them than a process may have open files."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
@@ -48,12 +48,12 @@ class Readers:
         self._lock = threading.Lock()
 
     def __call__(self, path: str) -> ArrayRecordReader:
-        """Raises OSError or RuntimeError where the file cannot be opened."""
+        """The reader of a file. Raises OSError or RuntimeError if it cannot be opened."""
         with self._lock:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
-        # Outside the lock, so that storage which stalls stalls one thread only.
+        # Outside the lock, so that stalling storage holds up only this thread.
         os.stat(path)
         reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
         if not reader.ok():
@@ -61,7 +61,7 @@ class Readers:
         with self._lock:
             self._open[path] = reader
             while len(self._open) > self._capacity:
-                self._open.popitem(last=False)  # closed when the last thread that reads from it lets go
+                self._open.popitem(last=False)  # closed when no thread uses it any longer
         return reader
 
     def drop(self, path: str) -> None:
@@ -73,12 +73,12 @@ class Split:
     """Random access to the serialized records of one split."""
 
     def __init__(self, shards: Sequence[ShardSlice], form: Form, manifest: str = ""):
-        """`manifest` is a digest of what the dataset says of itself and of the split."""
+        """`manifest` is a digest of the dataset's metadata and the name of the split."""
         self.form, self.manifest = form, manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         for shard in shards:
-            _readers().drop(shard.path)  # it may have been written anew
+            _readers().drop(shard.path)  # it may have been rewritten
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -90,18 +90,18 @@ class Split:
         self.__init__(*state)
 
     def __getitem__(self, index: int) -> bytes:
-        """Raises ValueError if the record is corrupt, OSError or RuntimeError if the storage fails.
+        """A serialized record. Raises ValueError if it is corrupt, OSError or RuntimeError if the storage fails.
 
-        One record at a time, so that its memory serves the next one: reading many at once takes twice the processor
+        Reads one record at a time, so that the next one reuses its memory: reading many at once takes twice the CPU
         time, most of it for fresh pages.
         """
         path, place = self._place(index)
         try:
             (record,) = _readers()(path).read([place])
-            if not record:  # so ArrayRecord reads a file that has shrunk
+            if not record:  # what ArrayRecord reads from a file that has shrunk
                 raise OSError("the file has become shorter")
         except (OSError, RuntimeError) as error:
-            # The signs of damage to records alone that ArrayRecord gives; anything else is the storage.
+            # How ArrayRecord reports damage to the records themselves; anything else is due to the storage.
             if re.search("chunk (data|header) hash mismatch", str(error)):
                 raise ValueError(str(error)) from error
             _readers().drop(path)
@@ -111,7 +111,7 @@ class Split:
         return record
 
     def location(self, index: int) -> str:
-        """Where a record lies, for messages."""
+        """Where a record is stored, for messages."""
         path, place = self._place(index)
         return f"record {place} of {path}"
 
@@ -124,7 +124,7 @@ class Split:
 
 
 def errno_of(error: Exception) -> int | None:
-    """What the system said of an error, of which ArrayRecord keeps the words alone; None if it said nothing."""
+    """The errno of an error, from its message if need be (ArrayRecord keeps only that); None if it has none."""
     if isinstance(error, OSError):
         return error.errno
     said = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
@@ -134,9 +134,9 @@ def errno_of(error: Exception) -> int | None:
 def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:
     """Open one split (`train`, or a TFDS slice such as `train[:100]`) of a TFDS directory stored as ArrayRecord.
 
-    With a `cache` directory the shards are first copied there, by `threads` at once, and copies that stand still for
-    `timeout` seconds start again; `directory` may then be a URL.
-    Raises UserError, naming the path and what exists, if the directory, its metadata, the split or a shard is missing.
+    If there is a `cache` directory, the shards are first copied there by `threads` threads; a copy that makes no
+    progress for `timeout` seconds is retried. `directory` may then be a URL. Raises UserError, naming the path and what
+    exists, if the directory, its metadata, the split or a shard is missing.
     """
     copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
     if copy:
@@ -145,7 +145,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         directory = cache_lib.mounted(directory)
     if not directory.is_dir():
         raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare makes one")
-    present = set(os.listdir(directory))  # one request, where a shard each would be thousands
+    present = set(os.listdir(directory))  # one request; one per shard would be thousands
     for name in ("dataset_info.json", "features.json"):
         if name not in present:
             found = ", ".join(sorted(present)[:10]) or "nothing"
@@ -168,7 +168,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
 
 
 def label_names(directory: str | Path) -> Sequence[str]:
-    """Names of the classes of a dataset, if it has any. Raises UserError as above."""
+    """Class names of a dataset, () if it has none. Raises UserError for a URL, or if its metadata cannot be read."""
     label = _info(cache_lib.mounted(directory)).features["label"]
     return label.names if isinstance(label, tfds.features.ClassLabel) else ()
 
@@ -176,7 +176,7 @@ def label_names(directory: str | Path) -> Sequence[str]:
 def _info(directory: Path) -> tfds.core.DatasetInfo:
     try:
         info = tfds.builder_from_directory(directory).info
-    except Exception as error:  # TFDS raises many kinds on broken JSON
+    except Exception as error:  # TFDS raises errors of many types for broken JSON
         raise UserError(f"cannot read the metadata of {directory}: {error}") from error
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
@@ -198,12 +198,12 @@ def _form(features: tfds.features.FeaturesDict) -> Form:
 
 @functools.cache
 def _readers() -> Readers:
-    """Of all splits of this process, which share what it may have open."""
+    """The readers of all splits of this process, which share its limit on open files."""
     return Readers(_open_files() // 2)
 
 
 def _open_files() -> int:
-    """How many files this process may have open, after asking for as many as it may ask for."""
+    """The number of files that this process may open, after raising it as far as allowed (2**16 if unlimited)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2**16 if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(ValueError, OSError):  # macOS may refuse what its hard limit allows

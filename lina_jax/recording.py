@@ -1,4 +1,4 @@
-"""Items of a collection to records: decoded in threads, encoded on this process's accelerators, written meanwhile."""
+"""Turn items into records: decoded in threads and encoded on this process's accelerators, while others are written."""
 
 import collections
 import itertools
@@ -18,9 +18,9 @@ from lina_jax.errors import UserError
 from lina_jax.models import vae
 from lina_jax.sources.base import Example, Reject
 
-TEXT_LENGTH = 256  # tokens of a caption that are kept, as published
-_TEXT_ROWS = 80  # of both captions together, as a rule; shards of latents are sized by it
-_BUCKET = 64  # text is padded to a multiple of so many tokens: a few programs, little waste
+TEXT_LENGTH = 256  # tokens kept per caption, as published
+_TEXT_ROWS = 80  # typical number for both captions together; used to size the shards of latents
+_BUCKET = 64  # text is padded to a multiple of this many tokens: few programs, little padding
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -28,23 +28,23 @@ Record = dict[str, Any]
 
 class Recorder(Protocol):
     batch_size: int
-    ahead: int  # batches to start before the first is waited for
-    record_bytes: int  # about, to cut the collection into units of a shard
-    truncated: int  # captions cut to what the text encoder takes
+    ahead: int  # further batches to start before waiting for a batch
+    record_bytes: int  # approximate; used to divide the collection into units of one shard
+    truncated: int  # captions truncated to the text encoder's length
 
     def features(self, label_names: Sequence[str]) -> tfds.features.FeaturesDict: ...
 
     def image(self, image: Image.Image) -> bytes | np.ndarray:
-        """What a decoded image becomes, in a thread."""
+        """The form in which a decoded image is kept; called in a thread."""
 
     def start(self, examples: Sequence[Example]) -> Any:
-        """Set the devices to work on at most `batch_size` examples; returns at once."""
+        """Start the devices' work on at most `batch_size` examples, and return at once."""
 
     def finish(self, examples: Sequence[Example], started: Any) -> list[Record | Reject]: ...
 
 
 class PixelRecorder:
-    """Records of pixels: PNG, or JPEG where `quality` is not 0."""
+    """Records of pixels: PNG if `quality` is 0, else JPEG."""
 
     batch_size = 256
     ahead = 1
@@ -72,7 +72,7 @@ class LatentRecorder:
     """Records of latents: moments of a KL autoencoder, features of a text encoder, both float16."""
 
     def __init__(self, autoencoder: str, text_encoder: str, resolution: int, batch_size: int, dtype: str):
-        """`text_encoder` "" means that there is none. Raises UserError for what cannot be loaded or does not fit."""
+        """`text_encoder` "": there is none. Raises UserError if an encoder cannot be loaded or does not fit."""
         self.batch_size = batch_size
         self.truncated = 0
         self._autoencoder, vae_params = encoders.load_autoencoder(autoencoder, dtype=dtype)
@@ -89,7 +89,7 @@ class LatentRecorder:
             self._encode_text = jax.jit(self._text.features)
         self._text_dim = self._text.dim if self._text else 0
         self.record_bytes = 2 * (int(np.prod(self._moments)) + _TEXT_ROWS * self._text_dim)
-        # Each device takes whole batches, in turns: what a record holds does not depend on how many devices there are.
+        # The devices take turns with whole batches, so that records do not depend on the number of devices.
         devices = jax.local_devices()
         self.ahead = len(devices)
         self._replicas = itertools.cycle([(d, *jax.device_put((vae_params, phi_params), d)) for d in devices])
@@ -107,7 +107,7 @@ class LatentRecorder:
         def text(captions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
             tokens = self._text.tokenize(captions)
             self.truncated += int(tokens.cut.sum())
-            # Causal: rows of real tokens do not see the padding behind them.
+            # The encoder is causal: real tokens do not attend to the padding after them.
             rows = min(TEXT_LENGTH, _BUCKET * max(1, -(-int(tokens.lengths.max()) // _BUCKET)))
             return self._encode_text(phi_params, self._placed(tokens.ids[:, :rows], device)), tokens.lengths
 
@@ -132,7 +132,7 @@ class LatentRecorder:
         return made
 
     def pixels(self, moments: np.ndarray) -> np.ndarray:
-        """Means (N, 2C, h, w) of records back to uint8 images (N, H, W, 3), as a look at what was stored."""
+        """uint8 images (N, H, W, 3) decoded from the means of stored moments (N, 2C, h, w)."""
         _, params, _ = next(self._replicas)
         decode = jax.jit(lambda params, latents: vae.to_uint8(self._autoencoder.decode(params, latents)))
         mean, _ = jnp.split(rearrange(jnp.asarray(moments, jnp.float32), "n c h w -> n h w c"), 2, axis=-1)
@@ -140,7 +140,7 @@ class LatentRecorder:
         return np.concatenate([decode(params, latents[None]) for latents in scaled])
 
     def _placed(self, array: np.ndarray, device: jax.Device) -> jax.Array:
-        """On a device, a short batch filled up with copies of its last row."""
+        """The array on a device; a short batch is padded with copies of its last row."""
         full = np.concatenate([array, np.repeat(array[-1:], self.batch_size - len(array), axis=0)])
         return jax.device_put(full, device)
 
@@ -148,10 +148,10 @@ class LatentRecorder:
 def record(
     items: Iterable[Example | Reject], recorder: Recorder, resolution: int, min_size: int, max_caption_bytes: int
 ) -> Iterator[Record | Reject]:
-    """A record or a reject for each item, in order; a few batches are in work at a time."""
+    """Yield a record or a reject for each item, in order; a few batches are in progress at a time."""
 
     def prepared(item: Example | Reject) -> Example | Reject:
-        # Names of files and members may be any bytes; records and rejects hold text.
+        # File and member names may be any bytes; records and rejects hold text.
         item = item._replace(key=item.key.encode(errors="backslashreplace").decode())
         if isinstance(item, Reject):
             return item
@@ -169,7 +169,7 @@ def record(
 
     items = iter(items)
     batches = iter(lambda: list(itertools.islice(items, recorder.batch_size)), [])
-    # Threads are enough: Pillow decodes and scales without the interpreter lock.
+    # Threads are enough: Pillow releases the GIL while it decodes and scales.
     with ThreadPoolExecutor(images.cpus()) as pool:
         decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
         decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
@@ -179,7 +179,7 @@ def record(
 
 
 def _ahead(started: Iterable[T], count: int = 1) -> Iterator[T]:
-    """Each thing after the next `count` have been started."""
+    """Yield each thing, but only after the next `count` have been started."""
     before: collections.deque[T] = collections.deque()
     for thing in started:
         before.append(thing)
@@ -189,5 +189,5 @@ def _ahead(started: Iterable[T], count: int = 1) -> Iterator[T]:
 
 
 def _half(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the caller looks for what became infinite
+    with np.errstate(over="ignore"):  # the caller checks for infinities
         return np.ascontiguousarray(array, np.float16)

@@ -23,12 +23,12 @@ from lina_jax import places
 from lina_jax.errors import UserError
 
 SHARD_BYTES = 256 * 2**20
-SHARD_RECORDS = 10_000  # reading one record costs array_record a pass over the shard's index: 3.5 ns per record there
+SHARD_RECORDS = 10_000  # to read one, array_record passes over the whole index of its shard: 3.5 ns per record there
 _SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default, spelt out in dataset_info.json
 
 
 def pixel_features(label_names: Sequence[str] = (), encoding: str = "png") -> tfds.features.FeaturesDict:
-    """TFDS features of records of pixels; label names, if there are any, are saved beside the shards by TFDS itself."""
+    """TFDS features of records of pixels. TFDS itself saves the label names, if any, beside the shards."""
     image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding)
     return tfds.features.FeaturesDict({"image": image, **_common_fields(label_names)})
 
@@ -36,10 +36,10 @@ def pixel_features(label_names: Sequence[str] = (), encoding: str = "png") -> tf
 def latent_features(
     moments: tuple[int, int, int], text_dim: int, label_names: Sequence[str] = ()
 ) -> tfds.features.FeaturesDict:
-    """TFDS features of records of latents: `moments` is (2C, H, W), `text_dim` 0 where there is no text encoder."""
+    """TFDS features of records of latents: `moments` is (2C, H, W), `text_dim` is 0 if there is no text encoder."""
 
     def half(*shape):
-        # As bytes: TFDS would otherwise keep a list of float32.
+        # As bytes: otherwise, TFDS would store a list of float32.
         return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
 
     text = {name: half(None, text_dim) for name in ("text", "short_text")} if text_dim else {}
@@ -53,7 +53,7 @@ def _common_fields(label_names: Sequence[str]) -> dict[str, Any]:
 
 
 class Serializer:
-    """Records to bytes, the same in every process."""
+    """Serializes records to bytes, the same in every process."""
 
     def __init__(self, features: tfds.features.FeaturesDict):
         self._features = features
@@ -61,7 +61,7 @@ class Serializer:
 
     def __call__(self, record: Mapping[str, Any]) -> bytes:
         example = self._serializer.get_tf_example(self._features.encode_example(dict(record)))
-        # Fields are a map, which protobuf writes in another order in every process unless asked not to.
+        # The fields are a map; without this option, protobuf writes it in a different order in every process.
         return example.SerializeToString(deterministic=True)
 
 
@@ -74,7 +74,10 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """Appends serialized records to files STEM-00000, STEM-00001, ... of at most `size` bytes each."""
+    """Appends serialized records to files STEM-00000, STEM-00001, ...
+
+    Each file holds at most SHARD_RECORDS records and `size` bytes of them; a larger record gets a file of its own.
+    """
 
     def __init__(self, stem: Path, size: int = SHARD_BYTES):
         self._stem = stem
@@ -84,12 +87,12 @@ class Shards:
         self._records = self._bytes = 0
 
     def append(self, record: bytes) -> None:
-        """Raises UserError if the disk refuses the record."""
+        """Append a record. Raises UserError if it cannot be written."""
         if self._writer and (self._bytes + len(record) > self._size or self._records == SHARD_RECORDS):
             self._close()
         if not self._writer:
-            # One record per group: readers fetch records one by one, in random order. Pictures are compressed already,
-            # and of float16 noise zstd saves 6 % and then takes three times as long to read.
+            # One record per group: readers fetch records one by one, in random order. Uncompressed: pictures are
+            # compressed already, and for float16 noise zstd saves 6 % but makes reading take three times as long.
             self._writer = self._checked(ArrayRecordWriter, self._path(), "group_size:1,uncompressed")
         self._checked(self._writer.write, record)
         self._records += 1
@@ -111,16 +114,16 @@ class Shards:
     def _checked(self, call, *args):
         try:
             return call(*args)
-        except RuntimeError as error:  # what ArrayRecord makes of a full disk
+        except RuntimeError as error:  # how ArrayRecord reports a full disk
             raise UserError(f"cannot write {self._stem.parent}: {error}") from error
 
 
 def assemble(
     directory: Path, name: str, features: tfds.features.FeaturesDict, splits: Mapping[str, Sequence[Shard]]
 ) -> None:
-    """Make finished shards a TFDS dataset: move them to their final names in `directory` and describe them.
+    """Turn finished shards into a TFDS dataset: move them to their final names in `directory` and add its metadata.
 
-    May be run again, and by several processes at once: a shard that is already in its place is left there.
+    May run again, and in several processes at once: a shard that is already in place stays there.
     """
     described = []
     for split, shards in splits.items():
@@ -140,7 +143,7 @@ def assemble(
             }
         )
     info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": described}
-    # Each writes its own, so that none is seen half-written when another is done and the directory gets its name.
+    # Each process writes its own files, so that none is half-written when another process renames the directory.
     with places.own_directory(directory) as own:
         features.save_config(str(own))
         (own / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
@@ -157,7 +160,7 @@ class Writer:
         self.splits: dict[str, Shards] = {}
 
     def write(self, split: str, **record) -> None:
-        """Append one record. Raises UserError if the disk refuses it."""
+        """Append one record. Raises UserError if it cannot be written."""
         if split not in self.splits:
             self.splits[split] = Shards(self.directory / split)
         self.splits[split].append(self._serialize(record))
@@ -165,7 +168,7 @@ class Writer:
 
 @contextlib.contextmanager
 def create(directory: str | Path, name: str, features: tfds.features.FeaturesDict) -> Iterator[Writer]:
-    """Write a dataset; `directory` appears, complete, when the block ends, and not at all if it raises."""
+    """Write a dataset; `directory` appears, complete, at the end of the block, or not at all if the block raises."""
     directory = Path(directory).expanduser().absolute()
     try:
         with places.new_directory(directory) as partial:

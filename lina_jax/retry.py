@@ -1,4 +1,4 @@
-"""Patience with storage: calls that fail or stall are tried again, with growing pauses."""
+"""Retries for storage: calls that fail or stall are tried again, with growing pauses."""
 
 import errno
 import itertools
@@ -15,11 +15,11 @@ from lina_jax.errors import UserError
 T = TypeVar("T")
 
 TRIES = 6
-FIRST_PAUSE_S = 0.5  # each pause is twice the one before: 15 s in all
+FIRST_PAUSE_S = 0.5  # each pause is twice as long as the one before: 15.5 s in all
 
 
 class Progress:
-    """What a call is at. It has stalled when it no longer reaches anything."""
+    """How far a call has come. It has stalled when it no longer reaches anything new."""
 
     def __init__(self):
         self.at: str = "the start"
@@ -31,16 +31,16 @@ class Progress:
         self.steps += 1
 
     def check(self) -> None:
-        """Raises TimeoutError in a call that was given up, and whose outcome no one waits for."""
+        """Raises TimeoutError if the call was given up, so that nobody waits for its outcome."""
         if self.given_up:
             raise TimeoutError("given up")
 
 
 def of_storage(call: Callable[[], T]) -> T:
-    """`call()`, which asks a bucket: errors of its library's own kinds become OSError.
+    """The result of `call()`, a request to a bucket; errors of types that its library defines become OSError.
 
-    They count as passing, like those of links, but for what names speak of credentials (expired ones, too) and
-    permissions. Where such an error says of itself that it can be retried, it counts as passing.
+    They count as passing, like failures of a link, unless the name of the type is about credentials (expired ones, too)
+    or permissions. Even such an error counts as passing if its attribute `retryable` is true.
     """
     try:
         return call()
@@ -60,11 +60,11 @@ def patiently(
     tries: int = TRIES,
     pause: Callable[[float], None] = time.sleep,
 ) -> T:
-    """`call(progress)`, run in a thread of its own, again if it raises OSError or RuntimeError or stalls.
+    """The result of `call(progress)`, run in its own thread; retried if it raises OSError or RuntimeError or stalls.
 
-    A stall is `timeout` seconds without progress; the stalled thread is left behind. Raises what the last try raised,
-    TimeoutError for a stall, with what it was at as the attribute `at`; other errors, and FileNotFoundError,
-    come at once.
+    A stall is `timeout` seconds without progress; the stalled thread is left behind. Raises the error of the last try,
+    TimeoutError for a stall; its attribute `at` says what the call had reached. FileNotFoundError and errors of all
+    other types are raised at once.
     """
     for tried in itertools.count(1):
         progress = Progress()
@@ -87,7 +87,7 @@ def _watched(call: Callable[[Progress], T], progress: Progress, timeout: float) 
         except Exception as error:
             outcome.append((None, error))
 
-    # Not an executor: those wait for stalled threads when the interpreter ends.
+    # Not an executor, which would wait for stalled threads when the interpreter exits.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while True:

@@ -1,4 +1,4 @@
-"""Processes that share the work of a preparation: who does what, and on which GPU."""
+"""Processes that share the work of a preparation: which units each one makes, and on which GPU."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ _SLURM = ("PROCID", "STEP_NUM_TASKS", *(f"ARRAY_TASK_{name}" for name in ("ID", 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """This process's part of the units: every `count`-th from `index` on."""
+    """This process's share of the units: every `count`-th, starting at `index`."""
 
     index: int = 0
     count: int = 1
@@ -23,7 +23,7 @@ ALONE = Share()
 
 
 def the_share(index: int | None, count: int | None) -> Share:
-    """This process among those that prepare: from flags, else from SLURM, else alone."""
+    """The share of this process: from flags, else from SLURM, else everything. Raises UserError for wrong flags."""
     if index is None and count is None:
         return _slurm_share(os.environ)
     if index is None or count is None or not 0 <= index < count:
@@ -32,9 +32,9 @@ def the_share(index: int | None, count: int | None) -> Share:
 
 
 def _slurm_share(environment: Mapping[str, str]) -> Share:
-    """Tasks of a job step within the elements of a job array; all of it outside of SLURM."""
+    """The share of this task of a job step, within this element of a job array; everything if outside of SLURM."""
     value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
-    # Not NTASKS, which a batch script and a shell see, too: they are one task, whatever the allocation has.
+    # Not NTASKS, which is also set in a batch script or a shell: they are one task, whatever the allocation holds.
     share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else ALONE
     if "ARRAY_TASK_ID" in value:
         first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
@@ -49,9 +49,10 @@ def _slurm_share(environment: Mapping[str, str]) -> Share:
 
 
 def take_gpu(environment: Mapping[str, str]) -> None:
-    """Makes a task of SLURM see the GPU of its number alone where several share a node; before JAX is first used.
+    """If several SLURM tasks share a node, make this one use only the GPU of its local number.
 
-    So does jax.distributed. A task that has a node, or a GPU, to itself keeps what it sees.
+    Call it before JAX is first used. jax.distributed does the same. A task that has a node to itself, or sees only one
+    GPU, keeps what it sees.
     """
     value = {name: int(environment.get(f"SLURM_{name}", 1)) for name in ("STEP_NUM_TASKS", "STEP_NUM_NODES")}
     one_visible = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")

@@ -1,8 +1,8 @@
-"""Preparation in units: each made by one process, kept by one rename, assembled when all are there.
+"""Preparation in units: one process makes each, a rename completes it, and all of them become the dataset.
 
-The work directory OUT.partial holds `settings.json` and, for each finished unit, `units/NUMBER/`: its shards, its
-rejects, and a receipt. A process that is killed loses the unit it was making. What a unit holds depends on the settings
-and the collection alone, and so does the dataset: not on how many processes made it, nor on how often they died.
+The work directory OUT.partial holds `settings.json` and, for each finished unit, `units/NUMBER/` with its shards, its
+rejects and a receipt. A process that is killed loses only the unit it was making. A unit depends on the settings and
+the collection alone, and so does the dataset: not on the number of processes, nor on how often they were killed.
 """
 
 import collections
@@ -30,25 +30,25 @@ Made = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What came of one unit."""
+    """The results of one unit."""
 
     items: int
     shards: dict[str, list[Shard]]
     rejected: dict[str, int]
-    truncated: int  # captions that were cut
+    truncated: int  # number of truncated captions
 
 
 class WorkDirectory:
     """OUT.partial, shared by all processes that prepare OUT."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], source: Source):
-        """Raises UserError if it was begun with other settings, which are named, or of another collection."""
+        """Raises UserError if it was begun for another collection or with other settings, which the message names."""
         self.out = out
         self.path = _work(out)
         self._units = self.path / "units"
         self._count = len(source.units)
         begun = self.path / _SETTINGS
-        # Units are known by number: what the numbers stand for must not have changed.
+        # Units are identified by number, so what a number stands for must not have changed.
         collection = hashlib.sha256(repr((source.contents, source.units, source.label_names)).encode()).hexdigest()
         if begun.exists():
             there = json.loads(begun.read_text())
@@ -60,12 +60,12 @@ class WorkDirectory:
             places.write_json(begun, dict(settings) | {"collection": collection})
 
     def missing(self) -> set[int]:
-        """The numbers of the units that are not finished. Raises OSError where the work directory has gone."""
+        """The numbers of the unfinished units. Raises OSError if the work directory is gone."""
         there = set(os.listdir(self._units))
         return {number for number in range(self._count) if self._place(number).name not in there}
 
     def receipt(self, number: int) -> Receipt:
-        """What came of a finished unit."""
+        """The results of a finished unit."""
         place = self._place(number)
         read = json.loads((place / "receipt.json").read_text())
         shards = {
@@ -84,11 +84,11 @@ class WorkDirectory:
         shard_bytes: int,
         truncated: Callable[[], int],
     ) -> None:
-        """Write one unit of `items` items; it appears, whole, when all of `made` is in it.
+        """Write one unit of `items` items; it appears, complete, when all of `made` has been written.
 
-        `truncated` tells, then, how many captions were cut.
+        `truncated` is called at the end and returns the number of truncated captions.
         """
-        # What a process left that died here stays until the end: it may be of one that lives.
+        # What killed processes leave here stays until the end: it may just as well belong to a live one.
         place = self._place(number)
         partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
         partial.mkdir()
@@ -111,7 +111,7 @@ class WorkDirectory:
         except OSError:
             if number in self.missing():
                 raise
-            # Another process was told to make the same unit, and was faster.
+            # Another process made the same unit and was faster.
             shutil.rmtree(partial, ignore_errors=True)
 
     def assemble(
@@ -121,16 +121,16 @@ class WorkDirectory:
         features: tfds.features.FeaturesDict,
         summary: Mapping[str, Any],
     ) -> None:
-        """Make the finished units the dataset OUT, with rejects.jsonl and prepare.json.
+        """Turn the finished units into the dataset OUT, with rejects.jsonl and prepare.json.
 
-        Any process may do it, and several at once: each step leaves alone what is already done.
+        Any process may do this, even several at once: each step may be repeated.
         """
         splits = {
             split: [shard for receipt in receipts for shard in receipt.shards.get(split, ())]
             for split in dict.fromkeys(split for receipt in receipts for split in receipt.shards)
         }
         with places.own_directory(self.path) as mine:
-            if "validation" in splits:  # a few records of each unit
+            if "validation" in splits:  # each unit has only a few records of it
                 splits["validation"] = _joined(splits["validation"], mine / "validation")
             records.assemble(self.path, name, features, splits)
             with (mine / "rejects.jsonl").open("wb") as joined:
@@ -142,7 +142,7 @@ class WorkDirectory:
         clean(self.out)
 
     def remove(self) -> None:
-        """Take the directory away, with all that is in it."""
+        """Remove the directory and everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _place(self, number: int) -> Path:
@@ -161,14 +161,14 @@ def _work(out: Path) -> Path:
 
 
 def clean(out: Path) -> None:
-    """Remove what the work left in a finished dataset."""
+    """Remove leftovers of the work from a finished dataset."""
     shutil.rmtree(out / "units", ignore_errors=True)
     (out / _SETTINGS).unlink(missing_ok=True)
     places.remove_partials(out)
 
 
 def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
-    """Raises UserError: the message and each setting that differs."""
+    """Raises UserError, with the message and the settings that differ, if any do."""
     different = [name for name in wanted if there.get(name) != wanted[name]]
     if different:
         listed = "; ".join(f"{name}={there.get(name)!r}, asked {wanted[name]!r}" for name in different)
@@ -176,7 +176,7 @@ def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -
 
 
 def _joined(parts: Sequence[Shard], stem: Path) -> list[Shard]:
-    """The records of many small shards in as few as possible; the parts stay."""
+    """Copy the records of many small shards into as few as possible; the parts stay."""
     joined = Shards(stem)
     for part in parts:
         reader = ArrayRecordReader(part.path)

@@ -1,4 +1,4 @@
-"""Every kind of bad input in one collection each: preparation survives, names it, and keeps all that is good."""
+"""Collections with every kind of bad input: preparation survives, names it, and keeps everything that is good."""
 
 import json
 import re
@@ -23,7 +23,7 @@ JSON = dict(zip((f"json{i}" for i in range(12)), test_webdataset.JSON_DAMAGE.val
 
 
 def images_and_captions(raw):
-    """Bad images, survivors of odd kinds, bad captions, broken members: one tar."""
+    """One tar of bad images, odd images that can be used, bad captions and broken members."""
     members = []
     for names in (test_images.BAD, GOOD):
         for name, (data, _) in names.items():
@@ -40,7 +40,7 @@ def images_and_captions(raw):
 
 
 def descriptions(raw):
-    """Captions and labels in JSON: one tar."""
+    """One tar with captions and labels in JSON."""
     members = pairs_of_json([*test_webdataset.JSON_DAMAGE, b'{"c": "fine", "l": 1}'])
     (raw / "a.tar").write_bytes(tar(members))
     settings = {"source": "webdataset", "input": f"{raw}/*.tar", "caption_column": "json.c", "label_column": "json.l"}
@@ -52,7 +52,7 @@ def pairs_of_json(contents):
 
 
 def archives(raw):
-    """Archives that are damaged themselves."""
+    """Tars that are damaged as archives."""
     broken = bytearray(tar(pairs("abc")))
     broken[4 * 512 : 4 * 512 + 99] = b"\xff" * 99
     (raw / "broken.tar").write_bytes(broken)
@@ -127,7 +127,7 @@ def test_there_are_forty_kinds(tmp_path):
 
 
 def test_a_wrong_column_is_noticed_before_the_end(tmp_path, monkeypatch):
-    """Where nobody knows how many items there are, and so how many are too many."""
+    """Here the number of items is unknown, and so is the number of rejects that is too many."""
     monkeypatch.setattr("lina_jax.prepare._ALL_REJECTED", 40)
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -138,10 +138,10 @@ def test_a_wrong_column_is_noticed_before_the_end(tmp_path, monkeypatch):
     said = r"the first 40 items are all rejected: empty caption \(40\); check .* --caption_column=json.text, "
     with pytest.raises(UserError, match=said):
         prepare(tmp_path / "out", wrong)
-    with pytest.raises(UserError, match=said):  # the first unit was made
+    with pytest.raises(UserError, match=said):  # the first unit is already made
         prepare(tmp_path / "out", wrong)
     with pytest.raises(UserError, match="nothing to train on: 120 items rejected"):
         prepare(tmp_path / "out", wrong, max_reject_fraction=1)
-    # One that is good tells that the columns are.
+    # One good item shows that the columns are right.
     (raw / "0.tar").write_bytes(tar([*pairs("a"), ("b.jpg", b"?"), ("b.txt", b"b")] * 60))
     assert prepare(tmp_path / "right", Settings(**made), max_reject_fraction=0.9)["images"]

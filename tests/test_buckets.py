@@ -1,4 +1,4 @@
-"""Collections in buckets: calls that fail or stall are tried again, and the tries leave each other alone."""
+"""Collections in buckets: calls that fail or stall are retried, and the tries do not disturb each other."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ from lina_jax.sources.parquet import ParquetSource
     ],
 )
 def test_what_libraries_of_buckets_raise_is_of_the_storage(monkeypatch, name, retryable, passes):
-    """Credentials that have expired do not come back by waiting."""
+    """Waiting does not renew expired credentials."""
     kind = type(name, (Exception,), {} if retryable is None else {"retryable": retryable})
 
     def refused():
@@ -47,7 +47,7 @@ def test_what_libraries_of_buckets_raise_is_of_the_storage(monkeypatch, name, re
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Makes files of a bucket; calls that stall there are given up at once, and tried again at once."""
+    """Makes files in a bucket; calls that stall there are given up after 50 ms and retried without a pause."""
     monkeypatch.setattr("lina_jax.retry.FIRST_PAUSE_S", 0)
     monkeypatch.setattr(base, "_STALLED_S", 0.05)
     files = MemoryFileSystem()
@@ -62,7 +62,7 @@ def bucket(monkeypatch):
 
 
 class Stalling(io.BytesIO):
-    """A file of which one read of all stalls until it is woken; `calls` counts those of all openings."""
+    """A file whose `stalls`-th read stalls until it is woken; `calls` lists the reads of all openings."""
 
     def __init__(self, data: bytes, calls: list[threading.Thread], stalls: int, woken: threading.Event):
         super().__init__(data)
@@ -77,7 +77,7 @@ class Stalling(io.BytesIO):
 
 @pytest.fixture
 def stalling(monkeypatch):
-    """Makes a read of a bucket's file stall, the `stalls`-th; returns what wakes it and waits for its thread's end."""
+    """Makes the `stalls`-th read of a bucket's file stall; returns a function that wakes it and joins its thread."""
     woken = threading.Event()
 
     def set_up(data: bytes, stalls: int):
@@ -105,7 +105,7 @@ def test_a_copy_that_was_given_up_leaves_the_next_one_alone(bucket, stalling):
 
 
 def test_a_copy_that_gets_on_may_take_any_time(bucket, monkeypatch):
-    """Here a piece comes, and then no more, in each of three times what a stall takes."""
+    """Here one piece comes in each of three intervals, each as long as a stall."""
     go_on, reached, joins = threading.Semaphore(0), threading.Semaphore(0), itertools.count()
     pieces, join = iter([b"a", b"b", b"c"]), threading.Thread.join
 
@@ -156,7 +156,7 @@ def test_a_read_that_was_given_up_moves_no_other(bucket, stalling):
 
 
 def test_storage_that_fails_once_is_no_absence(bucket, monkeypatch):
-    """What fsspec says of a file, whether it is there or a directory, is "no" then."""
+    """fsspec's own `exists` and `isdir` return False then."""
     described, classes = (
         bucket("described/metadata.jsonl", b'{"file_name": "a.png", "text": "a"}'),
         bucket("labels.txt", b"x"),

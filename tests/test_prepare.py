@@ -1,4 +1,4 @@
-"""Preparation keeps what is good, accounts for what is not, and never leaves half a dataset."""
+"""Preparation keeps the good items, accounts for all others, and never leaves half a dataset."""
 
 import errno
 import io
@@ -164,7 +164,7 @@ def test_names_that_cannot_be_those_of_classes_are_refused(tmp_path, content, me
 
 
 def test_class_names_that_changed_are_noticed(tmp_path, small_units):
-    """Units made with others do not go together."""
+    """Units made with different class names do not fit together."""
     pattern = parquet(tmp_path / "raw", good(40))
     assert prepare(tmp_path / "out", settings(pattern), share=Share(0, 2)) is None
     (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")
@@ -204,7 +204,7 @@ def test_shapes_from_the_command_line(tmp_path):
     rows = read(tmp_path / "out", "train")
     assert all(Image.open(io.BytesIO(row["image"])).size == (16, 16) and row["caption"] for row in rows)
 
-    # Made again in another process, the dataset has the same bytes.
+    # Another process makes a dataset of the same bytes.
     prepare(tmp_path / "again", Settings(resolution=16, train=6, validation=2))
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
@@ -232,7 +232,7 @@ def contents(directory) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-# 3 KiB a unit: a dozen of them.
+# 11 units of about 3 KiB, with the fixture `small_units`.
 SMALL = {"resolution": 8, "train": 300, "validation": 30}
 
 
@@ -265,7 +265,7 @@ def test_a_collection_that_changed_is_refused(tmp_path):
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_one_bad_tar_of_many_is_no_end(tmp_path, first):
-    """Judged by the whole collection, whichever process meets it."""
+    """Rejects are judged by the whole collection, whichever process meets them."""
     (tmp_path / "raw").mkdir()
     for i in range(4):
         data = b"garbage" * 100 if i == first else test_webdataset.tar(test_webdataset.pairs(map(str, range(30))))
@@ -282,7 +282,7 @@ def test_places_are_looked_at_before_encoders_are_loaded(tmp_path, monkeypatch):
     latents = Settings(resolution=8, train=8, validation=2, autoencoder=str(tmp_path / "absent"))
 
     def rename(before, after):
-        raise OSError(errno.EMFILE, "Too many open files")  # what buckets without directories say
+        raise OSError(errno.EMFILE, "Too many open files")  # as in buckets without directories
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", rename)
@@ -295,7 +295,7 @@ def test_places_are_looked_at_before_encoders_are_loaded(tmp_path, monkeypatch):
 
 
 def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monkeypatch):
-    """The second begins and ends while the first is at work."""
+    """The second starts and ends while the first is still at work."""
     prepare(tmp_path / "one", Settings(**SMALL))
     inner = units.WorkDirectory.make
 
@@ -316,7 +316,7 @@ def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monke
 
 
 def test_a_unit_that_cannot_be_moved_into_place_is_an_error(tmp_path, small_units, monkeypatch):
-    """As in a bucket that renames no directories; another process has not made the unit."""
+    """As in a bucket that cannot rename directories; no other process has made the unit."""
 
     def refuse(path, target):
         raise OSError(errno.EMFILE, "Too many open files", str(path))
@@ -343,7 +343,7 @@ def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
 
 @pytest.fixture
 def tars(tmp_path):
-    """Six tars of 12 captioned images; each has one that does not decode."""
+    """Six tars of 12 captioned images each, one of which cannot be decoded."""
     (tmp_path / "raw").mkdir()
     for i in range(6):
         members = test_webdataset.pairs(f"{i}-{j}" for j in range(11))
@@ -352,7 +352,7 @@ def tars(tmp_path):
     return {"source": "webdataset", "input": f"{tmp_path}/raw/*.tar", "resolution": 8, "validation": 8}
 
 
-# Prepares OUT, and dies at the n-th operation on files below it (0: never).
+# Prepares OUT, and dies at the n-th operation on files whose path contains it (0: never).
 DYING = """
 import json, os, signal, sys
 out, settings, last, *share = sys.argv[1:]
@@ -378,7 +378,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, tars):
     prepare(tmp_path / "whole", Settings(**tars), max_reject_fraction=0.5)
     random.seed(0)
     last, codes = 0, []
-    # Each run goes further than the one before; the last ones die while they assemble what is all made.
+    # Each run gets further than the one before; the last ones die while they assemble the finished units.
     while 0 not in codes:
         last += random.randrange(3, 12)
         codes.append(subprocess.run(dying(tmp_path / "out", tars, last)).returncode)

@@ -1,4 +1,4 @@
-"""Datasets are read at random, whatever the storage does; what cannot be read is named."""
+"""Random access to datasets, whatever the storage does; errors name what cannot be read."""
 
 import errno
 import itertools
@@ -25,7 +25,7 @@ def keys(split: reading.Split) -> list[bytes]:
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
-    """Three shards of two records and less."""
+    """A dataset with at most two records per shard: three shards for train."""
     monkeypatch.setattr(records, "SHARD_RECORDS", 2)
     return write(tmp_path / "tiny")
 
@@ -82,7 +82,7 @@ def test_a_split_travels_to_other_processes(sharded):
 
 
 def test_more_shards_than_open_files(sharded, monkeypatch):
-    """Of all splits together."""
+    """The limit holds for all splits together."""
     readers = reading.Readers(2)
     monkeypatch.setattr(reading, "_readers", lambda: readers)
     splits = [reading.open_split(sharded, "train") for _ in range(2)]
@@ -94,7 +94,7 @@ def test_more_shards_than_open_files(sharded, monkeypatch):
     ("hard", "refused", "allowed"), [(4096, False, 4096), (resource.RLIM_INFINITY, False, 2**16), (4096, True, 256)]
 )
 def test_as_many_files_may_be_open_as_the_system_allows(monkeypatch, hard, refused, allowed):
-    """On macOS the hard limit is none, and the system refuses it as the soft one."""
+    """On macOS there is no hard limit, and the system refuses to remove the soft one."""
     limits = [256, hard]
 
     def set_limits(_, wanted):
@@ -117,7 +117,7 @@ def test_a_file_that_has_shrunk_is_a_failure_of_the_storage(sharded):
 
 
 def test_what_the_system_says_of_a_read_is_known(sharded):
-    """ArrayRecord has its words alone. Here the file becomes one that cannot be read at that place."""
+    """ArrayRecord keeps only the message. Here the open file is replaced by one that cannot be read at that offset."""
     split = reading.open_split(sharded, "train")
     split[2]
     shard = str(sharded / "tiny-train.array_record-00001-of-00003")
@@ -127,11 +127,11 @@ def test_what_the_system_says_of_a_read_is_known(sharded):
     with pytest.raises(OSError, match="Input/output error") as caught:
         split[3]
     assert caught.value.errno == errno.EIO
-    assert len(split[3])  # opened anew
+    assert len(split[3])  # opened again
 
 
 class Storage:
-    """Fails, or hangs, as often as it is told to; then answers."""
+    """Fails or stalls in the first calls, as many as given, then answers."""
 
     def __init__(self, failures: int = 0, stalls: int = 0):
         self.failures, self.stalls, self.calls = failures, stalls, 0
@@ -171,7 +171,7 @@ def test_a_stalled_read_is_tried_again():
 
 
 def test_a_stalled_read_that_goes_on_later_learns_that_it_was_given_up():
-    """It would read on, beside the one that was begun in its place."""
+    """Otherwise, it would go on reading beside the call that replaced it."""
     begun, mended = queue.SimpleQueue(), threading.Event()
 
     def call(progress):
@@ -186,7 +186,7 @@ def test_a_stalled_read_that_goes_on_later_learns_that_it_was_given_up():
 
 
 def test_a_read_that_gets_on_may_take_any_time(monkeypatch):
-    """Here it reaches something, and then no more, in each of three times `timeout`."""
+    """Here it makes progress once in each of three intervals of `timeout`."""
     go_on, reached = threading.Semaphore(0), threading.Semaphore(0)
     waits, join = itertools.count(), threading.Thread.join
 
@@ -219,7 +219,7 @@ def test_mistakes_are_not_tried_again(mistake):
 
 @pytest.fixture
 def bucket(sharded):
-    """The dataset as a URL in memory."""
+    """The URL of a copy of the dataset in memory; the original is gone."""
     files = fsspec.filesystem("memory")
     for path in sharded.iterdir():
         files.pipe(f"/bucket/tiny/{path.name}", path.read_bytes())
@@ -232,7 +232,7 @@ def test_a_bucket_is_read_from_its_copy(bucket, tmp_path):
     split = reading.open_split(bucket, "train", cache=str(tmp_path / "cache"))
     assert keys(split) == [b"file:%d" % i for i in range(5)]
     copied = {path.name for path in (tmp_path / "cache").rglob("*array_record*")}
-    assert copied == {f"tiny-train.array_record-{i:05d}-of-00003" for i in range(3)}  # not those of validation
+    assert copied == {f"tiny-train.array_record-{i:05d}-of-00003" for i in range(3)}  # not the shard of validation
 
 
 def test_a_bucket_without_cache_is_refused(bucket):
@@ -274,7 +274,7 @@ def test_a_copy_of_another_size_is_made_again(bucket, tmp_path):
 
 
 def test_a_shard_that_was_written_anew_is_copied_again(bucket, tmp_path):
-    """Latents of another autoencoder have the same sizes."""
+    """Latents of another autoencoder have the same size in bytes."""
     reading.open_split(bucket, "train", cache=str(tmp_path / "cache"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*00000-of-00003")}
     (name,) = before

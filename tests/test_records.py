@@ -1,4 +1,4 @@
-"""What is written is a TFDS dataset, whole or not at all; what cannot be read is named."""
+"""Writing makes a complete TFDS dataset or none at all, and never overwrites one."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path):
 
 
 def test_descriptions_are_never_seen_half_written(tmp_path):
-    """Several processes may describe one dataset, and the first of them give it its name: none writes in place."""
+    """Several processes may write the metadata, and the first to finish renames the directory: none writes in place."""
     directory, features = write(tmp_path / "tiny"), records.pixel_features(["cat", "dog"])
     files = ("dataset_info.json", "features.json", "label.labels.txt")
     before = {name: ((directory / name).stat().st_ino, (directory / name).read_bytes()) for name in files[1:]}

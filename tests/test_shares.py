@@ -1,4 +1,4 @@
-"""Processes that prepare one dataset know their share, take a GPU each, and notice if they have no common directory."""
+"""Processes that prepare one dataset know their share, use one GPU each, and notice if no directory is shared."""
 
 import jax
 import pytest
@@ -50,12 +50,12 @@ TASKS = {"SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODE
         (TASKS, "3"),
         (TASKS | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "3"),
         (TASKS | {"CUDA_VISIBLE_DEVICES": "3"}, None),  # bound by SLURM
-        (TASKS | {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}, None),  # a node each
+        (TASKS | {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}, None),  # one task per node
         ({"SLURM_LOCALID": "0"}, None),  # a batch script
     ],
 )
 def test_tasks_of_one_node_take_a_gpu_each(monkeypatch, environment, gpu):
-    """Each would otherwise fill the memory of all of them."""
+    """Otherwise, each would allocate the memory of all GPUs of the node."""
     taken = {}
     monkeypatch.setattr(jax.config, "update", taken.__setitem__)
     take_gpu(environment)
@@ -64,7 +64,7 @@ def test_tasks_of_one_node_take_a_gpu_each(monkeypatch, environment, gpu):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """As in processes of jax.distributed of which no other does anything; what they were waited for at."""
+    """Pretends to be one of several processes, of which the others do nothing; returns the points where it waited."""
     met = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(hosts, "check_shared", lambda what, look: met.append((what, look())))
@@ -92,7 +92,7 @@ def test_directories_that_are_not_shared_are_refused_before_work(tmp_path, joine
 
 
 def test_units_that_do_not_appear_are_an_error(tmp_path, joined):
-    """Where each process had a directory of its own from another try, whose settings are the same."""
+    """As if each process had a directory of its own, left by an earlier try with the same settings."""
     with pytest.raises(UserError, match=r"1 of 2 units are not in .*out.partial: all processes must work in one"):
         prepare(tmp_path / "out", SMALL, share=Share(0, 2))
 

@@ -1,4 +1,4 @@
-"""Readers of raw collections: every item comes once, in order, and what is broken costs itself alone."""
+"""Readers of raw collections: every item comes once, in order, and damage costs only what is damaged."""
 
 import errno
 import io
@@ -81,7 +81,7 @@ def test_class_folders_are_labels(folder):
 
 
 def test_linked_folders_are_read(folder, tmp_path):
-    """As subsets of ImageNet are made; a link back to the whole has no end and adds nothing."""
+    """As in subsets of ImageNet. A link back to the whole folder would never end, and adds nothing."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "1.png").write_bytes(png(1))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_rows_stay_in_the_folder(folder, tmp_path):
 
 
 def test_a_picture_without_permission_ends_it(folder, monkeypatch):
-    """A folder of one class may be without; a directory in a picture's place is damage."""
+    """A whole class may lack permission, so nothing is rejected; a directory in place of a picture is damage."""
     source = folder({"cat/1.png": png(1)})
     monkeypatch.setattr(base, "content", refusing(errno.EACCES))
     with pytest.raises(PermissionError):
@@ -138,7 +138,7 @@ def test_images_without_a_row_are_counted(folder, caplog):
 
 
 def test_one_process_lists_a_bucket_for_the_images_without_a_row(monkeypatch, caplog):
-    """The one that makes the first unit, not all that open the source."""
+    """The process that makes the first unit lists it, not every process that opens the source."""
     files = fsspec.filesystem("memory")
     lines = "\n".join(json.dumps({"file_name": f"{i}.png", "text": "a"}) for i in range(2))
     files.pipe({f"/photos/{i}.png": png(i) for i in range(3)} | {"/photos/metadata.jsonl": lines.encode()})
@@ -156,7 +156,7 @@ def test_one_process_lists_a_bucket_for_the_images_without_a_row(monkeypatch, ca
 
 
 def test_a_picture_has_one_name(folder, caplog):
-    """Names that differ in how they are written are of one file."""
+    """Paths that are written differently may name the same file."""
     names = ["a.png", "./a.png", "b//c.png"]
     lines = "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names).encode()
     source = folder({"a.png": png(1), "b/c.png": png(2), "metadata.jsonl": lines}, Fields("", "text", "", ""))
@@ -319,7 +319,7 @@ def test_a_parquet_file_that_the_system_refuses_ends_it(tmp_path, monkeypatch, n
 
 
 def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch):
-    """Of a footer, and of a row group."""
+    """Neither for a footer nor for a row group."""
 
     def short_of_memory(*_, **__):
         raise pa.ArrowMemoryError("malloc of size 64 failed")

@@ -1,4 +1,4 @@
-"""WebDataset tars: every sample comes once, in order, whatever is damaged; storage that fails is no damage."""
+"""WebDataset tars: every sample comes once, in order, whatever is damaged; failing storage is not damage."""
 
 import errno
 import gzip
@@ -166,7 +166,7 @@ def test_what_is_no_tar_is_one_reject(webdataset, data):
 
 
 def test_a_sparse_file_without_sense_costs_itself(webdataset):
-    """Its note is one that Python's reader does not expect."""
+    """Its pax header has a value that Python's reader does not expect."""
     source = webdataset(tar(pairs("a"), **{"GNU.sparse.map": "a,b"}))
     assert list(reasons(source)) == ["a.tar"]
 
@@ -174,7 +174,7 @@ def test_a_sparse_file_without_sense_costs_itself(webdataset):
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "compressed"])
 @pytest.mark.parametrize("read", [0, 1])
 def test_storage_that_fails_once_is_no_damage(webdataset, read, compress, monkeypatch):
-    """It may be back soon, and a reject would be for ever."""
+    """It may recover, and a reject would be permanent."""
 
     def readinto(file, buffer):
         if next(reads) != read:
@@ -190,7 +190,7 @@ def test_storage_that_fails_once_is_no_damage(webdataset, read, compress, monkey
 
     reads, whole = itertools.count(), webdataset_source._File.readinto
     monkeypatch.setattr(webdataset_source._File, "readinto", readinto)
-    noise = np.random.default_rng(0).bytes(2**18)  # of which one read does not get all
+    noise = np.random.default_rng(0).bytes(2**18)  # more than one read returns
     source = webdataset(compress(tar([*pairs("ab"), ("c.jpg", noise), ("c.txt", b"c")])))
     try:
         found = items(source)
@@ -202,7 +202,7 @@ def test_storage_that_fails_once_is_no_damage(webdataset, read, compress, monkey
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ENOENT], ids=os.strerror)
 def test_a_tar_that_the_system_refuses_ends_it(webdataset, monkeypatch, number):
-    """It may hold ten thousand samples, and can be read once the user has mended what is wrong."""
+    """It may hold ten thousand samples, and can be read once the user has fixed what is wrong."""
 
     def refuse(path):
         raise OSError(number, os.strerror(number), path)

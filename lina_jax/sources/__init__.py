@@ -1,1 +1,1 @@
-"""Readers of raw collections, one file each; `base` says what a source is."""
+"""Readers of raw collections, one per file; `base` defines what a source is."""

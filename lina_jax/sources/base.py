@@ -1,7 +1,7 @@
-"""What every reader of a raw collection shares: units of work, items, the checks of captions and labels, storage.
+"""What all readers of raw collections share: units of work, items, checks of captions and labels, storage.
 
-A source cuts its collection into units, each read in order by one process. What is in a unit, and so in a dataset, does
-not depend on the number of processes.
+A source divides its collection into units, each of which one process reads in order. The content of a unit, and so of
+the dataset, does not depend on the number of processes.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from lina_jax.retry import of_storage, patiently
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
 
 T = TypeVar("T")
-_STALLED_S = 600.0  # without an answer from a bucket; a whole listing is one answer
+_STALLED_S = 600.0  # longest wait for an answer from a bucket; a whole listing is one answer
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # limits of the process or the machine
 
 
 class Example(NamedTuple):
-    """One image, encoded (bytes) or not (uint8 (H,W,3)); no caption is "", no label is -1."""
+    """One image, encoded (bytes) or decoded (uint8 (H, W, 3)), with captions ("": none) and a label (-1: none)."""
 
     key: str
     image: bytes | np.ndarray
@@ -46,12 +46,12 @@ class Reject(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A stretch of a collection: items start to stop of `path`; stop is None where only reading tells it."""
+    """A part of a collection: items start to stop of `path`; stop is None if it is known only after reading."""
 
     path: str
     start: int = 0
     stop: int | None = None
-    split: str | None = None  # where the collection itself says so
+    split: str | None = None  # if the collection itself defines it
 
     @property
     def count(self) -> int | None:
@@ -59,7 +59,7 @@ class Unit(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Where the parts of an item stand in the collection (columns, members, features); "" = there is none."""
+    """The columns, members or features of a collection that hold the parts of an item; "" = there is none."""
 
     image: str = ""
     caption: str = ""
@@ -71,16 +71,17 @@ class Source(Protocol):
     name: str
     label_names: Sequence[str]
     units: Sequence[Unit]
-    contents: Sequence[Any]  # what is there to be read, to notice if it changes: files and their sizes, or the like
+    contents: Sequence[Any]  # identifies the data, so that changes are noticed: files and their sizes, for example
 
     def open(self, unit: Unit) -> contextlib.AbstractContextManager[tuple[int, Iterator[Example | Reject]]]:
-        """The number of items, and exactly so many of them."""
+        """The number of items of the unit, and an iterator of exactly that many."""
 
 
 def raise_if_storage(error: Exception) -> None:
-    """Raises an error that is not of the data, and can be mended, instead of making it a reject for ever.
+    """Raise the error again if it is not due to the data: it may pass or be fixed, and a reject is permanent.
 
-    It is one of storage, a refusal by the system, or of a file that has gone since it was listed.
+    Such errors are failures of the storage, exhausted limits of the system, missing permissions, and files that are
+    gone since they were listed.
     """
     refused = isinstance(error, FileNotFoundError | PermissionError)
     if storage_failed(error) or refused or (isinstance(error, OSError) and error.errno in _EXHAUSTED):
@@ -94,7 +95,7 @@ class Unusable(Exception):
 def checked(
     key: str, fields: Fields, image: Any, caption: Any, short_caption: Any, label: Any, classes: int = 0
 ) -> Example | Reject:
-    """The example, or the first reason against it. `classes` 0: any label that is not negative."""
+    """The example, or a reject with the first reason against it. `classes` 0: any label that is not negative."""
     try:
         if image is None or (isinstance(image, bytes) and not image):
             raise Unusable("missing image")
@@ -116,7 +117,7 @@ def _caption(value: Any) -> str:
     if value is not None and not isinstance(value, str):
         raise Unusable(f"caption is not text but {type(value).__name__}")
     text = (value or "").strip()
-    # Half of a surrogate pair, as JSON may hold, is no character and has no UTF-8.
+    # A lone surrogate, which JSON may hold, is not a character and cannot be encoded as UTF-8.
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise Unusable("caption is not UTF-8")
     return text
@@ -141,7 +142,7 @@ def _label(value: Any, classes: int) -> int:
 
 
 def ranges(path: str, count: int, size: int, split: str | None = None) -> list[Unit]:
-    """Cut `count` items into units of at most `size`."""
+    """Divide `count` items into units of at most `size`."""
     return [Unit(path, start, min(start + size, count), split) for start in range(0, count, size)]
 
 
@@ -154,11 +155,11 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def matching(pattern: str) -> dict[str, int]:
-    """Sorted files that match a path, a glob or a URL with a glob, and their sizes. UserError if there are none."""
+    """The files that match a path, a glob or a URL, sorted, with their sizes. Raises UserError if there are none."""
     fs, inner = filesystem(pattern)
 
     def look() -> dict[str, Any]:
-        # Of a name without wildcards in a bucket, `glob` takes a failure for absence.
+        # For a name without wildcards in a bucket, `glob` would take a failure for absence.
         return fs.glob(inner, detail=True) if has_magic(inner) or is_local(fs) else {inner: fs.info(inner)}
 
     try:
@@ -171,23 +172,23 @@ def matching(pattern: str) -> dict[str, int]:
 
 
 def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
-    """All files of a directory and their sizes; on local disks those, too, of directories that are linked into it."""
+    """All files below a directory, with their sizes; on local disks, links to directories are followed."""
     if is_local(fs):
         return dict(_local_files(root, ()))
     return {path: about["size"] for path, about in fs.find(root, detail=True).items()}
 
 
 def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """(path, size) of each; `above` are the real paths of the directories on the way."""
+    """(path, size) of each file; `above` holds the real paths of the directories above this one."""
     real = os.path.realpath(directory)
-    if real in above:  # a link to a directory that it lies in
+    if real in above:  # a link to a directory above it
         return
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_dir():
                 yield from _local_files(entry.path, (*above, real))
             else:
-                # A link to nothing is rejected by name when it is read.
+                # A broken link is rejected, by name, when it is read.
                 lost = entry.is_symlink() and not os.path.exists(entry.path)
                 yield entry.path, 0 if lost else entry.stat().st_size
 
@@ -197,10 +198,10 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
-    """What is there: "file", "directory" or what else the file system knows; None: nothing.
+    """The type of what is at a path: "file", "directory" or another type of the file system; None if there is nothing.
 
-    Raises UserError where a bucket does not tell, OSError where a local disk does not. (fsspec's own `exists` and
-    `isdir` take a failure for a no.)
+    Raises UserError if a bucket cannot be asked, OSError if a local disk cannot. (fsspec's own `exists` and `isdir`
+    return False on a failure.)
     """
 
     def look() -> str:
@@ -214,15 +215,15 @@ def kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
 
 @contextlib.contextmanager
 def local_file(path: str, size: int | None) -> Iterator[str]:
-    """A file on a local disk: the file itself, or a temporary copy of one in a bucket, of `size` bytes if known.
+    """The path of a local file: the file itself, or a temporary copy if it is in a bucket, of `size` bytes if known.
 
-    Raises UserError where it cannot be copied, FileNotFoundError where it is not there.
+    Raises UserError if it cannot be copied, FileNotFoundError if the bucket does not hold it.
     """
     fs, inner = filesystem(path)
     if is_local(fs):
         yield inner
         return
-    # A thread that was given up may still have a file there.
+    # A thread that was given up may still write a file there.
     with tempfile.TemporaryDirectory(prefix="lina_jax-", ignore_cleanup_errors=True) as directory:
         copy = Path(directory, os.path.basename(inner))
         with _naming(path):
@@ -231,14 +232,14 @@ def local_file(path: str, size: int | None) -> Iterator[str]:
 
 
 def patient(path: str, call: Callable[[], T]) -> T:
-    """`call()`, tried again while the storage fails. Raises UserError naming the path, FileNotFoundError at once."""
+    """Result of `call()`, retried if the storage fails. Raises UserError with the path; FileNotFoundError at once."""
     with _naming(path):
         return patiently(lambda _: of_storage(call), _STALLED_S)
 
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Makes what storage raises a UserError that names the path; FileNotFoundError stays as it is."""
+    """Turn an error of the storage into a UserError that names the path; FileNotFoundError stays as it is."""
     try:
         yield
     except FileNotFoundError:
@@ -248,12 +249,12 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """All bytes of a file; of one in a bucket with patience. Raises UserError, and OSError of local files."""
+    """All bytes of a file, with retries in a bucket. Raises UserError for buckets, OSError for local files."""
     return fs.cat_file(path) if is_local(fs) else patient(path, lambda: fs.cat_file(path))
 
 
 class PatientFile(io.RawIOBase):
-    """A file in a bucket: reads are tried again, then end with a UserError, never with what a damaged file raises."""
+    """A file in a bucket: reads are retried, and end with a UserError, never with an error that looks like damage."""
 
     def __init__(self, path: str):
         fs, inner = filesystem(path)
@@ -283,7 +284,7 @@ class PatientFile(io.RawIOBase):
         at, files = self._at, [self._file]
 
         def read() -> tuple[io.IOBase, bytes]:
-            # Each further try opens the file anew: a thread that was given up may wake and go on reading.
+            # Each retry opens the file again: a thread that was given up may wake up and go on reading.
             file = files.pop() if files else self._open()
             file.seek(at)
             return file, file.read(size)
@@ -298,6 +299,6 @@ class PatientFile(io.RawIOBase):
 
 
 def relative(paths: Sequence[str]) -> dict[str, str]:
-    """Each path without what all directories have in common: short, unique names for keys."""
+    """Each path relative to the directory that all have in common: short, unique names for keys."""
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return {path: os.path.relpath(path, root) for path in paths}

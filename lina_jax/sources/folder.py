@@ -1,4 +1,4 @@
-"""Image folders: class sub-folders, or images that a metadata.jsonl or metadata.csv describes."""
+"""Image folders: one sub-folder per class, or images described by a metadata.jsonl or metadata.csv."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from lina_jax.errors import UserError
 from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
-_READS = 16  # files read at a time: in a bucket each takes a round trip
+_READS = 16  # files read at once: in a bucket, each takes a round trip
 
 
 class _Row(NamedTuple):
@@ -28,10 +28,11 @@ class _Row(NamedTuple):
 class FolderSource:
     """The images of a directory, keyed by their path in it.
 
-    With a `metadata.jsonl` or `metadata.csv` (Hugging Face's convention: `file_name`, and columns that `fields` names)
-    its rows are the items. Without, the first directory of an image's path is its class, numbered in the order of the
-    sorted names, and there are no captions. Hidden files are left out. Raises UserError if the directory is missing or
-    empty, or a named column is in no row.
+    If there is a `metadata.jsonl` or `metadata.csv` (Hugging Face's convention: `file_name`, and the columns that
+    `fields` names), its rows are the items. Otherwise, the first directory of an image's path is its class, numbered in
+    the order of the sorted names, there are no captions, and hidden files are left out. Raises UserError if the
+    directory is missing or empty, or if `fields` does not fit: columns without metadata, metadata with neither captions
+    nor labels named, or a column that is in no row.
     """
 
     def __init__(self, directory: str, fields: Fields, unit_items: int):
@@ -58,7 +59,7 @@ class FolderSource:
 
     @contextlib.contextmanager
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
-        if self._described and not unit.start:  # by one process alone, as it lists the whole folder
+        if self._described and not unit.start:  # by a single process, as it lists the whole folder
             self._warn_of_images_without_row()
         rows = self._rows[unit.start : unit.stop]
         with ThreadPoolExecutor(_READS) as pool:
@@ -66,7 +67,7 @@ class FolderSource:
             yield unit.count, (item for chunk in chunks for item in pool.map(self._item, chunk))
 
     def _sizes(self, directory: str) -> dict[str, int]:
-        """Of the files that are not hidden, by their paths in the directory, sorted."""
+        """Sizes of the files that are not hidden, sorted by their paths in the directory."""
         found = base.patient(directory, lambda: base.files_below(self._fs, self._root))
         sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
         return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
@@ -79,7 +80,7 @@ class FolderSource:
             logging.warning("%s: %d images have no row of metadata, such as %s", self.name, len(images), images[0])
 
     def _classes(self, directory: str, fields: Fields) -> tuple[list[_Row], list[tuple[str, int]]]:
-        """The images, and the sizes of their files."""
+        """A row for each file that is not hidden, and the sizes of the files."""
         for name, column in fields._asdict().items():
             if column:
                 raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
@@ -100,7 +101,7 @@ class FolderSource:
         path = f"{self._root}/{row.path}"
         try:
             image = base.content(self._fs, path)
-        except (FileNotFoundError, ValueError):  # the latter: a name that no file can have
+        except (FileNotFoundError, ValueError):  # ValueError: a name that no file can have
             return Reject(row.path, "missing file")
         except OSError as error:
             base.raise_if_storage(error)
@@ -110,7 +111,7 @@ class FolderSource:
 
 
 def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
-    """The rows of the metadata file, and its digest."""
+    """The rows of the metadata file, and its digest; None if there is no such file."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if base.kind(fs, f"{root}/{name}"):
             rows, seen, content = [], set(), base.content(fs, f"{root}/{name}")
@@ -120,7 +121,7 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
                     rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
                     continue
                 problem = "duplicate key" if _plain(path) in seen else ""
-                if None in columns:  # of CSV: a comma too many
+                if None in columns:  # a line of CSV with a comma too many
                     columns, problem = {}, "more fields than columns"
                 rows.append(_Row(path, columns, problem))
                 seen.add(_plain(path))
@@ -129,7 +130,7 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
 
 
 def _plain(path: str) -> str:
-    """A path without `.` and doubled slashes; `..` stays, as what is before it may be a link."""
+    """A path without `.` and double slashes; `..` stays, as the directory before it may be a link."""
     return str(PurePosixPath(path))
 
 
@@ -143,12 +144,12 @@ def _jsonl(content: bytes) -> Iterator[Any]:
 
 
 def _csv(content: bytes) -> Iterator[dict[str, Any]]:
-    # Bytes that are no UTF-8 stay halves of surrogate pairs, which the check of captions names; Excel writes a BOM.
+    # Bytes that are not UTF-8 become lone surrogates, which the check of captions rejects; Excel writes a BOM.
     rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
     while True:
         try:
             yield next(rows)
         except StopIteration:
             return
-        except csv.Error:  # a field without end
+        except csv.Error:  # an unterminated field
             yield {}

@@ -13,8 +13,8 @@ from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _BATCH = 256  # rows held in memory at once
-_BUFFER = 2**20  # bytes; without a buffer the first batch reads all of a row group's column
-_FOOTERS = 16  # read at a time: in a bucket each takes a round trip
+_BUFFER = 2**20  # bytes; without a buffer, the first batch would read a row group's whole column
+_FOOTERS = 16  # read at once: in a bucket, each takes a round trip
 
 
 class ParquetSource:
@@ -68,7 +68,7 @@ class ParquetSource:
                         left.pop(0)
                         yield self._item(keys[row], batch, i)
                     row += 1
-        except MemoryError:  # Arrow's is one of its exceptions, too
+        except MemoryError:  # Arrow's own is an ArrowException, too
             raise
         except (pa.ArrowException, OSError) as error:
             base.raise_if_storage(error)
@@ -79,7 +79,7 @@ class ParquetSource:
             try:
                 return batch[column][row].as_py() if column else None
             except UnicodeDecodeError:
-                return b"\xff"  # for the check of captions to name
+                return b"\xff"  # not UTF-8: the check of captions rejects it
 
         image = value(self._fields.image)
         image = image["bytes"] if isinstance(image, dict) else image
@@ -87,7 +87,7 @@ class ParquetSource:
         return base.checked(key, self._fields, image, *captions, value(self._fields.label), len(self.label_names))
 
     def _rows(self, path: str) -> int:
-        """Number of rows of a file with the right columns; a file that cannot be read counts as one."""
+        """Number of rows of a file; 1 if it cannot be read. Raises UserError if a column is missing or unsuitable."""
         try:
             with _opened(path) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
@@ -111,14 +111,14 @@ class ParquetSource:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     fs, inner = base.filesystem(path)
-    # Arrow reads local files faster by itself.
+    # Arrow reads local files faster if it opens them itself.
     source = inner if base.is_local(fs) else base.PatientFile(path)
     with pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
         yield file
 
 
 def _label_names(directory: str) -> tuple[str, ...]:
-    """Of labels.txt, line by line. Raises UserError where it cannot name classes."""
+    """Class names in labels.txt, one per line; () if there is no such file. Raises UserError if they cannot be used."""
     path = f"{directory}/labels.txt"
     fs, inner = base.filesystem(path)
     if not base.kind(fs, inner):

@@ -13,7 +13,7 @@ class ShapesSource:
 
     name = "shapes"
     label_names = ()
-    contents = ()  # all follows from the settings
+    contents = ()  # everything follows from the settings
 
     def __init__(self, train: int, validation: int, resolution: int, seed: int, unit_items: int):
         self._resolution, self._seed = resolution, seed

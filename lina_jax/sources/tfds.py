@@ -15,7 +15,7 @@ from lina_jax.sources.base import Example, Fields, Reject, Unit
 class TfdsSource:
     """The records of one split, `DIRECTORY` or `DIRECTORY:SPLIT` (default: train), keyed `SPLIT:NUMBER`.
 
-    Raises UserError if the directory is none of TFDS, its records are not ArrayRecord, or a feature is missing.
+    Raises UserError if the directory is not a TFDS dataset stored as ArrayRecord, or the split or a feature is missing.
     """
 
     def __init__(self, place: str, fields: Fields, unit_items: int):
@@ -28,7 +28,7 @@ class TfdsSource:
         self._fields = fields
         try:
             builder = tfds.builder_from_directory(directory)
-        except Exception as error:  # TFDS raises many kinds on what is no dataset
+        except Exception as error:  # TFDS raises errors of many types for what is not a dataset
             raise UserError(f"--input={place}: not a TFDS dataset directory: {error}") from error
         features = builder.info.features
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -50,7 +50,7 @@ class TfdsSource:
 
     @contextlib.contextmanager
     def open(self, unit: Unit) -> Iterator[tuple[int, Iterator[Example | Reject]]]:
-        # One of its own: it keeps the shards open that it has read from.
+        # One data source per unit, as it keeps open all shards that it has read from.
         records = self._builder.as_data_source(self._split, decoders=self._decoders)
         yield unit.count, (self._item(records, i) for i in range(unit.start, unit.stop))
 
@@ -58,8 +58,8 @@ class TfdsSource:
         key = f"{self._split}:{i}"
         try:
             record = records[i]
-        except Exception as error:  # the readers of shards and of protos each raise their own kinds
-            if number := reading.errno_of(error):  # too many open files, say
+        except Exception as error:  # the readers of shards and of protos each raise error types of their own
+            if number := reading.errno_of(error):  # too many open files, for example
                 raise OSError(number, str(error)) from error
             return Reject(key, f"unreadable record: {type(error).__name__}")
         values = (record[feature] if feature else None for feature in self._fields)

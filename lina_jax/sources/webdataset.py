@@ -13,11 +13,11 @@ from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
 _BLOCK = tarfile.BLOCKSIZE
-_UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)  # the last: sparse files
+_UNREADABLE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)  # ValueError: sparse files
 
 
 class _File(io.FileIO):
-    """One that remembers how it failed: while Python tries kinds of compression, it takes that for another kind."""
+    """A file that remembers how it failed: `tarfile.open` takes a failed read for a wrong type of compression."""
 
     failure: OSError | None = None
 
@@ -38,9 +38,9 @@ class _Sample(NamedTuple):
 class WebDatasetSource:
     """Samples of the tar files that match `pattern`, keyed `FILE:KEY`; one unit is one file.
 
-    Fields are extensions (`txt`, `cls`) or members of a JSON object (`json.short`); the image is the first member with
-    the extension of an image. A damaged header costs its sample: the next one is found again. Raises UserError if no
-    file matches.
+    Fields are extensions (`txt`, `cls`) or entries of a JSON object (`json.short`); the image is the first member with
+    the extension of an image. A damaged header costs only its sample: reading continues with the next one. Raises
+    UserError if no file matches.
     """
 
     label_names = ()
@@ -63,7 +63,7 @@ class WebDatasetSource:
             file = None
             try:
                 file = stack.enter_context(_File(path))
-                # A header that cannot be read is stepped over, like the zeros between archives that were joined.
+                # A header that cannot be read is skipped, like the zeros between concatenated archives.
                 archive = stack.enter_context(tarfile.open(fileobj=io.BufferedReader(file), ignore_zeros=True))
                 samples = list(_samples(archive))
             except _UNREADABLE as error:
@@ -79,7 +79,7 @@ class WebDatasetSource:
         fields = self._fields._replace(image=image)
         wanted = {field.partition(".")[0] for field in fields} & sample.members.keys()
         try:
-            # In the order of the archive: a step back in a compressed one reads it from its beginning again.
+            # In the order of the archive: a step back in a compressed one would read it again from the start.
             in_order = sorted(wanted, key=lambda extension: sample.members[extension].offset_data)
             data = {extension: _content(archive, sample.members[extension]) for extension in in_order}
             values = [_value(data, field) for field in fields]
@@ -89,7 +89,7 @@ class WebDatasetSource:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
-    """The samples of an archive in order, each key once; damage and repeated keys are samples with a problem."""
+    """The samples of an archive, in order; damage and repeated keys become samples with a problem."""
     seen: set[str] = set()
     end = count = 0
 
@@ -135,9 +135,9 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
 
 
 def _global_note(block: bytes) -> int | None:
-    """Bytes that follow a header of notes on the whole archive, as `git archive` writes one; None for other blocks.
+    """Number of bytes after a global pax header, which `git archive` writes; None if the block is something else.
 
-    Python steps over these, and tells of them no more than of the zeros between archives.
+    `tarfile` skips these without reporting them, like the zeros between archives.
     """
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -147,7 +147,7 @@ def _global_note(block: bytes) -> int | None:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members up to the end of the file, be it in the middle of one."""
+    """The members up to the end of the file, even if that is in the middle of one."""
     try:
         yield from archive
     except _UNREADABLE as error:
@@ -169,7 +169,7 @@ def _value(data: dict[str, bytes], field: str) -> Any:
         return data.get(extension)
     try:
         content = json.loads(data[extension])
-    except (ValueError, RecursionError):  # bytes that are not UTF-8, text that is not JSON, or a million brackets
+    except (ValueError, RecursionError):  # bytes that are not UTF-8, text that is not JSON, or too many nested brackets
         raise base.Unusable(f"{extension} is not valid JSON") from None
     if not isinstance(content, dict):
         raise base.Unusable(f"{extension} is not a JSON object")
