@@ -24,7 +24,7 @@ from lina_jax import errors, hosts, integrity
 from lina_jax.config import CheckpointConfig
 from lina_jax.errors import PartFailed, UserError
 from lina_jax.state import Blueprint, TrainState, Tree
-from lina_jax.workdir import is_imported, saved_steps
+from lina_jax.workdir import is_imported, kind_of_weights, saved_steps
 
 Shape = tuple[int, ...]
 Flat = dict[tuple[str, ...], Any]  # arrays, concrete or abstract, by path
@@ -102,7 +102,7 @@ class Checkpoints:
 
     def kind(self, step: int, *, ema: bool) -> str:
         """ema | raw: which weights `restore_weights` and `restore_some` return."""
-        return "ema" if ema and not self.imported(step) else "raw"
+        return kind_of_weights(self.directory / str(step), ema=ema)
 
     def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
         """The state at `step`, sharded as `plan` says, whatever mesh it was saved from.

@@ -160,6 +160,11 @@ class Records:
         return min(len(s) * total // weight for s, weight in zip(self._splits, self._weights, strict=True))
 
     @property
+    def mixture(self) -> list[int]:
+        """The weights of the datasets, as integers."""
+        return list(self._weights)
+
+    @property
     def manifest(self) -> str:
         """Digests of the datasets: equal wherever the same records are opened."""
         return " ".join(split.manifest for split in self._splits)

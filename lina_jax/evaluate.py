@@ -53,12 +53,16 @@ from lina_jax.featurise import Network
 from lina_jax.quality import Quality
 from lina_jax.state import Blueprint, Tree
 from lina_jax.validation import Validation
-from lina_jax.workdir import load_config
+from lina_jax.workdir import kind_of_weights, load_config
 
 # In OUT until the end, in case the process is killed: finished features, and the results so far. score.json is written
 # only when it is complete.
 _WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
+_OF_MODELS = (  # flags that images made elsewhere have no use for
+    "scenes", "geneval", "npz", "raw", "checkpoint", "data", "seed", "guidance", "steps", "euler_steps", "temperature",
+    "autoencoder", "text_encoder",
+)  # fmt: skip
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:
@@ -145,8 +149,10 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: one of them is measured")
     if values.samples_from and not (values.inception and values.out):
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
-    if values.samples_from and (wrong := [n for n in ("scenes", "geneval", "npz") if values[n].value]):
+    if values.samples_from and (wrong := [name for name in _OF_MODELS if values[name].present]):
         raise UserError(f"--{wrong[0]} needs a model that draws: --workdir instead of --samples_from")
+    if values["metrics"].present and not values.inception:
+        raise UserError(f"--metrics={values.metrics} needs --inception=FILE (weights of Inception v3)")
     if values.geneval_rewritten and not values.geneval:
         raise UserError(f"--geneval_rewritten={values.geneval_rewritten}: needs --geneval=FILE, the prompts themselves")
     if values.reference and not values.inception:
@@ -160,6 +166,11 @@ def _check(values: flags.FlagValues) -> list[str]:
             raise UserError(f"--{name}={values[name].value}: no such file or directory")
     if values.reference and _OF_IMAGES & set(metrics):
         reference.check_count(f"--number={values.number}", values.number, Path(values.reference).expanduser())
+    if values["metrics"].present:  # by default, those are measured for which there is a reference
+        compared = Path(values.reference).expanduser() if values.reference else None
+        lacking = reference.lacking(compared, metrics)
+        for name, reason in lacking.items():
+            raise UserError(f"--metrics={values.metrics}: {name} cannot be measured: {reason}")
     if values.npz:
         npz = Path(values.npz).expanduser()
         if npz.is_dir():
@@ -192,12 +203,13 @@ class _Run:
         plan, self._drawing, self._frozen, self.step = sample.load(
             workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
         )
-        self._weights = "raw" if values.raw else "ema"
+        checkpoint = workdir / "checkpoints" / str(self.step)
+        self._weights = kind_of_weights(checkpoint, ema=not values.raw)
         self._origin = {  # identifies images drawn with these weights
             "step": self.step,
             "weights": self._weights,
             "workdir": str(workdir.resolve()),
-            "checkpoint": integrity.fingerprint(workdir / "checkpoints" / str(self.step)),
+            "checkpoint": integrity.fingerprint(checkpoint),
         }
         config = plan.config
         if values.data:

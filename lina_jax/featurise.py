@@ -60,6 +60,8 @@ class Network:
             return jax.tree.map(lambda part: mesh_lib.constrain(part, "batch", None), features)
 
         self._program = jax.jit(program)
+        made = jax.eval_shape(nnx.merge(graphdef, weights), jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.uint8))
+        self.widths = Features(*(part.shape[-1] for part in made))
 
     def __call__(self, images: jax.Array) -> Features:
         with jax.set_mesh(self.mesh):
@@ -85,7 +87,7 @@ class Done:
         """
         self._directory, self.count = directory, 0
         if directory and jax.process_index() == 0:
-            self._open(directory, json.dumps(facts, indent=2, sort_keys=True))
+            self._open(directory, json.dumps({**facts, "chunk": CHUNK}, indent=2, sort_keys=True))
         # Only process 0 looks for files, and it may have just written a reference: a collective would time out.
         hosts.barrier("what is done is known")
         # The other processes may not see the directory.

@@ -41,7 +41,7 @@ def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prom
     lines, texts = _lines(path), []
     for number, line in lines:
         try:
-            texts.append(str(json.loads(line)["prompt"]))
+            texts.append(_prompt(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{path}, line {number}: expected a JSON object with "prompt" ({line[:60]})') from error
     if not lines:
@@ -64,9 +64,17 @@ def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prom
 def _rewritten(line: str) -> str:
     """The prompt in a line: "prompt" of a JSON object, or the line itself."""
     try:
-        return str(json.loads(line)["prompt"])
+        return _prompt(line)
     except (ValueError, KeyError, TypeError):
         return line.strip()
+
+
+def _prompt(line: str) -> str:
+    """The text in "prompt" of a JSON object. Raises ValueError, KeyError or TypeError if there is none."""
+    text = json.loads(line)["prompt"]
+    if not isinstance(text, str):
+        raise TypeError(f"the prompt is {text!r}, not text")
+    return text
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -59,7 +59,7 @@ class Drawn:
         # A workdir and a step alone do not say which autoencoder decodes, or how.
         made_by = {name: dataclasses.asdict(getattr(plan.config, name)) for name in PIXELS}
         made_by["model"] = {k: v for k, v in made_by["model"].items() if k not in execution.FIELDS}
-        self.facts = {"seed": seed, "sample": vars(settings), **made_by, **facts}
+        self.facts = {"seed": seed, "sample": vars(settings), "shift": plan.config.loss.shift, **made_by, **facts}
         self.weights: tuple[Tree, Tree] = ({}, {})
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
@@ -140,7 +140,7 @@ def drawn(
         raise UserError("pictures of a text-to-image model need the captions of a dataset: --data=DIR")
     else:
         conditions = captions_of(records, count)
-        facts = {**facts, "captions": records.manifest}
+        facts = {**facts, "captions": records.manifest, "mixture": records.mixture}
     return Drawn(plan, settings, conditions, count, seed, facts)
 
 

@@ -44,6 +44,19 @@ def is_stored(path: Path) -> bool:
     return path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
 
 
+def lacking(path: Path | None, metrics: Iterable[str]) -> dict[str, str]:
+    """Metrics that this reference (None: there is none) has no statistics or images for, and what it lacks."""
+    if path and not is_stored(path):
+        return {}
+    needed = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s"), "precision": ("arr_0",), "recall": ("arr_0",)}
+    absent = {name: [a for a in needed.get(name, ()) if path is None or npz_array(path, a) is None] for name in metrics}
+    return {
+        name: f"{path} has no {' and '.join(arrays)}" if path else "no --reference"
+        for name, arrays in absent.items()
+        if arrays
+    }
+
+
 def check_count(named: str, count: int, path: Path) -> None:
     """Raises UserError if the samples are too few for precision and recall and the reference has images for these."""
     if count <= NEIGHBOURS and (not is_stored(path) or npz_array(path, "arr_0") is not None):
@@ -85,9 +98,11 @@ def opened(
     facts = {"file": str(path)}
     if (autoencoder := npz_array(path, "reconstructed_by")) is not None:
         facts["reconstructed_by"] = str(autoencoder)
-    reference = Reference(
-        facts, _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
-    )
+    pool, spatial = _gaussian(path, statistics, "mu", "sigma"), _gaussian(path, statistics, "mu_s", "sigma_s")
+    for gaussian, width, features in ((pool, network.widths.pool, "mu"), (spatial, network.widths.spatial, "mu_s")):
+        if gaussian and len(gaussian.mean) != width:
+            raise UserError(f"{path}: {features} is of {len(gaussian.mean)} features, these weights have {width}")
+    reference = Reference(facts, pool, spatial)
     if not images or npz_array(path, "arr_0") is None:
         return lambda: reference
     source = open_images(path, network.mesh)

@@ -43,7 +43,7 @@ from lina_jax.encoders import TextEncoder
 from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Stepper
 from lina_jax.state import Blueprint, Tree
-from lina_jax.workdir import load_config
+from lina_jax.workdir import kind_of_weights, load_config
 
 _GRID, _SETTINGS = "grid.png", "settings.json"  # beside the pictures
 _GRID_PICTURES = 100  # a grid of thousands would not fit in memory
@@ -348,7 +348,7 @@ def _main(values: flags.FlagValues) -> None:
     record = {
         "workdir": str(workdir),
         "checkpoint": step,
-        "weights": "raw" if values.raw else "ema",
+        "weights": kind_of_weights(workdir / "checkpoints" / str(step), ema=not values.raw),
         "seed": values.seed,
         "conditions": conditions,
         "sample": dataclasses.asdict(settings),

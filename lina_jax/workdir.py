@@ -18,6 +18,11 @@ def is_imported(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and not {"ema", "progress"} & integrity.saved_items(checkpoint)
 
 
+def kind_of_weights(checkpoint: Path, *, ema: bool) -> str:
+    """ema | raw: which weights `Checkpoints.restore_weights` returns; imported weights have no EMA."""
+    return "ema" if ema and not is_imported(checkpoint) else "raw"
+
+
 def saved_checkpoints(workdir: Path) -> list[Path]:
     """The folders of a workdir's checkpoints, without a check for damage."""
     return [path for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]

@@ -50,13 +50,27 @@ def test_training_names_the_command_that_makes_its_reference(
     [
         ("--number=3", "--number=3: more than 3 are needed for precision and recall"),
         ("--number=1", "--number=1: must be at least 2"),
+        ("--metrics=fid,sfid --reference=", "--metrics=fid,sfid: fid cannot be measured: no --reference"),
+        ("--metrics=fid --inception= --reference=", "--metrics=fid needs --inception=FILE"),
+        ("--workdir= --samples_from=. --guidance=2", "--guidance needs a model that draws"),
     ],
 )
-def test_the_command_says_how_many_images_it_takes(run_module, weights, shapes_data, tmp_path, flag, message):
+def test_what_cannot_be_measured_is_refused_at_once(run_module, weights, shapes_data, tmp_path, flag, message):
     options = [f"--inception={weights}", f"--reference={shapes_data}", f"--out={tmp_path / 'out'}"]
-    result = run_module("evaluate", "--workdir=nowhere", flag, *options)
+    result = run_module("evaluate", "--workdir=nowhere", *options, *flag.split())
     assert result.returncode == 2 and result.stderr.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_is_asked_for_needs_its_statistics(run_module, weights, tmp_path):
+    """By default, what the reference has no statistics for is left out."""
+    np.savez(tmp_path / "pool.npz", mu=np.zeros(4), sigma=np.eye(4))
+    options = ["--workdir=nowhere", f"--inception={weights}", f"--reference={tmp_path}/pool.npz"]
+    result = run_module("evaluate", *options, "--metrics=fid,sfid")
+    assert result.returncode == 2 and "sfid cannot be measured" in result.stderr
+    assert "pool.npz has no mu_s and sigma_s" in result.stderr
+    result = run_module("evaluate", *options)
+    assert result.returncode == 2 and "nowhere is not a training directory" in result.stderr
 
 
 def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_run, one_device, run_module, tmp_path):

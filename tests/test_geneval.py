@@ -148,9 +148,10 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_stays(plan, tmp_path):
     (tmp_path / "rewritten.txt").write_text('one\n\n{"prompt": " "}\nthree\n')
     with pytest.raises(UserError, match=r"rewritten.txt, line 3: prompt ' ' is blank"):
         geneval.read_prompts(*given)
-    (tmp_path / "metadata.jsonl").write_text("\n" + LINES[0] + '\n \n{"tag": "x"}\n')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 4: expected a JSON object with"):
-        geneval.read_prompts(tmp_path / "metadata.jsonl", None, plan.config)
+    for wrong in ('{"tag": "x"}', '{"prompt": null}'):
+        (tmp_path / "metadata.jsonl").write_text("\n" + LINES[0] + f"\n \n{wrong}\n")
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 4: expected a JSON object with"):
+            geneval.read_prompts(tmp_path / "metadata.jsonl", None, plan.config)
 
 
 def test_strips_end_with_the_picture(plan, weights):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import data, image_sources, images, records, shapes
+from lina_jax import data, image_sources, images, records, shapes, state
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, prepare
 
@@ -91,3 +91,16 @@ def test_text_models_draw_the_captions_of_the_data(tiny_text):
     np.testing.assert_array_equal(rows["text"][2:], image_sources.captions_of(records, 100)(np.array([0, 1]))["text"])
     caption = shapes.scene("validation", 0).caption.encode()[:24]
     assert bytes(rows["text"][0][: rows["text_length"][0]]) == caption
+
+
+def test_pictures_of_other_shares_of_the_same_datasets_are_others(tiny_text, shapes_data, one_device):
+    """Other shares choose other captions, so that an interrupted measurement must not go on with them."""
+
+    def facts(path):
+        config = tiny_text(data={"path": path})
+        plan = state.blueprint(config, one_device)
+        records = data.open_records(config, "train")
+        return image_sources.drawn(plan, config.sample, records, 9, seed=0, facts={}).facts
+
+    first, second = (facts(f"{shapes_data}={a},{shapes_data}={b}") for a, b in ((1, 2), (2, 1)))
+    assert first != second and facts(f"{shapes_data}=2,{shapes_data}=4") == first

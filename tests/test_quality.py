@@ -180,6 +180,7 @@ def test_a_file_of_features_that_is_cut_is_named(left, source, measure, tmp_path
         (99, {}),
         (3, {"autoencoder": {"path": "another"}}),
         (3, {"autoencoder": {"tile": 8}}),
+        (3, {"loss": {"shift": 2.0}}),
         (3, {"text_encoder": {"path": "another"}}),
     ],
     ids=str,
@@ -292,6 +293,7 @@ def test_statistics_without_images_give_distances_alone(source, networks, device
         ({"other": np.zeros(3)}, "no arr_0, expected uint8 images"),
         ({"mu": np.zeros(4), "sigma": np.zeros((4, 3))}, r"mu is \(4,\) and sigma \(4, 3\)"),
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu or sigma has values that are not finite"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, "mu is of 4 features, these weights have "),
     ],
 )
 def test_files_that_are_no_reference_are_named(networks, tmp_path, arrays, message):

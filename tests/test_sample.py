@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from lina_jax import sample
+from lina_jax.checkpoint import Checkpoints
 from lina_jax.encoders import Tokens
 from lina_jax.errors import UserError
+from lina_jax.workdir import write_config
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,18 @@ def test_load_takes_the_average_or_the_parameters(text_plan, tmp_path, rough, sa
     save_run(tmp_path, text_plan, run)
     assert identical(sample.load(tmp_path)[1], run.ema)
     assert identical(sample.load(tmp_path, ema=False)[1], run.params)
+
+
+def test_imported_weights_are_not_called_an_average(text_plan, rough, run_module, tmp_path):
+    run, workdir = rough(text_plan), tmp_path / "run"
+    write_config(workdir, text_plan.config)
+    checkpoints = Checkpoints(workdir, text_plan.config.checkpoint)
+    checkpoints.save_weights(run.params, run.frozen)
+    checkpoints.close()
+    out = tmp_path / "out"
+    result = run_module("sample", f"--workdir={workdir}", f"--out={out}", "--prompt=x", "--num=1", "--steps=1")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "settings.json").read_text())["weights"] == "raw"
 
 
 def test_a_checkpoint_that_is_not_there_is_named(workdir):
