@@ -335,7 +335,7 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
         )
     else:
         shown = np.stack([np.asarray(images.decode(row["image"])) for row in rows])
-    captions = [row["caption"].decode() or f"class {row['label']}" for row in rows]
+    captions = [row["caption"].decode() or (f"class {row['label']}" if row["label"] >= 0 else "") for row in rows]
     pictures.save(path, pictures.grid(shown, captions))
 
 
@@ -387,7 +387,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None:
     totals = prepare(values.out, settings, values.max_reject_fraction, share)
-    if totals is None:
+    if totals is None or (share.index and jax.distributed.is_initialized()):  # one process reports
         return
     print(f"{values.out}: " + ", ".join(f"{count} {split} images" for split, count in totals["images"].items()))
     if totals["truncated_captions"]:

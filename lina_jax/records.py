@@ -108,6 +108,8 @@ class Shards:
     def _close(self) -> None:
         if self._writer:
             self._checked(self._writer.close)
+            with open(self._path(), "rb+") as file:  # a receipt that survives a power failure vouches for the content
+                os.fsync(file.fileno())
             self._finished.append(Shard(self._path(), self._records, self._bytes))
         self._writer, self._records, self._bytes = None, 0, 0
 

@@ -57,6 +57,7 @@ def bucket(monkeypatch):
         return f"memory://raw/{name}"
 
     yield make
+    monkeypatch.undo()  # of what a test broke
     if files.exists("/raw"):
         files.rm("/raw", recursive=True)
 
@@ -180,6 +181,30 @@ def test_storage_that_fails_once_is_no_absence(bucket, monkeypatch):
     assert items(source) == [Example("a.png", png(1), "a", "", -1)]
     source = ParquetSource(shards, Fields("image", label="label"), 100)
     assert source.label_names == ("x",) and classes.endswith("/labels.txt")
+
+
+@pytest.mark.parametrize("lost", ["/raw", "/raw/a"])
+def test_a_listing_that_fails_once_is_no_empty_directory(bucket, monkeypatch, lost):
+    """fsspec's own `glob` and `find` would leave the directory out."""
+    wanted = [bucket(f"{directory}/{name}.tar", b"x") for directory in ("a", "b") for name in ("1", "2")]
+    bucket("a/readme.txt", b"")
+    bucket("a/deeper/3.tar", b"")
+    ls, failures = MemoryFileSystem.ls, [lost]
+
+    def flaky(self, path, **options):
+        if path.rstrip("/") in failures:
+            failures.remove(path.rstrip("/"))
+            raise OSError(errno.EREMOTEIO, "reset")
+        return ls(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", flaky)
+    assert [name.replace(":///", "://") for name in base.matching("memory://raw/*/*.tar")] == wanted
+    assert not failures
+    failures.append(lost)
+    assert len(base.files_below(*base.filesystem("memory://raw"))) == 6 and not failures
+    assert len(base.matching("memory://raw/**/*.tar")) == 5
+    with pytest.raises(UserError, match="no file matches"):
+        base.matching("memory://nowhere/*.tar")
 
 
 def test_storage_that_goes_on_failing_is_named(bucket, monkeypatch):

@@ -51,9 +51,11 @@ def reasons(source) -> dict[str, str]:
     return {item.key: item.reason for item in items(source) if isinstance(item, Reject)}
 
 
-def test_an_unknown_protocol_is_named():
+def test_an_unknown_protocol_and_an_impossible_pattern_are_named():
     with pytest.raises(UserError, match="cannot open nope://bucket/"):
         base.matching("nope://bucket/a.tar")
+    with pytest.raises(UserError, match="Invalid pattern"):
+        base.matching("/tmp/a**b/*.tar")
 
 
 @pytest.fixture
@@ -172,6 +174,22 @@ def test_metadata_may_be_csv(folder):
     assert reasons(source) == {"b.png": "caption is not UTF-8"}
 
 
+def test_a_quote_that_is_not_closed_is_named_with_what_it_takes(folder):
+    table = b'file_name,text\na.png,"a cat\non a mat"\nb.png,"a dog\nc.png,a hen\nd.png,a fox\n'
+    source = folder({"a.png": png(1), "b.png": png(2), "metadata.csv": table}, Fields("", "text", "", ""))
+    assert items(source)[0].caption == "a cat\non a mat"
+    reason = "unclosed quote in metadata, which takes in the last 3 lines"
+    assert reasons(source) == {"metadata.csv:4": reason}
+
+
+def test_rows_are_named_by_their_lines(folder):
+    fields = Fields("", "text", "", "")
+    source = folder({"metadata.jsonl": b'{"file_name": "a.png", "text": "a"}\n\n{"text": "b"}\n'}, fields)
+    assert "metadata.jsonl:3" in reasons(source)
+    source = folder({"a/x": b"", "metadata.csv": b"file_name,text\n\n,b\n"}, fields)
+    assert "metadata.jsonl:3" in reasons(source)  # read first
+
+
 def test_a_comma_too_many_costs_a_row_of_csv(folder):
     table = b"file_name,text\na.png,a cat, on a mat\nb.png,a dog\n"
     source = folder({"a.png": png(1), "b.png": png(2), "metadata.csv": table}, Fields("", "text", "", ""))
@@ -205,7 +223,8 @@ def test_a_folder_that_changed_is_noticed(folder, files, changed):
 )
 def test_labels_that_are_none_are_named(label, reason):
     assert base.checked("key", Fields(label="label"), b"image", None, None, label) == Reject("key", reason)
-    assert base.checked("key", Fields(label="label"), b"image", None, None, np.float32(2)).label == 2
+    for two in (np.float32(2), "2", "2.0"):  # pandas writes columns with gaps as floats
+        assert base.checked("key", Fields(label="label"), b"image", None, None, two).label == 2
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ the dataset, does not depend on the number of processes.
 
 import contextlib
 import errno
+import functools
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import fsspec
 import numpy as np
 from fsspec.core import has_magic
+from fsspec.utils import glob_translate
 
 from lina_jax import cache
 from lina_jax.errors import UserError, storage_failed
@@ -24,7 +27,7 @@ from lina_jax.retry import of_storage, patiently
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
 
 T = TypeVar("T")
-_STALLED_S = 600.0  # longest wait for an answer from a bucket; a whole listing is one answer
+_STALLED_S = 600.0  # longest wait for an answer from a bucket; a whole listing of a directory is one answer
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # limits of the process or the machine
 
 
@@ -127,6 +130,8 @@ def _label(value: Any, classes: int) -> int:
     if value is None or (isinstance(value, str | bytes) and not value):
         raise Unusable("missing label")
     try:
+        if isinstance(value, str) and value.strip().endswith(".0"):  # pandas writes columns with gaps like that
+            value = value.strip().removesuffix(".0")
         label = int(value)
     except (TypeError, ValueError, OverflowError):
         raise Unusable(f"label {value!r:.40} is not a number") from None
@@ -157,25 +162,57 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def matching(pattern: str) -> dict[str, int]:
     """The files that match a path, a glob or a URL, sorted, with their sizes. Raises UserError if there are none."""
     fs, inner = filesystem(pattern)
-
-    def look() -> dict[str, Any]:
-        # For a name without wildcards in a bucket, `glob` would take a failure for absence.
-        return fs.glob(inner, detail=True) if has_magic(inner) or is_local(fs) else {inner: fs.info(inner)}
-
     try:
-        found = patient(pattern, look)
+        if is_local(fs):
+            found = {path: about["size"] for path, about in fs.glob(inner, detail=True).items()}
+        elif has_magic(inner):
+            found = _matches(fs, inner)
+        else:
+            found = {inner: patient(pattern, lambda: fs.info(inner))["size"]}
     except FileNotFoundError:
         found = {}
+    except ValueError as error:  # a pattern like a**b
+        raise UserError(f"{pattern!r} matches no file: {error}") from error
     if not found:
         raise UserError(f"no file matches {pattern!r}")
-    return {path if is_local(fs) else fs.unstrip_protocol(path): found[path]["size"] for path in sorted(found)}
+    return {path if is_local(fs) else fs.unstrip_protocol(path): found[path] for path in sorted(found)}
+
+
+def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, int]:
+    """The files in a bucket that match a pattern with wildcards, with their sizes."""
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if has_magic(part))
+    depth = None if "**" in pattern else len(parts) - fixed
+    wanted = re.compile(glob_translate(pattern))
+    return {path: size for path, size in _listed(fs, "/".join(parts[:fixed]), depth).items() if wanted.match(path)}
 
 
 def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
     """All files below a directory, with their sizes; on local disks, links to directories are followed."""
     if is_local(fs):
         return dict(_local_files(root, ()))
-    return {path: about["size"] for path, about in fs.find(root, detail=True).items()}
+    return _listed(fs, root)
+
+
+def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> dict[str, int]:
+    """The files below a directory in a bucket, at most `depth` levels below it, with their sizes.
+
+    (A directory whose listing fails is an empty one for fsspec's own `find` and `glob`.)
+    """
+    files, level = {}, [root]
+    while level and depth != 0:
+        below = []
+        for directory in level:
+            for about in patient(fs.unstrip_protocol(directory), functools.partial(fs.ls, directory, detail=True)):
+                path = about["name"].rstrip("/")
+                if path == directory.rstrip("/"):  # the mark of an empty directory
+                    continue
+                if about["type"] == "directory":
+                    below.append(path)
+                else:
+                    files[path] = about["size"]
+        level, depth = below, None if depth is None else depth - 1
+    return files
 
 
 def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
@@ -258,7 +295,7 @@ class PatientFile(io.RawIOBase):
 
     def __init__(self, path: str):
         fs, inner = filesystem(path)
-        self._path, self._at = path, 0
+        self._path, self._at, self._file = path, 0, None
         self._open = lambda: fs.open(inner, "rb")
 
         def opened() -> tuple[io.IOBase, int]:
@@ -294,7 +331,8 @@ class PatientFile(io.RawIOBase):
         return data
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:  # not if it could not be opened
+            self._file.close()
         super().close()
 
 

@@ -1,5 +1,6 @@
 """Image folders: one sub-folder per class, or images described by a metadata.jsonl or metadata.csv."""
 
+import collections
 import contextlib
 import csv
 import hashlib
@@ -66,15 +67,15 @@ class FolderSource:
             chunks = (rows[i : i + 4 * _READS] for i in range(0, len(rows), 4 * _READS))
             yield unit.count, (item for chunk in chunks for item in pool.map(self._item, chunk))
 
-    def _sizes(self, directory: str) -> dict[str, int]:
+    def _sizes(self) -> dict[str, int]:
         """Sizes of the files that are not hidden, sorted by their paths in the directory."""
-        found = base.patient(directory, lambda: base.files_below(self._fs, self._root))
+        found = base.files_below(self._fs, self._root)
         sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
         return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
 
     def _warn_of_images_without_row(self) -> None:
         described = {_plain(row.path) for row in self._rows}
-        others = (path for path in self._sizes(self.name) if path not in described)
+        others = (path for path in self._sizes() if path not in described)
         images = [path for path in others if path.lower().rpartition(".")[2] in base.IMAGES]
         if images:
             logging.warning("%s: %d images have no row of metadata, such as %s", self.name, len(images), images[0])
@@ -84,7 +85,7 @@ class FolderSource:
         for name, column in fields._asdict().items():
             if column:
                 raise UserError(f"--{name}_column={column!r}: {directory} has no metadata.jsonl or metadata.csv")
-        sizes = self._sizes(directory)
+        sizes = self._sizes()
         self.label_names = tuple(sorted({path.split("/")[0] for path in sizes if "/" in path}))
         if not self.label_names:
             raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
@@ -115,10 +116,11 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if base.kind(fs, f"{root}/{name}"):
             rows, seen, content = [], set(), base.content(fs, f"{root}/{name}")
-            for i, columns in enumerate(parse(content)):
+            for line, columns in parse(content):
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:
-                    rows.append(_Row(f"{name}:{i + 1}", {}, "metadata row without file_name"))
+                    problem = columns if isinstance(columns, str) else "metadata row without file_name"
+                    rows.append(_Row(f"{name}:{line}", {}, problem))
                     continue
                 problem = "duplicate key" if _plain(path) in seen else ""
                 if None in columns:  # a line of CSV with a comma too many
@@ -134,22 +136,38 @@ def _plain(path: str) -> str:
     return str(PurePosixPath(path))
 
 
-def _jsonl(content: bytes) -> Iterator[Any]:
-    for line in content.splitlines():
+def _jsonl(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number of a line that is not blank, what it holds, or None if it is not JSON)."""
+    for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError):
-                yield None
+                yield number, None
 
 
-def _csv(content: bytes) -> Iterator[dict[str, Any]]:
+def _csv(content: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (number of a row's first line, its columns or what is wrong with it)."""
     # Bytes that are not UTF-8 become lone surrogates, which the check of captions rejects; Excel writes a BOM.
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
+    lines = list(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
+    rows = csv.DictReader(lines)
+    rows.fieldnames  # noqa: B018  reads the first line
     while True:
+        first = rows.line_num
         try:
-            yield next(rows)
+            row = next(rows)
         except StopIteration:
             return
-        except csv.Error:  # an unterminated field
-            yield {}
+        except csv.Error as error:
+            row = f"unreadable metadata row: {error}"
+        if rows.line_num == len(lines) and _ends_within_quotes(lines[first:]):
+            row = f"unclosed quote in metadata, which takes in the last {len(lines) - first} lines"
+        yield first + 1, row
+
+
+def _ends_within_quotes(lines: list[str]) -> bool:
+    try:
+        collections.deque(csv.reader(lines, strict=True), maxlen=0)
+    except csv.Error as error:
+        return "end of data" in str(error)
+    return False
