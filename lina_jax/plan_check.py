@@ -134,11 +134,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     names = flags.FLAGS.only or list(PUBLISHED)
     if unknown := [name for name in names if name not in PUBLISHED]:
-        raise UserError(f"--only={','.join(unknown)}: allowed are {', '.join(PUBLISHED)}")
+        raise UserError(f"--only={','.join(unknown)}: expected one or more of {', '.join(PUBLISHED)}")
     for name in names:
         print(json.dumps(compare(name)), flush=True)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], f"of {', '.join(PUBLISHED)}; default: all")
+    flags.DEFINE_list("only", [], f"models to check, of {', '.join(PUBLISHED)}; default: all")
     errors.run(main)
