@@ -30,7 +30,7 @@ CONVOLUTION = {"conv": True, "none": False}
 def get_config(argument="division-conv-head-128"):
     *variant, width = argument.split("-")
     if width not in WIDTHS:
-        raise ValueError(f"unknown width {width!r} in {argument!r}: {', '.join(WIDTHS)}")
+        raise ValueError(f"unknown width {width!r} in {argument!r}: expected one of {', '.join(WIDTHS)}")
     config = _sibling(*WIDTHS[width])
     if width in SMALL:
         config.model.update(width=int(width), heads=int(width) // 32, head_width=int(width))

@@ -14,7 +14,7 @@ from lina_jax.config import default
 
 def get_config(preset="linear"):
     if preset not in ("linear", "softmax"):
-        raise ValueError(f"unknown preset {preset!r}: linear, softmax")
+        raise ValueError(f"unknown preset {preset!r}: expected one of linear, softmax")
     config = default()
     config.batch_size = 16
     config.model.update(width=384, heads=6, condition_depth=4, image_depth=8, head_width=384, head_depth=3)

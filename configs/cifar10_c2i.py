@@ -41,5 +41,5 @@ def get_config(preset="tiny"):
         config.model.update(width=384, heads=6, condition_depth=4, image_depth=8, head_width=384, head_depth=3)
         config.optim.update(learning_rate=5e-4, warmup_steps=1_000)
     else:
-        raise ValueError(f"unknown preset {preset!r}: tiny, w384")
+        raise ValueError(f"unknown preset {preset!r}: expected one of tiny, w384")
     return config

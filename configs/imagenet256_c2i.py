@@ -22,7 +22,7 @@ HEADS = {"w768": 12, "w1024": 16, "w1536": 16}
 
 def get_config(preset="w768"):
     if preset not in BATCH:
-        raise ValueError(f"unknown preset {preset!r}: {', '.join(BATCH)}")
+        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(BATCH)}")
     width = int(preset.removeprefix("w"))
     config = default()
     config.batch_size = BATCH[preset]

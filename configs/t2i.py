@@ -37,7 +37,7 @@ BEFORE = {"256": "", "512": "runs/t2i256", "1024": "runs/t2i512", "2048": "runs/
 
 def get_config(preset="256"):
     if preset not in GRID:
-        raise ValueError(f"unknown preset {preset!r}: {', '.join(GRID)}")
+        raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(GRID)}")
     side = GRID[preset]
     config = default()
     config.steps = STEPS[preset]

@@ -58,11 +58,11 @@ read_arguments() {
         ;;
       --*=*)
         option=${1%%=*} option=${option#--} option=${option//-/_}
-        [[ $known == *" $option "* ]] || refuse "unknown option --$option; there are: ${known# }"
+        [[ $known == *" $option "* ]] || refuse "unknown option --$option, expected one of: ${known# }"
         printf -v "$option" %s "${1#*=}"
         ;;
-      --*) refuse "$1 needs a value: $1=..., or is to stand after --, with the command" ;;
-      *) refuse "unexpected argument '$1': the command to run stands after --" ;;
+      --*) refuse "$1 needs a value: $1=...; options of the command go after --" ;;
+      *) refuse "unexpected argument '$1': the command to run goes after --" ;;
     esac
     shift
   done
@@ -79,10 +79,10 @@ read_arguments() {
 need() {
   local option
   for option; do
-    [ -n "${!option}" ] || refuse "--$option=... is missing (--help says what it is)"
+    [ -n "${!option}" ] || refuse "--$option=... is missing (see --help)"
   done
   [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    refuse "--name=$name: expected up to 40 of a-z, 0-9 and -, a letter first, no - last"
+    refuse "--name=$name: expected up to 40 of a-z, 0-9 and -, starting with a letter and not ending with -"
 }
 
 # whole OPTION LEAST: refuse unless the option is a whole number, at least LEAST.
@@ -94,8 +94,8 @@ whole() {
 split_topology() {
   local edge='[1-9][0-9]{0,2}'
   [[ $topology =~ ^(v5e|v6e):($edge(x$edge))$ || $topology =~ ^(v4|v5p|tpu7x):($edge(x$edge){2})$ ]] ||
-    refuse "--topology=$topology: expected v5e or v6e and two edges, as in v5e:16x16, or v4, v5p or tpu7x and three," \
-      "as in v5p:4x4x4 (several slices: launch/gke.sh --slices=N)"
+    refuse "--topology=$topology: expected v5e or v6e with two dimensions, as in v5e:16x16," \
+      "or v4, v5p or tpu7x with three, as in v5p:4x4x4 (several slices: launch/gke.sh --slices=N)"
   tpu_type=${BASH_REMATCH[1]/v5e/v5litepod} shape=${BASH_REMATCH[2]}
 }
 
@@ -106,7 +106,7 @@ setting_up() {
   for option; do given+=("--$option=${!option}"); done
   words=(bash -c "trap 'exit 75' TERM # preempted before there is a command that could save
 trap 'code=\$?
-[ \$code -eq 75 ] || [ \$code -gt 128 ] || { echo \"error: the set-up ended its shell with \$code\" >&2; exit $set_up_failed; }' EXIT
+[ \$code -eq 75 ] || [ \$code -gt 128 ] || { echo \"error: the set-up exited its shell with \$code\" >&2; exit $set_up_failed; }' EXIT
 eval $(quoted "$setup") || { echo 'error: the set-up failed' >&2; exit $set_up_failed; }
 trap - EXIT
 cd $(quoted "$PWD") || exit
@@ -133,7 +133,7 @@ with_restarts() {
     if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=$stopped; fi # it had no signal handler yet: nothing to save
     if [ -n "$stopped" ] || ! restarts_on "$code"; then break; fi
     if [ "$restarts" -ge "$max_restarts" ]; then
-      if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, as many as were allowed" >&2; fi
+      if [ "$restarts" -gt 0 ]; then echo "ended with $code after $restarts restarts, the maximum allowed" >&2; fi
       break
     fi
     restarts=$((restarts + 1))
@@ -184,7 +184,7 @@ if [ \$code -eq 143 ] && [ -z "\$stopped" ]; then code=75; fi
 if ! restarts_on \$code || [ -n "\$stopped" ]; then exit \$code; fi
 restarts=\${SLURM_RESTART_COUNT:-0}
 if [ "\$restarts" -ge $max_restarts ]; then
-  echo "ended with \$code after \$restarts restarts, as many as were allowed" >&2
+  echo "ended with \$code after \$restarts restarts, the maximum allowed" >&2
   exit \$code
 fi
 echo "ended with \$code: restart \$((restarts + 1)) of at most $max_restarts" >&2

@@ -41,7 +41,7 @@ fi
 PYTHON=${python:-${PYTHON-}} accelerator_flags "$accelerator"
 out=${out:-benchmark-$accelerator.jsonl}
 if [ -e "$out" ]; then
-  echo "error: --out=$out is there already" >&2
+  echo "error: --out=$out already exists" >&2
   exit 2
 fi
 

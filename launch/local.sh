@@ -9,8 +9,8 @@
 #   --devices          devices per process; default: 1 fake CPU device, or an equal share of the GPUs
 #   --port             port of the coordinator; default: a free one
 #   --setup            shell command to run first
-#   --grace            seconds from SIGTERM (or Ctrl-C) to SIGKILL if a process failed or all are to end, default 120
-#   --max_restarts     how often to restart all when one asks for it (75) or was killed, default 100
+#   --grace            seconds from SIGTERM (or Ctrl-C) to SIGKILL when a process fails or all must end, default 120
+#   --max_restarts     how often to restart all processes when one ends with 75 or is killed, default 100
 #   --dry-run          print the commands of the processes, and exit; run as a script, they run once
 #
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
@@ -30,7 +30,7 @@ case "${words[*]:0:4} " in
     refuse "benchmark ${words[3]} runs in one process"
     ;;
 esac
-[ -z "$extra" ] || refuse "--extra=$extra: there is no other command here that could take it"
+[ -z "$extra" ] || refuse "--extra=$extra: no other command runs here that could take it"
 whole processes 1
 [ -z "$devices" ] || whole devices 1
 whole grace 0
@@ -52,10 +52,10 @@ case $accelerator in
   cpu) devices=${devices:-1} ;;
   gpu)
     gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)} || gpus=''
-    count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is none"
+    count=$(tr , '\n' <<<"$gpus" | grep -c .) || refuse "--accelerator=gpu: there is no GPU"
     devices=${devices:-$((count / processes))}
     [ $((devices * processes)) -le "$count" ] && [ "$devices" -gt 0 ] ||
-      refuse "--processes=$processes of --devices=$devices: there are $count GPUs"
+      refuse "--processes=$processes with --devices=$devices: there are only $count GPUs"
     ;;
   *) refuse "--accelerator=$accelerator: expected cpu or gpu" ;;
 esac

@@ -35,7 +35,7 @@ def main() -> int:
         code = processes.run(_commands(arguments))
         if not restarts_on(code) or processes.stopped:
             return code
-    processes.report(f"ended with {code} after {restarts} restarts, as many as --max_restarts allows")
+    processes.report(f"ended with {code} after {restarts} restarts, the maximum allowed")
     return code
 
 

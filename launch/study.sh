@@ -5,7 +5,7 @@
 #
 #   --name             name of the study and its jobs
 #   --dir              directory of the runs, DIR/VARIANT-seedS; paths here are relative to the root of the repository
-#   --normalizations   with commas between them, like the next ones; default division,subtraction
+#   --normalizations   comma-separated, like the next ones; default division,subtraction
 #   --convolutions     default none,conv
 #   --gates            default none
 #   --widths           default 128
@@ -13,7 +13,7 @@
 #   --seeds            default 0
 #   --evaluate         flags for the evaluation of each run: --evaluate='--scenes=240'
 #   --index            do only the run of this number, from 0, and exit with its exit code (75: call again)
-#   --slurm            yes: submit an array of jobs of one node each, and one that gathers, instead of running here
+#   --slurm            yes: submit an array of one-node jobs, and one that gathers the results, instead of running here
 #   --gpus             GPUs per job, default 1
 #   --partition        default: the cluster's
 #   --time             limit of one start of a job, as sbatch takes it; the next start resumes the run
@@ -53,7 +53,7 @@ whole gpus 1
 batch_limits
 if [ "$slurm" != yes ]; then
   for option in partition time setup extra; do
-    [ -z "${!option}" ] || refuse "--$option=${!option}: of jobs of SLURM (--slurm=yes)"
+    [ -z "${!option}" ] || refuse "--$option=${!option}: only for SLURM jobs (--slurm=yes)"
   done
 fi
 cd "$root"
@@ -87,7 +87,7 @@ if [ "$slurm" = yes ] && [ -z "$index" ]; then
 #SBATCH --output=$name-%j.log" "$worker $(quoted evaluate "--study=$dir")")
   perform sbatch "array=\$($array
 ) || exit
-echo \"Submitted array \${array%%;*}; once all its jobs have ended, the next gathers them\"
+echo \"Submitted array \${array%%;*}; once all its jobs have ended, the next job gathers the results\"
 $gather"
   exit
 fi

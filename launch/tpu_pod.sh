@@ -63,7 +63,7 @@ trap 'exit 130' INT
 $(declare -f restarts_on)
 attempts=0 known=''
 again() {
-  if [ \$attempts -ge $max_restarts ]; then echo "$name: \$1; $max_restarts restarts were allowed" >&2 && exit 75; fi
+  if [ \$attempts -ge $max_restarts ]; then echo "$name: \$1; --max_restarts=$max_restarts reached" >&2 && exit 75; fi
   attempts=\$((attempts + 1))
   echo "$name: \$1; restart \$attempts of at most $max_restarts" >&2
 }
@@ -85,7 +85,7 @@ while :; do
     if ! grep -q NOT_FOUND $(quoted "$errors"); then
       cat $(quoted "$errors") >&2
       [ -n "\$known" ] || exit 1 # no login, no project: it would say so for ever
-      pause "not told whether there is a TPU; asking again"
+      pause "gcloud does not say whether there is a TPU; asking again"
       continue
     fi
     state=NONE
@@ -98,7 +98,7 @@ while :; do
         --topology="$shape" --runtime-version="${runtime_version:-$image}") $extra || {
         code=\$?
         if [ \$attempts -eq 0 ]; then exit \$code; fi
-        again "asking for a TPU ended with \$code"
+        again "the request for a TPU ended with \$code"
         pause "waiting"
       }
       ;;
@@ -115,13 +115,13 @@ while :; do
         if [ \$code -eq 0 ]; then break; fi
         again "ended with \$code"
       else
-        again "the code was not copied"
+        again "copying the code failed"
       fi
       pause "waiting"
       ;;
     SUSPENDED)
       again "preempted"
-      $tpus queued-resources $(queue delete --force --quiet) || pause "not deleted"
+      $tpus queued-resources $(queue delete --force --quiet) || pause "deletion failed"
       ;;
     FAILED)
       $tpus queued-resources $(queue describe) >&2

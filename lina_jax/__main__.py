@@ -16,8 +16,8 @@ def _summary(command: str) -> str:
 if __name__ == "__main__":
     for command in COMMANDS:
         print(f"python -m lina_jax.{command:<10} {_summary(command)}")
-    print("Each lists its options with --help.")
+    print("Each command lists its options with --help.")
     if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):
         sys.stdout.flush()
-        print(f"error: unexpected argument {sys.argv[1]!r}: a command is started as above", file=sys.stderr)
+        print(f"error: unexpected argument {sys.argv[1]!r}: start a command as listed above", file=sys.stderr)
         sys.exit(2)

@@ -68,7 +68,7 @@ def mean(workdir: Path, last: int) -> Average:
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     steps = checkpoints.steps()[-last:] if last > 0 else []
     if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: expected 1 to {len(checkpoints.steps())}, the checkpoints of {workdir}")
+        raise UserError(f"--average={last}: expected 1 to {len(checkpoints.steps())}, the checkpoints in {workdir}")
     snapshots = [Snapshot(step, 0, ema=False) for step in steps]
     return Average(config, *_combined(config, checkpoints, snapshots, [1 / last] * last), steps)
 
@@ -90,7 +90,7 @@ def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, 
         updates = 0 if alone else checkpoints.updates(stored)
         snapshots += [Snapshot(stored, updates, ema=kind) for kind in ((False,) if alone else (False, True))]
     if snapshots[-1].updates == 0:
-        raise UserError(f"{workdir} has no update to average")
+        raise UserError(f"{workdir} has no updates to average")
     found = fit(config.ema, dataclasses.replace(config.ema, decay=decay), snapshots)
     return Average(config, *_combined(config, checkpoints, snapshots, found.coefficients), steps), found
 

@@ -45,7 +45,7 @@ from lina_jax.measure import Row
 def attention(values: flags.FlagValues) -> Iterator[Row]:
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if not values.tokens:
-        raise UserError("--tokens= names no number of tokens")
+        raise UserError("--tokens= is empty: expected numbers of tokens such as 320,5120")
     for tokens in _numbers("tokens", values.tokens):
         sizes = benchmark_model.AttentionSizes(
             tokens, values.width, values.heads, values.dtype or default, values.attention_kernel
@@ -75,7 +75,7 @@ def data(values: flags.FlagValues) -> Iterator[Row]:
     )
     unknown = [part for part in values.parts if part not in benchmark_data.PARTS]
     if unknown or not values.parts:
-        raise UserError(f"--parts={','.join(unknown)}: allowed are {', '.join(benchmark_data.PARTS)}")
+        raise UserError(f"--parts={','.join(unknown)}: expected one or more of {', '.join(benchmark_data.PARTS)}")
     if not math.isfinite(values.seconds):
         raise UserError(f"--seconds={values.seconds}: must be finite")
     with tempfile.TemporaryDirectory() as temporary:
@@ -113,7 +113,7 @@ def _config(values: flags.FlagValues) -> tuple[Config, Row]:
 
 def _numbers(name: str, given: Sequence[str]) -> list[int]:
     if not all(number.isdecimal() and int(number) for number in given):
-        raise UserError(f"--{name}={','.join(given)}: expected positive whole numbers with commas between them")
+        raise UserError(f"--{name}={','.join(given)}: expected positive whole numbers separated by commas")
     return list(map(int, given))
 
 
@@ -122,7 +122,7 @@ def _refuse_flags_of_others(name: str, values: flags.FlagValues) -> None:
     for flag in sorted(theirs):
         if values[flag].present:
             users = [other for other, command in COMMANDS.items() if flag in command.flags]
-            raise UserError(f"--{flag} belongs to {', '.join(users)}; `{name}` does not know it")
+            raise UserError(f"--{flag} applies to {', '.join(users)}, not to {name}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,28 +138,28 @@ def main(argv: Sequence[str]) -> None:
         if earlier:
             row["of_earlier"] = earlier.ratios(row)
             shown = {name: round(ratio, 3) for name, ratio in (row["of_earlier"] or {}).items()}
-            print(f"{row['benchmark']}: {shown or 'not'} in {earlier.path}", file=sys.stderr)
+            print(f"{row['benchmark']} relative to {earlier.path}: {shown or 'not measured there'}", file=sys.stderr)
         print(json.dumps(row), file=stdout, flush=True)
 
 
 if __name__ == "__main__":
     config_file.define_flag()
-    flags.DEFINE_integer("repeats", 5, "runs of each measurement; the median counts", lower_bound=1)
-    flags.DEFINE_string("compare", None, "file with lines of an earlier call, to which ratios are printed")
-    flags.DEFINE_list("batches", [], "images or sequences at once; default: the config's batch_size, 4 images, 1")
-    flags.DEFINE_bool("autoencoder", False, "draw pixels, with an autoencoder of the published sizes")
-    flags.DEFINE_list("tokens", ["320", "5120"], "of condition and image, 1 : 4: 20, 80, 320, 1280, 5120 and so on")
-    flags.DEFINE_integer("width", 1536, "of the attention layer", lower_bound=1)
-    flags.DEFINE_integer("heads", 16, "of the attention layer", lower_bound=1)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the layer; default: float32 on CPUs, else bfloat16")
-    flags.DEFINE_enum("attention_kernel", "xla", ["xla", "pallas"], "of the linear layer; pallas on TPUs and GPUs")
+    flags.DEFINE_integer("repeats", 5, "runs per measurement; the median is reported", lower_bound=1)
+    flags.DEFINE_string("compare", None, "output file of an earlier call; ratios to its figures are added")
+    flags.DEFINE_list("batches", [], "batch sizes; default: the config's (train), 4 (sample), 1 (attention)")
+    flags.DEFINE_bool("autoencoder", False, "decode to pixels, with an autoencoder of the published size")
+    flags.DEFINE_list("tokens", ["320", "5120"], "condition and image tokens (1:4): 20, 80, 320, 1280, 5120, ...")
+    flags.DEFINE_integer("width", 1536, "width of the attention layer", lower_bound=1)
+    flags.DEFINE_integer("heads", 16, "heads of the attention layer", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "dtype of the layer; default: bfloat16, on CPUs float32")
+    flags.DEFINE_enum("attention_kernel", "xla", ["xla", "pallas"], "kernel of the linear layer; pallas: TPUs, GPUs")
     flags.DEFINE_list("parts", list(benchmark_data.PARTS), "what to measure")
-    flags.DEFINE_string("out", None, "directory of the datasets of noise; default: a temporary one")
-    flags.DEFINE_float("seconds", 10.0, "for each measurement", lower_bound=0.001)
-    flags.DEFINE_integer("batch_size", 64, "records of a batch", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "that read and decode", lower_bound=1)
+    flags.DEFINE_string("out", None, "directory for the datasets of noise; default: a temporary one")
+    flags.DEFINE_float("seconds", 10.0, "seconds per measurement", lower_bound=0.001)
+    flags.DEFINE_integer("batch_size", 64, "records per batch", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "threads that read and decode", lower_bound=1)
     flags.DEFINE_integer("prefetch", 4, "batches kept ready", lower_bound=1)
-    flags.DEFINE_integer("memory_batches", 10_000, "over which memory is watched", lower_bound=10)
+    flags.DEFINE_integer("memory_batches", 10_000, "batches during which memory use is watched", lower_bound=10)
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main, commands=tuple(COMMANDS))

@@ -57,7 +57,7 @@ def _train(config: Config, runs: int) -> Row:
     step = Training(config, devices)
     (timing,) = measure.in_turns({"train": step}, runs).values()
     if skipped := int(step.run.skipped):
-        raise RuntimeError(f"{skipped} of {int(step.run.step)} steps had no update: loss or gradient was not finite")
+        raise RuntimeError(f"{skipped} of {int(step.run.step)} steps were skipped: the loss or gradient was not finite")
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
     row = _named("train", config.model) | _settings(step.config, devices)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
@@ -138,9 +138,9 @@ class AttentionSizes:
         """Raises UserError for sizes that no such layer can have."""
         side = math.isqrt(self.tokens * 4 // 5)
         if self.tokens < 5 or 4 * self.tokens != 5 * side**2:
-            raise UserError(f"--tokens={self.tokens}: expected s * s * 5 / 4 of an even s, like 320, 1280 or 5120")
+            raise UserError(f"--tokens={self.tokens}: expected s * s * 5 / 4 with s even, such as 320, 1280 or 5120")
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
-            raise UserError(f"--width={self.width} --heads={self.heads}: the heads must divide the width")
+            raise UserError(f"--width={self.width} --heads={self.heads}: --width must be divisible by --heads")
 
     @property
     def model(self) -> ModelConfig:
@@ -323,7 +323,7 @@ def _devices(config: Config, batch: int) -> Mesh:
     devices = mesh.build(config.mesh)
     parts = mesh.batch_parts(devices)
     if batch % parts:
-        raise UserError(f"batch {batch} is not divisible by the {parts} parts that the mesh cuts it into (--batches)")
+        raise UserError(f"batch {batch} is not divisible by {parts}, the batch shards of the mesh (--batches)")
     return devices
 
 

@@ -35,8 +35,8 @@ def mounted(directory: str | Path) -> Path:
     """The path of a dataset that is read in place. Raises UserError for URLs."""
     if "://" in str(directory):
         raise UserError(
-            f"data.path={directory}: a bucket is read through a mount (gcsfuse, mountpoint-s3: give its directory), "
-            "or copied ahead into the directory that data.cache names"
+            f"data.path={directory}: mount the bucket (gcsfuse, mountpoint-s3) and give its directory, or copy it "
+            "ahead by setting data.cache to a directory"
         )
     return Path(directory).expanduser()
 
@@ -81,7 +81,7 @@ class Copy:
             missing = [name for name in names if name not in files]
             if missing:
                 raise UserError(
-                    f"{len(missing)} of the {len(names)} shards in {self._source} are missing: {missing[0]}"
+                    f"{len(missing)} of the {len(names)} shards in {self._source} are missing, first {missing[0]}"
                 )
 
             def copy(name: str) -> None:
@@ -159,7 +159,7 @@ def fetch(files: fsspec.AbstractFileSystem, path: str, target: Path, size: int |
                     progress.reach(f"byte {file.tell()} of {target.name}")
             came = partial.stat().st_size
             if size is not None and came != size:
-                raise OSError(f"{came} of {size} bytes came")
+                raise OSError(f"{came} of {size} bytes arrived")
             progress.check()
         except BaseException:
             partial.unlink(missing_ok=True)

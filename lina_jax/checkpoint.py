@@ -199,7 +199,7 @@ class Checkpoints:
                     )
             return candidate, items, list(damaged)
         named = "; ".join(f"checkpoint {later} in {self.directory} is damaged ({damaged[later]})" for later in damaged)
-        raise UserError(f"{named}: {'no other was asked for' if step is not None else 'there is no older one'}")
+        raise UserError(f"{named}: {'no other was requested' if step is not None else 'there is no older checkpoint'}")
 
     def _restore(self, step: int, names: Sequence[str], wanted, partial: bool) -> dict[str, Tree]:
         """The wanted items of a checkpoint. Raises _Damaged, and UserError if it does not fit or storage fails."""
@@ -227,7 +227,7 @@ class Checkpoints:
                 raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
             said = f"checkpoint {step} in {self.directory} cannot be read ({reason})"
             if integrity.fingerprint(folder):
-                raise UserError(f"{said}, though its files are those that were saved") from error
+                raise UserError(f"{said}, although its files are exactly as they were saved") from error
             if jax.process_count() > 1:  # others may have read it: all have to start again
                 raise UserError(f"{said}; if it is damaged, remove it") from error
             raise _Damaged(reason) from error
@@ -240,7 +240,7 @@ class Checkpoints:
         if step is None:
             return steps[::-1]
         if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {steps}")
+            raise UserError(f"no checkpoint of step {step} in {self.directory}: its steps are {steps}")
         return [step]
 
     def _move_aside(self, steps: list[int]) -> None:

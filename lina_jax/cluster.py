@@ -37,7 +37,7 @@ def the_cluster(
         raise UserError(f"{given}: expected 0 <= process_id < processes")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"{given}: expected HOST:PORT, the port from 1 to 65535")
+        raise UserError(f"{given}: expected HOST:PORT with a port from 1 to 65535")
     return Cluster(address, processes, process_id)
 
 
@@ -61,8 +61,8 @@ def _detected(timeout: float) -> Cluster | None:
     number = os.environ.get("JOB_COMPLETION_INDEX")
     if processes is None and number is not None and importlib.util.find_spec("kubernetes") is None:
         raise UserError(
-            f"JOB_COMPLETION_INDEX={number}: in a pod of a Kubernetes job; to find the others JAX needs the package "
-            "kubernetes (or give --coordinator, --processes and --process_id; alone: --processes=1)"
+            f"JOB_COMPLETION_INDEX={number}: to find the other pods of a Kubernetes job, JAX needs the package "
+            "kubernetes (or give --coordinator, --processes and --process_id; to run alone: --processes=1)"
         )
     if processes is None and given:
         raise UserError(f"JAX_COORDINATOR_ADDRESS={given}: --coordinator, --processes and --process_id are needed too")

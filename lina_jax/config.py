@@ -135,7 +135,7 @@ class DataConfig:
         except (ValueError, ZeroDivisionError):
             pairs = []
         if not pairs or not all(path and weight > 0 for path, weight in pairs):
-            raise UserError(f"data.path={self.path!r}: several datasets are PATH=WEIGHT,PATH=WEIGHT with weights > 0")
+            raise UserError(f"data.path={self.path!r}: expected PATH, or PATH=WEIGHT,PATH=WEIGHT with weights > 0")
         return tuple(pairs)
 
     @property

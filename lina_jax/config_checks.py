@@ -53,7 +53,7 @@ COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # all other numbers reach p
 def check_value(name: str, value: Any) -> None:
     """Check a single field, by its full name. Raises UserError."""
     if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f"{name}={value!r}: allowed are {', '.join(CHOICES[name])}")
+        raise UserError(f"{name}={value!r}: expected one of {', '.join(CHOICES[name])}")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
@@ -80,7 +80,7 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
 
     require(model.width % model.heads == 0, f"model.width={model.width} is not divisible by model.heads={model.heads}")
     require(model.width % 4 == 0, f"model.width={model.width}: position tables need a multiple of 4")
-    require(model.image_depth > 1, f"model.image_depth={model.image_depth}: both halves need a block")
+    require(model.image_depth > 1, f"model.image_depth={model.image_depth}: must be at least 2, a block for each half")
     require(model.conv_kernel % 2 == 1, f"model.conv_kernel={model.conv_kernel}: must be odd")
     h, w = model.image_grid
     if autoencoder.kind == "identity":
@@ -105,19 +105,19 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
         require(
             model.softmax_period <= deepest,
             f"model.attention=hybrid with model.softmax_period={model.softmax_period}: "
-            f"no stack has so many blocks (at most {deepest}), so that none is softmax",
+            f"no stack has that many blocks (at most {deepest}), so none would be softmax",
         )
     if model.rotary:
         head = model.width // model.heads
         require(
             model.normalization == "division" or model.attention == "softmax",
-            f"model.rotary=True with model.normalization={model.normalization}: only division has rotary positions",
+            f"model.rotary=True with model.normalization={model.normalization}: rotary linear attention needs division",
         )
         pairs = sum(math.ceil(r / 2) for r in (head // 8, *[(head - head // 8) // 2] * 2))
         require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
     if model.condition == "text":
         name = "text_words" if model.text_encoder == "bytes" else "text_length"
-        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has 512 rows")
+        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has only 512 rows")
     require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
 
 
@@ -131,8 +131,8 @@ def check_run(config: "Config") -> None:
     far = 4 * loss.mask_ratio_std
     if not loss.mask_ratio_min - far <= loss.mask_ratio_mean <= 1 + far:  # draws in float32 do not reach the tails
         raise UserError(
-            f"loss.mask_ratio_mean={loss.mask_ratio_mean}: must lie within four loss.mask_ratio_std="
-            f"{loss.mask_ratio_std} of the ratios from loss.mask_ratio_min={loss.mask_ratio_min} to 1"
+            f"loss.mask_ratio_mean={loss.mask_ratio_mean}: must be within 4 * loss.mask_ratio_std="
+            f"{loss.mask_ratio_std} of the range from loss.mask_ratio_min={loss.mask_ratio_min} to 1"
         )
     if config.data.short_caption > 1:
         raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
@@ -145,11 +145,11 @@ def check_run(config: "Config") -> None:
     if config.eval.images == 1:
         raise UserError("eval.images=1: must be at least 2, or 0 for none")
     if config.eval.images and not config.eval.inception:
-        raise UserError(f"eval.images={config.eval.images}: name the weights of Inception v3 in eval.inception")
+        raise UserError(f"eval.images={config.eval.images}: set eval.inception to the weights of Inception v3")
     sample = config.sample
     if sample.annealing != "none" and sample.annealing_min > sample.euler_steps:
         raise UserError(
-            f"sample.annealing_min={sample.annealing_min}: more than sample.euler_steps={sample.euler_steps}"
+            f"sample.annealing_min={sample.annealing_min}: must be at most sample.euler_steps={sample.euler_steps}"
         )
     check_micro_batches(config)
     if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
@@ -162,7 +162,7 @@ def check_run(config: "Config") -> None:
 def check_mesh(mesh: "MeshConfig") -> None:
     """Raises UserError if more than one axis is to be inferred."""
     if len(inferred := [f"mesh.{axis}" for axis, size in vars(mesh).items() if size == -1]) > 1:
-        raise UserError(f"{' and '.join(inferred)} are -1: only one axis can be inferred, set the other")
+        raise UserError(f"{' and '.join(inferred)} are -1: only one axis can be inferred")
 
 
 def check_micro_batches(config: "Config") -> None:

@@ -66,7 +66,7 @@ def check_name(kind: type, name: str) -> None:
 
 def _unknown(name: str, prefix: str, key: str, known: Collection[str]) -> UserError:
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known fields: {', '.join(known)}"
     return UserError(f"unknown config field {name} ({hint})")
 
 

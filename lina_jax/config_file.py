@@ -17,7 +17,7 @@ from lina_jax.errors import UserError
 
 def define_flag() -> None:
     """Define --config; its value is a locked ConfigDict with the overrides applied."""
-    config_flags.DEFINE_config_file("config", None, "file in configs/, with its preset after a colon", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "FILE.py[:PRESET]: a file like those in configs/", lock_config=True)
     flags.FLAGS["config"].parser = _Parser()
 
 
@@ -28,7 +28,7 @@ def load(given: str) -> ml_collections.ConfigDict:
     if path.is_dir() or path.suffix != ".py":
         raise UserError(f"--config={given}: expected a .py file with a function get_config, like those in configs/")
     if not path.exists():
-        raise UserError(f"--config={given}: there is no file {name}")
+        raise UserError(f"--config={given}: no such file: {name}")
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -81,7 +81,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     check_dtypes(pipeline)
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
-        print(f"assumed, as nothing says otherwise: {assumption}", file=sys.stderr)
+        print(f"assumed, as no file states it: {assumption}", file=sys.stderr)
     plan = state.blueprint(config, mesh.holding(config.model))
     params, frozen = flatten_dict(plan.shapes.params), flatten_dict(plan.shapes.frozen)
     shapes = params | frozen
@@ -95,7 +95,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     except UserError as error:
         raise UserError(f"{pipeline.source}: {error}") from error
     if tensors.bad:
-        raise UserError(f"{pipeline.source}: values that are not finite in {', '.join(tensors.bad)}")
+        raise UserError(f"{pipeline.source}: non-finite values in {', '.join(tensors.bad)}")
     with places.new_directory(workdir) as partial:
         _write_workdir(
             partial, config, *(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen))
@@ -128,7 +128,7 @@ def to_safetensors(
 ) -> export.Weights:
     """Write a workdir's weights to one file and return them. Raises UserError."""
     if file.is_dir():
-        raise UserError(f"--to_safetensors={file}: is a directory, expected the name of a file")
+        raise UserError(f"--to_safetensors={file}: is a directory, expected a file name")
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
     with places.new_file(file) as partial:
@@ -146,14 +146,14 @@ def check_dtypes(pipeline: published.Pipeline) -> None:
     if len(counts) > 1:
         rare = min(counts, key=counts.get)
         first = next(name for name, dtype in dtypes.items() if dtype == rare)
-        told = ", ".join(f"{count} of {dtype}" for dtype, count in counts.items())
-        raise UserError(f"{pipeline.source}: tensors of several types ({told}; first of {rare}: {first})")
+        told = ", ".join(f"{count} in {dtype}" for dtype, count in counts.items())
+        raise UserError(f"{pipeline.source}: tensors of several dtypes ({told}; first in {rare}: {first})")
 
 
 def check_new(flag: str, path: Path) -> None:
     """Raises UserError unless `path` is absent or an empty directory, and can be created."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"--{flag}={path}: is there already, choose another place")
+        raise UserError(f"--{flag}={path}: already exists, choose another path")
     places.check(flag, path.parent)
 
 
@@ -172,7 +172,7 @@ def to_stablehlo(
     `autoencoder` and `text_encoder` are directories that replace those of the config. Raises UserError.
     """
     if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
-        raise UserError(f"--platforms={','.join(platforms)}: allowed are {', '.join(export_program.PLATFORMS)}")
+        raise UserError(f"--platforms={','.join(platforms)}: expected some of {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
     config = sample.drawable_config(workdir, autoencoder, text_encoder)
     one = mesh.build(MeshConfig(), jax.local_devices()[:1])
@@ -218,7 +218,7 @@ def _write_workdir(workdir: Path, config: Config, params: state.Tree, frozen: st
 
 
 def _report(target: Path, step: int, kind: str) -> None:
-    print(f"{target} holds step {step}, the {'EMA' if kind == 'ema' else 'parameters themselves'}")
+    print(f"{target} holds step {step}, the {'EMA' if kind == 'ema' else 'raw parameters'}")
 
 
 OPERATIONS = ("from_torch", "to_torch", "to_safetensors", "to_stablehlo", "average", "ema_decay", "describe")
@@ -268,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
             given = config_lib.freeze(values.config) if values.config is not None else None
             config = from_torch(target, workdir, given)
             lacking = sample.cannot_draw(config)
-            print(f"{workdir} holds the weights of {target}" + (f"; to draw, {lacking}" if lacking else ""))
+            print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {lacking}" if lacking else ""))
         case "to_torch":
             weights = to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb)
             _report(target, weights.step, weights.kind)
@@ -291,8 +291,8 @@ def main(argv: Sequence[str]) -> None:
             steps, fit = ema(workdir, target, values.ema_decay, values.checkpoint)
             print(
                 f"{target} holds the EMA of decay {values.ema_decay} at step {steps[-1]}, from {len(steps)} "
-                f"checkpoints; off by at most {fit.bound:.3g} times the largest change of one update, and by "
-                f"{fit.share:.2%} of the distance to the last parameters where updates are independent"
+                f"checkpoints; its error is at most {fit.bound:.3g} times the largest change of one update or, if "
+                f"updates are independent, about {fit.share:.2%} of the distance to the last parameters"
             )
         case "describe":
             other = Path(values.diff).expanduser() if values.diff else None
@@ -302,21 +302,21 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_file.define_flag()
     flags.declare_key_flag("config")
-    flags.DEFINE_string("workdir", None, "training directory: made by --from_torch, read by the others")
-    flags.DEFINE_string("from_torch", None, "published pipeline directory, its transformer/, or a file of weights")
-    flags.DEFINE_string("to_torch", None, "directory to make")
-    flags.DEFINE_string("to_safetensors", None, "file to make")
-    flags.DEFINE_string("to_stablehlo", None, "directory to make")
-    flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "that the program of --to_stablehlo runs on")
-    flags.DEFINE_string("autoencoder", "", "of --to_stablehlo; default: the config's autoencoder.path")
-    flags.DEFINE_string("text_encoder", "", "of --to_stablehlo; default: the config's text_encoder.path")
-    flags.DEFINE_integer("average", None, "how many of the last checkpoints")
-    flags.DEFINE_float("ema_decay", None, "of the EMA to reconstruct; everything else as in the run's config.ema")
-    flags.DEFINE_string("out", None, "workdir that --average and --ema_decay make")
-    flags.DEFINE_string("describe", None, "workdir, pipeline directory or file of weights")
-    flags.DEFINE_string("diff", None, "another one, to compare with")
-    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
-    flags.DEFINE_integer("checkpoint", None, "step to export; default: the latest")
-    flags.DEFINE_enum("dtype", "float32", sorted(export.DTYPES), "of exported weights")
-    flags.DEFINE_float("max_shard_gb", 5.0, "largest file of --to_torch, in 10^9 bytes")
+    flags.DEFINE_string("workdir", None, "training directory; --from_torch creates it, the other operations read it")
+    flags.DEFINE_string("from_torch", None, "import a published pipeline directory, its transformer/ or a weights file")
+    flags.DEFINE_string("to_torch", None, "export to this new directory, in the published layout")
+    flags.DEFINE_string("to_safetensors", None, "export to this new file, with lina_jax's own names")
+    flags.DEFINE_string("to_stablehlo", None, "export the sampling program to this new directory")
+    flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "platforms for which --to_stablehlo exports")
+    flags.DEFINE_string("autoencoder", "", "directory for --to_stablehlo; default: the config's autoencoder.path")
+    flags.DEFINE_string("text_encoder", "", "directory for --to_stablehlo; default: the config's text_encoder.path")
+    flags.DEFINE_integer("average", None, "average the parameters of this many last checkpoints")
+    flags.DEFINE_float("ema_decay", None, "reconstruct the EMA of this decay, otherwise as in the run's config.ema")
+    flags.DEFINE_string("out", None, "new workdir for --average or --ema_decay")
+    flags.DEFINE_string("describe", None, "describe this workdir, pipeline directory or weights file")
+    flags.DEFINE_string("diff", None, "with --describe: another one to compare it with")
+    flags.DEFINE_bool("raw", False, "export the raw parameters instead of the EMA")
+    flags.DEFINE_integer("checkpoint", None, "step to export, or of the EMA; default: the latest")
+    flags.DEFINE_enum("dtype", "float32", sorted(export.DTYPES), "dtype of exported weights")
+    flags.DEFINE_float("max_shard_gb", 5.0, "maximum size of a --to_torch file, in 10^9 bytes")
     errors.run(main)

@@ -89,24 +89,24 @@ def _check_form(config: Config, path: str, form: reading.Form, text_encoder: Tex
     model, kind = config.model, config.autoencoder.kind
     wanted = (2 * model.latent_channels, *model.latent_size)
     if kind == "identity" and form.moments:
-        raise UserError(f"{path} holds latents of {form.moments}; autoencoder.kind=identity trains on pixels")
+        raise UserError(f"{path} holds latents of {form.moments}, but autoencoder.kind=identity trains on pixels")
     if kind != "identity" and not form.moments and not config.autoencoder.path:
         raise UserError(
-            f"{path} holds pixels, autoencoder.kind={kind} trains on latents: name its directory in autoencoder.path, "
-            "or let lina_jax.prepare --autoencoder make latents of them"
+            f"{path} holds pixels, but autoencoder.kind={kind} trains on latents: set autoencoder.path to its "
+            "directory, or encode the dataset with lina_jax.prepare --autoencoder"
         )
     if kind != "identity" and form.moments and form.moments != wanted:
-        raise UserError(f"{path} holds latents of {form.moments}; autoencoder.kind={kind} and model need {wanted}")
+        raise UserError(f"{path} holds latents of {form.moments}, but autoencoder.kind={kind} and model need {wanted}")
     if config.data.flip and form.moments:
         raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
     if model.condition == "text" and model.text_encoder == "features":
         if not form.text_dim and not text_encoder:
             raise UserError(
-                f"{path} holds no text features: name the directory of a text encoder in text_encoder.path, or let "
-                "lina_jax.prepare --text_encoder make them"
+                f"{path} holds no text features: set text_encoder.path to the directory of a text encoder, or prepare "
+                "the dataset with lina_jax.prepare --text_encoder"
             )
         if form.text_dim and form.text_dim != model.text_dim:
-            raise UserError(f"{path} holds text features of {form.text_dim}; model.text_dim={model.text_dim}")
+            raise UserError(f"{path} holds text features of {form.text_dim}, but model.text_dim={model.text_dim}")
 
 
 class Records:
@@ -133,7 +133,7 @@ class Records:
         """
         for split in splits:
             if not len(split):
-                raise UserError("a split without records")
+                raise UserError("a split has no records")
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
         self._short_caption, self._flip = short_caption, flip
@@ -208,7 +208,7 @@ class Records:
                 logging.warning("skipping a bad record: %s", reason)
         if notes.truncated and not self._truncated:
             logging.warning(
-                "captions are longer than the model reads (model.text_length) and are cut: the log counts them"
+                "captions longer than the model reads (model.text_length) are truncated; the log counts them"
             )
         self._truncated += notes.truncated
 
@@ -253,7 +253,7 @@ class Records:
                 return Notes(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
             except Exception as error:  # image decoders raise errors of many types
                 bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
-        raise UserError(f"{len(bad)} bad records in a row, the last one {bad[-1][2]}")
+        raise UserError(f"{len(bad)} bad records in a row, the last: {bad[-1][2]}")
 
 
 class Blocks:
@@ -336,14 +336,14 @@ def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterato
             yield arrays
     except RuntimeError as error:  # from grain, which names the exit code: negative for a signal
         if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
-            raise PartFailed(f"a process that reads data was killed by signal {killed[1]}") from None
+            raise PartFailed(f"a data-loading process was killed by signal {killed[1]}") from None
         raise
 
 
 def fixed_examples(records: Records, count: int, chosen: Sequence[int] | None = None) -> Arrays:
     """A fixed set of `count` examples, or the `chosen` ones of it. Raises UserError if the split has fewer."""
     if count > len(records):
-        raise UserError(f"{count} examples asked, but the split has only {len(records)}")
+        raise UserError(f"{count} examples requested, but the split has only {len(records)}")
     wanted = records.some(count)
     arrays, notes = records.read(wanted if chosen is None else [wanted[number] for number in chosen])
     records.note(notes)

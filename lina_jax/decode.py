@@ -146,7 +146,7 @@ class Features:
             features = _field(fields, "short_text") or features
         rows, rest = divmod(len(features), 2 * self.dim)
         if rest or not rows:
-            raise ValueError(f"{len(features)} bytes of text features, expected rows of {2 * self.dim}")
+            raise ValueError(f"{len(features)} bytes of text features, expected a positive multiple of {2 * self.dim}")
         text, kept = arrays["text"][row], min(rows, self.length)
         _copy(text[:kept], features[: kept * 2 * self.dim])
         # The previous contents of this row had `text_length` tokens; everything beyond is zero already.
@@ -195,5 +195,5 @@ def _field(fields: Fields, name: str) -> memoryview:
 def _copy(target: np.ndarray, source: memoryview) -> None:
     """Copy as bytes: values within a record are not aligned, and NumPy would copy them one by one."""
     if len(source) != target.nbytes:
-        raise ValueError(f"{len(source)} bytes where {target.nbytes} make an array of {target.shape}")
+        raise ValueError(f"{len(source)} bytes, expected {target.nbytes} for an array of shape {target.shape}")
     target.reshape(-1).view(np.uint8)[:] = np.frombuffer(source, np.uint8)

@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     sample.define_weights_flags()
     flags.adopt_module_key_flags(sample)  # listed by --help
-    flags.DEFINE_string("data", "", "dataset that names classes and lends captions; default: the config's, if at hand")
-    flags.DEFINE_string("host", "localhost", "address to be reached at; 0.0.0.0: from everywhere")
-    flags.DEFINE_integer("port", 7860, "port; 0: any")
-    flags.DEFINE_integer("batch_size", 1, "images drawn at once; for more than 1, each number of images compiles anew")
+    flags.DEFINE_string("data", "", "dataset with class names and captions; default: the config's, if it is there")
+    flags.DEFINE_string("host", "localhost", "address to listen on; 0.0.0.0: all interfaces")
+    flags.DEFINE_integer("port", 7860, "port; 0: any free port")
+    flags.DEFINE_integer("batch_size", 1, "images drawn at once; above 1, each new number of images is compiled")
     errors.run(main)

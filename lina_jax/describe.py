@@ -68,11 +68,11 @@ def _published(path: Path) -> Content:
     if not any(name.startswith("image_encoder.") for name in pipeline.tensors):
         raw = pipeline.transformer
         names = [raw.get("_class_name"), *(raw.get("architectures") or [])]
-        kind = f"PyTorch weights of another model, {next(filter(None, names), 'of no name')}"
+        kind = f"PyTorch weights of another model, {next(filter(None, names), 'unnamed')}"
     parts = {"vae/": pipeline.vae, "text_encoder/": pipeline.text_encoder}
     notes = [f"beside it: {name}" for name, there in parts.items() if there]
     notes += [f"scheduler: {json.dumps(pipeline.scheduler)}"] if pipeline.scheduler else []
-    notes += [f"assumed, as nothing says otherwise: {assumption}" for assumption in assumed]
+    notes += [f"assumed, as no file states it: {assumption}" for assumption in assumed]
     tensors = pipeline.tensors
     return Content(kind, config, unknown, step and int(step), True, _listed(tensors), tensors.__getitem__, tuple(notes))
 
@@ -88,7 +88,7 @@ def _workdir(path: Path, step: int | None) -> Content:
         raise UserError(f"{path}: a training directory without a checkpoint")
     which = "the last" if step is None else "this one"
     step = checkpoints.steps()[-1] if step is None else step
-    more = "weights alone" if checkpoints.imported(step) else "parameters, EMA (listed here), state of the optimizer"
+    more = "weights only" if checkpoints.imported(step) else "parameters, EMA (listed here), optimizer state"
     steps = ", ".join(map(str, checkpoints.steps()))
 
     @functools.cache
@@ -109,7 +109,7 @@ def _workdir(path: Path, step: int | None) -> Content:
 def _plain_file(path: Path, tensors: Tensors) -> Content:
     config, step = _told(path, tensors)
     read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack is requested once for each of its layers
-    kind = f"safetensors file of arrays as they are here, weights: {tensors.metadata.get('weights')}"
+    kind = f"safetensors file with lina_jax's own names, weights: {tensors.metadata.get('weights')}"
     return Content(kind, config, "", step, False, _listed(tensors), read)
 
 
@@ -132,7 +132,7 @@ def _told(path: Path, tensors: Tensors) -> tuple[Config, int]:
     try:
         return config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its metadata lack config or step ({error})") from error
+        raise UserError(f"{path}: its metadata lacks config or step ({error})") from error
     except UserError as error:
         raise UserError(f"{path}: the config in its metadata: {error}") from error
 
@@ -198,7 +198,7 @@ def difference(path: Path, other: Path) -> str:
     differing.sort(reverse=True)
     lines += [f"{name}: values differ by up to {most:.3g}" for most, name in differing[:SHOWN]]
     if len(differing) > SHOWN:
-        lines.append(f"and {len(differing) - SHOWN} more tensors with other values")
+        lines.append(f"and {len(differing) - SHOWN} more tensors with different values")
     lines.append(f"{len(common)} tensors in both, {equal} with equal values")
     return "\n".join(lines)
 

@@ -71,7 +71,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
     if line := exhausted(error):
-        return f"error: {line}; fewer images at once need less, and of training more optim.accumulate", 2
+        return f"error: {line}; use fewer images at once or, in training, a larger optim.accumulate", 2
     return None
 
 

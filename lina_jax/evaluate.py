@@ -144,17 +144,17 @@ def _check(values: flags.FlagValues) -> list[str]:
     metrics = [name.strip() for name in values.metrics.split(",")]
     quality.check_metrics(metrics)
     if not values.workdir and not values.samples_from:
-        raise UserError("--workdir=DIR (a training directory) is needed, or --samples_from=FOLDER_OR_NPZ")
+        raise UserError("--workdir=DIR (a training directory) or --samples_from=FOLDER_OR_NPZ is needed")
     if values.samples_from and values.workdir:
-        raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: one of them is measured")
+        raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: give only one of them")
     if values.samples_from and not (values.inception and values.out):
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
     if values.samples_from and (wrong := [name for name in _OF_MODELS if values[name].present]):
-        raise UserError(f"--{wrong[0]} needs a model that draws: --workdir instead of --samples_from")
+        raise UserError(f"--{wrong[0]} needs a model that draws: give --workdir instead of --samples_from")
     if values["metrics"].present and not values.inception:
         raise UserError(f"--metrics={values.metrics} needs --inception=FILE (weights of Inception v3)")
     if values.geneval_rewritten and not values.geneval:
-        raise UserError(f"--geneval_rewritten={values.geneval_rewritten}: needs --geneval=FILE, the prompts themselves")
+        raise UserError(f"--geneval_rewritten={values.geneval_rewritten}: needs --geneval=FILE, the original prompts")
     if values.reference and not values.inception:
         raise UserError(f"--reference={values.reference} needs --inception=FILE (weights of Inception v3)")
     least_values = {"scenes": 0, "number": 2, "per_device": 1, "reference_number": 0, "geneval_images": 1}
@@ -174,7 +174,7 @@ def _check(values: flags.FlagValues) -> list[str]:
     if values.npz:
         npz = Path(values.npz).expanduser()
         if npz.is_dir():
-            raise UserError(f"--npz={npz}: a directory; a file is written")
+            raise UserError(f"--npz={npz}: is a directory, expected a file name")
         places.check("npz", npz.parent)
     sample.check_seed(values.seed)
     return metrics
@@ -322,7 +322,7 @@ def _quality_of_files(
     if count > source.count:
         raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
     if count < 2:
-        raise UserError(f"--samples_from={values.samples_from}: {count} images; two at least are needed")
+        raise UserError(f"--samples_from={values.samples_from}: {count} images; at least 2 are needed")
     if values.reference and _OF_IMAGES & set(metrics):
         named = f"--samples_from={values.samples_from}: {count} images"
         reference.check_count(named, count, Path(values.reference).expanduser())
@@ -340,23 +340,23 @@ if __name__ == "__main__":
     sample.define_settings_flags()
     flags.adopt_module_key_flags(sample)  # listed by --help
     flags.DEFINE_string("data", None, "dataset whose validation split is used; default: the config's")
-    flags.DEFINE_bool("validation", True, "measure the validation loss; it needs the data")
-    flags.DEFINE_integer("scenes", 0, "captions of the shapes grammar to draw and check")
+    flags.DEFINE_bool("validation", True, "measure the validation loss, which needs the dataset")
+    flags.DEFINE_integer("scenes", 0, "number of captions of the shapes grammar to draw and judge")
     flags.DEFINE_string("inception", None, "FID weights of Inception v3, .safetensors or .pth")
-    flags.DEFINE_string("reference", None, "npz file in ADM's form, a folder of pictures, or a prepared dataset")
-    flags.DEFINE_string("reference_split", "train", "split of a prepared dataset")
-    flags.DEFINE_integer("reference_number", 0, "images of a folder or dataset; 0: all")
-    flags.DEFINE_string("metrics", ",".join(quality.METRICS), "those to measure with --inception")
-    flags.DEFINE_integer("number", 50_000, "pictures to measure")
+    flags.DEFINE_string("reference", None, "an .npz file in ADM's format, a folder of pictures, or a prepared dataset")
+    flags.DEFINE_string("reference_split", "train", "split of --reference, if it is a prepared dataset")
+    flags.DEFINE_integer("reference_number", 0, "images to use of --reference, if it is a folder or dataset; 0: all")
+    flags.DEFINE_string("metrics", ",".join(quality.METRICS), "metrics to measure with --inception")
+    flags.DEFINE_integer("number", 50_000, "number of pictures to measure")
     flags.DEFINE_integer("per_device", 16, "pictures that each device works on at once")
-    flags.DEFINE_string("samples_from", None, "folder of pictures or npz file to measure, in place of drawn ones")
-    flags.DEFINE_string("npz", None, "file for the pictures, in ADM's form")
+    flags.DEFINE_string("samples_from", None, "folder of pictures or .npz file to measure instead of a model")
+    flags.DEFINE_string("npz", None, "write the measured pictures to this file, in ADM's format")
     flags.DEFINE_string("geneval", None, "GenEval's metadata file (evaluation_metadata.jsonl)")
-    flags.DEFINE_string("geneval_rewritten", None, "file with a prompt a line to draw in place of GenEval's")
-    flags.DEFINE_integer("geneval_images", 4, "pictures of each of GenEval's prompts")
+    flags.DEFINE_string("geneval_rewritten", None, "file with one prompt per line, to draw instead of GenEval's")
+    flags.DEFINE_integer("geneval_images", 4, "pictures per GenEval prompt")
     flags.DEFINE_string("study", None, "directory of runs to compare, made by launch/study.sh")
-    flags.DEFINE_string("report", None, "directory for a page of all results")
-    flags.DEFINE_integer("seed", 0, "of captions, decoding order and noise")
+    flags.DEFINE_string("report", None, "directory for an HTML page of all results")
+    flags.DEFINE_integer("seed", 0, "seed of captions, decoding order and noise")
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help

@@ -18,7 +18,7 @@ def parse(record: bytes) -> dict[str, memoryview | int | None]:
     try:
         at, end = _delimited(record, 0, len(record), _FIRST)
         if end != len(record):
-            raise ValueError("bytes follow its end")
+            raise ValueError("extra bytes after its end")
         while at < end:
             entry, at = _delimited(record, at, end, _FIRST)
             name, name_end = _delimited(record, entry, at, _FIRST)
@@ -47,7 +47,7 @@ def _value(view: memoryview, record: bytes, at: int, end: int) -> memoryview | i
 def _delimited(record: bytes, at: int, limit: int, tag: int) -> tuple[int, int]:
     """(start, end) of the contents of the length-delimited field at `at`, which must have `tag` and end by `limit`."""
     if record[at] != tag:
-        raise ValueError(f"tag {record[at]:#x} where {tag:#x} belongs")
+        raise ValueError(f"tag {record[at]:#x} instead of {tag:#x}")
     length = record[at + 1]
     if length < 0x80:
         at += 2

@@ -72,7 +72,7 @@ def policies(model: ModelConfig) -> list[str]:
 
 
 def described(remat: str, scan_layers: bool, attention_kernel: str) -> str:
-    return f"remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}, attention by {attention_kernel}"
+    return f"remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}, attention kernel {attention_kernel}"
 
 
 def of(model: Any) -> dict[str, Any]:

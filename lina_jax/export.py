@@ -60,13 +60,13 @@ def check_publishable(workdir: Path) -> None:
     table = list(torch_layout.entries(config.model))
     problems = list(published_names.unpublishable(config.model))
     problems += [
-        f"{name}: no published tensor holds it"
+        f"{name}: has no published counterpart"
         for part in (shapes.params, shapes.frozen)
         for name in torch_layout.unpublished(table, part)
     ]
     if problems:
         raise UserError(
-            f"{workdir}: not a model that the published code can load (--to_safetensors takes all); "
+            f"{workdir}: the published code cannot load this model (--to_safetensors exports any model); "
             + "; ".join(problems)
         )
 

@@ -96,7 +96,7 @@ class Done:
     def _open(self, directory: Path, facts: str) -> None:
         about = directory / "facts.json"
         if directory.exists() and not (about.exists() and about.read_text() == facts):
-            print(f"{directory} is of another evaluation that was not finished: it is replaced", file=sys.stderr)
+            print(f"{directory} is from another evaluation, which did not finish: replacing it", file=sys.stderr)
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with places.new_file(about) as partial:
@@ -115,9 +115,7 @@ class Done:
                     features = Features(arrays["pool"], arrays["spatial"], arrays["logits"])
                     yield Chunk(number * CHUNK, features, arrays["images"])
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{self._file(number)} is damaged ({error}): remove it to have it made again"
-                ) from error
+                raise UserError(f"{self._file(number)} is damaged ({error}): remove it to recompute it") from error
 
     def add(self, chunk: Chunk) -> None:
         if self._directory:
@@ -145,7 +143,7 @@ def chunks(
     first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
     if leader:
         if first:
-            print(f"{name}: {first} of {count} were done before", file=sys.stderr)
+            print(f"{name}: {first} of {count} already done", file=sys.stderr)
         yield from done
     hosts.barrier("what is done is added")  # while process 0 reduced the finished chunks
     kept = min(kept, count)

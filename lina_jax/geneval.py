@@ -158,14 +158,14 @@ class Drawing:
             try:
                 before = json.loads(self._about.read_text())
             except ValueError as error:
-                raise UserError(f"{self._about} is damaged: choose another place, or remove {out}") from error
+                raise UserError(f"{self._about} is damaged: choose another --out, or remove {out}") from error
             differing = [name for name in self._facts | before if self._facts.get(name) != before.get(name)]
             if differing:
                 raise UserError(
-                    f"{out} holds pictures of other {', '.join(differing)}: choose another --out, or remove it"
+                    f"{out} holds pictures that differ in {', '.join(differing)}: choose another --out, or remove it"
                 )
         elif out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} holds files that are not of this command: choose another --out")
+            raise UserError(f"{out} holds files that this command did not write: choose another --out")
 
     def _make_folders(self) -> None:
         """Make the folders, and write settings.json and the metadata of each prompt."""

@@ -42,11 +42,11 @@ PATIENCE_S = 24 * 3600  # how long to wait for live processes; heartbeats detect
 
 def define_flags() -> None:
     """Define the flags of entry points that run in several processes."""
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found by the environment, or alone")
-    flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: from the environment, or run alone")
+    flags.DEFINE_integer("processes", None, "number of processes; 1: run alone, whatever the environment says")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-    flags.DEFINE_float("connect_timeout", 600.0, "seconds to wait for all processes, and their files, at the start")
-    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds without a sign of life after which a process is given up")
+    flags.DEFINE_float("connect_timeout", 600.0, "seconds to wait at the start for all processes and their files")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds without a heartbeat after which a process counts as lost")
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
     values = flags.FLAGS
     for name in ("connect_timeout", "heartbeat_timeout"):
         if not 0 < values[name].value <= PATIENCE_S:
-            raise UserError(f"--{name}={values[name].value}: expected seconds, at most {PATIENCE_S}")
+            raise UserError(f"--{name}={values[name].value}: expected seconds above 0, at most {PATIENCE_S}")
     cluster = the_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
     if cluster is None:
         yield
@@ -110,7 +110,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
     mine, key = {name: str(value) for name, value in facts.items()}, f"lina_jax/same/{what}"
     theirs = _as_process_0_says(key, lambda: mine)
     differing = [
-        f"{name}={mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
+        f"{name}={mine.get(name, 'absent')} instead of {theirs.get(name, 'absent')}"
         for name in theirs | mine
         if mine.get(name) != theirs.get(name)
     ]
@@ -242,7 +242,7 @@ def _aborted(signum: int) -> None:
         os._exit(_said)
     faulthandler.dump_traceback()
     errors.leave(
-        "error: JAX's runtime ended this process, as it does when another one is gone (its reason is above); "
+        "error: JAX's runtime ended this process, as it does when another process is gone (the reason is above); "
         "run the same command again",
         RUN_AGAIN,
     )

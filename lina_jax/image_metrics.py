@@ -90,7 +90,7 @@ class Frechet:
     def __call__(self, samples: Gaussian) -> float:
         """Raises UserError if the reference has another number of features."""
         if samples.mean.shape != self._mean.shape:
-            raise UserError(f"the reference is of {len(self._mean)} features, expected {len(samples.mean)}")
+            raise UserError(f"the reference has {len(self._mean)} features, expected {len(samples.mean)}")
         inner = self._factor.T @ samples.covariance @ self._factor
         values = _without_rounding(np.linalg.eigvalsh((inner + inner.T) / 2))
         step = samples.mean - self._mean

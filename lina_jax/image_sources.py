@@ -137,7 +137,7 @@ def drawn(
     if plan.config.model.condition == "class":
         conditions = balanced_classes(plan.config)
     elif records is None:
-        raise UserError("pictures of a text-to-image model need the captions of a dataset: --data=DIR")
+        raise UserError("a text-to-image model draws from the captions of a dataset: give --data=DIR")
     else:
         conditions = captions_of(records, count)
         facts = {**facts, "captions": records.manifest, "mixture": records.mixture}
@@ -189,7 +189,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
             if image.shape != shape:
                 sides = [f"{s[1]} x {s[0]}" for s in (image.shape, shape)]
                 there = f"{files[number]} is {sides[0]}, {files[0].name} is {sides[1]}"
-                raise UserError(f"{there}: one size is needed (as lina_jax.prepare makes)")
+                raise UserError(f"{there}: all pictures must have the same size (lina_jax.prepare resizes them)")
         return np.stack(made)
 
     names = hashlib.sha256(
@@ -231,12 +231,12 @@ def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) ->
     """The program moments (B, 2C, h, w) -> uint8 images (B, H, W, 3), decoded from the means. Raises UserError."""
     if plan is None or plan.encoders.autoencoder is None:
         raise UserError(
-            f"{path} holds latents: they are decoded as --reference beside --workdir, by the autoencoder of that run "
-            "(autoencoder.path of its config, or --autoencoder=DIR); otherwise a dataset of pixels is needed"
+            f"{path} holds latents: they are decoded as --reference with --workdir, by that run's autoencoder "
+            "(autoencoder.path of its config, or --autoencoder=DIR); otherwise use a dataset of pixels"
         )
     channels = plan.encoders.autoencoder.latent_channels
     if shape[0] != 2 * channels:
-        raise UserError(f"{path} holds latents of {shape}, the autoencoder has {channels} channels")
+        raise UserError(f"{path} holds latents of shape {shape}, but the autoencoder has {channels} channels")
 
     def program(moments, weights):
         means = rearrange(moments[:, :channels].astype(jnp.float32), "b c h w -> b h w c")
@@ -271,4 +271,4 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
                 raise ValueError("it holds Python objects")
             return np.memmap(path, kind, "r", file.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a whole npz file ({error})") from error
+        raise UserError(f"{path}: not a complete .npz file ({error})") from error

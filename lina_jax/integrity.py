@@ -16,7 +16,7 @@ DIGESTS = "digests.json"
 _PIECE = 2**24
 _THREADS = 8  # reading waits for storage, and CRC-32 works outside the interpreter lock
 _SOUND, _UNKNOWN, _UNREADABLE, _FIRST = 0, 1, 2, 3  # findings; _FIRST and above encode the file and the kind of damage
-_KINDS = ("is missing", "has another size than was saved", "has other bytes than were saved")
+_KINDS = ("is missing", "has a different size than was saved", "has different bytes than were saved")
 
 
 def record(folder: Path) -> None:

@@ -33,7 +33,7 @@ def settled(config: Config, devices: Mesh) -> Config:
     reason = reason or "fails in another process"
     if config.model.attention_kernel not in execution.OPEN:
         raise _refusal(reason)
-    logging.warning("attention by XLA's products: on %s the kernel %s", jax.local_devices()[0].device_kind, reason)
+    logging.warning("attention runs in plain XLA: on %s the kernel %s", jax.local_devices()[0].device_kind, reason)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="xla"))
 
 
@@ -73,15 +73,13 @@ def _fault(model: ModelConfig) -> str:
     small = SMALL * np.linalg.norm(sizes[1:])
     errors = [np.linalg.norm(a - b) / (size + small) for a, b, size in zip(found, expected, sizes, strict=True)]
     if not all(error < TOLERANCE for error in errors):  # NaN does not pass either
-        return f"differs from XLA's products by {np.max(errors):.1%}"
+        return f"differs from plain XLA by {np.max(errors):.1%}"
     return ""
 
 
 def _refusal(reason: str) -> UserError:
     kind = jax.local_devices()[0].device_kind
-    return UserError(
-        f"model.attention_kernel=pallas: on {kind} it {reason} (--config.model.attention_kernel=xla does without)"
-    )
+    return UserError(f"model.attention_kernel=pallas: on {kind} it {reason} (use --config.model.attention_kernel=xla)")
 
 
 def _outcome(layer: AttentionConfig, *, rotary: bool) -> list[np.ndarray]:

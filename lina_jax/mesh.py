@@ -69,7 +69,7 @@ def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
             refusals.setdefault("config", refusal)
         else:
             return mesh
-    raise UserError(f"{refusals.get('config') or refusals['mesh']}; no mesh.sequence helps")
+    raise UserError(f"{refusals.get('config') or refusals['mesh']}; no value of mesh.sequence fixes this")
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -103,7 +103,7 @@ def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
     if -1 in sizes.values() and known > 0 and len(devices) % known == 0:
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh: {_product(sizes)} does not make {len(devices)} devices")
+        raise UserError(f"mesh: {_product(sizes)} does not match {len(devices)} devices")
     _check_slices(sizes["replica"], devices)
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -168,7 +168,7 @@ def _arranged(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarra
         for number in sorted(set(node_of))
     ]
     if len(counts := {len(part) for part in slices}) > 1:
-        raise UserError(f"mesh: slices of {' and '.join(map(str, sorted(counts)))} devices: all must be alike")
+        raise UserError(f"mesh: slices of {' and '.join(map(str, sorted(counts)))} devices: all must be equally large")
     inner = (sizes["replica"] // len(slices), *shape[1:])
     return np.concatenate([_in_slice(inner, part) for part in slices])
 
@@ -244,7 +244,7 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     _divides(mesh, "model.heads", model.heads, size["tensor"])
     for name, width in (("model.width", model.width), ("model.head_width", model.head_width)):
         _divides(mesh, name, width, size["fsdp"] * size["tensor"])
-    _divides(mesh, "the number of features of a time", TIME_FEATURES, size["fsdp"])
+    _divides(mesh, "the number of time features", TIME_FEATURES, size["fsdp"])
     _divides(mesh, f"model.image_grid={rows},{columns}: its number of rows", rows, size["sequence"])
     _divides(mesh, "model.condition_grid: its number of tokens", model.condition_tokens, size["sequence"])
     tokens = model.condition_tokens + model.image_tokens
@@ -254,8 +254,8 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     edge = model.conv_kernel // 2 if model.depthwise_conv and model.attention != "softmax" else 0
     if size["sequence"] > 1 and rows // size["sequence"] < edge:
         raise UserError(
-            f"mesh.sequence={size['sequence']} leaves {rows // size['sequence']} of {rows} rows to a device; "
-            f"model.conv_kernel={model.conv_kernel} reaches {edge} rows into the neighbour: at most "
+            f"mesh.sequence={size['sequence']} leaves {rows // size['sequence']} of {rows} rows per device; "
+            f"model.conv_kernel={model.conv_kernel} reaches {edge} rows into the next device: use at most "
             f"mesh.sequence={rows // edge}"
         )
 

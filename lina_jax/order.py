@@ -52,7 +52,7 @@ def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Orde
     """Order of a mixture; weights may have any sum. Raises UserError if one is too small to appear in every window."""
     if min(weights) * WINDOW < sum(weights):
         small, total = float(min(weights)), float(sum(weights))
-        raise UserError(f"weight {small:g} of {total:g}: a dataset needs at least 1/{WINDOW}")
+        raise UserError(f"weight {small:g} of {total:g}: each dataset needs at least 1/{WINDOW} of the sum")
     return Order(tuple(lengths), integers(weights), seed)
 
 

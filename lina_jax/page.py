@@ -38,8 +38,8 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title=f"LINA: {studio.workdir}", analytics_enabled=False) as blocks:
         gr.Markdown(
             f"## {html.escape(str(studio.workdir))}, step {studio.checkpoint}\n"
-            "Tokens are made in random order, set by set. Framed: the latest set. Beside a picture: the order, from "
-            "dark to light."
+            "Tokens are generated in random order, set by set. The latest set is framed. Beside each picture: the "
+            "order, from dark to light."
         )
         with gr.Row(equal_height=True):
             condition = _condition(studio)
@@ -58,7 +58,7 @@ def build(studio: Studio) -> gr.Blocks:
         status = gr.HTML(elem_id="status", min_height=24)
         drawings = gr.HTML(elem_id="drawings")
         command = gr.Textbox(
-            label="The command that draws these pictures again", elem_id="command", interactive=False, buttons=["copy"]
+            label="Command that reproduces these pictures", elem_id="command", interactive=False, buttons=["copy"]
         )
 
         def draw(*values) -> Iterator[tuple]:
@@ -72,7 +72,7 @@ def build(studio: Studio) -> gr.Blocks:
                 yield told, shown or gr.skip(), studio.command(request)
 
         fields = [condition, seed, steps, guidance, num, pause]
-        asked = button.click(lambda: "waiting for its turn", None, status, queue=False, show_progress="hidden")
+        asked = button.click(lambda: "queued", None, status, queue=False, show_progress="hidden")
         drawn = asked.then(draw, fields, [status, drawings, command], show_progress="hidden", api_name="draw")
         stop.click(lambda: "stopped", None, status, cancels=[drawn], queue=False, show_progress="hidden")
     # One drawing at a time: the others wait.
@@ -97,7 +97,7 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
     drawing time, without showing and pauses.
     """
     if not studio.ready(request):
-        yield "compiling: the first time with these numbers of pictures and steps takes a while", ""
+        yield "compiling: the first run with this number of pictures and steps takes a while", ""
         studio.compile(request)
     shown_at, took = 0.0, 0.0
     for progress, drawing in _timed(studio.draw(request)):
@@ -110,7 +110,7 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
         shown_at = time.monotonic()
         took = shown_at - begun
         told = f"set {progress.step} of {progress.steps}"
-        yield (f"{told}: done in {drawing:.1f} s of drawing" if finished else told), shown
+        yield (f"{told}: drawn in {drawing:.1f} s" if finished else told), shown
         if not finished:
             time.sleep(pause)
 
@@ -178,6 +178,6 @@ def serve(blocks: gr.Blocks, door: socket.socket) -> None:
     # In a thread: otherwise uvicorn would handle Ctrl-C, and wait for browsers to disconnect.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
-    print(f"http://{'localhost' if host == '127.0.0.1' else host}:{port}  (Ctrl-C ends)", flush=True)
+    print(f"http://{'localhost' if host == '127.0.0.1' else host}:{port}  (Ctrl-C to stop)", flush=True)
     while thread.is_alive():
         thread.join(0.5)  # a signal just before a wait without timeout would not end it

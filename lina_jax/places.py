@@ -40,8 +40,8 @@ def check_renames(flag: str, directory: Path) -> None:
         os.rename(before, after)
     except OSError as error:
         raise UserError(
-            f"--{flag}={directory}: a directory with files cannot be renamed there ({error.strerror}), as finished "
-            "checkpoints and datasets are (buckets need a hierarchical namespace)"
+            f"--{flag}={directory}: directories with files cannot be renamed there ({error.strerror}), as finished "
+            "checkpoints and datasets have to be (buckets need a hierarchical namespace)"
         ) from error
     finally:
         for path in (before, after):
@@ -63,12 +63,12 @@ def lock(flag: str, directory: Path) -> TextIO:
             holder = file.read().strip()
             if holder.endswith(f" on {host}") or time.monotonic() > patience:
                 raise UserError(
-                    f"--{flag}={directory}: another run is at work there ({holder}); if it is gone, remove {path}"
+                    f"--{flag}={directory}: another run is using it ({holder}); if that run is gone, remove {path}"
                 )
             logging.log_every_n_seconds(logging.WARNING, "waiting for %s, which has locked %s", 30, holder, path)
             time.sleep(1)
     except OSError as error:
-        logging.warning("%s cannot be locked (%s): see to it that no other run works there", directory, error.strerror)
+        logging.warning("%s cannot be locked (%s): make sure that no other run uses it", directory, error.strerror)
     file.truncate(0)
     print(f"process {os.getpid()} on {host}", file=file, flush=True)
     return file

@@ -168,7 +168,7 @@ def table(report: Report, detail: int = 0) -> str:
     rows = [
         f"{report['topology']}: {report['chips']} chips, mesh "
         + " x ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1),
-        f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} a chip), "
+        f"global batch {report['batch_size']} ({report['batch_size'] / report['chips']:g} per chip), "
         f"{report['parameters']:,} trained parameters",
         *_recommended(report),
         "",
@@ -278,10 +278,12 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_file.define_flag()
     flags.DEFINE_string("topology", None, "CHIP:SHAPE, like v5e:16x16, v5p:4x4x4*2 (two slices), h200:8, h200:4x8")
-    flags.DEFINE_integer("batch_per_chip", None, "global batch as images a chip; default: the config's", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_per_chip", None, "global batch, in images per chip; default: the config's", lower_bound=1
+    )
     flags.DEFINE_bool("json", False, "print one JSON object on stdout, the table on stderr")
     flags.DEFINE_bool("sampling", True, "compile the sampling step too")
-    flags.DEFINE_integer("detail", 0, "costliest collectives and instructions to name", lower_bound=0)
-    flags.DEFINE_bool("search", False, "try ways to run layers, meshes and batch sizes; recommend one")
-    flags.DEFINE_integer("search_compiles", 6, "most programs that a search compiles", lower_bound=1)
+    flags.DEFINE_integer("detail", 0, "number of costliest collectives and instructions to list", lower_bound=0)
+    flags.DEFINE_bool("search", False, "compare remat policies, kernels, meshes and batch sizes, and recommend")
+    flags.DEFINE_integer("search_compiles", 6, "maximum number of programs that a search compiles", lower_bound=1)
     errors.run(main)

@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     names = flags.FLAGS.only or list(PUBLISHED)
     if unknown := [name for name in names if name not in PUBLISHED]:
-        raise UserError(f"--only={','.join(unknown)}: allowed are {', '.join(PUBLISHED)}")
+        raise UserError(f"--only={','.join(unknown)}: expected one or more of {', '.join(PUBLISHED)}")
     if len(names) > 1:  # a process compiles with the flags of one kind of chip
         for name in names:
             subprocess.run([sys.executable, "-m", "lina_jax.plan_check", f"--only={name}"], check=True)
@@ -179,5 +179,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], f"of {', '.join(PUBLISHED)}; default: all")
+    flags.DEFINE_list("only", [], f"models to check, of {', '.join(PUBLISHED)}; default: all")
     errors.run(main)

@@ -124,7 +124,7 @@ class Watchdog:
 
     def restart(self) -> None:
         """Give the next step its full time."""
-        self._set(self._seconds, f"no step has ended for {self._seconds:g} s (step_timeout)")
+        self._set(self._seconds, f"no step has finished for {self._seconds:g} s (step_timeout)")
 
     @contextlib.contextmanager
     def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
@@ -154,7 +154,7 @@ class Watchdog:
                 if left is not None and left <= 0:
                     faulthandler.dump_traceback()
                     errors.leave(
-                        f"error: {self._otherwise}, the stacks of all threads are above; run the same command again",
+                        f"error: {self._otherwise}; the stacks of all threads are above; run the same command again",
                         errors.RUN_AGAIN,
                     )
                 self._changed.wait(left)

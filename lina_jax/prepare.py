@@ -60,24 +60,20 @@ class Settings:
     source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(READERS)}")
     resolution: int = _flag(32, "side of the stored images, in pixels")
     validation: int = _flag(500, "images in the validation split")
-    seed: int = _flag(0, "chooses the scenes of shapes, the validation images of others")
+    seed: int = _flag(0, "shapes: seed of the scenes; others: seed that chooses the validation images")
     train: int = _flag(20_000, "shapes: images in the train split")
-    input: str = _flag(
-        "", "files as a path, a quoted glob or a URL with one; folder, tfds: a directory (tfds: DIR:SPLIT)"
-    )
+    input: str = _flag("", "a path, a quoted glob, or a URL with a glob; folder, tfds: a directory (tfds: DIR:SPLIT)")
     image_column: str | None = _flag(None, "parquet, tfds: column of encoded images")
-    caption_column: str | None = _flag(None, "column of captions (webdataset: txt, json.FIELD); empty = there are none")
-    short_caption_column: str | None = _flag(None, "column of second, short captions; empty = there are none")
-    label_column: str | None = _flag(None, "column of class indices (webdataset: cls); empty = there are none")
-    min_size: int = _flag(1, "reject images with a side of fewer pixels")
-    max_caption_bytes: int = _flag(8_000, "reject longer captions")
+    caption_column: str | None = _flag(None, "column of captions (webdataset: txt, json.FIELD); empty = none")
+    short_caption_column: str | None = _flag(None, "column of second, short captions; empty = none")
+    label_column: str | None = _flag(None, "column of class indices (webdataset: cls); empty = none")
+    min_size: int = _flag(1, "reject images with a side shorter than this many pixels")
+    max_caption_bytes: int = _flag(8_000, "reject captions longer than this many bytes")
     quality: int = _flag(0, "pixels: 0 = PNG, 1 to 100 = JPEG of this quality")
-    shard_mb: int = _flag(
-        256, "aimed size in MiB of a shard, and of a unit of work (of webdataset, each tar is a unit)"
-    )
+    shard_mb: int = _flag(256, "target size in MiB of a shard, and of a unit of work (webdataset: each tar is a unit)")
     autoencoder: str = _flag("", "directory of a KL autoencoder: store latents")
     text_encoder: str = _flag("", "latents: directory of a Phi text encoder; empty = classes only")
-    dtype: str = _flag("bfloat16", "latents: computations of the encoders, bfloat16 | float32")
+    dtype: str = _flag("bfloat16", "latents: compute dtype of the encoders, bfloat16 | float32")
     batch_size: int = _flag(32, "latents: images encoded at once")
 
     def __post_init__(self):
@@ -101,7 +97,7 @@ class Settings:
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
         if self.text_encoder and self.source in READERS and not self.caption_column:
-            raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: name their --caption_column")
+            raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: give --caption_column")
         for name, least in (
             {"validation": 0, "seed": 0, "quality": 0} | dict.fromkeys(("resolution", "train", "shard_mb"), 1)
             | dict.fromkeys(("min_size", "max_caption_bytes", "batch_size"), 1)
@@ -169,7 +165,7 @@ def prepare(
             lacking = f"{missing} of {len(source.units)} units"
             if jax.distributed.is_initialized():
                 raise UserError(f"{lacking} are not in {work.path}: all processes must work in one shared directory")
-            print(f"this process is done; {lacking} are left to others")
+            print(f"this process is done; {lacking} are left to other processes")
             return None
         receipts = [work.receipt(number) for number in range(len(source.units))]
         totals = _totals(receipts)
@@ -215,7 +211,7 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
     source = reader(settings.input, settings.fields, items)
     counts = [unit.count for unit in source.units]
     if None not in counts and settings.validation >= sum(counts):
-        raise UserError(f"--validation={settings.validation} leaves nothing of the {sum(counts)} items to train on")
+        raise UserError(f"--validation={settings.validation} leaves none of the {sum(counts)} items to train on")
     return source
 
 
@@ -273,7 +269,7 @@ def _make_units(
                     columns = [f"--{name}_column={column}" for name, column in settings.fields._asdict().items()]
                     raise UserError(
                         f"the first {rejected.total()} items are all rejected: {_commonest(rejected)}; check --input "
-                        f"and {', '.join(columns[1:])}, or go on with --max_reject_fraction=1"
+                        f"and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
                     )
             useful = useful or not isinstance(item, Reject)
             yield unit.split or ("validation" if position in chosen else "train"), item
@@ -344,12 +340,12 @@ def define_flags() -> None:
     for field in dataclasses.fields(Settings):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_string
         define(field.name, field.default, field.metadata["help"])
-    flags.DEFINE_string("out", None, "directory of the dataset to make")
-    flags.DEFINE_float("max_reject_fraction", 0.05, "end with an error if more of the items than this is rejected")
+    flags.DEFINE_string("out", None, "directory for the dataset")
+    flags.DEFINE_float("max_reject_fraction", 0.05, "end with an error if a larger fraction of the items is rejected")
     flags.DEFINE_integer(
-        "process_index", None, "this process, of those that share the work; default: SLURM's, or alone"
+        "process_index", None, "index of this process among those that share the work; default: SLURM's, or 0"
     )
-    flags.DEFINE_integer("process_count", None, "processes that share the work; default: SLURM's, or one")
+    flags.DEFINE_integer("process_count", None, "number of processes that share the work; default: SLURM's, or 1")
     flags.DEFINE_bool("distributed", False, "share the work among the processes of jax.distributed, which end together")
     flags.DEFINE_string("preview", None, "PNG file for a contact sheet of what was written")
 
@@ -359,7 +355,7 @@ def main(argv: Sequence[str]) -> None:
     preemption.leave_when_asked()
     values = flags.FLAGS
     if not values.out:
-        raise UserError("--out=DIR is missing: the directory of the dataset to make")
+        raise UserError("--out=DIR is missing: the directory for the dataset")
     settings = Settings(**{field.name: values[field.name].value for field in dataclasses.fields(Settings)})
     if "://" in values.out:
         raise UserError(f"--out={values.out}: shards are written as local files; name a disk or a mounted bucket")
@@ -371,13 +367,13 @@ def main(argv: Sequence[str]) -> None:
     mine = ("process_index", "process_count") if together else ("processes", "process_id")
     for name in mine:
         if values[name].value is not None and (name, values[name].value) != ("processes", 1):
-            other = "jax.distributed knows it" if together else "it needs --coordinator; alone, --process_index"
+            other = "jax.distributed sets it" if together else "needs --coordinator; without it, give --process_index"
             raise UserError(f"--{name}={values[name].value}: {other}")
     if together:
         # A process that has finished its share waits for the others, for up to a day.
         with hosts.together(config_file.given_flags()):
             if jax.process_count() == 1:
-                print("no other process is known of: this one prepares all", file=sys.stderr)
+                print("there are no other processes: this one prepares everything", file=sys.stderr)
             _prepare(values, settings, Share(jax.process_index(), jax.process_count()))
     else:
         if values.process_index is None:
@@ -391,7 +387,7 @@ def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None
         return
     print(f"{values.out}: " + ", ".join(f"{count} {split} images" for split, count in totals["images"].items()))
     if totals["truncated_captions"]:
-        print(f"captions cut to the text encoder's length: {totals['truncated_captions']}", file=sys.stderr)
+        print(f"captions truncated to the text encoder's length: {totals['truncated_captions']}", file=sys.stderr)
     for reason, count in totals["rejected"].items():
         print(f"rejected {count}: {reason}", file=sys.stderr)
     if values.preview:

@@ -109,8 +109,8 @@ def compile_program(program: Program, arguments: tuple, options: Mapping[str, ob
     except jax.errors.JaxRuntimeError as error:
         if match := re.search(r"memory space vmem\. Used (\S+) of (\S+) vmem", str(error)):
             raise UserError(
-                f"the program needs {match[1]} of {match[2]} memory on chip (vmem): flags of the compiler ask for too "
-                "much (lina_jax/xla_flags.py, LIBTPU_INIT_ARGS)"
+                f"the program needs {match[1]} of {match[2]} on-chip memory (vmem): compiler flags ask for too much "
+                "(lina_jax/xla_flags.py, LIBTPU_INIT_ARGS)"
             ) from None
         raise _out_of_memory(str(error)) or error from None
     memory = compiled.memory_analysis()

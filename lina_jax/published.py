@@ -73,7 +73,7 @@ def open_pipeline(path: Path) -> Pipeline:
     else:
         raise UserError(f"{path}: no such file or directory")
     if tensors.metadata.get("format") == OWN_NAMES:
-        raise UserError(f"{source}: arrays under our own names, as --to_safetensors writes; --to_torch's come in again")
+        raise UserError(f"{source}: has our own names (--to_safetensors); only --to_torch exports can be imported")
     root = folder.parent if folder.name == "transformer" else folder
 
     def content(path: Path) -> Mapping[str, Any]:
@@ -113,7 +113,7 @@ class Facts:
 
     def contradictions(self) -> list[str]:
         return [
-            f"{field}: {', '.join(f'{value!r} by {source}' for source, value in said.items())}"
+            f"{field}: {', '.join(f'{value!r} from {source}' for source, value in said.items())}"
             for field, said in self._said.items()
             if any(value != self.get(field) for value in said.values())
         ]
@@ -140,11 +140,11 @@ def config_of(pipeline: Pipeline, given: Config | None) -> tuple[Config, list[st
     grids = facts.get("model.image_grid"), facts.get("model.condition_grid")
     length = _gate_length(shapes)
     if length and all(grids) and length != sum(math.prod(grid) for grid in grids):
-        problems.append(f"model.image_grid, model.condition_grid: {grids[0]} and {grids[1]}, gates of {length} tokens")
+        problems.append(f"model.image_grid, model.condition_grid: {grids[0]} and {grids[1]}, gates for {length} tokens")
     autoencoder = _autoencoder(pipeline, facts, given, problems)
     shift = _shift(pipeline, given, problems)
     if problems:
-        raise UserError(f"{pipeline.source}: not one model; " + "; ".join(problems))
+        raise UserError(f"{pipeline.source}: its parts contradict each other; " + "; ".join(problems))
     if not given:
         _require(pipeline, facts)
     try:
@@ -240,7 +240,7 @@ def _gate_length(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 def _from_transformer(raw: Mapping[str, Any], text: bool) -> dict[str, Any]:
     """Fields from a published config.json. Raises UserError for invalid values and for video models."""
     if raw.get("video_mixer_rank"):
-        raise UserError(f"config.json: video_mixer_rank={raw['video_mixer_rank']}: models of video are not supported")
+        raise UserError(f"config.json: video_mixer_rank={raw['video_mixer_rank']}: video models are not supported")
 
     for name in ("image_dim", "image_stride", "text_token_dim", "text_token_len"):
         if raw.get(name) is not None and (type(raw[name]) is not int or raw[name] < 1):
@@ -301,7 +301,7 @@ def _from_index(index: Mapping[str, Any], given: Config | None) -> dict[str, Any
     match index.get("transformer"):
         case [str() as module, *_]:
             if not (fields := variant_of(module)) and not given:
-                raise UserError(f"model_index.json: {module} is not known here; --config can say what it computes")
+                raise UserError(f"model_index.json: {module} is unknown; describe the model with --config")
             return fields
     return {}
 
@@ -340,14 +340,14 @@ def _require(pipeline: Pipeline, facts: Facts) -> None:
             "model.attention (softmax and division have the same tensors, only model_index.json tells them apart)"
         )
     if attention == "hybrid" and facts.get("model.softmax_period") is None:
-        lacking.append("model.softmax_period (of model.attention=hybrid)")
+        lacking.append("model.softmax_period (for model.attention=hybrid)")
     if facts.get("model.heads") is None:
-        lacking.append("model.heads (gates tell it, or a published width in arch of config.json)")
+        lacking.append("model.heads (given by gates, or by a published width in arch of config.json)")
     for name, where in (("image_grid", "image_base_size"), ("condition_grid", "video_base_size")):
         if facts.get(f"model.{name}") is None:
             lacking.append(f"model.{name} ({where} in config.json)")
     if lacking:
-        raise UserError(f"{pipeline.source} does not tell, so --config is needed; " + "; ".join(lacking))
+        raise UserError(f"{pipeline.source} is incomplete, so --config is needed for: " + "; ".join(lacking))
 
 
 def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:
@@ -378,9 +378,7 @@ def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problem
     for kind, sizes in AUTOENCODERS.items():
         if channels == sizes.latent_channels:
             return {"kind": kind, "stride": sizes.stride, "scaling_factor": sizes.scaling_factor}
-    raise UserError(
-        f"{pipeline.source} has {channels} channels and no vae/: what autoencoder they are of, --config must say"
-    )
+    raise UserError(f"{pipeline.source} has {channels} channels and no vae/: --config must specify the autoencoder")
 
 
 def _shift(pipeline: Pipeline, given: Config | None, problems: list[str]) -> float:

@@ -51,7 +51,7 @@ def unpublishable(config: ModelConfig) -> Iterator[str]:
     if HEADS.get(config.width, config.heads) != config.heads:
         yield f"model.heads={config.heads}: published models of width {config.width} have {HEADS[config.width]}"
     if stride_of(config.patch_size) is None:
-        yield f"model.patch_size={config.patch_size}: no published image_stride makes it (1, 2, 3, 4, 6, 8, 16 can be)"
+        yield f"model.patch_size={config.patch_size}: no published image_stride gives it (1, 2, 3, 4, 6, 8, 16 exist)"
 
 
 def module_of(config: ModelConfig) -> str | None:

@@ -196,11 +196,11 @@ def _check_stored(path: Path, config: EvalConfig) -> None:
     flags_given = {"samples_from": path, "number": 10, "inception": config.inception, "reference": path, "out": "DIR"}
     command = ["python", "-m", "lina_jax.evaluate", *(f"--{name}={value}" for name, value in flags_given.items())]
     raise UserError(
-        f"eval.reference={config.reference}: training reads .npz files with mu and sigma; "
-        f"DIR/reference.npz is one after {shlex.join(command)}"
+        f"eval.reference={config.reference}: training needs an .npz file with mu and sigma; "
+        f"to create DIR/reference.npz, run {shlex.join(command)}"
     )
 
 
 def check_metrics(names: Collection[str]) -> None:
     if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"--metrics={','.join(names)}: {unknown[0]} is unknown, there are {', '.join(METRICS)}")
+        raise UserError(f"--metrics={','.join(names)}: {unknown[0]} is unknown, expected some of {', '.join(METRICS)}")

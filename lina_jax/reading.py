@@ -144,7 +144,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     else:
         directory = cache_lib.mounted(directory)
     if not directory.is_dir():
-        raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare makes one")
+        raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare creates one")
     present = set(os.listdir(directory))  # one request; one per shard would be thousands
     for name in ("dataset_info.json", "features.json"):
         if name not in present:
@@ -180,7 +180,7 @@ def _info(directory: Path) -> tfds.core.DatasetInfo:
         raise UserError(f"cannot read the metadata of {directory}: {error}") from error
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"{directory} is stored as {info.file_format.value}; only array_record can be read at random: "
+            f"{directory} is stored as {info.file_format.value}; only array_record allows random access: "
             "prepare it again with file_format='array_record'"
         )
     absent = [name for name in COMMON_FIELDS if name not in info.features]

@@ -88,12 +88,12 @@ def opened(
         # In random order, as the first of them represent all in precision and recall.
         source = open_images(path, network.mesh, split, plan, in_order=False)
         if count > source.count:
-            raise UserError(f"--reference_number={count}: there are {source.count} images")
+            raise UserError(f"--reference_number={count}: there are only {source.count} images")
         _check_images(path, count or source.count, images)
         return functools.partial(_computed, source, network, per_device, work, count or source.count, out)
     made_with = npz_array(path, "inception")
     if made_with is not None and str(made_with) != network.digest:
-        raise UserError(f"{path} was made with other weights of Inception v3 ({made_with}, here {network.digest})")
+        raise UserError(f"{path} was made with different weights of Inception v3 ({made_with}, here {network.digest})")
     statistics = {name: npz_array(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
     facts = {"file": str(path)}
     if (autoencoder := npz_array(path, "reconstructed_by")) is not None:

@@ -31,7 +31,7 @@ _DEVIATIONS = 1.96  # standard deviations of a normal that enclose 95 % of it
 
 _MEANING = {
     "fid": "FID: Fréchet distance of pooled Inception features; lower is better",
-    "sfid": "sFID: the same of spatial features; lower is better",
+    "sfid": "sFID: Fréchet distance of spatial Inception features; lower is better",
     "inception_score": "Inception score; higher is better",
     "precision": "Precision: share of pictures within the manifold of the reference",
     "recall": "Recall: share of the reference within the manifold of the pictures",
@@ -69,7 +69,7 @@ def write(
     `shown` has (title, images (N, H, W, 3) uint8, captions or class names) of each set of images. `rows` come from
     `draw_samples` and `decode_strips`.
     """
-    name = workdir.resolve().name if workdir else "Pictures of a file"
+    name = workdir.resolve().name if workdir else "Pictures from a file"
     step = f"step {result['step']}, {_WEIGHTS[result['weights']]}" if "step" in result else ""
     parts = [f"<h1>{html.escape(name)}</h1>", f'<p class="quiet">{step}</p>']
     parts += _quality(result.get("quality"))
@@ -81,7 +81,7 @@ def write(
         parts += ["<h2>Loss</h2>", _embedded(curve.getvalue(), "training and validation loss against the step")]
         curve = io.BytesIO()
         if plots.quality(workdir / "metrics.jsonl", curve):
-            told = "Of pictures that the EMA drew in training. Bands: one standard error, of these pictures alone."
+            told = "Of pictures drawn by the EMA during training. Bands: one standard error, from these pictures alone."
             parts += [f"<h2>Quality</h2><p>{told}</p>", _embedded(curve.getvalue(), "quality against the step")]
     for title, images, captions in shown:
         grid = pictures.grid(images, captions if any(captions) else None)
@@ -100,7 +100,7 @@ def write(
         partial.write_text(page, encoding="utf-8")
 
 
-_WEIGHTS = {"ema": "average of the parameters (EMA)", "raw": "the parameters themselves"}
+_WEIGHTS = {"ema": "EMA of the parameters", "raw": "raw parameters"}
 
 
 def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
@@ -128,7 +128,7 @@ def draw_samples(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: 
     conditions, names = conditions_of(config, min(_CONDITIONS, max(1, distinct)))
     sampler = sample.Sampler(plan, settings, sample.batch_for(plan, len(conditions) * _EACH))
     images = sampler(params, frozen, [condition for condition in conditions for _ in range(_EACH)], seed)
-    about = "The first classes, or prompts of the previews, each with other noise and another order; none was picked."
+    about = "The first classes or preview prompts. Each picture has its own noise and order; none was hand-picked."
     return Rows("Samples", about, images.reshape(-1, _EACH, *images.shape[1:]), names)
 
 
@@ -147,10 +147,10 @@ def decode_strips(plan: Blueprint, settings: SampleConfig, params: Tree, frozen:
     made = generate.make_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
     strips = multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS].swapaxes(0, 1)
     about = (
-        f"Sets of tokens in random order, {strips.shape[1]} moments from the first set (left) to the last. What is not "
-        "made yet is shown as zero."
+        f"Sets of tokens in random order, at {strips.shape[1]} moments from the first set (left) to the last. Tokens "
+        "that are not generated yet are shown as zero."
     )
-    return Rows("As they are decoded", about, strips, names[:_STRIPS])
+    return Rows("Step by step", about, strips, names[:_STRIPS])
 
 
 def _quality(quality: Mapping[str, Any] | None) -> list[str]:
@@ -165,11 +165,11 @@ def _quality(quality: Mapping[str, Any] | None) -> list[str]:
         return []
     compared = quality.get("reference") or {}
     facts = ", ".join(f"{name} {value}" for name, value in compared.items()) or "none"
-    notes = [f"{quality['images']} pictures. Reference: {facts}. After ±: one standard error, of these pictures alone."]
+    notes = [f"{quality['images']} pictures. Reference: {facts}. ±: one standard error, from these pictures alone."]
     if quality["images"] < 2048:
         notes.append(
-            "Fewer pictures than features (2048): the distances are biased upwards, and compare with others of this "
-            "number alone."
+            "Fewer pictures than features (2048): the distances are biased upwards. Compare them only with distances "
+            "of as many pictures."
         )
     return ["<h2>Against real pictures</h2>", _table(rows), *(f'<p class="quiet">{html.escape(n)}</p>' for n in notes)]
 
@@ -187,8 +187,8 @@ def _scenes(result: Mapping[str, Any]) -> list[str]:
     rows.append(("overall, the mean of the categories", _with_error(result["overall"], error)))
     return [
         "<h2>Scene score</h2>",
-        "<p>Share of pictures in which a rule finds all that the caption states, in GenEval's categories. In brackets: "
-        "where the share of all such pictures lies, with 95 % confidence.</p>",
+        "<p>Share of pictures in which a rule finds everything that the caption states, by GenEval category. In "
+        "parentheses: the 95 % confidence interval.</p>",
         _table(rows),
     ]
 
@@ -203,8 +203,8 @@ def _validation(losses: Mapping[str, float] | None) -> list[str]:
         if "_standard_error" not in name
     ]
     note = (
-        "After ±: one standard error over the examples. They are the same for all checkpoints, so that the difference "
-        "of two is known better."
+        "±: one standard error over the examples. All checkpoints are measured on the same examples, so the "
+        "difference between two of them is known more precisely."
     )
     return ["<h2>Validation loss</h2>", _table(rows), f'<p class="quiet">{note}</p>']
 
@@ -222,15 +222,15 @@ def _absent(result: Mapping[str, Any]) -> list[str]:
     reasons = quality.get("not_measured", {})
     for name in METRICS:
         if name not in quality:
-            missing.append((_MEANING[name].partition(":")[0].partition(";")[0], reasons.get(name, "not asked for")))
+            missing.append((_MEANING[name].partition(":")[0].partition(";")[0], reasons.get(name, "not requested")))
     if "validation" not in result:
-        missing.append(("Validation loss", "not asked for"))
+        missing.append(("Validation loss", "not requested"))
     if "overall" not in result:
-        missing.append(("Scene score", "not asked for (it is for models of the shapes data)"))
+        missing.append(("Scene score", "not requested (only for models of the shapes data)"))
     if "geneval" in result:
-        missing.append(("GenEval", f"pictures are in {result['geneval']['folder']}; its judge is a program of its own"))
+        missing.append(("GenEval", f"pictures are in {result['geneval']['folder']}; its judge is a separate program"))
     else:
-        missing.append(("GenEval", "no pictures were asked for"))
+        missing.append(("GenEval", "no pictures were requested"))
     return ["<h2>Not measured</h2>", _table(missing)]
 
 
@@ -238,13 +238,13 @@ def _origin(workdir: Path | None, result: Mapping[str, Any]) -> list[str]:
     versions = f"lina_jax {lina_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     parts = [
-        "<h2>Where this comes from</h2>",
+        "<h2>How this page was made</h2>",
         f"<p>{html.escape(versions)}, on {html.escape(devices)}.</p>",
         f"<pre>{html.escape(shlex.join(['python', '-m', 'lina_jax.evaluate', *sys.argv[1:]]))}</pre>",
     ]
     if "sample" in result:
         rows = [(name, str(value)) for name, value in result["sample"].items()]
-        parts += ["<details><summary>Settings of the pictures</summary>", _table(rows), "</details>"]
+        parts += ["<details><summary>Sampling settings</summary>", _table(rows), "</details>"]
     if workdir:
         rows = [(name, str(value)) for name, value in flatten(load_config(workdir)).items()]
         parts += ["<details><summary>Config of the run</summary>", _table(rows), "</details>"]

@@ -74,7 +74,7 @@ def patiently(
             error.at = progress.at
             if tried == tries or isinstance(error, FileNotFoundError):
                 raise
-            logging.warning("try %d of %d failed at %s: %s", tried, tries, progress.at, error)
+            logging.warning("attempt %d of %d failed at %s: %s", tried, tries, progress.at, error)
             pause(FIRST_PAUSE_S * 2 ** (tried - 1))
 
 

@@ -37,7 +37,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
         try:
             server = present.enter_context(_listen(port))
         except OSError as error:
-            raise UserError(f"process 0 cannot listen at port {port} of {cluster.address}: {error.strerror}") from error
+            raise UserError(f"process 0 cannot listen on port {port} of {cluster.address}: {error.strerror}") from error
         while len(here) < cluster.processes - 1 and not mistake and (left := deadline - time.monotonic()) > 0:
             server.settimeout(min(left, WAKE_S))
             try:
@@ -62,7 +62,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
         missing = set(range(1, cluster.processes)) - here.keys()
         if missing and not mistake:
             absent = f"{_listed(missing)} of {cluster.processes}"
-            mistake = PartFailed(f"{absent} did not come within {timeout:g} s (--connect_timeout)")
+            mistake = PartFailed(f"{absent} did not connect within {timeout:g} s (--connect_timeout)")
         verdict = [type(mistake).__name__, str(mistake)] if mistake else []
         for caller in callers:
             with contextlib.suppress(OSError):

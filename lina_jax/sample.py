@@ -91,7 +91,7 @@ def encode_conditions(
     if model.condition == "class":
         for label in conditions:
             if not 0 <= label <= model.num_classes:
-                raise UserError(f"label {label}: classes are 0 to {model.num_classes - 1} ({model.num_classes}: any)")
+                raise UserError(f"label {label}: expected 0 to {model.num_classes - 1} ({model.num_classes}: no class)")
         return {"label": np.asarray(conditions, np.int32)}
     if model.text_encoder == "bytes":
         text, length = decode.encode_text(conditions, model.text_length)
@@ -100,7 +100,7 @@ def encode_conditions(
         unit, (text, length, cut) = "tokens", text_encoder.tokenize(conditions)
     if jax.process_index() == 0:
         for prompt in dict.fromkeys(itertools.compress(conditions, cut)):
-            logging.warning("only the first %d %s are read of prompt %.60r", text.shape[1], unit, prompt)
+            logging.warning("only the first %d %s of prompt %.60r are read", text.shape[1], unit, prompt)
     return {"text": text, "text_length": length}
 
 
@@ -137,11 +137,11 @@ def preview_path(workdir: Path, step: int) -> Path:
 def define_weights_flags() -> None:
     """Define the flags that say which weights draw, and on which mesh."""
     flags.DEFINE_string("workdir", None, "training directory")
-    flags.DEFINE_bool("raw", False, "the parameters themselves instead of their average")
+    flags.DEFINE_bool("raw", False, "use the raw parameters instead of the EMA")
     flags.DEFINE_integer("checkpoint", None, "step to load; default: the latest")
     flags.DEFINE_string("autoencoder", "", "directory of the autoencoder; default: the config's autoencoder.path")
     flags.DEFINE_string("text_encoder", "", "directory of the text encoder; default: the config's text_encoder.path")
-    mesh_help = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws images of its own"
+    mesh_help = "devices along each axis, such as fsdp=2,sequence=4; default: each device draws its own images"
     flags.DEFINE_string("mesh", "", mesh_help)
 
 
@@ -165,9 +165,9 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
     Raises UserError for an encoder that the model does not use.
     """
     if autoencoder and config.autoencoder.kind == "identity":
-        raise UserError(f"--autoencoder={autoencoder}: this model makes pixels, it needs none")
+        raise UserError(f"--autoencoder={autoencoder}: this model generates pixels and needs no autoencoder")
     if text_encoder and not _reads_features(config):
-        raise UserError(f"--text_encoder={text_encoder}: this model reads no features of a text encoder")
+        raise UserError(f"--text_encoder={text_encoder}: this model does not read features of a text encoder")
     if autoencoder:
         config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
     return dataclasses.replace(config, text_encoder=TextEncoderConfig(text_encoder)) if text_encoder else config
@@ -184,9 +184,9 @@ def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Confi
 def cannot_draw(config: Config) -> str:
     """What a model of latents or text features lacks to draw pictures; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
-        return "the autoencoder whose latents the model makes is not known: --autoencoder=DIR (autoencoder.path)"
+        return "the model generates latents, but has no autoencoder: give --autoencoder=DIR (autoencoder.path)"
     if _reads_features(config) and not config.text_encoder.path:
-        return "the text encoder whose features the model reads is not known: --text_encoder=DIR (text_encoder.path)"
+        return "the model reads text features, but has no text encoder: give --text_encoder=DIR (text_encoder.path)"
     return ""
 
 
@@ -241,7 +241,7 @@ def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfi
             raise UserError(f"--{name}={value}: must be finite and not negative")
     if settings.annealing != "none" and settings.annealing_min > settings.euler_steps:
         raise UserError(
-            f"--euler_steps={settings.euler_steps}: fewer than sample.annealing_min={settings.annealing_min}"
+            f"--euler_steps={settings.euler_steps}: must be at least sample.annealing_min={settings.annealing_min}"
         )
     return settings
 
@@ -259,7 +259,7 @@ def requested(
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={prompts_file}: {error}") from error
         if not (read := [line.strip() for line in text.split("\n") if line.strip()]):
-            raise UserError(f"--prompts_file={prompts_file}: there is no prompt in it")
+            raise UserError(f"--prompts_file={prompts_file}: it contains no prompt")
         prompts += read
     if config.model.condition == "text":
         if labels or not prompts:
@@ -297,12 +297,12 @@ def earlier_pictures(out: Path) -> list[Path]:
         raise UserError(f"--out={out}: this is a training directory, choose another place")
     if not settings.exists():
         if other := next((path for path in (out / _GRID, _picture(out, 0)) if path.exists()), None):
-            raise UserError(f"--out={out}: {other.name} there is not of an earlier call, choose another place")
+            raise UserError(f"--out={out}: {other.name} is not from an earlier call, choose another place")
         return []
     try:
         count = len(json.loads(settings.read_text())["conditions"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--out={out}: settings.json there is not of an earlier call, choose another place") from error
+        raise UserError(f"--out={out}: settings.json is not from an earlier call, choose another place") from error
     return [_picture(out, i) for i in range(count)]
 
 
@@ -361,7 +361,7 @@ def _main(values: flags.FlagValues) -> None:
         pictures.save(_picture(out, i), image)
     shown = [str(condition) for condition in conditions[:_GRID_PICTURES]]
     pictures.save(out / _GRID, pictures.grid(images[:_GRID_PICTURES], shown))
-    together = f"the first {_GRID_PICTURES} together" if len(images) > _GRID_PICTURES else "together"
+    together = f"the first {_GRID_PICTURES} as a grid" if len(images) > _GRID_PICTURES else "as a grid"
     print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, {together} in {out / _GRID}")
 
 
@@ -369,10 +369,10 @@ if __name__ == "__main__":
     define_weights_flags()
     define_settings_flags()
     flags.DEFINE_multi_string("prompt", [], "text to draw; may be given several times")
-    flags.DEFINE_string("prompts_file", None, "file with one prompt a line")
+    flags.DEFINE_string("prompts_file", None, "file with one prompt per line")
     flags.DEFINE_multi_integer("label", [], "class to draw; may be given several times")
-    flags.DEFINE_integer("num", 4, "images of each prompt or label")
-    flags.DEFINE_integer("seed", 0, "of decoding order and noise")
+    flags.DEFINE_integer("num", 4, "images per prompt or label")
+    flags.DEFINE_integer("seed", 0, "seed of decoding order and noise")
     flags.DEFINE_integer("batch_size", 64, "images drawn at once")
     flags.DEFINE_string("out", None, "directory for the pictures")
     hosts.define_flags()

@@ -55,7 +55,7 @@ def search(
     """
     candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
     if not candidates:
-        raise UserError("--search: by estimate no mesh and remat policy fit; take more chips or fewer images a chip")
+        raise UserError("--search: no mesh and remat policy fit by estimate; use more chips or fewer images per chip")
     tried, best, refusal = [], None, None
     for number, candidate in enumerate(candidates[:compiles], 1):
         print(f"{number} of {min(compiles, len(candidates))}: {candidate}", file=sys.stderr, flush=True)

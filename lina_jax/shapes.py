@@ -165,7 +165,7 @@ def parse(text: str) -> Caption:
     for captions in grammar().values():
         if text in captions:
             return captions[text]
-    raise UserError(f"caption {text!r} is not one of the shapes task, such as 'a red circle above a small blue square'")
+    raise UserError(f"caption {text!r} is not in the shapes grammar; one is 'a red circle above a small blue square'")
 
 
 @cache

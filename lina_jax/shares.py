@@ -40,8 +40,8 @@ def _slurm_share(environment: Mapping[str, str]) -> Share:
         first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
         if value["ARRAY_TASK_MAX"] - first != (count - 1) * step:
             raise UserError(
-                f"a SLURM array of {count} tasks from {first} to {value['ARRAY_TASK_MAX']} has holes: say which share "
-                "each task has by --process_index and --process_count"
+                f"a SLURM array of {count} tasks from {first} to {value['ARRAY_TASK_MAX']} has gaps: set the share of "
+                "each task with --process_index and --process_count"
             )
         element = (value["ARRAY_TASK_ID"] - first) // step
         share = Share(element * share.count + share.index, count * share.count)

@@ -99,10 +99,10 @@ def read(directory: Path) -> list[Run]:
     """
     workdirs = _workdirs(directory)
     if not workdirs:
-        raise UserError(f"--study={directory}: no runs there (directories with a config.json)")
+        raise UserError(f"--study={directory}: contains no runs (directories with a config.json)")
     runs = [_run(workdir) for workdir in workdirs if (workdir / _SCORE).exists()]
     if not runs:
-        raise UserError(f"--study={directory}: none of {len(workdirs)} runs was evaluated ({_SCORE})")
+        raise UserError(f"--study={directory}: none of the {len(workdirs)} runs has been evaluated ({_SCORE})")
     _check_budgets(f"--study={directory}", {run.name: run.images for run in runs})
     configs = {run.name: load_config(directory / run.name) for run in runs}
     _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
@@ -166,7 +166,7 @@ def _run(workdir: Path) -> Run:
     except ValueError as error:
         raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     if not isinstance(score, dict) or not isinstance(score.get("step"), int):
-        raise UserError(f"{workdir / _SCORE} names no step: it is no measurement of this run")
+        raise UserError(f"{workdir / _SCORE} has no step: it is not a measurement of this run")
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
     return Run(
         name=workdir.name,
@@ -360,5 +360,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "file whose presets are the variants", required=True)
     flags.DEFINE_list("variants", None, "presets to compare", required=True)
-    flags.DEFINE_multi_string("flag", [], "a flag of training that all runs have")
+    flags.DEFINE_multi_string("flag", [], "a training flag that all runs share")
     errors.run(main)

@@ -45,7 +45,7 @@ def parse(text: str) -> Topology:
         raise UserError(f"--topology={text!r}: {example}")
     name, shape, slices = match[1], tuple(map(int, match[2].split("x"))), int(match[3] or 1)
     if name not in CHIPS:
-        raise UserError(f"--topology={text!r}: {name!r} is not known, only {', '.join(CHIPS)}")
+        raise UserError(f"--topology={text!r}: {name!r} is unknown, expected one of {', '.join(CHIPS)}")
     if not all((*shape, slices)):
         raise UserError(f"--topology={text!r}: {example}")
     chip = CHIPS[name]
@@ -54,13 +54,13 @@ def parse(text: str) -> Topology:
             raise UserError(f"--topology={text!r}: a slice of {name} has {chip.torus} dimensions, not {len(shape)}")
         if chip.torus == 2 and max(shape) > chip.wrap:  # a slice cannot be larger than a pod
             pod = f"{chip.wrap}x{chip.wrap}"
-            raise UserError(f"--topology={text!r}: a slice of {name} has at most {pod} chips ({name}:{pod}*4: four)")
+            raise UserError(f"--topology={text!r}: a slice of {name} has at most {pod} chips (four: {name}:{pod}*4)")
     elif len(shape) > 2 or slices > 1:
         raise UserError(f"--topology={text!r}: GPUs are {name}:GPUS or {name}:NODESxGPUS")
     elif len(shape) == 1:
         shape = (1, *shape)
     elif shape[0] > 1 and shape[1] == 1:  # `mesh.nodes` would regard them as GPUs of one node
-        raise UserError(f"--topology={text!r}: nodes of one GPU cannot be planned")
+        raise UserError(f"--topology={text!r}: nodes with a single GPU cannot be planned")
     return Topology(name, chip, shape, slices)
 
 
@@ -90,7 +90,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(name, platform=chip.platform, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology: the compiler knows no such slice: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--topology: the compiler does not know this slice: {str(error).splitlines()[0]}") from error
 
 
 def compiler_options(topology: Topology) -> dict[str, object]:

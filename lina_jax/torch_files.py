@@ -121,7 +121,7 @@ def open_weights(directory: Path) -> "Tensors | Pickled":
 def _index(directory: Path, pattern: str) -> Path | None:
     indices = sorted(directory.glob(pattern))
     if len(indices) > 1:
-        raise UserError(f"{directory}: several indices of weights: {', '.join(path.name for path in indices)}")
+        raise UserError(f"{directory}: several weight indices: {', '.join(path.name for path in indices)}")
     return indices[0] if indices else None
 
 
@@ -156,7 +156,7 @@ def open_file(path: Path) -> Tensors:
                 stored[name] = Stored(path, name, tuple(view.get_shape()), view.get_dtype())
             metadata = file.metadata()
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
     for name, tensor in stored.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
@@ -199,18 +199,18 @@ def _load_bin(path: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: only .safetensors files are read without PyTorch (pip install torch)") from error
+        raise UserError(f"{path}: reading it needs PyTorch (pip install torch), unlike .safetensors files") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # it raises many kinds for damaged files, with the advice to run their code
         raise UserError(
-            f"{path}: not a whole file of PyTorch weights alone ({type(error).__name__}): damaged, or it holds other "
-            "objects than tensors, which are never loaded"
+            f"{path}: cannot be loaded as PyTorch weights ({type(error).__name__}): damaged, or it holds objects other "
+            "than tensors, which are never loaded"
         ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
-        raise UserError(f"{path}: expected a state dict, names and tensors and nothing else")
+        raise UserError(f"{path}: expected a state dict that holds only names and tensors")
     if odd := [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_meta]:
         raise UserError(f"{path}: {len(odd)} tensors are sparse or without values, first {odd[0]}")
     return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}

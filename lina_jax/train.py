@@ -79,7 +79,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     seconds = config.checkpoint.timeout
     begun, warm = None, None
     reading = functools.partial(
-        preemption.limited, seconds, f"reading weights has taken {seconds:g} s (checkpoint.timeout)"
+        preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
     )
     if warm_start.due(config, workdir):
         with reading():
@@ -118,9 +118,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     profile = Profile(config, workdir, first)
     pending = None  # metrics of the previous step, fetched while the next one runs
     measuring = functools.partial(
-        watchdog.allowing, config.eval.timeout, f"measuring has taken {config.eval.timeout:g} s (eval.timeout)"
+        watchdog.allowing, config.eval.timeout, f"measuring took over {config.eval.timeout:g} s (eval.timeout)"
     )
-    timely = functools.partial(watchdog.allowing, seconds, f"a save has taken {seconds:g} s (checkpoint.timeout)")
+    timely = functools.partial(watchdog.allowing, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
 
     def save() -> None:
         with timely(), preemption.finishing("a save"):
@@ -145,7 +145,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 if step == first + 1:
                     # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
                     # CPUs.
-                    _say("compiling the train step: minutes at most, seconds where WORKDIR/compiled has it")
+                    _say("compiling the train step: takes minutes at most, or seconds if it is in WORKDIR/compiled")
                     train_step.compile(run, batch)
                     hosts.barrier("train step")
                     throughput.restart()
@@ -288,7 +288,7 @@ def _report(config: Config, writer, throughput, progress, source: data.Records, 
     if in_a_row >= config.optim.max_skipped:
         raise TrainingDiverged(
             f"step {step}: loss or gradient was not finite for {in_a_row} steps in a row (optim.max_skipped); "
-            "the parameters are those before the first of them, and the last checkpoint is intact"
+            "the parameters are those from before these steps, and the last checkpoint is intact"
         )
     if in_a_row:
         logging.warning("step %d skipped: loss %s, gradient norm %s", step, scalars["loss"], scalars["grad_norm"])
@@ -332,8 +332,8 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_file.define_flag()
     flags.declare_key_flag("config")
-    flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go")
-    flags.DEFINE_bool("allow_config_change", False, "go on in a workdir that was trained with another config")
+    flags.DEFINE_string("workdir", None, "directory for checkpoints, logs and pictures")
+    flags.DEFINE_bool("allow_config_change", False, "continue in a workdir that was trained with another config")
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
     errors.run(main)

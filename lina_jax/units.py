@@ -52,9 +52,9 @@ class WorkDirectory:
         collection = hashlib.sha256(repr((source.contents, source.units, source.label_names)).encode()).hexdigest()
         if begun.exists():
             there = json.loads(begun.read_text())
-            compare(there, settings, f"{self.path} was begun with other settings (remove it, or choose another --out)")
+            compare(there, settings, f"{self.path} was started with other settings (remove it or choose another --out)")
             if there["collection"] != collection:
-                raise UserError(f"{source.name} has changed since {self.path} was begun: remove that directory")
+                raise UserError(f"{source.name} has changed since {self.path} was started: remove that directory")
         else:
             self._units.mkdir(parents=True, exist_ok=True)
             places.write_json(begun, dict(settings) | {"collection": collection})
@@ -171,7 +171,7 @@ def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -
     """Raises UserError, with the message and the settings that differ, if any do."""
     different = [name for name in wanted if there.get(name) != wanted[name]]
     if different:
-        listed = "; ".join(f"{name}={there.get(name)!r}, asked {wanted[name]!r}" for name in different)
+        listed = "; ".join(f"{name}={there.get(name)!r}, requested {wanted[name]!r}" for name in different)
         raise UserError(f"{message}: {listed}")
 
 

@@ -45,8 +45,8 @@ def due(config: Config, workdir: Path) -> bool:
     saved = saved_checkpoints(workdir)
     if config.init_from.path and saved and all(is_imported(path) for path in saved):
         raise UserError(
-            f"init_from.path={config.init_from.path}: {workdir} holds imported weights, from which it would start "
-            "(choose another --workdir, or start from those with --config.init_from.path=)"
+            f"init_from.path={config.init_from.path}: {workdir} holds imported weights, and its runs start from those "
+            "(choose another --workdir, or use those, with an empty --config.init_from.path=)"
         )
     return bool(config.init_from.path) and not saved
 
@@ -71,7 +71,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
             if decision.action in ("loaded", "recomputed")
         }
         if not taken:
-            raise UserError(f"init_from.path={donor}: the rules of init_from take none of its {len(there)} arrays")
+            raise UserError(f"init_from.path={donor}: the rules of init_from select none of its {len(there)} arrays")
         return taken
 
     checkpoints = Checkpoints(donor, theirs.checkpoint, create=False)
@@ -112,7 +112,7 @@ def decide(
     rules, (_, here), (_, there) = rules_of(asked), ours, theirs
     names = {path: "/".join(path) for path in sorted(here.keys() | there.keys())}
     unmatched = [
-        f"{kind}: no array's name fits {pattern!r}"
+        f"{kind}: no array name matches {pattern!r}"
         for kind in init_rules.LISTS
         for pattern in getattr(asked, kind)
         if not any(fnmatchcase(name, pattern) for name in names.values())
@@ -129,12 +129,12 @@ def decide(
         elif action == "skipped":
             reason = "by the rules"
         elif path not in here:
-            action, reason = "skipped", "only there"
+            action, reason = "skipped", "only in the source"
         if action == "recomputed" and _grids(ours[0]) == _grids(theirs[0]):
             action = "loaded"
         decisions[path] = Decision(name, action, here.get(path), there.get(path), reason)
     if unmatched or misfits:
-        hint = " (init_from.exclude, restart or recompute such arrays, or unfit=skip)" if misfits else ""
+        hint = " (list such arrays in init_from.exclude, restart or recompute, or set unfit=skip)" if misfits else ""
         raise UserError(f"init_from.path={asked.path}: {'; '.join(unmatched + misfits)}{hint}")
     return decisions
 
@@ -157,9 +157,9 @@ def _misfit(
     (model, here), (other, there) = ours, theirs
     gate = path[-1] in GATES
     if path not in there:
-        return "not there"
+        return "not in the source"
     if path not in here:
-        return "only there"
+        return "only in the source"
     if action == "recomputed" and not gate:
         return "no gate, cannot be recomputed"
     if action == "recomputed":
@@ -167,7 +167,7 @@ def _misfit(
     else:  # on another grid with as many tokens, gates belong to other positions
         fits = here[path] == there[path] and (not gate or _grids(model) == _grids(other))
     grids = f" (grids {_grids(other)}, here {_grids(model)})" if gate else ""
-    return "" if fits else f"{there[path]} there, {here[path]} here{grids}"
+    return "" if fits else f"{there[path]} in the source, {here[path]} here{grids}"
 
 
 def _placed(ours: jax.ShapeDtypeStruct, decision: Decision) -> NamedSharding:
@@ -206,12 +206,12 @@ def regrid(gate: jax.Array, there: tuple[Grid, Grid], here: tuple[Grid, Grid]) -
 def _config_of(donor: Path, asked: InitFromConfig) -> Config:
     if not donor.exists():
         raise UserError(
-            f"init_from.path={asked.path}: no such directory (an empty init_from.path starts from a random draw)"
+            f"init_from.path={asked.path}: no such directory (an empty init_from.path starts from random weights)"
         )
     if not (donor / "config.json").is_file() or not (donor / "checkpoints").is_dir():
         raise UserError(
             f"init_from.path={asked.path}: not a training directory with checkpoints (python -m lina_jax.convert "
-            "--from_torch=DIR --workdir=DIR makes one of released weights)"
+            "--from_torch=DIR --workdir=DIR creates one from released weights)"
         )
     return load_config(donor)
 
@@ -225,7 +225,7 @@ def table(report: Mapping[str, Any]) -> str:
         counts[array["action"]] = arrays + 1, numbers + math.prod(here or there)
         shapes = " x ".join(map(str, here)) if here else "-"
         if here != there:
-            shapes += f" (there {' x '.join(map(str, there)) if there else '-'})"
+            shapes += f" (source {' x '.join(map(str, there)) if there else '-'})"
         rows.append((array["action"], array["name"], shapes, array["reason"]))
     said = ", ".join(f"{action} {arrays} arrays ({numbers:,} numbers)" for action, (arrays, numbers) in counts.items())
     kind = "EMA" if report["weights"] == "ema" else "parameters"

@@ -43,7 +43,7 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
     saved = saved_checkpoints(workdir)
     if not (workdir / "config.json").exists():
         if saved and jax.process_index() == 0:
-            logging.warning("%s has checkpoints but no config.json: are they of this config?", workdir)
+            logging.warning("%s has checkpoints but no config.json: do they belong to this config?", workdir)
         return
     if not saved and (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
         logging.warning("%s has metrics.jsonl of an earlier run, but none of its checkpoints: starting over", workdir)

@@ -147,8 +147,8 @@ def broken(features):
 @pytest.mark.parametrize(
     ("features", "reason"),
     [
-        ("wrong", r"differs from XLA's products by \d"),
-        ("nan", "differs from XLA's products by nan%"),
+        ("wrong", r"differs from plain XLA by \d"),
+        ("nan", "differs from plain XLA by nan%"),
         ("failing", "does not compile or run: INTERNAL: no such instruction"),
         ("unknown", "does not compile or run: no lowering of such a thing"),
     ],
@@ -165,7 +165,7 @@ def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, t
     config = tiny(model={"attention_kernel": "auto"})
     with tiles.interpreted("gpu"):
         assert kernel_check.settled(config, one_device).model.attention_kernel == "xla"
-    assert re.search(f"attention by XLA's products: on cpu the kernel {reason[:20]}", caplog.text)
+    assert re.search(f"attention runs in plain XLA: on cpu the kernel {reason[:20]}", caplog.text)
 
 
 LINEAR = sorted(p.stem for p in GOLDEN.glob("attn_*.json") if "softmax" not in p.stem)
@@ -281,7 +281,7 @@ def test_compilers_take_the_kernels(place, layer, no_plain_path):
 def test_heads_that_are_too_wide_for_gpus_are_refused():
     with (
         tiles.interpreted("gpu"),
-        pytest.raises(UserError, match="heads of 192 channels; on GPUs at most 128"),
+        pytest.raises(UserError, match="heads have 192 channels; at most 128 on GPUs"),
     ):
         q, how = jnp.ones((1, 4, 384)), {"division": True, "relu_eps": 0.0, "normalizer_eps": 0.0}
         attention_kernel.linear_attention([q] * 3, jnp.zeros((1, 3, 384)), (None,) * 3, heads=2, **how)

@@ -131,10 +131,10 @@ def test_the_last_checkpoints_are_averaged(run, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run, out: convert.average(run, out, 9), r"--average=9: expected 1 to 4, the checkpoints of"),
+        (lambda run, out: convert.average(run, out, 9), r"--average=9: expected 1 to 4, the checkpoints in"),
         (lambda run, out: convert.ema(run, out, 1.0), r"--ema_decay=1\.0: must be between 0 and 1"),
-        (lambda run, out: convert.ema(run, out, 0.9, 7), r"no checkpoint of step 7 in .*: there are \[0, 14,"),
-        (lambda run, out: convert.ema(run, out, 0.9, 0), r"has no update to average"),
+        (lambda run, out: convert.ema(run, out, 0.9, 7), r"no checkpoint of step 7 in .*: its steps are \[0, 14,"),
+        (lambda run, out: convert.ema(run, out, 0.9, 0), r"has no updates to average"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(run, tmp_path, make, message):

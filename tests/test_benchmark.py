@@ -172,9 +172,9 @@ def test_other_files_are_no_earlier_lines(text, tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((321, 64, 2, "float32"), "--tokens=321: expected s * s * 5 / 4 of an even s"),
+        ((321, 64, 2, "float32"), "--tokens=321: expected s * s * 5 / 4 with s even"),
         ((11, 64, 2, "float32"), "--tokens=11: expected"),
-        ((320, 1536, 7, "float32"), "--width=1536 --heads=7: the heads must divide the width"),
+        ((320, 1536, 7, "float32"), "--width=1536 --heads=7: --width must be divisible by --heads"),
     ],
 )
 def test_sizes_that_no_layer_has(sizes, message):
@@ -184,7 +184,7 @@ def test_sizes_that_no_layer_has(sizes, message):
 
 
 def test_a_batch_that_the_devices_cannot_share(tiny):
-    with pytest.raises(UserError, match="batch 6 is not divisible by the 8 parts"):
+    with pytest.raises(UserError, match="batch 6 is not divisible by 8, the batch shards"):
         list(benchmark_model.sample(tiny(), [6], runs=1, autoencoder=False))
     with pytest.raises(UserError, match=r"batch_size=6 is not divisible by optim.accumulate=4"):
         list(benchmark_model.train(tiny(optim={"accumulate": 4}), [6], runs=1))
@@ -202,8 +202,8 @@ def test_a_batch_that_does_not_fit():
         ((), "the first argument must be one of: attention, train, sample, data"),
         (("dta",), "the first argument must be one of: attention, train, sample, data"),
         (("data", "more"), "unexpected argument 'more'"),
-        (("data", "--parts=jpg"), "--parts=jpg: allowed are latents, jpeg, startup, memory"),
-        (("data", "--tokens=320"), "--tokens belongs to attention; `data` does not know it"),
+        (("data", "--parts=jpg"), "--parts=jpg: expected one or more of latents, jpeg, startup, memory"),
+        (("data", "--tokens=320"), "--tokens applies to attention, not to data"),
         (("attention", "--tokens=320,x"), "--tokens=320,x: expected positive whole numbers"),
         (("train", "--config=configs/bench.py", "--compare=none.json"), "--compare=none.json"),
         (("train", "--config=configs/bench.py", "--batches=3000000000"), "batch_size=3000000000: must be below 2**31"),

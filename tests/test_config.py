@@ -45,9 +45,9 @@ def test_unknown_presets_are_refused_by_name(name, load_preset):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("cifar10_c2i.py:huge", "{}/cifar10_c2i.py: unknown preset 'huge': tiny, w384"),
+        ("cifar10_c2i.py:huge", "{}/cifar10_c2i.py: unknown preset 'huge': expected one of tiny, w384"),
         ("shapes_t2i.py:tiny", "{}/shapes_t2i.py has no presets"),
-        ("nothere.py", "--config={0}/nothere.py: there is no file {0}/nothere.py"),
+        ("nothere.py", "--config={0}/nothere.py: no such file: {0}/nothere.py"),
         ("../README.md", "--config={}/../README.md: expected a .py file"),
         ("", "--config={}/: expected a .py file"),
     ],
@@ -136,7 +136,7 @@ def test_datasets_of_a_mixture(pixels):
 
 @pytest.mark.parametrize("path", ["a,b", "a=1,b", "a=1,b=0", "a=1,b=-1", "a=1,=2", "a=1,b=x", "a=1,b=1/0", "a=1,"])
 def test_a_mixture_without_weights_is_refused(pixels, path):
-    with pytest.raises(UserError, match=re.escape(f"data.path={path!r}: several datasets are PATH=WEIGHT,PATH=WEIGHT")):
+    with pytest.raises(UserError, match=re.escape(f"data.path={path!r}: expected PATH, or PATH=WEIGHT,PATH=WEIGHT")):
         freeze(change(pixels, data={"path": path}))
 
 
@@ -164,7 +164,7 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("model.image_grid", (16, 16, 16), "model.image_grid=(16, 16, 16): expected 2 values of type int"),
         ("model.image_grid", (16, 1.5), "model.image_grid=1.5: expected int, got float"),
         ("log.preview_prompts", "a circle", "log.preview_prompts='a circle': expected a list of type str"),
-        ("model.kv_gate", "both", "model.kv_gate='both': allowed are none, head, shared, key, value, decoupled, "),
+        ("model.kv_gate", "both", "model.kv_gate='both': expected one of none, head, shared, key, value, decoupled, "),
         ("optim.learning_rate", math.nan, "optim.learning_rate=nan: must be finite"),
         ("optim.learning_rate", math.inf, "optim.learning_rate=inf: must be finite"),
         ("optim.learning_rate", 0.0, "optim.learning_rate=0.0: must be positive"),
@@ -175,18 +175,18 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("model.image_grid", (0, 16), "model.image_grid=(0, 16): must be positive"),
         ("model.heads", 7, "model.width=768 is not divisible by model.heads=7"),
         ("model.width", 774, "model.width=774 is not divisible by model.heads=12"),
-        ("model.image_depth", 1, "model.image_depth=1: both halves need a block"),
+        ("model.image_depth", 1, "model.image_depth=1: must be at least 2, a block for each half"),
         ("model.conv_kernel", 4, "model.conv_kernel=4: must be odd"),
         ("model.image_grid", (1, 1), "model.image_grid=(1, 1): needs more than one token"),
         ("loss.condition_dropout", 1.0, "loss.condition_dropout=1.0: must be in [0, 1)"),
         ("loss.mask_ratio_min", 1.0, "loss.mask_ratio_min=1.0: must be in [0, 1)"),
-        ("loss.mask_ratio_mean", 2.1, "loss.mask_ratio_mean=2.1: must lie within four loss.mask_ratio_std=0.25 of the"),
-        ("loss.mask_ratio_mean", -0.4, "loss.mask_ratio_mean=-0.4: must lie within four loss.mask_ratio_std=0.25 of"),
+        ("loss.mask_ratio_mean", 2.1, "loss.mask_ratio_mean=2.1: must be within 4 * loss.mask_ratio_std=0.25 of the"),
+        ("loss.mask_ratio_mean", -0.4, "loss.mask_ratio_mean=-0.4: must be within 4 * loss.mask_ratio_std=0.25 of"),
         ("ema.decay", 1.0, "ema.decay=1.0: must be in [0, 1)"),
         ("ema.every", 2**31, "ema.every=2147483648: must be below 2**31"),
         ("optim.b2", 1.5, "optim.b2=1.5: must be in [0, 1)"),
         ("data.read_timeout", 1e10, "data.read_timeout=10000000000.0: must be at most 1e+09 s"),
-        ("init_from.rules", "larger", "init_from.rules='larger': allowed are all, nova, resolution, interpolate"),
+        ("init_from.rules", "larger", "init_from.rules='larger': expected one of all, nova, resolution, interpolate"),
         ("init_from.checkpoint", -2, "init_from.checkpoint=-2: must be a step, or -1 for the latest"),
         ("eval.images", 1, "eval.images=1: must be at least 2, or 0 for none"),
         ("optim.accumulate", 3, "batch_size=2048 is not divisible by optim.accumulate=3"),
@@ -212,15 +212,15 @@ PLAIN = {"depthwise_conv": False, "kv_gate": "none"}
             {"rotary": True, "width": 48, "heads": 1},
             "model.rotary=True: head width 48 (= width / heads) must be a multiple",
         ),
-        ({"condition": "text", "text_length": 513}, "model.text_length=513: the padding table has 512 rows"),
+        ({"condition": "text", "text_length": 513}, "model.text_length=513: the padding table has only 512 rows"),
         (
             {"condition": "text", "text_encoder": "bytes", "text_words": 513},
-            "model.text_words=513: the padding table has 512 rows",
+            "model.text_words=513: the padding table has only 512 rows",
         ),
         ({"latent_channels": 4}, "model.latent_channels=4, autoencoder.stride=1: pixels"),
         (
             {"attention": "hybrid", "condition_depth": 2, "image_depth": 4},
-            "model.attention=hybrid with model.softmax_period=8: no stack has so many blocks (at most 4)",
+            "model.attention=hybrid with model.softmax_period=8: no stack has that many blocks (at most 4)",
         ),
     ],
 )

@@ -52,8 +52,8 @@ def lose_all_but_weights(folder):
         (lambda folder: shutil.rmtree(folder / "params"), "params/_METADATA is missing"),
         (lambda folder: (folder / "progress" / "manifest.ocdbt").unlink(), "progress/manifest.ocdbt is missing"),
         (lose_all_but_weights, "ema/_METADATA is missing"),
-        (cut, "has another size than was saved"),
-        (flip_a_bit, "has other bytes than were saved"),
+        (cut, "has a different size than was saved"),
+        (flip_a_bit, "has different bytes than were saved"),
         (lambda folder: os.truncate(folder / "digests.json", 100), "digests.json cannot be read"),
         (lambda folder: (folder / "digests.json").write_text("[1]"), "digests.json cannot be read"),
         (lambda folder: (folder / "digests.json").write_text("{}"), "digests.json cannot be read"),
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
     assert checkpoints.steps() == [0, 3, 6]
 
 
-READABLE = r"checkpoint 6 in .* cannot be read \(.*\), though its files are those that were saved"
+READABLE = r"checkpoint 6 in .* cannot be read \(.*\), although its files are exactly as they were saved"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_damage_to_all_checkpoints_is_one_line_and_nothing_is_moved(config, fini
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     for step in checkpoints.steps():
         flip_a_bit(checkpoints.directory / str(step))
-    with pytest.raises(UserError, match=r"checkpoint 6 in .*; checkpoint 0 in .* damaged .*: there is no older one"):
+    with pytest.raises(UserError, match=r"checkpoint 6 in .*; checkpoint 0 in .* damaged .*: there is no older"):
         checkpoints.restore(state.blueprint(config, one_device))
     assert checkpoints.steps() == [0, 3, 6]
 
@@ -193,4 +193,4 @@ def test_cut_files_of_a_checkpoint_are_one_line(config, finished, tmp_path, run_
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: checkpoint 6 in {tmp_path / 'run' / 'checkpoints'} is damaged (OUT_OF_RANGE: ")
-    assert line.endswith("): no other was asked for")
+    assert line.endswith("): no other was requested")

@@ -162,7 +162,7 @@ def test_storage_that_fails_asks_for_a_restart_from_a_worker_too(tmp_path, monke
 
 def test_a_dataset_of_bad_records_ends_with_the_last(tmp_path):
     directory = dataset(tmp_path / "data", **{f"i{i}": {"image": b"no image"} for i in range(COUNT)})
-    with pytest.raises(UserError, match=r"20 bad records in a row, the last one record .*: cannot identify"):
+    with pytest.raises(UserError, match=r"20 bad records in a row, the last: record .*: cannot identify"):
         batches(open_records(directory), 1)
 
 
@@ -204,7 +204,7 @@ def test_long_captions_are_cut_counted_and_told_once(tmp_path, caplog):
     for _ in range(2):
         assert bytes(one(source, 2)["text"]) == b"01234567"
     (message,) = caplog.messages
-    assert message.startswith("captions are longer than the model reads (model.text_length)")
+    assert message.startswith("captions longer than the model reads (model.text_length)")
     assert one(source, 3)["text_length"] < LENGTH
     assert (source.truncated, source.skipped) == (2, 0)
 
@@ -222,7 +222,7 @@ def test_fixed_examples_stand_for_all(clean):
     assert examples["label"].tolist() == [0, 6, 13]
     assert data.fixed_examples(clean, COUNT)["label"].tolist() == list(range(COUNT))
     assert examples["image"].shape == (3, *SIZE, 3)
-    with pytest.raises(UserError, match="21 examples asked, but the split has only 20"):
+    with pytest.raises(UserError, match="21 examples requested, but the split has only 20"):
         data.fixed_examples(clean, COUNT + 1)
 
 
@@ -246,7 +246,7 @@ def test_a_worker_that_was_killed_is_no_bug_but_asks_for_a_restart(tmp_path):
     next(running)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(PartFailed, match="a process that reads data was killed by signal 9"):
+    with pytest.raises(PartFailed, match="a data-loading process was killed by signal 9"):
         while True:
             next(running)
 

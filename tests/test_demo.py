@@ -149,7 +149,7 @@ def test_classes_have_the_names_of_the_dataset(tiny, one_device, rough, save_run
     request = studio.request(1, 0, 2, 1.0, 1)
     assert "--label=1" in shlex.split(studio.command(request))
     assert finished(studio, request).shape == (1, 8, 8, 3)
-    with pytest.raises(UserError, match="label 3: classes are 0 to 1"):
+    with pytest.raises(UserError, match="label 3: expected 0 to 1"):
         studio.request(3, 0, 2, 1.0, 1)
 
 
@@ -201,7 +201,7 @@ def test_the_page_tells_the_time_of_drawing_alone(studio, ask, monkeypatch):
     pixels = studio.pixels
     monkeypatch.setattr(studio, "pixels", lambda progress: after(10, pixels(progress)))
     *_, (told, _) = page.show(studio, ask(), pause=100)
-    assert re.fullmatch(r"set (\d) of \1: done in \1\.0 s of drawing", told), told
+    assert re.fullmatch(r"set (\d) of \1: drawn in \1\.0 s", told), told
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class Page:
         before = self.status()
         self.find("#draw").click()
         self.wait(lambda: self.status() != before)
-        self.wait(lambda: "done in" in self.status())
+        self.wait(lambda: "drawn in" in self.status())
         return self.pictures()
 
     def pictures(self) -> list[bytes]:

@@ -30,11 +30,11 @@ FORMATS = {
     "in": "published PyTorch layout",
     "in/transformer": "published PyTorch layout",
     "bare.safetensors": "published PyTorch layout",
-    "run": "training directory, steps 0; the last has weights alone",
-    "run/checkpoints/0": "training directory, steps 0; this one has weights alone",
+    "run": "training directory, steps 0; the last has weights only",
+    "run/checkpoints/0": "training directory, steps 0; this one has weights only",
     "out": "published PyTorch layout, exported from here",
     "shards": "published PyTorch layout, exported from here",
-    "plain.safetensors": "safetensors file of arrays as they are here, weights: raw",
+    "plain.safetensors": "safetensors file with lina_jax's own names, weights: raw",
 }
 
 
@@ -55,7 +55,7 @@ def test_every_format_is_compared(place, other):
 
 
 def test_what_is_assumed_of_a_bare_file_is_told(place):
-    line = "assumed, as nothing says otherwise: a square image: 16 x 16 tokens, 8 x 8 condition tokens"
+    line = "assumed, as no file states it: a square image: 16 x 16 tokens, 8 x 8 condition tokens"
     assert line in describe.describe(place / "bare.safetensors").splitlines()
     assert line not in describe.describe(place / "in").splitlines()
 

@@ -62,8 +62,8 @@ VAE_MISTAKES = {
         1, lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(),
         ": no weights; expected diffusion_pytorch_model.safetensors or model.safetensors, or *.safetensors.index.json",
     ),
-    "truncated": (1, truncate, "/diffusion_pytorch_model.safetensors: not a whole safetensors file ("),
-    "truncated shard": (2, truncate, "/diffusion_pytorch_model-00001-of-00002.safetensors: not a whole safetensors"),
+    "truncated": (1, truncate, "/diffusion_pytorch_model.safetensors: not a complete safetensors file ("),
+    "truncated shard": (2, truncate, "/diffusion_pytorch_model-00001-of-00002.safetensors: not a complete safetensors"),
     "absent shard": (
         3, lambda d: (d / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink(),
         f"/{VAE_INDEX}: 1 of 3 files are absent: diffusion_pytorch_model-00002-of-00003.safetensors",

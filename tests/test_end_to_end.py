@@ -172,5 +172,5 @@ def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared,
     stored = reference.load(tmp_path / "reference.npz", network, **options)
     assert made.facts["reconstructed_by"] == stored.facts["reconstructed_by"] == config.autoencoder.path
     assert image_sources.npz_array(options["out"], "arr_0").shape == (20, 32, 32, 3)
-    with pytest.raises(UserError, match="latents holds latents: they are decoded as --reference beside --workdir"):
+    with pytest.raises(UserError, match="latents holds latents: they are decoded as --reference with --workdir"):
         image_sources.open_images(prepared / "latents", one_device)

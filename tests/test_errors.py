@@ -55,8 +55,8 @@ errors.run(main)
         (
             "--count=8",
             2,
-            "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; fewer images at once need less, "
-            "and of training more optim.accumulate",
+            "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; use fewer images at once or, "
+            "in training, a larger optim.accumulate",
         ),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
         ("--count=0", 2, "error: --count=0: 0 is not a positive integer"),

@@ -31,15 +31,15 @@ def test_training_names_the_command_that_makes_its_reference(
         config = tiny(eval={"images": 8, "inception": str(weights), "reference": str(reference)})
         return quality.DrawnQuality(state.blueprint(config, one_device), None)
 
-    with pytest.raises(UserError, match=f"eval.reference={shapes_data}: training reads .npz files with mu") as error:
+    with pytest.raises(UserError, match=f"eval.reference={shapes_data}: training needs an .npz file with mu") as error:
         prepared(shapes_data)
-    python, module, name, *options, out = shlex.split(str(error.value).partition(" is one after ")[2])
+    python, module, name, *options, out = shlex.split(str(error.value).partition(", run ")[2])
     assert (python, module, name, out) == ("python", "-m", "lina_jax.evaluate", "--out=DIR")
     result = run_module("evaluate", *options, f"--out={tmp_path}")
     assert result.returncode == 0, result.stderr
     prepared(tmp_path / "reference.npz")
     np.savez(tmp_path / "pictures.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=f"eval.reference={tmp_path}/pictures.npz: training reads .npz files with mu"):
+    with pytest.raises(UserError, match=f"eval.reference={tmp_path}/pictures.npz: training needs an .npz file with mu"):
         prepared(tmp_path / "pictures.npz")
     with pytest.raises(UserError, match=f"eval.reference={tmp_path}/nowhere.npz: no such file"):
         prepared(tmp_path / "nowhere.npz")

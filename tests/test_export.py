@@ -34,7 +34,7 @@ def c2i_run(tmp_path_factory) -> Path:
 
 
 def test_places_that_are_taken_or_closed_are_refused(c2i_run, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert.to_torch(c2i_run, c2i_run)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     for write in (convert.to_torch, convert.to_safetensors, convert.to_stablehlo):
@@ -73,7 +73,7 @@ def test_a_plain_file_holds_arrays_config_and_step(c2i_run, tmp_path):
         metadata = opened.metadata()
     assert freeze(json.loads(metadata["config"])).model == load_config(c2i_run).model
     assert metadata["step"] == "0"
-    with pytest.raises(UserError, match="arrays under our own names"):
+    with pytest.raises(UserError, match="has our own names"):
         convert.from_torch(file, tmp_path / "again")
     arrays = load_file(file)
     assert arrays.keys() == {"/".join(path) for path in weights.arrays}
@@ -91,7 +91,7 @@ def test_places_of_this_machine_stay_here(tiny):
 
 
 def test_a_directory_is_no_file_to_write(c2i_run, tmp_path):
-    with pytest.raises(UserError, match="is a directory, expected the name of a file"):
+    with pytest.raises(UserError, match="is a directory, expected a file name"):
         convert.to_safetensors(c2i_run, tmp_path)
 
 
@@ -102,10 +102,10 @@ def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tm
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint)
     checkpoints.save_weights(run.params, run.frozen)
     checkpoints.close()
-    with pytest.raises(UserError, match="not a model that the published code can load") as caught:
+    with pytest.raises(UserError, match="the published code cannot load this model") as caught:
         convert.to_torch(tmp_path / "run", tmp_path / "out")
     assert "model.text_encoder=bytes" in str(caught.value)
-    assert "byte_encoder/taps: no published tensor holds it" in str(caught.value)
+    assert "byte_encoder/taps: has no published counterpart" in str(caught.value)
     convert.to_safetensors(tmp_path / "run", tmp_path / "plain.safetensors")
 
 
@@ -228,7 +228,7 @@ def test_a_sampling_program_is_described_and_compared(tiny_run, program, tmp_pat
 
 def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
     for platforms in (["gpu"], []):
-        with pytest.raises(UserError, match=f"^--platforms={','.join(platforms)}: allowed are cpu, cuda, tpu$"):
+        with pytest.raises(UserError, match=f"^--platforms={','.join(platforms)}: expected some of cpu, cuda, tpu$"):
             convert.to_stablehlo(tiny_run, tmp_path / "out", platforms=platforms)
 
 

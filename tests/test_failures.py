@@ -66,7 +66,7 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
         train(tiny_text(step_timeout=0.5), tmp_path / "run")
     line, code = said[0]
     assert code == RUN_AGAIN
-    assert line.startswith("error: no step has ended for 0.5 s (step_timeout)")
+    assert line.startswith("error: no step has finished for 0.5 s (step_timeout)")
 
 
 def test_a_save_that_fails_ends_the_run_before_the_next_is_due(tiny_text, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
     train(tiny_text(steps=2, checkpoint={"every": 1, "timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
     assert code == RUN_AGAIN and line.startswith(
-        "error: a save has taken 0.5 s (checkpoint.timeout), the stacks of all"
+        "error: a save took over 0.5 s (checkpoint.timeout); the stacks of all"
     )
 
 
@@ -125,7 +125,7 @@ def test_measuring_that_does_not_end_is_ended(tiny_text, tmp_path, monkeypatch):
     monkeypatch.setattr("lina_jax.errors.leave", leave)
     train(tiny_text(steps=1, eval={"timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
-    assert code == RUN_AGAIN and line.startswith("error: measuring has taken 0.5 s (eval.timeout)")
+    assert code == RUN_AGAIN and line.startswith("error: measuring took over 0.5 s (eval.timeout)")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_cannot_be_read_in_time_ends_the_run(tiny_text, tmp_pa
     monkeypatch.setattr("lina_jax.errors.leave", leave)
     train(tiny_text(steps=1, checkpoint={"timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
-    assert code == RUN_AGAIN and line.startswith("error: reading weights has taken 0.5 s (checkpoint.timeout)")
+    assert code == RUN_AGAIN and line.startswith("error: reading weights took over 0.5 s (checkpoint.timeout)")
 
 
 def test_a_run_interrupted_finishes_its_save_and_says_where_it_goes_on(tiny_text, tmp_path, monkeypatch):
@@ -205,8 +205,8 @@ def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp
     with places.lock("workdir", workdir):
         result = run_module("train", f"--config={file}", f"--workdir={workdir}")
     assert result.returncode == 2 and [path.name for path in workdir.iterdir()] == ["lock"]
-    said = f"another run is at work there (process {os.getpid()} on {socket.gethostname()})"
-    assert result.stderr.splitlines()[-1] == f"error: --workdir={workdir}: {said}; if it is gone, remove {workdir}/lock"
+    said = f"another run is using it (process {os.getpid()} on {socket.gethostname()}); if that run is gone, remove"
+    assert result.stderr.splitlines()[-1] == f"error: --workdir={workdir}: {said} {workdir}/lock"
 
 
 def test_events_that_cannot_be_written_end_the_run(tmp_path):

@@ -90,11 +90,11 @@ def test_what_is_absent_is_drawn_again_on_other_devices_in_their_way(draw, promp
 
 def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
     draw(prompts, tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds pictures of other seed: choose another --out, or remove it"):
+    with pytest.raises(UserError, match=r"holds pictures that differ in seed: choose another --out, or remove it"):
         draw(prompts, tmp_path / "out", seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note.txt").write_text("")
-    with pytest.raises(UserError, match="holds files that are not of this command"):
+    with pytest.raises(UserError, match="holds files that this command did not write"):
         draw(prompts, tmp_path / "mine")
 
 
@@ -102,7 +102,7 @@ def test_pictures_of_other_encoders_are_not_mixed(draw, prompts, tiny_text, one_
     draw(prompts[:1], tmp_path / "out", images=1)
     for group, other in (("autoencoder", {"path": "x"}), ("autoencoder", {"tile": 8}), ("text_encoder", {"path": "x"})):
         plan = state.blueprint(tiny_text(**{group: other}), one_device)
-        with pytest.raises(UserError, match=f"holds pictures of other {group}: choose another --out, or remove it"):
+        with pytest.raises(UserError, match=f"pictures that differ in {group}: choose another --out, or remove it"):
             draw(prompts[:1], tmp_path / "out", images=1, plan=plan)
 
 
@@ -111,7 +111,7 @@ def test_pictures_of_other_settings_are_noticed_before_anything_is_drawn(draw, p
     geneval.Drawing(plan, plan.config.sample, prompts, tmp_path / "out", seed=0, **options)
     assert not (tmp_path / "out").exists()
     draw(prompts, tmp_path / "out", images=1)
-    with pytest.raises(UserError, match="holds pictures of other seed"):
+    with pytest.raises(UserError, match="holds pictures that differ in seed"):
         geneval.Drawing(plan, plan.config.sample, prompts, tmp_path / "out", seed=1, **options)
 
 
@@ -200,6 +200,6 @@ def test_a_report_is_one_file_that_tells_what_is_there_and_what_is_not(plan, tmp
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for told in (
         "12.35 ± 0.42", "0.75 of 12 (0.47 to 0.91)", "0.500 ± 0.080", "step 4", "the reference has no images",
-        "&lt;b&gt;.npz", "nan", "of &lt;classes&gt;", "biased upwards", "Recall not asked for", "model.width",
+        "&lt;b&gt;.npz", "nan", "of &lt;classes&gt;", "biased upwards", "Recall not requested", "model.width",
     ):  # fmt: skip
         assert told in text, told

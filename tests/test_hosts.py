@@ -42,7 +42,7 @@ def test_a_roll_call_with_all_is_silent():
 
 
 def test_missing_processes_are_named_in_all_that_came():
-    line = "PartFailed: processes 1, 3 of 4 did not come within 1 s (--connect_timeout)"
+    line = "PartFailed: processes 1, 3 of 4 did not connect within 1 s (--connect_timeout)"
     assert set(answers(free_port(), 2, 0).values()) == {line}
 
 
@@ -153,7 +153,7 @@ def test_flags_go_before_the_environment(environment):
         ((None, 3, 1), "--coordinator=None .*: all three are needed, or none"),
         (("here:1", 3, 3), "--process_id=3: expected 0 <= process_id < processes"),
         (("here", 3, 1), "--coordinator=here .*: expected HOST:PORT"),
-        (("here:70000", 3, 1), "--coordinator=here:70000 .*: expected HOST:PORT, the port from 1 to 65535"),
+        (("here:70000", 3, 1), "--coordinator=here:70000 .*: expected HOST:PORT with a port from 1 to 65535"),
     ],
 )
 def test_places_that_cannot_be_are_refused(given, message, environment):

@@ -34,7 +34,7 @@ def test_compressed_and_damaged_npz_files(tmp_path):
     (tmp_path / "cut.npz").write_bytes(content[:200])
     (tmp_path / "flipped.npz").write_bytes(content[:60] + bytes(byte ^ 255 for byte in content[60:80]) + content[80:])
     for name in ("cut", "flipped"):
-        with pytest.raises(UserError, match=f"{name}.npz: not a whole npz file"):
+        with pytest.raises(UserError, match=f"{name}.npz: not a complete .npz file"):
             image_sources.npz_array(tmp_path / f"{name}.npz", "arr_0")
 
 

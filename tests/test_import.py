@@ -161,21 +161,21 @@ def reshape(end: str, shape: tuple[int, ...]):
 @pytest.mark.parametrize(
     "damage, parts",
     [
-        (truncate, ["not a whole safetensors file"]),
+        (truncate, ["not a complete safetensors file"]),
         (lambda source: (source / WEIGHTS).unlink(), ["transformer: no weights; expected"]),
         (lambda source: write_autoencoder(source / "transformer"), ["not a LINA or NOVA transformer"]),
-        (change_weights(halve_one), ["several types (1 of F16, 128 of F32; first of F16: image_encoder.norm"]),
-        (change_weights(spoil_two), ["not finite in ", "image_encoder.norm.bias", "image_decoder.head.bias"]),
+        (change_weights(halve_one), ["several dtypes (1 in F16, 128 in F32; first in F16: image_encoder.norm"]),
+        (change_weights(spoil_two), ["non-finite values in ", "image_encoder.norm.bias", "image_decoder.head.bias"]),
         (change_weights(lose_reshape_and_add), ["unexpected: motion_embed.weight", "image_encoder.norm.bias is (7,)",
                                                 "missing: image_encoder.blocks.1.norm1.weight"]),
         (change_config(image_base_size=[12, 12]),
-         ["model.image_grid: (12, 12) by config.json, (16, 16) by config.json (image_size)",
-          "(12, 12) and (8, 8), gates of 320 tokens"]),
+         ["model.image_grid: (12, 12) from config.json, (16, 16) from config.json (image_size)",
+          "(12, 12) and (8, 8), gates for 320 tokens"]),
         (change_config(arch=5), ["config.json: arch=[5]: expected three names"]),
         (write_scheduler(shift="three"), ["transformer: loss.shift='three': expected float"]),
         (write_scheduler(_class_name="DDPM"), ["scheduler_config.json: _class_name='DDPM': expected 'FlowMatchEuler"]),
         (write_scheduler(num_train_timesteps=500), ["scheduler_config.json: num_train_timesteps=500: expected 1000"]),
-        (rename_module, ["transformer_nova_linear7 is not known here; --config can say what it computes"]),
+        (rename_module, ["transformer_nova_linear7 is unknown; describe the model with --config"]),
         (reshape(".key_scale", ()), ["attn.key_scale is (), expected 4 axes"]),
         (reshape(".dw_conv.weight", (800,)), ["attn.dw_conv.weight is (800,), expected 4 axes"]),
         (reshape("encoder.patch_embed.proj.weight", (0, 4, 2, 2)), ["is (0, 4, 2, 2), expected 4 axes, none"]),
@@ -229,7 +229,7 @@ def test_a_text_buffer_of_another_type_is_as_published(tmp_path):
 
 def test_places_that_are_taken_or_closed_are_refused(tmp_path, monkeypatch):
     source = write_pipeline(Case("transformer_c2i"), tmp_path / "in")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert.from_torch(source, source)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot be written"):
@@ -312,5 +312,5 @@ def test_bin_files_of_other_things_are_refused(change, message, tmp_path):
 def test_bin_files_run_no_code(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"weight": Path("anything")}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="not a whole file of PyTorch weights alone"):
+    with pytest.raises(UserError, match="cannot be loaded as PyTorch weights"):
         convert.from_torch(tmp_path, tmp_path / "run")

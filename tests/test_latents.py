@@ -116,8 +116,8 @@ def test_a_config_opens_latents(latent_config, latents_directory):
     ("changes", "message"),
     [
         ({"data": {"flip": True}}, "data.flip=True: latents cannot be flipped"),
-        ({"model": {"image_grid": (3, 3)}}, r"holds latents of \(4, 2, 3\); .* need \(4, 3, 3\)"),
-        ({"model": {"text_dim": 8}}, "holds text features of 5; model.text_dim=8"),
+        ({"model": {"image_grid": (3, 3)}}, r"holds latents of \(4, 2, 3\), .* need \(4, 3, 3\)"),
+        ({"model": {"text_dim": 8}}, "holds text features of 5, but model.text_dim=8"),
     ],
 )
 def test_latents_that_do_not_fit_the_config_are_refused(latent_config, latents_directory, changes, message):
@@ -128,5 +128,5 @@ def test_latents_that_do_not_fit_the_config_are_refused(latent_config, latents_d
 def test_pixels_and_latents_are_not_taken_for_each_other(latent_config, latents_directory, tiny, tmp_path):
     with pytest.raises(UserError, match="holds pixels"):
         data.open_records(latent_config(dataset(tmp_path / "data")), "train")
-    with pytest.raises(UserError, match=r"holds latents of \(4, 2, 3\); autoencoder.kind=identity trains on pixels"):
+    with pytest.raises(UserError, match=r"latents of \(4, 2, 3\), but autoencoder.kind=identity trains on pixels"):
         data.open_records(tiny(data={"path": str(latents_directory)}), "train")

@@ -173,7 +173,7 @@ def test_a_slurm_job_that_is_cancelled_stays_so(code, launch):
         ("tpu_pod", ["--name=r", "--zone=z", "--topology=tpu7x:2x2x1"], "launch/gke.sh"),
         ("tpu_pod", ["--name=r", "--topology=v5e:4x4"], "--zone"),
         ("tpu_pod", ["--name=R_1", "--zone=z", "--topology=v5e:4x4"], "--name=R_1"),
-        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5e:4x4x4"], "two edges"),
+        ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5e:4x4x4"], "two dimensions"),
         ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5p:4x0x4"], "--topology=v5p:4x0x4"),
         ("tpu_pod", ["--name=r", "--zone=z", "--topology=v5p:4x4x4*2"], "launch/gke.sh --slices"),
         ("gke", ["--name=r", "--topology=v5e:4x4", "--cluster=c"], "--image"),
@@ -210,7 +210,7 @@ def test_no_gpu_is_one_line(answer, visible, launch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     result, *_ = launch(LAUNCH / "local.sh", "--name=r", "--accelerator=gpu", "--", "train", PATH=path, **visible)
-    assert (result.returncode, result.stderr) == (2, "error: --accelerator=gpu: there is none\n")
+    assert (result.returncode, result.stderr) == (2, "error: --accelerator=gpu: there is no GPU\n")
 
 
 @pytest.mark.parametrize("place", ["quickstart", "benchmark"])
@@ -254,7 +254,7 @@ def test_a_sweep_measures_presets_that_there_are(launch, load_preset, tmp_path):
 def test_lines_of_an_earlier_sweep_are_kept(launch, tmp_path):
     (tmp_path / "lines.jsonl").touch()
     result, _, _ = launch(LAUNCH / "benchmark.sh", "--accelerator=cpu", f"--out={tmp_path / 'lines.jsonl'}")
-    assert (result.returncode, result.stderr) == (2, f"error: --out={tmp_path / 'lines.jsonl'} is there already\n")
+    assert (result.returncode, result.stderr) == (2, f"error: --out={tmp_path / 'lines.jsonl'} already exists\n")
 
 
 def test_ctrl_c_ends_a_sweep_and_not_one_of_its_measurements(launch, tmp_path):

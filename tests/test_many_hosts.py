@@ -254,7 +254,7 @@ def test_a_flipped_bit_is_noticed_by_all_and_four_go_on_from_the_checkpoint_befo
     succeed(processes)
     name = largest.relative_to(workdir / "checkpoints" / "6")
     assert (
-        f"checkpoint 6 in {workdir}/checkpoints is damaged ({name} has other bytes than were saved): using 3"
+        f"checkpoint 6 in {workdir}/checkpoints is damaged ({name} has different bytes than were saved): using 3"
         in (processes[0].end()[1])
     )
     assert sorted(losses(workdir)) == [4, 5, 6]
@@ -322,7 +322,7 @@ def test_another_config_in_one_process_ends_all(file, start, tmp_path):
         own=lambda process: (f"--config.seed={process}",),
     )
     said = (
-        "error: process 1 differs from process 0: seed=1, there 0 "
+        "error: process 1 differs from process 0: seed=1 instead of 0 "
         "(all processes must run the same command with the same code and data)"
     )
     for process, line in zip(processes, (f"process 1: {said}", said), strict=True):
@@ -349,6 +349,6 @@ def test_a_missing_process_is_named_by_the_command(file, start, tmp_path):
     options = f"--config={file}", f"--workdir={tmp_path / 'run'}", "--connect_timeout=3"
     process, other = start("train", 2, *options, own=lambda process: ("--process_id=0",))
     ends = {process.end(), other.end()}
-    line = "error: process 1 of 2 did not come within 3 s (--connect_timeout); run the same command again\n"
+    line = "error: process 1 of 2 did not connect within 3 s (--connect_timeout); run the same command again\n"
     assert (RUN_AGAIN, line) in ends
     assert 2 in [code for code, _ in ends]  # the other one cannot bind the port

@@ -30,7 +30,7 @@ def test_the_open_axis_takes_the_devices_that_are_left():
 def test_impossible_meshes_are_refused_with_the_arithmetic(sizes, arithmetic):
     with pytest.raises(UserError) as error:
         mesh.build(MeshConfig(**sizes))
-    assert str(error.value) == f"mesh: {arithmetic} does not make 8 devices"
+    assert str(error.value) == f"mesh: {arithmetic} does not match 8 devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def test_sequence_of_zero_is_chosen_so_that_the_batch_can_be_cut(batch_size, fsd
 @pytest.mark.parametrize(("sizes", "parts"), [({"fsdp": 0}, 8), ({"data": 2, "fsdp": 2}, 4)])
 def test_a_batch_that_no_choice_can_cut_is_refused_by_its_size(sizes, parts, tiny):
     with pytest.raises(
-        UserError, match=rf"accumulate=7 is not divisible by {parts} devices .*; no mesh.sequence helps"
+        UserError, match=rf"accumulate=7 is not divisible by {parts} devices .*; no value of mesh.sequence fixes this"
     ):
         mesh.of(tiny(batch_size=7, mesh={"sequence": 0} | sizes))
 
@@ -176,7 +176,7 @@ def test_slices_without_replicas_are_refused_with_what_helps(sizes, tiny):
         ({"model": {"width": 36}}, {"fsdp": 4, "tensor": 2}, "model.width=36 is not divisible by 8"),
         ({}, {"sequence": 8}, "model.image_grid=4,4: its number of rows=4 is not divisible by 8"),
         ({"model": {"condition_grid": (1, 2)}}, {"sequence": 4}, "model.condition_grid: its number of tokens=2 is not"),
-        ({"model": {"conv_kernel": 5}}, {"sequence": 4}, "mesh.sequence=4 leaves 1 of 4 rows to a device; model.conv_"),
+        ({"model": {"conv_kernel": 5}}, {"sequence": 4}, "mesh.sequence=4 leaves 1 of 4 rows per device; model.conv_"),
     ],
 )  # fmt: skip
 def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
@@ -190,7 +190,7 @@ def test_what_a_mesh_cannot_cut_is_refused(tiny, changes, sizes, message):
 def test_weights_of_which_something_cannot_be_cut_are_held_by_one_device(tiny, monkeypatch):
     """A timestep has 256 features, whatever the widths are."""
     three, model = jax.devices()[:3], tiny(model={"width": 48, "head_width": 48}).model
-    with pytest.raises(UserError, match=r"^the number of features of a time=256 is not divisible by 3 devices"):
+    with pytest.raises(UserError, match=r"^the number of time features=256 is not divisible by 3 devices"):
         mesh.check_model(model, mesh.build(MeshConfig(data=1, fsdp=3), three))
     monkeypatch.setattr(jax, "local_devices", lambda: three)
     assert mesh.holding(model).size == 1
@@ -214,7 +214,7 @@ def test_a_mesh_that_cannot_be_read_is_named(text):
     ("text", "message"),
     [
         ("fsdp=2,fsdp=4", "--mesh=fsdp=2,fsdp=4: fsdp is given twice"),
-        ("fsdp=-1", "mesh.data and mesh.fsdp are -1: only one axis can be inferred, set the other"),
+        ("fsdp=-1", "mesh.data and mesh.fsdp are -1: only one axis can be inferred"),
     ],
 )
 def test_a_mesh_on_the_command_line_that_says_too_much_is_named(text, message):
@@ -261,5 +261,5 @@ def test_where_jax_finds_no_layout_neighbours_are_boxes_of_the_torus(slices, inn
 
 
 def test_slices_that_are_not_alike_are_one_line():
-    with pytest.raises(UserError, match=r"^mesh: slices of 2 and 4 devices: all must be alike$"):
+    with pytest.raises(UserError, match=r"^mesh: slices of 2 and 4 devices: all must be equally large$"):
         mesh.build(MeshConfig(replica=2), [TpuChip(i, 0, i // 4) for i in range(6)])

@@ -98,7 +98,7 @@ def test_ten_million_records_and_late_positions():
 
 
 def test_a_weight_too_small_for_a_window_is_refused():
-    with pytest.raises(UserError, match=r"weight 1 of 5001: a dataset needs at least 1/1024"):
+    with pytest.raises(UserError, match=r"weight 1 of 5001: each dataset needs at least 1/1024"):
         order.make([10, 10], [Fraction(5000), Fraction(1)], seed=0)
 
 

@@ -39,11 +39,11 @@ def test_a_topology_is_chips_in_a_shape(text, name, shape, slices, count):
     [
         ("v5e", "expected CHIP:SHAPE"),
         ("v5e:4x0", "expected CHIP:SHAPE"),
-        ("v9:4x4", "'v9' is not known, only v4, v5e"),
+        ("v9:4x4", "'v9' is unknown, expected one of v4, v5e"),
         ("v5e:4x4x4", "a slice of v5e has 2 dimensions, not 3"),
-        ("v6e:32x32", "a slice of v6e has at most 16x16 chips (v6e:16x16*4: four)"),
+        ("v6e:32x32", "a slice of v6e has at most 16x16 chips (four: v6e:16x16*4)"),
         ("h200:2x8*2", "GPUs are h200:GPUS or h200:NODESxGPUS"),
-        ("h200:4x1", "nodes of one GPU cannot be planned"),
+        ("h200:4x1", "nodes with a single GPU cannot be planned"),
     ],
 )
 def test_what_is_no_topology_is_refused(text, message):
@@ -89,7 +89,7 @@ def test_too_little_memory_on_chip_is_one_line_that_names_the_flags():
         raise jax.errors.JaxRuntimeError(message)
 
     program = SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile))
-    with pytest.raises(UserError, match=r"^the program needs 16.12M of 16.00M memory on chip .*xla_flags.py.*\)$"):
+    with pytest.raises(UserError, match=r"^the program needs 16.12M of 16.00M on-chip memory .*xla_flags.py.*\)$"):
         programs.compile_program(program, (), {})
 
 

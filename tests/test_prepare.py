@@ -140,7 +140,7 @@ def test_a_finished_dataset_is_kept(tmp_path, capsys):
     before = (tmp_path / "out" / "prepare.json").stat().st_mtime_ns
     assert prepare(tmp_path / "out", settings(pattern)) == totals
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(UserError, match="resolution=8, asked 16"):
+    with pytest.raises(UserError, match="resolution=8, requested 16"):
         prepare(tmp_path / "out", settings(pattern, resolution=16))
     assert (tmp_path / "out" / "prepare.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is not a dataset made by"):
@@ -185,7 +185,7 @@ def test_class_names_that_changed_are_noticed(tmp_path, small_units):
         ({"text_encoder": "phi"}, "--text_encoder='phi' does not apply to pixels"),
         ({"quality": 101}, "--quality=101"),
         ({"resolution": 0}, "--resolution=0"),
-        ({"validation": 10}, "--validation=10 leaves nothing of the 10 items"),
+        ({"validation": 10}, "--validation=10 leaves none of the 10 items"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, message):
@@ -215,7 +215,7 @@ def test_shapes_from_the_command_line(tmp_path):
 
     failed = subprocess.run([*command, "--train=7", "--validation=2"], capture_output=True, text=True)
     assert failed.returncode == 2
-    assert failed.stderr == f"error: --out={tmp_path}/out holds a dataset with other settings: train=6, asked 7\n"
+    assert failed.stderr == f"error: --out={tmp_path}/out holds a dataset with other settings: train=6, requested 7\n"
 
 
 def test_scenes_of_another_version_are_not_taken_for_ours(tmp_path):
@@ -224,7 +224,7 @@ def test_scenes_of_another_version_are_not_taken_for_ours(tmp_path):
     summary = json.loads((tmp_path / "out" / "prepare.json").read_text())
     summary["settings"]["scenes"] = "older"
     (tmp_path / "out" / "prepare.json").write_text(json.dumps(summary))
-    with pytest.raises(UserError, match="holds a dataset with other settings: scenes='older', asked"):
+    with pytest.raises(UserError, match="holds a dataset with other settings: scenes='older', requested"):
         prepare(tmp_path / "out", made)
 
 
@@ -246,7 +246,7 @@ def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
     prepare(tmp_path / "one", made)
     assert prepare(tmp_path / "out", made, share=Share(1, 3)) is None
     assert prepare(tmp_path / "out", made, share=Share(0, 3)) is None
-    assert "3 of 11 units are left to others" in capsys.readouterr().out
+    assert "3 of 11 units are left to other processes" in capsys.readouterr().out
     totals = prepare(tmp_path / "out", made, share=Share(2, 3))
     assert totals == {"images": {"train": 300, "validation": 30}, "rejected": {}, "truncated_captions": 0}
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -337,7 +337,7 @@ def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):
 
 def test_work_that_others_began_differently_is_refused(tmp_path, small_units):
     prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2))
-    with pytest.raises(UserError, match=r"out.partial was begun with other settings .*: resolution=8, asked 16"):
+    with pytest.raises(UserError, match=r"out.partial was started with other settings .*: resolution=8, requested 16"):
         prepare(tmp_path / "out", Settings(**SMALL | {"resolution": 16}), share=Share(1, 2))
 
 

@@ -170,7 +170,7 @@ def test_a_file_of_features_that_is_cut_is_named(left, source, measure, tmp_path
     with pytest.raises(KeyboardInterrupt):
         measure(of=Killed(source(1), 30), work=tmp_path / "work")
     os.truncate(tmp_path / "work" / "000001.npz", left)
-    with pytest.raises(UserError, match=r"000001\.npz is damaged .*: remove it to have it made again"):
+    with pytest.raises(UserError, match=r"000001\.npz is damaged .*: remove it to recompute it"):
         measure(of=source(1), work=tmp_path / "work")
 
 
@@ -196,7 +196,7 @@ def test_what_was_done_for_other_pictures_does_not_count(
     again = Killed(source(1))
     assert measure(of=again, work=tmp_path / "work").values == whole.values
     assert min(again.made) == 0
-    assert "is of another evaluation that was not finished: it is replaced" in capsys.readouterr().err
+    assert "is from another evaluation, which did not finish: replacing it" in capsys.readouterr().err
 
 
 def test_what_was_done_by_another_network_does_not_count(source, networks, measure, tmp_path):
@@ -244,7 +244,7 @@ def test_a_folder_of_pictures_measures_the_same(measure, whole, source, devices,
         assert found.values[name].value == pytest.approx(value, rel=1e-6), name
     Image.new("RGB", (9, 8)).save(tmp_path / "zzz.png")
     folder = image_sources.open_images(tmp_path, devices[1])
-    with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: one size is needed"):
+    with pytest.raises(UserError, match=r"zzz.png is 9 x 8, 000.png is 8 x 8: all pictures must have the same size"):
         folder.batch(np.arange(COUNT + 1))
 
 
@@ -270,7 +270,7 @@ def test_a_computed_reference_is_stored_and_read(networks, weights, shapes_data,
     np.testing.assert_array_equal(stored.features, made.features)
     assert stored.pool.covariance.tobytes() == made.pool.covariance.tobytes()
     other = Network(write(tmp_path / "other.safetensors", seed=1), devices[1])
-    with pytest.raises(UserError, match="was made with other weights of Inception v3"):
+    with pytest.raises(UserError, match="was made with different weights of Inception v3"):
         reference.load(path, other, per_device=4, work=None, images=True)
     save_file(load_file(weights), tmp_path / "same.safetensors", {"note": "the same weights in another file"})
     assert Network(tmp_path / "same.safetensors", devices[1]).digest == networks[1].digest
@@ -308,7 +308,7 @@ def test_what_is_wrong_with_a_reference_is_known_before_it_is_computed(networks,
     options = {"per_device": 4, "work": tmp_path / "work", "images": True}
     with pytest.raises(UserError, match=r"note.txt: not a folder of pictures, an .npz file or a prepared dataset"):
         reference.opened(tmp_path / "note.txt", networks[1], **options)
-    with pytest.raises(UserError, match="--reference_number=65: there are 64 images"):
+    with pytest.raises(UserError, match="--reference_number=65: there are only 64 images"):
         reference.opened(shapes_data, networks[1], **options, count=65)
     reference.opened(shapes_data, networks[1], **options)
     assert not (tmp_path / "work").exists()

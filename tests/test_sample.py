@@ -52,11 +52,11 @@ def test_sample_writes_pictures_and_how_they_were_made(run_module, workdir, tmp_
 def test_a_place_with_settings_of_something_else_is_refused(tmp_path):
     assert sample.earlier_pictures(tmp_path) == []
     (tmp_path / "settings.json").write_text("[]")
-    with pytest.raises(UserError, match=r"settings\.json there is not of an earlier call"):
+    with pytest.raises(UserError, match=r"settings\.json is not from an earlier call"):
         sample.earlier_pictures(tmp_path)
     (tmp_path / "settings.json").unlink()
     (tmp_path / "00000.png").touch()
-    with pytest.raises(UserError, match=r"00000\.png there is not of an earlier call"):
+    with pytest.raises(UserError, match=r"00000\.png is not from an earlier call"):
         sample.earlier_pictures(tmp_path)
 
 
@@ -66,10 +66,10 @@ def test_a_prompt_that_is_cut_is_named(tiny_text, caplog):
 
     config = tiny_text(model={"text_encoder": "features"})
     sample.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
-    assert caplog.messages == ["only the first 3 tokens are read of prompt 'too long for it'"]
+    assert caplog.messages == ["only the first 3 tokens of prompt 'too long for it' are read"]
     caplog.clear()
     sample.encode_conditions(tiny_text(model={"text_length": 8}), ["a circle", "a square, too"])
-    assert caplog.messages == ["only the first 8 bytes are read of prompt 'a square, too'"]
+    assert caplog.messages == ["only the first 8 bytes of prompt 'a square, too' are read"]
 
 
 def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
@@ -132,7 +132,7 @@ def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
     file.write_text("a red\u2028circle\n", encoding="utf-8")  # ends a line in Unicode, but not in editors
     assert sample.requested(tiny_text(), [], str(file), [], 1) == ["a red\u2028circle"]
     file.write_bytes(b"\n")
-    with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: there is no prompt in it"):
+    with pytest.raises(UserError, match=r"--prompts_file=.*prompts\.txt: it contains no prompt"):
         sample.requested(tiny_text(), ["a red circle"], str(file), [], 2)
 
 
@@ -157,7 +157,7 @@ def test_the_setting_that_is_wrong_is_named_alone(tiny, name, value):
 
 @pytest.mark.parametrize("label", [-1, 4])
 def test_classes_that_do_not_exist_are_refused(tiny, label):
-    with pytest.raises(UserError, match=f"label {label}: classes are 0 to 2"):
+    with pytest.raises(UserError, match=f"label {label}: expected 0 to 2"):
         sample.encode_conditions(tiny(), [label])
 
 
@@ -182,5 +182,5 @@ def test_imported_weights_are_not_called_an_average(text_plan, rough, run_module
 
 
 def test_a_checkpoint_that_is_not_there_is_named(workdir):
-    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: there are \[7\]"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: its steps are \[7\]"):
         sample.load(workdir, step=3)

@@ -36,7 +36,7 @@ def test_a_process_finds_its_share(monkeypatch, environment, share):
 
 def test_a_slurm_array_with_holes_is_refused(monkeypatch):
     monkeypatch.setattr("os.environ", array(id=5, min=5, max=9, count=2))
-    with pytest.raises(UserError, match="array of 2 tasks from 5 to 9 has holes"):
+    with pytest.raises(UserError, match="array of 2 tasks from 5 to 9 has gaps"):
         the_share(None, None)
 
 

@@ -136,7 +136,7 @@ def test_images_without_a_row_are_counted(folder, caplog):
     line = b'{"file_name": "a.png", "text": "a"}'
     files = {"a.png": png(1), "b.png": png(2), "c/d.JPG": b"x", "metadata.jsonl": line}
     items(folder(files, Fields("", "text", "", "")))
-    assert "2 images have no row of metadata, such as b.png" in caplog.text
+    assert "2 images have no metadata row, such as b.png" in caplog.text
 
 
 def test_one_process_lists_a_bucket_for_the_images_without_a_row(monkeypatch, caplog):
@@ -152,7 +152,7 @@ def test_one_process_lists_a_bucket_for_the_images_without_a_row(monkeypatch, ca
                 assert len(list(made)) == 1
         with source.open(source.units[0]) as (_, made):
             assert len(list(made)) == 1
-        assert "1 images have no row of metadata, such as 2.png" in caplog.text
+        assert "1 images have no metadata row, such as 2.png" in caplog.text
     finally:
         files.rm("/photos", recursive=True)
 
@@ -164,7 +164,7 @@ def test_a_picture_has_one_name(folder, caplog):
     source = folder({"a.png": png(1), "b/c.png": png(2), "metadata.jsonl": lines}, Fields("", "text", "", ""))
     assert reasons(source) == {"./a.png": "duplicate key"}
     assert [item.key for item in items(source) if isinstance(item, Example)] == ["a.png", "b//c.png"]
-    assert "no row of metadata" not in caplog.text
+    assert "no metadata row" not in caplog.text
 
 
 def test_metadata_may_be_csv(folder):
@@ -239,7 +239,7 @@ def test_labels_that_are_none_are_named(label, reason):
         (
             {"metadata.jsonl": b'{"file_name": "a.png", "title": "x"}'},
             Fields(),
-            "name --caption_column .* has file_name, title",
+            "give --caption_column .* has file_name, title",
         ),
         ({"cat/a.png": b"x"}, Fields(caption="text"), "caption_column='text'.* no metadata"),
     ],

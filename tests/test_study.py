@@ -118,7 +118,7 @@ def test_a_score_that_is_of_no_step_is_named(runs_of):
     """As when images that come from no run were evaluated there."""
     directory = runs_of((1.0, 0, {}))
     (directory / "run0" / "evaluation" / "score.json").write_text('{"quality": {}}')
-    with pytest.raises(UserError, match=r"run0/evaluation/score.json names no step"):
+    with pytest.raises(UserError, match=r"run0/evaluation/score.json has no step"):
         study.read(directory)
 
 
@@ -126,7 +126,7 @@ def test_unequal_budgets_are_refused(runs_of, tmp_path):
     with pytest.raises(UserError, match=r"unequal budgets cannot be compared \(40 images: run0; 48 images: run1"):
         study.gather(runs_of((1.0, 0, {}), (0.9, 1, {}), step=5))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no runs there"):
+    with pytest.raises(UserError, match="contains no runs"):
         study.gather(tmp_path / "empty")
 
 

@@ -239,17 +239,20 @@ def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, t
     [
         ({}, {"path": "/no/such/run"}, ["init_from.path=/no/such/run: no such directory"]),
         ({}, {"path": "."}, ["not a training directory with checkpoints", "--from_torch"]),
-        ({}, {"checkpoint": 7}, ["no checkpoint of step 7", "there are [5]"]),
+        ({}, {"checkpoint": 7}, ["no checkpoint of step 7", "its steps are [5]"]),
         ({}, {"exclude": ["head/*", "haed/*"], "restart": ["gates"]},
-         ["exclude: no array's name fits 'haed/*'", "restart: no array's name fits 'gates'"]),
-        ({}, {"exclude": ["*"]}, ["the rules of init_from take none of its "]),
+         ["exclude: no array name matches 'haed/*'", "restart: no array name matches 'gates'"]),
+        ({}, {"exclude": ["*"]}, ["the rules of init_from select none of its "]),
         ({}, {"recompute": ["head/out/*"]}, ["head/out/bias: no gate, cannot be recomputed", "head/out/kernel: no"]),
-        (LARGER, {}, ["decoder/runs/from_01/attention/key_scale: (1, 20, 4) there, (1, 80, 4) here",
-                      "decoder/runs/from_01/attention/value_scale: (1, 20, 4) there"]),
-        ({"model": {"image_grid": (2, 8)}}, {}, ["/key_scale: (1, 20, 4) there, (1, 20, 4) here (grids ((2, 2), (4,"]),
+        (LARGER, {}, ["decoder/runs/from_01/attention/key_scale: (1, 20, 4) in the source, (1, 80, 4) here",
+                      "decoder/runs/from_01/attention/value_scale: (1, 20, 4) in the source"]),
+        ({"model": {"image_grid": (2, 8)}}, {},
+         ["/key_scale: (1, 20, 4) in the source, (1, 20, 4) here (grids ((2, 2), (4,"]),
         ({"model": {"kv_gate": "key", "rotary": True, "heads": 1, "num_classes": 4}}, {},
-         ["value_scale: only there", "time_embed/mlp/fc1/bias: only there", "label_embed/table: (4, 32) there, (5,"]),
-        ({"model": {"kv_gate": "decoupled"}}, {}, ["key_scale_gamma: not there", "key_scale: only there"]),
+         ["value_scale: only in the source", "time_embed/mlp/fc1/bias: only in the source",
+          "label_embed/table: (4, 32) in the source, (5,"]),
+        ({"model": {"kv_gate": "decoupled"}}, {},
+         ["key_scale_gamma: not in the source", "key_scale: only in the source"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_listed_at_once(begun, changes, init_from, parts):
@@ -284,4 +287,4 @@ def test_the_table_tells_every_array(begun):
     assert "restarted 2 arrays (640 numbers)" in first
     assert sum(line.startswith(("  loaded ", "  restarted ")) for line in lines) == len(report["arrays"])
     assert any(line.split() == ["restarted", "decoder/runs/from_01/attention/key_scale", "1", "x", "80", "x", "4",
-                                "(there", "1", "x", "20", "x", "4)"] for line in lines)  # fmt: skip
+                                "(source", "1", "x", "20", "x", "4)"] for line in lines)  # fmt: skip

@@ -274,7 +274,7 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
     width = (arrays.summaries or results.summaries)[0].shape[2] // heads
     fewest, most = GPU_LANES
     if width > most:
-        raise UserError(f"model.attention_kernel=pallas: heads of {width} channels; on GPUs at most {most}")
+        raise UserError(f"model.attention_kernel=pallas: heads have {width} channels; at most {most} on GPUs")
     tile = Tile(1, width, max(fewest, pl.next_power_of_2(width)))
     tile_rows = max(16, min(64, GPU_BYTES // (tile.lanes * tokens.dtype.itemsize)))
     programs = pl.cdiv(length, GPU_TOKENS)  # per image; each has its own summaries

@@ -51,7 +51,7 @@ class FolderSource:
             self.contents, self._fields = [digest], fields._replace(image="file_name")
             known = {column for row in self._rows for column in row.columns}
             if not (fields.caption or fields.label):
-                raise UserError(f"name --caption_column or --label_column: metadata has {', '.join(sorted(known))}")
+                raise UserError(f"give --caption_column or --label_column: the metadata has {', '.join(sorted(known))}")
             for name, column in fields._asdict().items():
                 if column and name != "image" and column not in known:
                     raise UserError(f"--{name}_column={column!r}: not in metadata; it has {', '.join(sorted(known))}")
@@ -78,7 +78,7 @@ class FolderSource:
         others = (path for path in self._sizes() if path not in described)
         images = [path for path in others if path.lower().rpartition(".")[2] in base.IMAGES]
         if images:
-            logging.warning("%s: %d images have no row of metadata, such as %s", self.name, len(images), images[0])
+            logging.warning("%s: %d images have no metadata row, such as %s", self.name, len(images), images[0])
 
     def _classes(self, directory: str, fields: Fields) -> tuple[list[_Row], list[tuple[str, int]]]:
         """A row for each file that is not hidden, and the sizes of the files."""
