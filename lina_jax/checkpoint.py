@@ -222,7 +222,7 @@ class Checkpoints:
             while cause.__cause__:
                 cause = cause.__cause__
             cause = _of_the_system(cause) or cause
-            reason = str(cause).strip().splitlines()[0].split(" [")[0][:200]  # brackets say how it was read
+            reason = errors.first_line(cause).split(" [")[0][:200]  # brackets say how it was read
             if errors.storage_failed(cause):
                 raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
             said = f"checkpoint {step} in {self.directory} cannot be read ({reason})"
@@ -307,7 +307,7 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         if isinstance(reason, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise reason from None
         system = _of_the_system(error)
-        line = system.strerror if system else next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = system.strerror if system else errors.first_line(error)
         what = "saving" if step is None else f"saving step {step}"
         said = f"{what} to {directory} failed, earlier checkpoints are intact: {line}"
         if jax.process_count() > 1 and not (system or isinstance(error, OSError)):

@@ -55,6 +55,11 @@ class PartFailed(Exception):
     """A device, link, storage or process failed; the same command resumes the run. Exit code 75."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(line to print, exit code) for an error; None for a bug."""
     match error:

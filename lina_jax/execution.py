@@ -20,7 +20,8 @@ OPEN = ("auto", None)  # values of these that leave the choice open
 RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # share of a step's FLOPs that is recomputed
 # KEPT: how many arrays of a token's width a block keeps for the backward pass. "dots" keeps the results of matmuls
 # (query, key, value, projection, four of the hidden layer, one more) and of convolutions, and the block's input; "none"
-# also keeps what lies between them. WORKING: how many such arrays are live at once inside the widest block.
+# also keeps what lies between them. WORKING: how many such arrays are live at once inside the widest block. All are for
+# the published mlp_ratio, 4.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
 # The same with kernels, fitted to plans for GPUs.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
@@ -132,18 +133,18 @@ def _state_bytes(model: ModelConfig) -> float:
 
 
 def _matrix_parameters(model: ModelConfig) -> float:
-    return 12 * model.width**2 * (model.condition_depth + model.image_depth)
+    return (4 + 2 * model.mlp_ratio) * model.width**2 * (model.condition_depth + model.image_depth)
 
 
 def _memory(mesh: Mesh) -> float:
     """Bytes of a GPU's memory for programs: from the device or, for absent ones, from `chips`; 0: unknown."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     try:
-        told = own[0].memory_stats() or {}
+        stats = own[0].memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # an absent device
-        told = {}
+        stats = {}
     chip = chips.of_kind(own[0].device_kind)
-    return told.get("bytes_limit", chip.memory if chip else 0.0)
+    return stats.get("bytes_limit", chip.memory if chip else 0.0)
 
 
 def _filled(config: Config, **choices: Any) -> Config:

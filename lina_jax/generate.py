@@ -29,11 +29,12 @@ class StepInputs(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What a step's program is compiled for: the most tokens that exist before it and that it draws, and guidance."""
+    """What a step's program is compiled for."""
 
-    visible: int
-    predicted: int
+    visible: int  # the most tokens that exist before it
+    predicted: int  # the most tokens that it draws
     guided: bool
+    euler_steps: int | None  # None if they differ between the steps that share the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,13 @@ class Schedule:
                           self.sigmas[steps])  # fmt: skip
 
     def shape(self, stage: slice) -> StepShape:
-        return StepShape(int(self.visible[stage].max()), int(self.predicted[stage].max()), self.guided)
+        euler = np.unique(self.euler_steps[stage])
+        return StepShape(
+            int(self.visible[stage].max()),
+            int(self.predicted[stage].max()),
+            self.guided,
+            int(euler[0]) if len(euler) == 1 else None,
+        )
 
 
 def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
@@ -125,7 +132,8 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
             velocity = without + guidance * (with_condition - without)
         return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 
-    made = jax.lax.fori_loop(0, euler, euler_step, gather_tokens(noise, ids))
+    # A known number of trips, where there is one: GPUs would ask their host before each trip.
+    made = jax.lax.fori_loop(0, shape.euler_steps or euler, euler_step, gather_tokens(noise, ids))
     # A gather: for a scatter, XLA's partitioner would collect the images of all devices.
     place = rank - count
     fresh = (place >= 0) & (place < predicted)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lina_jax import execution
 from lina_jax.config import Config, ModelConfig
-from lina_jax.errors import UserError
+from lina_jax.errors import UserError, first_line
 from lina_jax.models import tiles
 from lina_jax.models.attention import Attention, AttentionConfig
 
@@ -64,14 +64,14 @@ def _fault(model: ModelConfig) -> str:
     )
     expected = _outcome(dataclasses.replace(layer, kernel="xla"), rotary=model.rotary)
     try:
-        found = _outcome(layer, rotary=model.rotary)
+        actual = _outcome(layer, rotary=model.rotary)
     except UserError:
         raise
     except Exception as error:  # Pallas and compilers raise many types for what they cannot lower
-        return f"does not compile or run: {str(error).strip().splitlines()[0]}"
+        return f"does not compile or run: {first_line(error)}"
     sizes = [np.linalg.norm(part) for part in expected]
     small = SMALL * np.linalg.norm(sizes[1:])
-    errors = [np.linalg.norm(a - b) / (size + small) for a, b, size in zip(found, expected, sizes, strict=True)]
+    errors = [np.linalg.norm(a - b) / (size + small) for a, b, size in zip(actual, expected, sizes, strict=True)]
     if not all(error < TOLERANCE for error in errors):  # NaN does not pass either
         return f"differs from plain XLA by {np.max(errors):.1%}"
     return ""

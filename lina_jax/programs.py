@@ -16,7 +16,7 @@ from lina_jax import encoders, generate, state
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.encoders import Autoencoder, Encoders
-from lina_jax.errors import UserError
+from lina_jax.errors import UserError, first_line
 from lina_jax.models import vae
 from lina_jax.state import Blueprint, Program
 
@@ -101,7 +101,7 @@ def abstract_encoders(config: Config, mesh: Mesh) -> Encoders:
 
 
 def compile_program(program: Program, arguments: tuple, options: Mapping[str, object]) -> Compiled:
-    """Compile. Raises OutOfMemory if the program does not fit, UserError if flags ask for too much on-chip memory."""
+    """Compile. Raises OutOfMemory if the program does not fit, UserError if the compiler refuses it otherwise."""
     start = time.monotonic()
     lowered = program.lower(*arguments)
     try:
@@ -112,7 +112,9 @@ def compile_program(program: Program, arguments: tuple, options: Mapping[str, ob
                 f"the program needs {match[1]} of {match[2]} on-chip memory (vmem): compiler flags ask for too much "
                 "(lina_jax/xla_flags.py, LIBTPU_INIT_ARGS)"
             ) from None
-        raise _out_of_memory(str(error)) or error from None
+        raise _out_of_memory(str(error)) or UserError(
+            f"the compiler refuses the program: {first_line(error)}"
+        ) from error
     memory = compiled.memory_analysis()
     return Compiled(
         compiled.as_text(),

@@ -12,7 +12,7 @@ from lina_jax import execution, flops, mesh, programs, state
 from lina_jax.chips import Chip
 from lina_jax.config import Config
 from lina_jax.config_fields import flatten
-from lina_jax.errors import UserError
+from lina_jax.errors import UserError, first_line
 from lina_jax.topology import Topology
 
 GIB = 2**30
@@ -62,7 +62,7 @@ def search(
         try:
             report = plan(apply(config, dataclasses.asdict(candidate)))
         except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler cannot compile every candidate
-            refusal, reason = error, str(error).splitlines()[0]
+            refusal, reason = error, first_line(error)
             print(f"  refused: {reason}", file=sys.stderr, flush=True)
             tried.append(dataclasses.asdict(candidate) | {"fits": False, "refused": reason})
             continue

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 from lina_jax import xla_flags
 from lina_jax.chips import CHIPS, Chip
-from lina_jax.errors import UserError
+from lina_jax.errors import UserError, first_line
 
 # libtpu queries the machine for these, and gets no answer on one without a TPU.
 _TPU_ENVIRONMENT = {
@@ -90,7 +90,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(name, platform=chip.platform, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology: the compiler does not know this slice: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--topology: the compiler does not know this slice: {first_line(error)}") from error
 
 
 def compiler_options(topology: Topology) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from lina_jax import generate, mesh, sample, state
+from lina_jax import generate, hlo, mesh, programs, roofline, sample, state
 from lina_jax.config import MeshConfig, SampleConfig
 from lina_jax.models import flow
 
@@ -250,3 +251,12 @@ def test_a_picture_does_not_depend_on_the_generator_that_jax_has_by_default(draw
         sampler = generate.make_sampler(plan, config.sample)
         images = sampler(*weights, {"label": jnp.asarray(LABELS)}, jnp.asarray(NUMBERS), jnp.int32(0))
     np.testing.assert_array_equal(images, draw())
+
+
+@pytest.mark.parametrize(("annealing", "known"), [("none", True), ("linear", False)])
+def test_a_program_knows_how_many_euler_steps_it_takes(tiny, one_device, annealing, known):
+    """GPUs ask their host before each trip of a loop whose number of trips the program does not know."""
+    config = tiny(sample={"annealing": annealing, "annealing_min": 1, "stages": 1})
+    compiled = programs.compile_program(*programs.sampling_step(config, one_device, 2, autoencoder=False), {})
+    work = roofline.count(hlo.Module(compiled.text), unknown_trips=math.nan)
+    assert math.isfinite(work.matmul_flops) == known

@@ -55,7 +55,9 @@ class TimeEmbed(nnx.Module):
         count = TIME_FEATURES // 2
         frequencies = 10_000.0 ** (-np.arange(count) / count)
         angles = np.outer(np.arange(frames), frequencies)
-        return self.norm(self.mlp(jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)))
+        features = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+        with jax.default_matmul_precision("float32"):
+            return self.norm(self.mlp(features))
 
 
 class LabelEmbed(nnx.Module):

@@ -35,8 +35,9 @@ class TimeCondition(nnx.Module):
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
 
     def time(self, timesteps: jax.Array) -> jax.Array:
-        """(...) -> (..., r), float32."""
-        return self.time_mlp(time_features(timesteps))
+        """(...) -> (..., r), float32; exact on accelerators, too."""
+        with jax.default_matmul_precision("float32"):
+            return self.time_mlp(time_features(timesteps))
 
     def condition(self, z: jax.Array) -> jax.Array:
         """(..., D) -> (..., r)."""

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lina_jax.errors import first_line
 from lina_jax.sources import base
 from lina_jax.sources.base import Example, Fields, Reject, Unit
 
@@ -68,7 +69,7 @@ class WebDatasetSource:
                 samples = list(_samples(archive))
             except _UNREADABLE as error:
                 base.raise_if_storage((file and file.failure) or error)
-                yield 1, iter([Reject(name, f"not a tar archive: {str(error).splitlines()[0]}")])
+                yield 1, iter([Reject(name, f"not a tar archive: {first_line(error)}")])
                 return
             yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
 
