@@ -106,7 +106,7 @@ class Copy:
         with open(self.directory / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.directory.glob(f"*{_PARTIAL}"):
-                left.unlink()
+                left.unlink(missing_ok=True)  # a copy that was given up may remove its own
             yield
 
     def _listed(self) -> dict[str, _File]:

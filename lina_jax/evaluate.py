@@ -15,6 +15,7 @@ command again: finished features and GenEval's images are kept. docs/evaluation.
 with the same code.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -59,6 +60,7 @@ from lina_jax.workdir import kind_of_weights, load_config
 # only when it is complete.
 _WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
+_NOT_OF_STUDIES = ("workdir", "samples_from", "out", "report", "inception", "reference", "npz", "geneval", "scenes")
 _OF_MODELS = (  # flags that images made elsewhere have no use for
     "scenes", "geneval", "npz", "raw", "checkpoint", "data", "seed", "guidance", "steps", "euler_steps", "temperature",
     "autoencoder", "text_encoder",
@@ -81,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _main(values: flags.FlagValues) -> None:
     if values.study:
+        if wrong := [name for name in _NOT_OF_STUDIES if values[name].present]:
+            raise UserError(f"--{wrong[0]} does not apply to --study")
         if jax.process_index() == 0:
             print(study.gather(Path(values.study).expanduser()))
         return
@@ -90,6 +94,19 @@ def _main(values: flags.FlagValues) -> None:
     for name, directory in (("out", out), ("report", Path(values.report).expanduser() if values.report else out)):
         places.check(name, directory)
     run = _Run(values, workdir, metrics, out) if workdir else None
+    measured = run if values.inception or values.npz else None
+    if values.samples_from:
+        measured = _Files(values, metrics, out)
+    # Features of two evaluations in one OUT would mix.
+    alone = measured and jax.process_index() == 0
+    with places.lock("out", out / _WORK) if alone else contextlib.nullcontext():
+        _measure(values, workdir, out, run, measured)
+
+
+def _measure(
+    values: flags.FlagValues, workdir: Path | None, out: Path, run: "_Run | None", measured: "_Run | _Files | None"
+) -> None:
+    """Measure what the flags ask for; process 0 writes and prints the results."""
     result = run.facts() if run else {}
     if run and values.validation:
         result["validation"] = run.validation()
@@ -107,9 +124,8 @@ def _main(values: flags.FlagValues) -> None:
         result["geneval"], *found = run.geneval()
         shown.append(("GenEval", *found))
         _keep(out, result)
-    measured = bool(values.samples_from or values.inception or values.npz)
     if measured:
-        found, compared = run.quality() if run else _quality_of_files(values, metrics, out)
+        found, compared = measured.quality()
         if found:
             result["quality"] = {**found.told(), "reference": compared}
             captions = run.captions(len(found.images)) if run else [""] * len(found.images)
@@ -311,28 +327,34 @@ def _opened_reference(
     )
 
 
-def _quality_of_files(
-    values: flags.FlagValues, metrics: list[str], out: Path
-) -> tuple[Quality | None, dict[str, Any] | None]:
-    """The quality of the images of --samples_from (None in processes other than 0); the reference's facts, if any."""
-    mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
-    source = image_sources.open_images(Path(values.samples_from).expanduser(), mesh)
-    network = Network(Path(values.inception).expanduser(), mesh)
-    count = min(values.number, source.count) if not values["number"].present else values.number
-    if count > source.count:
-        raise UserError(f"--number={count}: {values.samples_from} has {source.count} images")
-    if count < 2:
-        raise UserError(f"--samples_from={values.samples_from}: {count} images; at least 2 are needed")
-    if values.reference and _OF_IMAGES & set(metrics):
-        named = f"--samples_from={values.samples_from}: {count} images"
-        reference.check_count(named, count, Path(values.reference).expanduser())
-    opened = _opened_reference(values, network, metrics, out, plan=None)
-    compared = opened() if opened else None
-    found = quality.measure(
-        source, network, compared, mesh, count=count, per_device=values.per_device, wanted=metrics,
-        work=out / _WORK / "samples",
-    )  # fmt: skip
-    return found, dict(compared.facts) if compared else None
+class _Files:
+    """Images of --samples_from to measure."""
+
+    def __init__(self, values: flags.FlagValues, metrics: list[str], out: Path):
+        """Check everything. Raises UserError."""
+        self._values, self._metrics, self._out = values, metrics, out
+        self._mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
+        self._source = image_sources.open_images(Path(values.samples_from).expanduser(), self._mesh)
+        self._network = Network(Path(values.inception).expanduser(), self._mesh)
+        count = values.number if values["number"].present else min(values.number, self._source.count)
+        if count > self._source.count:
+            raise UserError(f"--number={count}: {values.samples_from} has {self._source.count} images")
+        if count < 2:
+            raise UserError(f"--samples_from={values.samples_from}: {count} images; at least 2 are needed")
+        if values.reference and _OF_IMAGES & set(metrics):
+            named = f"--samples_from={values.samples_from}: {count} images"
+            reference.check_count(named, count, Path(values.reference).expanduser())
+        self._count = count
+        self._reference = _opened_reference(values, self._network, metrics, out, plan=None)
+
+    def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
+        """The quality of the images (None in processes other than 0); the reference's facts, if any."""
+        compared = self._reference() if self._reference else None
+        found = quality.measure(
+            self._source, self._network, compared, self._mesh, count=self._count, per_device=self._values.per_device,
+            wanted=self._metrics, work=self._out / _WORK / "samples",
+        )  # fmt: skip
+        return found, dict(compared.facts) if compared else None
 
 
 if __name__ == "__main__":

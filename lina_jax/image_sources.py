@@ -169,11 +169,11 @@ def open_images(
 def _folder(path: Path, mesh: Mesh) -> Read:
     fs, root = base.filesystem(str(path))
     sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
-    found = [file for file in sorted(sizes) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    found = [file for file in sorted(sizes) if file.suffix.lower().removeprefix(".") in base.IMAGES]
     shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     files = [file for file in shown if not sample.is_grid(file)]
     if not files:
-        raise UserError(f"{path}: no .png, .jpg or .webp pictures in it")
+        raise UserError(f"{path}: no pictures in it ({', '.join(f'.{name}' for name in base.IMAGES)})")
 
     def one(number: int) -> np.ndarray:
         try:

@@ -174,9 +174,7 @@ def prepare(
             raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
         summary = {"settings": settings.recorded(), "totals": totals}
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
-    except jax.errors.JaxRuntimeError:
-        raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's, if another process has moved its file
+    except OSError as error:
         if done := finished(out, settings):  # another process was faster
             return done
         raise UserError(f"cannot prepare {out}: {error}") from error
@@ -326,9 +324,8 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
     count = min(_PREVIEWED, len(stored))
     rows = [stored[i * len(stored) // count] for i in range(count)]
     if settings.autoencoder:
-        shown = _recorder(dataclasses.replace(settings, text_encoder="")).pixels(
-            np.stack([row["moments"] for row in rows])
-        )
+        decoder = LatentRecorder(settings.autoencoder, "", settings.resolution, settings.batch_size, settings.dtype)
+        shown = decoder.pixels(np.stack([row["moments"] for row in rows]))
     else:
         shown = np.stack([np.asarray(images.decode(row["image"])) for row in rows])
     captions = [row["caption"].decode() or (f"class {row['label']}" if row["label"] >= 0 else "") for row in rows]

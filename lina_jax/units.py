@@ -179,8 +179,11 @@ def _joined(parts: Sequence[Shard], stem: Path) -> list[Shard]:
     """Copy the records of many small shards into as few as possible; the parts stay."""
     joined = Shards(stem)
     for part in parts:
-        reader = ArrayRecordReader(part.path)
-        for record in reader.read_all():
-            joined.append(record)
-        reader.close()
+        try:
+            reader = ArrayRecordReader(part.path)
+            for record in reader.read_all():
+                joined.append(record)
+            reader.close()
+        except RuntimeError as error:  # as of a missing file, if another process has moved it
+            raise OSError(f"cannot read {part.path}: {error}") from error
     return joined.finish()

@@ -16,7 +16,7 @@ from lina_jax.encoders import load_encoders
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
 from lina_jax.models import vae
-from lina_jax.prepare import Settings, Share, prepare
+from lina_jax.prepare import Settings, Share, contact_sheet, prepare
 
 MODEL = {
     "condition": "text", "text_encoder": "features", "text_length": 16, "text_dim": 32,
@@ -117,6 +117,14 @@ def test_a_cache_of_features_is_read_though_an_encoder_is_named(prepared, experi
     config = experiment(prepared / "latents", online=True)
     batch = data.fixed_examples(data.open_records(config, "train", load_encoders(config, one_device).text), 2)
     assert batch["text"].dtype == np.float16
+
+
+@pytest.mark.parametrize("form", ["latents", "pixels"])
+def test_a_dataset_is_shown(prepared, photos, encoders, form, tmp_path):
+    settings = latents(photos, encoders) if form == "latents" else pixels(photos)
+    contact_sheet(prepared / form, settings, tmp_path / "shown.png")
+    with Image.open(tmp_path / "shown.png") as image:
+        assert np.asarray(image).std() > 10
 
 
 def test_a_model_of_latents_says_what_it_lacks_for_drawing(

@@ -13,7 +13,7 @@ from encoder_checkpoints import write_autoencoder, write_phi
 from inception_weights import write
 from PIL import Image
 
-from lina_jax import quality, records, state
+from lina_jax import places, quality, records, state
 from lina_jax.errors import UserError
 
 
@@ -53,6 +53,7 @@ def test_training_names_the_command_that_makes_its_reference(
         ("--metrics=fid,sfid --reference=", "--metrics=fid,sfid: fid cannot be measured: no --reference"),
         ("--metrics=fid --inception= --reference=", "--metrics=fid needs --inception=FILE"),
         ("--workdir= --samples_from=. --guidance=2", "--guidance needs a model that draws"),
+        ("--study=. --report=.", "--workdir does not apply to --study"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(run_module, weights, shapes_data, tmp_path, flag, message):
@@ -117,12 +118,27 @@ def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data
     (other / "settings.json").write_text('{"seed": 1}')
     for out, options, message in (
         ("out", [f"--geneval={prompts}", f"--geneval_rewritten={tmp_path}/blank.txt"], "blank.txt, line 1: prompt ' '"),
-        ("other", [f"--geneval={prompts}"], f"{other} holds pictures of other "),
+        ("other", [f"--geneval={prompts}"], f"{other} holds pictures that differ in "),
         ("out", [f"--inception={weights}", f"--reference={shapes_data}", "--reference_number=65"], "there are 64"),
     ):
         result = run_module("evaluate", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / out}", *options)
         assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_two_evaluations_do_not_share_a_directory(weights, run_module, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, name in enumerate(("a.png", "b.tif", "c.bmp")):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(pictures / name)
+    options = [f"--samples_from={pictures}", f"--inception={weights}", f"--out={tmp_path / 'out'}"]
+    with places.lock("out", tmp_path / "out" / ".measuring"):
+        result = run_module("evaluate", *options)
+    assert result.returncode == 2 and "another run is using it" in result.stderr
+    result = run_module("evaluate", *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["quality"]["images"] == 3
+    assert not (tmp_path / "out" / ".measuring").exists()
 
 
 def test_what_is_measured_before_a_failure_is_kept(run, weights, prompts, run_module, tmp_path):

@@ -58,6 +58,15 @@ def test_an_unknown_protocol_and_an_impossible_pattern_are_named():
         base.matching("/tmp/a**b/*.tar")
 
 
+def test_a_directory_is_no_file(tmp_path):
+    (tmp_path / "tars").mkdir()
+    for place in (tmp_path, f"memory://{tmp_path}"):
+        fs, inner = base.filesystem(f"{place}/tars")
+        fs.makedirs(inner, exist_ok=True)
+        with pytest.raises(UserError, match=r"no file matches .*tars', a directory; did you mean .*tars/\*\?"):
+            base.matching(f"{place}/tars")
+
+
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "photos"
@@ -180,6 +189,12 @@ def test_a_quote_that_is_not_closed_is_named_with_what_it_takes(folder):
     assert items(source)[0].caption == "a cat\non a mat"
     reason = "unclosed quote in metadata, which takes in the last 3 lines"
     assert reasons(source) == {"metadata.csv:4": reason}
+
+
+def test_a_header_that_cannot_be_read_is_named(folder):
+    table = b'file_name,"text\n' + b"a.png,a cat\n" * 20_000
+    with pytest.raises(UserError, match=r"metadata\.csv: unreadable header: field larger than"):
+        folder({"a.png": png(1), "metadata.csv": table}, Fields("", "text", "", ""))
 
 
 def test_rows_are_named_by_their_lines(folder):

@@ -164,17 +164,20 @@ def matching(pattern: str) -> dict[str, int]:
     fs, inner = filesystem(pattern)
     try:
         if is_local(fs):
-            found = {path: about["size"] for path, about in fs.glob(inner, detail=True).items()}
+            about = fs.glob(inner, detail=True)
+            found = {path: info["size"] for path, info in about.items() if info["type"] != "directory"}
         elif has_magic(inner):
             found = _matches(fs, inner)
         else:
-            found = {inner: patient(pattern, lambda: fs.info(inner))["size"]}
+            info = patient(pattern, lambda: fs.info(inner))
+            found = {inner: info["size"]} if info["type"] != "directory" else {}
     except FileNotFoundError:
         found = {}
     except ValueError as error:  # a pattern like a**b
         raise UserError(f"{pattern!r} matches no file: {error}") from error
     if not found:
-        raise UserError(f"no file matches {pattern!r}")
+        directory = kind(fs, inner) == "directory"
+        raise UserError(f"no file matches {pattern!r}" + directory * f", a directory; did you mean {pattern}/*?")
     return {path if is_local(fs) else fs.unstrip_protocol(path): found[path] for path in sorted(found)}
 
 

@@ -151,7 +151,10 @@ def _csv(content: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
     # Bytes that are not UTF-8 become lone surrogates, which the check of captions rejects; Excel writes a BOM.
     lines = list(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
     rows = csv.DictReader(lines)
-    rows.fieldnames  # noqa: B018  reads the first line
+    try:
+        rows.fieldnames  # noqa: B018  reads the first line
+    except csv.Error as error:
+        raise UserError(f"metadata.csv: unreadable header: {error}") from error
     while True:
         first = rows.line_num
         try:
