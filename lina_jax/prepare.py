@@ -18,7 +18,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, shapes, units
 from lina_jax.errors import UserError
-from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
+from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
 from lina_jax.shares import ALONE, Share, take_gpu, the_share
-from lina_jax.sources.base import Example, Fields, Reject, Source
+from lina_jax.sources.base import Fields, Reject, Source
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
 from lina_jax.sources.scenes import ShapesSource
@@ -234,6 +234,38 @@ def _recorder(settings: Settings) -> Recorder:
     )
 
 
+class _RejectGuard:
+    """Counts this process's rejects, and raises UserError as soon as they are too many."""
+
+    def __init__(self, source: Source, settings: Settings, max_fraction: float, place: Path):
+        counts = [unit.count for unit in source.units]
+        self._total = None if None in counts else sum(counts)
+        self._settings, self._max_fraction, self._place = settings, max_fraction, place
+        self._rejected: collections.Counter[str] = collections.Counter()
+        self._useful = False  # whether there is any good item
+
+    def add_receipt(self, receipt: units.Receipt) -> None:
+        """Count the rejects of a finished unit."""
+        self._rejected.update(receipt.rejected)
+        self._useful = self._useful or bool(receipt.shards)
+
+    def check(self, item: Record | Reject) -> None:
+        """Count the item. Raises UserError if it is one reject too many."""
+        if not isinstance(item, Reject):
+            self._useful = True
+            return
+        self._rejected[item.reason] += 1
+        # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
+        if self._total is not None:
+            _check_rejects(self._rejected, self._total, self._max_fraction, self._place)
+        elif not self._useful and self._max_fraction < 1 and self._rejected.total() >= _ALL_REJECTED:
+            columns = [f"--{name}_column={column}" for name, column in self._settings.fields._asdict().items()]
+            raise UserError(
+                f"the first {self._rejected.total()} items are all rejected: {_commonest(self._rejected)}; check "
+                f"--input and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
+            )
+
+
 def _make_units(
     work: units.WorkDirectory,
     source: Source,
@@ -245,46 +277,37 @@ def _make_units(
     """Make this process's units that are not finished."""
     mine = range(share.index, len(source.units), share.count)
     serialize = records.Serializer(recorder.features(source.label_names))
-    rejected: collections.Counter[str] = collections.Counter()
     receipts = {number: work.receipt(number) for number in set(mine) - work.missing()}
     sizes = {number: receipt.items for number, receipt in receipts.items()}
-    counts = [unit.count for unit in source.units]
-    useful = any(receipt.shards for receipt in receipts.values())
-
-    def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
-        nonlocal useful
-        unit = source.units[number]
-        chosen = set() if unit.split else validation_items(source, number, count, settings)
-        done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
-        for position, item in enumerate(done):
-            progress.update()
-            if isinstance(item, Reject):
-                rejected[item.reason] += 1
-                # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
-                if None not in counts:
-                    _check_rejects(rejected, sum(counts), max_reject_fraction, work.path)
-                elif not useful and max_reject_fraction < 1 and rejected.total() >= _ALL_REJECTED:
-                    columns = [f"--{name}_column={column}" for name, column in settings.fields._asdict().items()]
-                    raise UserError(
-                        f"the first {rejected.total()} items are all rejected: {_commonest(rejected)}; check --input "
-                        f"and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
-                    )
-            useful = useful or not isinstance(item, Reject)
-            yield unit.split or ("validation" if position in chosen else "train"), item
-
+    guard = _RejectGuard(source, settings, max_reject_fraction, work.path)
+    for receipt in receipts.values():
+        guard.add_receipt(receipt)
     expected = _expected(source, mine, sizes)
     with tqdm(total=expected, initial=sum(sizes.values()), unit=" images", disable=None) as progress:
+
+        def assign_splits(
+            items: Iterable[Record | Reject], split: str | None, validation: Set[int]
+        ) -> Iterator[units.SplitItem]:
+            for position, item in enumerate(items):
+                progress.update()
+                guard.check(item)
+                yield split or ("validation" if position in validation else "train"), item
+
         for number in mine:
-            if receipt := receipts.get(number):
-                rejected.update(receipt.rejected)
+            if number in receipts:
                 continue
-            with source.open(source.units[number]) as (count, items):
+            unit = source.units[number]
+            with source.open(unit) as (count, examples):
                 sizes[number] = count
                 progress.total = _expected(source, mine, sizes)
                 recorder.truncated = 0
-                done = made(number, count, items)
+                validation = set() if unit.split else validation_items(source, number, count, settings)
+                items = make_records(
+                    examples, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes
+                )
+                split_items = assign_splits(items, unit.split, validation)
                 size = settings.shard_mb * 2**20
-                work.make(number, source.name, count, done, serialize, size, lambda: recorder.truncated)
+                work.make(number, source.name, count, split_items, serialize, size, lambda: recorder.truncated)
 
 
 def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
