@@ -80,14 +80,18 @@ class Settings:
         if self.source != "shapes" and self.source not in READERS:
             raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(READERS)}")
         columns = tuple(f"{name}_column" for name in Fields._fields)
-        for name in ("input", *columns) if self.source == "shapes" else ("train",):
-            self._refuse(name, f"--source={self.source}")
+        if self.source == "shapes":
+            for name in ("input", *columns):
+                self._refuse(name, "--source=shapes")
+        else:
+            self._refuse("train", f"--source={self.source}")
         if self.source in ("webdataset", "folder"):  # the image is found by its file name
             self._refuse("image_column", f"--source={self.source}")
-        for name in () if self.autoencoder else ("text_encoder", "dtype", "batch_size"):
-            self._refuse(name, "pixels: it needs --autoencoder")
         if self.autoencoder:
             self._refuse("quality", "latents")
+        else:
+            for name in ("text_encoder", "dtype", "batch_size"):
+                self._refuse(name, "pixels: it needs --autoencoder")
         if self.source != "shapes" and not self.input:
             raise UserError(
                 f"--source={self.source} needs --input: {type(self).__dataclass_fields__['input'].metadata['help']}"
@@ -98,12 +102,10 @@ class Settings:
                     object.__setattr__(self, name, usual)
         if self.text_encoder and self.source in READERS and not self.caption_column:
             raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: give --caption_column")
-        for name, least in (
-            {"validation": 0, "seed": 0, "quality": 0} | dict.fromkeys(("resolution", "train", "shard_mb"), 1)
-            | dict.fromkeys(("min_size", "max_caption_bytes", "batch_size"), 1)
-        ).items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}, expected at least {least}")
+        for name in ("validation", "seed", "quality"):
+            self._check_least(name, 0)
+        for name in ("resolution", "train", "shard_mb", "min_size", "max_caption_bytes", "batch_size"):
+            self._check_least(name, 1)
         if self.quality > 100:
             raise UserError(f"--quality={self.quality}, expected 0 (PNG) or 1 to 100 (JPEG)")
         if self.dtype not in ("bfloat16", "float32"):
@@ -112,6 +114,10 @@ class Settings:
     def _refuse(self, name: str, where: str) -> None:
         if getattr(self, name) != getattr(type(self), name):
             raise UserError(f"--{name}={getattr(self, name)!r} does not apply to {where}")
+
+    def _check_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise UserError(f"--{name}={getattr(self, name)}, expected at least {least}")
 
     @property
     def fields(self) -> Fields:
