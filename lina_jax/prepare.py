@@ -39,7 +39,7 @@ from lina_jax.sources.scenes import ShapesSource
 from lina_jax.sources.tfds import TfdsSource
 from lina_jax.sources.webdataset import WebDatasetSource
 
-READERS = {
+SOURCES = {
     "parquet": (ParquetSource, Fields("image", "text", "", "label")),
     "webdataset": (WebDatasetSource, Fields("", "txt", "", "")),
     "folder": (FolderSource, Fields("", "", "", "")),
@@ -55,9 +55,9 @@ def _flag(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a dataset holds; each field is a flag. None: the source's default, in READERS."""
+    """Everything that decides what a dataset holds; each field is a flag. None: the source's default, in SOURCES."""
 
-    source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(READERS)}")
+    source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(SOURCES)}")
     resolution: int = _flag(32, "side of the stored images, in pixels")
     validation: int = _flag(500, "images in the validation split")
     seed: int = _flag(0, "shapes: seed of the scenes; others: seed that chooses the validation images")
@@ -77,8 +77,8 @@ class Settings:
     batch_size: int = _flag(32, "latents: images encoded at once")
 
     def __post_init__(self):
-        if self.source != "shapes" and self.source not in READERS:
-            raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(READERS)}")
+        if self.source != "shapes" and self.source not in SOURCES:
+            raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(SOURCES)}")
         columns = tuple(f"{name}_column" for name in Fields._fields)
         if self.source == "shapes":
             for name in ("input", *columns):
@@ -96,11 +96,11 @@ class Settings:
             raise UserError(
                 f"--source={self.source} needs --input: {type(self).__dataclass_fields__['input'].metadata['help']}"
             )
-        if self.source in READERS:  # __setattr__ of object, as the dataclass is frozen
-            for name, usual in zip(columns, READERS[self.source][1], strict=True):
+        if self.source in SOURCES:  # __setattr__ of object, as the dataclass is frozen
+            for name, usual in zip(columns, SOURCES[self.source][1], strict=True):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
-        if self.text_encoder and self.source in READERS and not self.caption_column:
+        if self.text_encoder and self.source in SOURCES and not self.caption_column:
             raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: give --caption_column")
         for name in ("validation", "seed", "quality"):
             self._check_least(name, 0)
@@ -144,10 +144,10 @@ def prepare(
     finished units are kept for a retry.
     """
     out = Path(out).expanduser().absolute()
-    if done := finished(out, settings):
+    if totals := finished(out, settings):
         _meet(out)
         print(f"{out} is already prepared with these settings")
-        return done
+        return totals
     places.check("out", out.parent)
     if not share.index:
         places.check_renames("out", out.parent)
@@ -159,19 +159,19 @@ def prepare(
         work = units.WorkDirectory(out, settings.recorded(), source)
         if not share.index:
             _meet(out)
-        if done := finished(out, settings):  # by others, while this process was loading encoders
+        if totals := finished(out, settings):  # by others, while this process was loading encoders
             work.remove()
-            return done
+            return totals
         _make_units(work, source, recorder, settings, max_reject_fraction, share)
         hosts.barrier("units are made")
         if share.index and jax.distributed.is_initialized():  # process 0 assembles
             return None
         hosts.soon(lambda: not work.missing())
         if missing := len(work.missing()):
-            lacking = f"{missing} of {len(source.units)} units"
+            remaining = f"{missing} of {len(source.units)} units"
             if jax.distributed.is_initialized():
-                raise UserError(f"{lacking} are not in {work.path}: all processes must work in one shared directory")
-            print(f"this process is done; {lacking} are left to other processes")
+                raise UserError(f"{remaining} are not in {work.path}: all processes must work in one shared directory")
+            print(f"this process is done; {remaining} are left to other processes")
             return None
         receipts = [work.receipt(number) for number in range(len(source.units))]
         totals = _totals(receipts)
@@ -181,8 +181,8 @@ def prepare(
         summary = {"settings": settings.recorded(), "totals": totals}
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
     except OSError as error:
-        if done := finished(out, settings):  # another process was faster
-            return done
+        if totals := finished(out, settings):  # another process was faster
+            return totals
         raise UserError(f"cannot prepare {out}: {error}") from error
     return totals
 
@@ -211,8 +211,8 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
     items = max(1, min(records.SHARD_RECORDS, settings.shard_mb * 2**20 // recorder.record_bytes))
     if settings.source == "shapes":
         return ShapesSource(settings.train, settings.validation, settings.resolution, settings.seed, items)
-    reader, _ = READERS[settings.source]
-    source = reader(settings.input, settings.fields, items)
+    source_class, _ = SOURCES[settings.source]
+    source = source_class(settings.input, settings.fields, items)
     counts = [unit.count for unit in source.units]
     if None not in counts and settings.validation >= sum(counts):
         raise UserError(f"--validation={settings.validation} leaves none of the {sum(counts)} items to train on")
@@ -318,9 +318,10 @@ def _make_units(
 
 def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
     """The number of items in this process's units; a unit of unknown size counts as the mean of the known ones."""
-    known = [sizes.get(number, source.units[number].count) for number in mine]
-    told = [size for size in known if size is not None]
-    return sum(told) + (len(known) - len(told)) * (sum(told) // max(1, len(told)))
+    unit_sizes = [sizes.get(number, source.units[number].count) for number in mine]
+    known_sizes = [size for size in unit_sizes if size is not None]
+    mean = sum(known_sizes) // max(1, len(known_sizes))
+    return sum(known_sizes) + (len(unit_sizes) - len(known_sizes)) * mean
 
 
 def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
@@ -390,11 +391,11 @@ def main(argv: Sequence[str]) -> None:
     if values.preview:
         places.check("preview", Path(values.preview).expanduser().parent)
     together = values.distributed or values.coordinator
-    mine = ("process_index", "process_count") if together else ("processes", "process_id")
-    for name in mine:
+    inapplicable = ("process_index", "process_count") if together else ("processes", "process_id")
+    for name in inapplicable:
         if values[name].value is not None and (name, values[name].value) != ("processes", 1):
-            other = "jax.distributed sets it" if together else "needs --coordinator; without it, give --process_index"
-            raise UserError(f"--{name}={values[name].value}: {other}")
+            reason = "jax.distributed sets it" if together else "needs --coordinator; without it, give --process_index"
+            raise UserError(f"--{name}={values[name].value}: {reason}")
     if together:
         # A process that has finished its share waits for the others, for up to a day.
         with hosts.together(config_file.given_flags()):
