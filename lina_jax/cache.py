@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lina_jax import places
 from lina_jax.errors import UserError
-from lina_jax.retry import Progress, of_storage, patiently
+from lina_jax.retry import Progress, storage_errors, with_retries
 
 _PARTIAL = ".partial"
 # Names of file attributes that change when a file is rewritten; the first one that a file has is used.
@@ -111,7 +111,7 @@ class Copy:
 
     def _listed(self) -> dict[str, _File]:
         try:
-            listed = patiently(lambda _: of_storage(lambda: self._files.ls(self._root, detail=True)), self._timeout)
+            listed = with_retries(storage_errors(lambda _: self._files.ls(self._root, detail=True)), self._timeout)
         except FileNotFoundError:
             raise UserError(f"data.path={self._source} does not exist") from None
         except (OSError, RuntimeError) as error:
@@ -166,4 +166,4 @@ def fetch(files: fsspec.AbstractFileSystem, path: str, target: Path, size: int |
             raise
         return partial
 
-    os.replace(patiently(lambda progress: of_storage(lambda: copy(progress)), timeout), target)
+    os.replace(with_retries(storage_errors(copy), timeout), target)

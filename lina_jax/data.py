@@ -24,7 +24,7 @@ from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
 from lina_jax.errors import PartFailed, UserError, storage_failed
 from lina_jax.reading import Split
-from lina_jax.retry import Progress, patiently
+from lina_jax.retry import Progress, with_retries
 
 _MAX_TRIES = 100  # this many bad records in a row mean a broken dataset, not bad luck
 
@@ -225,7 +225,7 @@ class Records:
                     finished[row] = self._read_row(arrays, row, wanted[row], progress)
 
         try:
-            patiently(read_rest, self._timeout)
+            with_retries(read_rest, self._timeout)
         except (OSError, RuntimeError) as error:
             # Decided here, because an error loses its cause on the way out of a worker process.
             kind = PartFailed if storage_failed(error) else UserError
