@@ -138,11 +138,11 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     progress for `timeout` seconds is retried. `directory` may then be a URL. Raises UserError, naming the path and what
     exists, if the directory, its metadata, the split or a shard is missing.
     """
-    copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
-    if copy:
-        directory = copy.metadata(("dataset_info.json", "features.json"))
+    local_copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
+    if local_copy:
+        directory = local_copy.copy_metadata(("dataset_info.json", "features.json"))
     else:
-        directory = cache_lib.mounted(directory)
+        directory = cache_lib.local_path(directory)
     if not directory.is_dir():
         raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare creates one")
     present = set(os.listdir(directory))  # one request; one per shard would be thousands
@@ -157,8 +157,8 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         known = ", ".join(info.splits)
         raise UserError(f"{directory} has no split {split!r}; its splits: {known}") from None
     shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts]
-    if copy:
-        copy.shards([os.path.basename(shard.path) for shard in shards], threads)
+    if local_copy:
+        local_copy.copy_shards([os.path.basename(shard.path) for shard in shards], threads)
     else:
         missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
         if missing:
@@ -169,7 +169,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
 
 def label_names(directory: str | Path) -> Sequence[str]:
     """Class names of a dataset, () if it has none. Raises UserError for a URL, or if its metadata cannot be read."""
-    label = _info(cache_lib.mounted(directory)).features["label"]
+    label = _info(cache_lib.local_path(directory)).features["label"]
     return label.names if isinstance(label, tfds.features.ClassLabel) else ()
 
 

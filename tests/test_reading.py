@@ -289,7 +289,7 @@ def test_a_shard_that_was_written_anew_is_copied_again(bucket, tmp_path):
     (name,) = before
     files = fsspec.filesystem("memory")
     files.pipe(f"/bucket/tiny/{name}", before[name][::-1])
-    cache.Copy(bucket, str(tmp_path / "cache"), timeout=60).shards([name], threads=1)
+    cache.Copy(bucket, str(tmp_path / "cache"), timeout=60).copy_shards([name], threads=1)
     (shard,) = (tmp_path / "cache").rglob(name)
     assert shard.read_bytes() == before[name][::-1]
 
