@@ -216,10 +216,10 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
     if not len(opened):
         raise UserError(f"{path}: split {split!r} is empty")
-    if opened.form.moments:
-        decode = _decoder(path, opened.form.moments, plan)
+    if opened.layout.moments:
+        decode = _decoder(path, opened.layout.moments, plan)
         facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
-        return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode, shuffled=True)
+        return Read(mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
     except (OSError, RuntimeError, ValueError, images.BadImage) as error:  # of the file, or of the record

@@ -24,7 +24,7 @@ from lina_jax.errors import UserError
 COMMON_FIELDS = ("caption", "short_caption", "label", "key")  # what every record has
 
 
-class Form(NamedTuple):
+class RecordLayout(NamedTuple):
     """What the records of a dataset hold besides captions and label."""
 
     moments: tuple[int, int, int] | None  # (2C, H, W) of latents; None: pixels
@@ -72,9 +72,9 @@ class Readers:
 class Split:
     """Random access to the serialized records of one split."""
 
-    def __init__(self, shards: Sequence[ShardSlice], form: Form, manifest: str = ""):
+    def __init__(self, shards: Sequence[ShardSlice], layout: RecordLayout, manifest: str = ""):
         """`manifest` is a digest of the dataset's metadata and the name of the split."""
-        self.form, self.manifest = form, manifest
+        self.layout, self.manifest = layout, manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         for shard in shards:
@@ -84,7 +84,7 @@ class Split:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self):
-        return self._shards, self.form, self.manifest
+        return self._shards, self.layout, self.manifest
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -127,8 +127,8 @@ def errno_of(error: Exception) -> int | None:
     """The errno of an error, from its message if need be (ArrayRecord keeps only that); None if it has none."""
     if isinstance(error, OSError):
         return error.errno
-    said = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
-    return said[max(said, key=len)] if said else None
+    matches = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
+    return matches[max(matches, key=len)] if matches else None
 
 
 def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:
@@ -163,8 +163,8 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
         if missing:
             raise UserError(f"{len(missing)} of the {len(shards)} shards of {split!r} are missing, first {missing[0]}")
-    said = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
-    return Split(shards, _form(info.features), hashlib.sha256(said + split.encode()).hexdigest()[:16])
+    metadata = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
+    return Split(shards, _layout(info.features), hashlib.sha256(metadata + split.encode()).hexdigest()[:16])
 
 
 def label_names(directory: str | Path) -> Sequence[str]:
@@ -191,9 +191,9 @@ def _info(directory: Path) -> tfds.core.DatasetInfo:
     return info
 
 
-def _form(features: tfds.features.FeaturesDict) -> Form:
+def _layout(features: tfds.features.FeaturesDict) -> RecordLayout:
     moments = tuple(features["moments"].shape) if "moments" in features else None
-    return Form(moments, features["text"].shape[-1] if "text" in features else 0)
+    return RecordLayout(moments, features["text"].shape[-1] if "text" in features else 0)
 
 
 @functools.cache

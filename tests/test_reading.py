@@ -45,7 +45,7 @@ def test_fields_of_latents(tmp_path):
             "train", moments=moments, text=text, short_text=text[:0], label=2**40, key="", **captions("a" * 300)
         )
     split = reading.open_split(tmp_path / "tiny", "train")
-    assert split.form == reading.Form((4, 2, 3), 7)
+    assert split.layout == reading.RecordLayout((4, 2, 3), 7)
     fields = example.parse(split[0])
     assert bytes(fields["moments"]) == moments.tobytes()
     assert bytes(fields["text"]) == text.tobytes()
