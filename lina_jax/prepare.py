@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
-from lina_jax.shares import ALONE, Share, take_gpu, the_share
+from lina_jax.shares import WHOLE, Share, resolve_share, take_gpu
 from lina_jax.sources.base import Fields, Reject, Source
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
@@ -133,7 +133,7 @@ def prepare(
     out: str | Path,
     settings: Settings,
     max_reject_fraction: float = 0.05,
-    share: Share = ALONE,
+    share: Share = WHOLE,
 ) -> dict[str, Any] | None:
     """Make this process's units of the dataset `out`, then the dataset itself if no unit is missing.
 
@@ -405,7 +405,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         if values.process_index is None:
             take_gpu(os.environ)
-        _prepare(values, settings, the_share(values.process_index, values.process_count))
+        _prepare(values, settings, resolve_share(values.process_index, values.process_count))
 
 
 def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None:
