@@ -170,7 +170,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
     fs, root = base.filesystem(str(path))
     sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
     found = [file for file in sorted(sizes) if file.suffix.lower().removeprefix(".") in base.IMAGES]
-    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    shown = [file for file in found if not base.is_hidden(file.relative_to(root).as_posix())]
     files = [file for file in shown if not sample.is_grid(file)]
     if not files:
         raise UserError(f"{path}: no pictures in it ({', '.join(f'.{name}' for name in base.IMAGES)})")

@@ -197,6 +197,11 @@ def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
     return _listed(fs, root)
 
 
+def is_hidden(relative_path: str) -> bool:
+    """Whether a file, or a directory on the way to it, is hidden."""
+    return any(part.startswith(".") for part in relative_path.split("/"))
+
+
 def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> dict[str, int]:
     """The files below a directory in a bucket, at most `depth` levels below it, with their sizes.
 

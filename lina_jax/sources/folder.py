@@ -71,7 +71,7 @@ class FolderSource:
         """Sizes of the files that are not hidden, sorted by their paths in the directory."""
         found = base.files_below(self._fs, self._root)
         sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
-        return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
+        return {path: size for path, size in sizes.items() if not base.is_hidden(path)}
 
     def _warn_of_images_without_row(self) -> None:
         described = {_plain(row.path) for row in self._rows}
