@@ -16,11 +16,6 @@ words=() child='' stopped='' interrupted=''
 # EX_CONFIG. Tasks that wait for a machine whose set-up failed end with 75, and srun returns the highest code: this one.
 set_up_failed=78
 
-refuse() {
-  echo "error: $*" >&2
-  exit 2
-}
-
 # restarts_on CODE: whether to restart a run that ended with this code. 75: it was preempted and saved, its watchdog
 # ended it, or a peer is gone. Above 128: a signal killed it, such as SIGKILL (137) on a host that is out of memory; but
 # 130 and 143 (SIGINT, SIGTERM) mean that somebody stopped it. Anything else needs a person. launch/processes.py has the

@@ -23,10 +23,7 @@ for argument; do
     -h | --help) usage ;;
     --accelerator=* | --out=* | --python=*) printf -v "$(sed 's/^--//; s/=.*//' <<<"$argument")" %s "${argument#*=}" ;;
     --dry-run | --dry_run) dry_run=yes ;;
-    *)
-      echo "error: $argument: expected --accelerator=gpu|tpu|cpu, --out=FILE, --python=PYTHON, --dry-run" >&2
-      exit 2
-      ;;
+    *) refuse "$argument: expected --accelerator=gpu|tpu|cpu, --out=FILE, --python=PYTHON, --dry-run" ;;
   esac
 done
 if [ -z "$accelerator" ]; then
@@ -40,10 +37,7 @@ if [ -z "$accelerator" ]; then
 fi
 PYTHON=${python:-${PYTHON-}} accelerator_flags "$accelerator"
 out=${out:-benchmark-$accelerator.jsonl}
-if [ -e "$out" ]; then
-  echo "error: --out=$out already exists" >&2
-  exit 2
-fi
+[ ! -e "$out" ] || refuse "--out=$out already exists"
 
 case $accelerator in
   gpu) platforms=cuda,cpu extras=cuda,test ;;

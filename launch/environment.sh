@@ -12,16 +12,22 @@ usage() {
   exit 0
 }
 
+# refuse MESSAGE...: print an error and exit with 2.
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
 # find_python: print $PYTHON, or the first Python on the path, that runs and is new enough.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+  local candidate candidates=${PYTHON:-python3 python3.12 python3.11 python3.13}
+  for candidate in $candidates; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: no Python 3.11 or newer among: ${PYTHON:-python3 python3.12 python3.11 python3.13} (set PYTHON=...)" >&2
+  echo "error: no Python 3.11 or newer among: $candidates (set PYTHON=...)" >&2
   return 2
 }
 

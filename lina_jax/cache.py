@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lina_jax import places
 from lina_jax.errors import UserError
-from lina_jax.retry import Progress, of_storage, patiently
+from lina_jax.retry import Progress, storage_errors, with_retries
 
 _PARTIAL = ".partial"
 # Names of file attributes that change when a file is rewritten; the first one that a file has is used.
@@ -31,7 +31,7 @@ class _File(NamedTuple):
     version: str
 
 
-def mounted(directory: str | Path) -> Path:
+def local_path(directory: str | Path) -> Path:
     """The path of a dataset that is read in place. Raises UserError for URLs."""
     if "://" in str(directory):
         raise UserError(
@@ -60,24 +60,24 @@ class Copy:
         # The name is for people; the digest is needed because two buckets may hold datasets of the same name.
         name = f"{os.path.basename(self._source)}-{hashlib.sha256(self._source.encode()).hexdigest()[:8]}"
         self.directory = Path(cache).expanduser().absolute() / name
-        self._notes, self._noting = self.directory / "copied.json", threading.Lock()
+        self._versions_file, self._versions_lock = self.directory / "copied.json", threading.Lock()
 
-    def metadata(self, names: Sequence[str]) -> Path:
+    def copy_metadata(self, names: Sequence[str]) -> Path:
         """Copy small files, every time, and return the directory of the copy. Skips files that the source lacks."""
-        with self._turn():
-            files = self._listed()
+        with self._locked():
+            files = self._list_source()
             for name in names:
                 if name in files:
                     self._fetch(name, files[name].size)
         return self.directory
 
-    def shards(self, names: Sequence[str], threads: int) -> None:
+    def copy_shards(self, names: Sequence[str], threads: int) -> None:
         """Copy the shards that are not there yet or have been rewritten since.
 
         Raises UserError for shards that the source lacks or that cannot be copied.
         """
-        with self._turn():
-            files, copied = self._listed(), self._copied()
+        with self._locked():
+            files, versions = self._list_source(), self._copied_versions()
             missing = [name for name in names if name not in files]
             if missing:
                 raise UserError(
@@ -86,11 +86,11 @@ class Copy:
 
             def copy(name: str) -> None:
                 self._fetch(name, files[name].size)
-                with self._noting:
-                    copied[name] = files[name].version
-                    places.write_json(self._notes, copied)
+                with self._versions_lock:
+                    versions[name] = files[name].version
+                    places.write_json(self._versions_file, versions)
 
-            wanted = [name for name in names if not self._has(name, files[name], copied.get(name))]
+            wanted = [name for name in names if not self._is_current(name, files[name], versions.get(name))]
             pool = concurrent.futures.ThreadPoolExecutor(threads)
             copies = [pool.submit(copy, name) for name in wanted]
             done = concurrent.futures.as_completed(copies)
@@ -101,7 +101,7 @@ class Copy:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,9 +109,9 @@ class Copy:
                 left.unlink(missing_ok=True)  # a copy that was given up may remove its own
             yield
 
-    def _listed(self) -> dict[str, _File]:
+    def _list_source(self) -> dict[str, _File]:
         try:
-            listed = patiently(lambda _: of_storage(lambda: self._files.ls(self._root, detail=True)), self._timeout)
+            listed = with_retries(storage_errors(lambda _: self._files.ls(self._root, detail=True)), self._timeout)
         except FileNotFoundError:
             raise UserError(f"data.path={self._source} does not exist") from None
         except (OSError, RuntimeError) as error:
@@ -123,14 +123,14 @@ class Copy:
             for entry in listed
         }
 
-    def _copied(self) -> dict[str, str]:
+    def _copied_versions(self) -> dict[str, str]:
         """The version of each shard when it was copied."""
         try:
-            return json.loads(self._notes.read_text())
+            return json.loads(self._versions_file.read_text())
         except (FileNotFoundError, ValueError):
             return {}
 
-    def _has(self, name: str, file: _File, version: str | None) -> bool:
+    def _is_current(self, name: str, file: _File, version: str | None) -> bool:
         path = self.directory / name
         return version == file.version and path.exists() and path.stat().st_size == file.size
 
@@ -166,4 +166,4 @@ def fetch(files: fsspec.AbstractFileSystem, path: str, target: Path, size: int |
             raise
         return partial
 
-    os.replace(patiently(lambda progress: of_storage(lambda: copy(progress)), timeout), target)
+    os.replace(with_retries(storage_errors(copy), timeout), target)

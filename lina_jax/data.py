@@ -24,7 +24,7 @@ from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
 from lina_jax.errors import PartFailed, UserError, storage_failed
 from lina_jax.reading import Split
-from lina_jax.retry import Progress, patiently
+from lina_jax.retry import Progress, with_retries
 
 _MAX_TRIES = 100  # this many bad records in a row mean a broken dataset, not bad luck
 
@@ -57,20 +57,20 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
         reading.open_split(path, split, cache=data.cache, timeout=data.read_timeout, threads=data.threads)
         for path, _ in data.datasets
     ]
-    form = splits[0].form
+    layout = splits[0].layout
     for (path, _), opened in zip(data.datasets, splits, strict=True):
-        _check_form(config, path, opened.form, text_encoder)
-        if opened.form != form:
+        _check_layout(config, path, opened.layout, text_encoder)
+        if opened.layout != layout:
             raise UserError(f"{path} and {data.datasets[0][0]}: one holds latents or text features, the other does not")
-    if form.moments:
-        columns = [decode.Moments(form.moments)]
+    if layout.moments:
+        columns = [decode.Moments(layout.moments)]
     else:
         columns = [decode.Pixels(tuple(side * config.autoencoder.stride for side in model.latent_size), data.resize)]
     if model.condition == "class":
         columns.append(decode.Label(model.num_classes))
     elif model.text_encoder == "bytes":
         columns.append(decode.Caption(model.text_length))
-    elif form.text_dim:
+    elif layout.text_dim:
         columns.append(decode.Features(model.text_length, model.text_dim))
     else:
         columns.append(decode.TokenIds(text_encoder))
@@ -85,28 +85,30 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
     )
 
 
-def _check_form(config: Config, path: str, form: reading.Form, text_encoder: TextEncoder | None) -> None:
+def _check_layout(config: Config, path: str, layout: reading.RecordLayout, text_encoder: TextEncoder | None) -> None:
     model, kind = config.model, config.autoencoder.kind
     wanted = (2 * model.latent_channels, *model.latent_size)
-    if kind == "identity" and form.moments:
-        raise UserError(f"{path} holds latents of {form.moments}, but autoencoder.kind=identity trains on pixels")
-    if kind != "identity" and not form.moments and not config.autoencoder.path:
+    if kind == "identity" and layout.moments:
+        raise UserError(f"{path} holds latents of {layout.moments}, but autoencoder.kind=identity trains on pixels")
+    if kind != "identity" and not layout.moments and not config.autoencoder.path:
         raise UserError(
             f"{path} holds pixels, but autoencoder.kind={kind} trains on latents: set autoencoder.path to its "
             "directory, or encode the dataset with lina_jax.prepare --autoencoder"
         )
-    if kind != "identity" and form.moments and form.moments != wanted:
-        raise UserError(f"{path} holds latents of {form.moments}, but autoencoder.kind={kind} and model need {wanted}")
-    if config.data.flip and form.moments:
+    if kind != "identity" and layout.moments and layout.moments != wanted:
+        raise UserError(
+            f"{path} holds latents of {layout.moments}, but autoencoder.kind={kind} and model need {wanted}"
+        )
+    if config.data.flip and layout.moments:
         raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
     if model.condition == "text" and model.text_encoder == "features":
-        if not form.text_dim and not text_encoder:
+        if not layout.text_dim and not text_encoder:
             raise UserError(
                 f"{path} holds no text features: set text_encoder.path to the directory of a text encoder, or prepare "
                 "the dataset with lina_jax.prepare --text_encoder"
             )
-        if form.text_dim and form.text_dim != model.text_dim:
-            raise UserError(f"{path} holds text features of {form.text_dim}, but model.text_dim={model.text_dim}")
+        if layout.text_dim and layout.text_dim != model.text_dim:
+            raise UserError(f"{path} holds text features of {layout.text_dim}, but model.text_dim={model.text_dim}")
 
 
 class Records:
@@ -225,7 +227,7 @@ class Records:
                     finished[row] = self._read_row(arrays, row, wanted[row], progress)
 
         try:
-            patiently(read_rest, self._timeout)
+            with_retries(read_rest, self._timeout)
         except (OSError, RuntimeError) as error:
             # Decided here, because an error loses its cause on the way out of a worker process.
             kind = PartFailed if storage_failed(error) else UserError

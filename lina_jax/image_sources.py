@@ -170,7 +170,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
     fs, root = base.filesystem(str(path))
     sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
     found = [file for file in sorted(sizes) if file.suffix.lower().removeprefix(".") in base.IMAGES]
-    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    shown = [file for file in found if not base.is_hidden(file.relative_to(root).as_posix())]
     files = [file for file in shown if not sample.is_grid(file)]
     if not files:
         raise UserError(f"{path}: no pictures in it ({', '.join(f'.{name}' for name in base.IMAGES)})")
@@ -216,10 +216,10 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
 
     if not len(opened):
         raise UserError(f"{path}: split {split!r} is empty")
-    if opened.form.moments:
-        decode = _decoder(path, opened.form.moments, plan)
+    if opened.layout.moments:
+        decode = _decoder(path, opened.layout.moments, plan)
         facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
-        return Read(mesh, len(opened), reader("moments", Moments(opened.form.moments)), facts, decode, shuffled=True)
+        return Read(mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
     except (OSError, RuntimeError, ValueError, images.BadImage) as error:  # of the file, or of the record

@@ -18,7 +18,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, shapes, units
 from lina_jax.errors import UserError
-from lina_jax.recording import LatentRecorder, PixelRecorder, Recorder, record
-from lina_jax.shares import ALONE, Share, take_gpu, the_share
-from lina_jax.sources.base import Example, Fields, Reject, Source
+from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
+from lina_jax.shares import WHOLE, Share, resolve_share, take_gpu
+from lina_jax.sources.base import Fields, Reject, Source
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
 from lina_jax.sources.scenes import ShapesSource
 from lina_jax.sources.tfds import TfdsSource
 from lina_jax.sources.webdataset import WebDatasetSource
 
-READERS = {
+SOURCES = {
     "parquet": (ParquetSource, Fields("image", "text", "", "label")),
     "webdataset": (WebDatasetSource, Fields("", "txt", "", "")),
     "folder": (FolderSource, Fields("", "", "", "")),
@@ -55,9 +55,9 @@ def _flag(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a dataset holds; each field is a flag. None: the source's default, in READERS."""
+    """Everything that decides what a dataset holds; each field is a flag. None: the source's default, in SOURCES."""
 
-    source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(READERS)}")
+    source: str = _flag("shapes", f"kind of collection: shapes | {' | '.join(SOURCES)}")
     resolution: int = _flag(32, "side of the stored images, in pixels")
     validation: int = _flag(500, "images in the validation split")
     seed: int = _flag(0, "shapes: seed of the scenes; others: seed that chooses the validation images")
@@ -77,33 +77,35 @@ class Settings:
     batch_size: int = _flag(32, "latents: images encoded at once")
 
     def __post_init__(self):
-        if self.source != "shapes" and self.source not in READERS:
-            raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(READERS)}")
+        if self.source != "shapes" and self.source not in SOURCES:
+            raise UserError(f"--source={self.source!r} is unknown, expected one of shapes, {', '.join(SOURCES)}")
         columns = tuple(f"{name}_column" for name in Fields._fields)
-        for name in ("input", *columns) if self.source == "shapes" else ("train",):
-            self._refuse(name, f"--source={self.source}")
+        if self.source == "shapes":
+            for name in ("input", *columns):
+                self._refuse(name, "--source=shapes")
+        else:
+            self._refuse("train", f"--source={self.source}")
         if self.source in ("webdataset", "folder"):  # the image is found by its file name
             self._refuse("image_column", f"--source={self.source}")
-        for name in () if self.autoencoder else ("text_encoder", "dtype", "batch_size"):
-            self._refuse(name, "pixels: it needs --autoencoder")
         if self.autoencoder:
             self._refuse("quality", "latents")
+        else:
+            for name in ("text_encoder", "dtype", "batch_size"):
+                self._refuse(name, "pixels: it needs --autoencoder")
         if self.source != "shapes" and not self.input:
             raise UserError(
                 f"--source={self.source} needs --input: {type(self).__dataclass_fields__['input'].metadata['help']}"
             )
-        if self.source in READERS:  # __setattr__ of object, as the dataclass is frozen
-            for name, usual in zip(columns, READERS[self.source][1], strict=True):
+        if self.source in SOURCES:  # __setattr__ of object, as the dataclass is frozen
+            for name, usual in zip(columns, SOURCES[self.source][1], strict=True):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, usual)
-        if self.text_encoder and self.source in READERS and not self.caption_column:
+        if self.text_encoder and self.source in SOURCES and not self.caption_column:
             raise UserError(f"--text_encoder={self.text_encoder!r} needs captions: give --caption_column")
-        for name, least in (
-            {"validation": 0, "seed": 0, "quality": 0} | dict.fromkeys(("resolution", "train", "shard_mb"), 1)
-            | dict.fromkeys(("min_size", "max_caption_bytes", "batch_size"), 1)
-        ).items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}, expected at least {least}")
+        for name in ("validation", "seed", "quality"):
+            self._check_least(name, 0)
+        for name in ("resolution", "train", "shard_mb", "min_size", "max_caption_bytes", "batch_size"):
+            self._check_least(name, 1)
         if self.quality > 100:
             raise UserError(f"--quality={self.quality}, expected 0 (PNG) or 1 to 100 (JPEG)")
         if self.dtype not in ("bfloat16", "float32"):
@@ -112,6 +114,10 @@ class Settings:
     def _refuse(self, name: str, where: str) -> None:
         if getattr(self, name) != getattr(type(self), name):
             raise UserError(f"--{name}={getattr(self, name)!r} does not apply to {where}")
+
+    def _check_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise UserError(f"--{name}={getattr(self, name)}, expected at least {least}")
 
     @property
     def fields(self) -> Fields:
@@ -127,7 +133,7 @@ def prepare(
     out: str | Path,
     settings: Settings,
     max_reject_fraction: float = 0.05,
-    share: Share = ALONE,
+    share: Share = WHOLE,
 ) -> dict[str, Any] | None:
     """Make this process's units of the dataset `out`, then the dataset itself if no unit is missing.
 
@@ -138,10 +144,10 @@ def prepare(
     finished units are kept for a retry.
     """
     out = Path(out).expanduser().absolute()
-    if done := finished(out, settings):
+    if totals := finished(out, settings):
         _meet(out)
         print(f"{out} is already prepared with these settings")
-        return done
+        return totals
     places.check("out", out.parent)
     if not share.index:
         places.check_renames("out", out.parent)
@@ -153,19 +159,19 @@ def prepare(
         work = units.WorkDirectory(out, settings.recorded(), source)
         if not share.index:
             _meet(out)
-        if done := finished(out, settings):  # by others, while this process was loading encoders
+        if totals := finished(out, settings):  # by others, while this process was loading encoders
             work.remove()
-            return done
+            return totals
         _make_units(work, source, recorder, settings, max_reject_fraction, share)
         hosts.barrier("units are made")
         if share.index and jax.distributed.is_initialized():  # process 0 assembles
             return None
         hosts.soon(lambda: not work.missing())
         if missing := len(work.missing()):
-            lacking = f"{missing} of {len(source.units)} units"
+            remaining = f"{missing} of {len(source.units)} units"
             if jax.distributed.is_initialized():
-                raise UserError(f"{lacking} are not in {work.path}: all processes must work in one shared directory")
-            print(f"this process is done; {lacking} are left to other processes")
+                raise UserError(f"{remaining} are not in {work.path}: all processes must work in one shared directory")
+            print(f"this process is done; {remaining} are left to other processes")
             return None
         receipts = [work.receipt(number) for number in range(len(source.units))]
         totals = _totals(receipts)
@@ -175,8 +181,8 @@ def prepare(
         summary = {"settings": settings.recorded(), "totals": totals}
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
     except OSError as error:
-        if done := finished(out, settings):  # another process was faster
-            return done
+        if totals := finished(out, settings):  # another process was faster
+            return totals
         raise UserError(f"cannot prepare {out}: {error}") from error
     return totals
 
@@ -205,8 +211,8 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
     items = max(1, min(records.SHARD_RECORDS, settings.shard_mb * 2**20 // recorder.record_bytes))
     if settings.source == "shapes":
         return ShapesSource(settings.train, settings.validation, settings.resolution, settings.seed, items)
-    reader, _ = READERS[settings.source]
-    source = reader(settings.input, settings.fields, items)
+    source_class, _ = SOURCES[settings.source]
+    source = source_class(settings.input, settings.fields, items)
     counts = [unit.count for unit in source.units]
     if None not in counts and settings.validation >= sum(counts):
         raise UserError(f"--validation={settings.validation} leaves none of the {sum(counts)} items to train on")
@@ -234,6 +240,38 @@ def _recorder(settings: Settings) -> Recorder:
     )
 
 
+class _RejectGuard:
+    """Counts this process's rejects, and raises UserError as soon as they are too many."""
+
+    def __init__(self, source: Source, settings: Settings, max_fraction: float, place: Path):
+        counts = [unit.count for unit in source.units]
+        self._total = None if None in counts else sum(counts)
+        self._settings, self._max_fraction, self._place = settings, max_fraction, place
+        self._rejected: collections.Counter[str] = collections.Counter()
+        self._useful = False  # whether there is any good item
+
+    def add_receipt(self, receipt: units.Receipt) -> None:
+        """Count the rejects of a finished unit."""
+        self._rejected.update(receipt.rejected)
+        self._useful = self._useful or bool(receipt.shards)
+
+    def check(self, item: Record | Reject) -> None:
+        """Count the item. Raises UserError if it is one reject too many."""
+        if not isinstance(item, Reject):
+            self._useful = True
+            return
+        self._rejected[item.reason] += 1
+        # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
+        if self._total is not None:
+            _check_rejects(self._rejected, self._total, self._max_fraction, self._place)
+        elif not self._useful and self._max_fraction < 1 and self._rejected.total() >= _ALL_REJECTED:
+            columns = [f"--{name}_column={column}" for name, column in self._settings.fields._asdict().items()]
+            raise UserError(
+                f"the first {self._rejected.total()} items are all rejected: {_commonest(self._rejected)}; check "
+                f"--input and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
+            )
+
+
 def _make_units(
     work: units.WorkDirectory,
     source: Source,
@@ -245,53 +283,45 @@ def _make_units(
     """Make this process's units that are not finished."""
     mine = range(share.index, len(source.units), share.count)
     serialize = records.Serializer(recorder.features(source.label_names))
-    rejected: collections.Counter[str] = collections.Counter()
     receipts = {number: work.receipt(number) for number in set(mine) - work.missing()}
     sizes = {number: receipt.items for number, receipt in receipts.items()}
-    counts = [unit.count for unit in source.units]
-    useful = any(receipt.shards for receipt in receipts.values())
-
-    def made(number: int, count: int, items: Iterator[Example | Reject]) -> Iterator[units.Made]:
-        nonlocal useful
-        unit = source.units[number]
-        chosen = set() if unit.split else validation_items(source, number, count, settings)
-        done = record(items, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes)
-        for position, item in enumerate(done):
-            progress.update()
-            if isinstance(item, Reject):
-                rejected[item.reason] += 1
-                # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
-                if None not in counts:
-                    _check_rejects(rejected, sum(counts), max_reject_fraction, work.path)
-                elif not useful and max_reject_fraction < 1 and rejected.total() >= _ALL_REJECTED:
-                    columns = [f"--{name}_column={column}" for name, column in settings.fields._asdict().items()]
-                    raise UserError(
-                        f"the first {rejected.total()} items are all rejected: {_commonest(rejected)}; check --input "
-                        f"and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
-                    )
-            useful = useful or not isinstance(item, Reject)
-            yield unit.split or ("validation" if position in chosen else "train"), item
-
+    guard = _RejectGuard(source, settings, max_reject_fraction, work.path)
+    for receipt in receipts.values():
+        guard.add_receipt(receipt)
     expected = _expected(source, mine, sizes)
     with tqdm(total=expected, initial=sum(sizes.values()), unit=" images", disable=None) as progress:
+
+        def assign_splits(
+            items: Iterable[Record | Reject], split: str | None, validation: Set[int]
+        ) -> Iterator[units.SplitItem]:
+            for position, item in enumerate(items):
+                progress.update()
+                guard.check(item)
+                yield split or ("validation" if position in validation else "train"), item
+
         for number in mine:
-            if receipt := receipts.get(number):
-                rejected.update(receipt.rejected)
+            if number in receipts:
                 continue
-            with source.open(source.units[number]) as (count, items):
+            unit = source.units[number]
+            with source.open(unit) as (count, examples):
                 sizes[number] = count
                 progress.total = _expected(source, mine, sizes)
                 recorder.truncated = 0
-                done = made(number, count, items)
+                validation = set() if unit.split else validation_items(source, number, count, settings)
+                items = make_records(
+                    examples, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes
+                )
+                split_items = assign_splits(items, unit.split, validation)
                 size = settings.shard_mb * 2**20
-                work.make(number, source.name, count, done, serialize, size, lambda: recorder.truncated)
+                work.make(number, source.name, count, split_items, serialize, size, lambda: recorder.truncated)
 
 
 def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
     """The number of items in this process's units; a unit of unknown size counts as the mean of the known ones."""
-    known = [sizes.get(number, source.units[number].count) for number in mine]
-    told = [size for size in known if size is not None]
-    return sum(told) + (len(known) - len(told)) * (sum(told) // max(1, len(told)))
+    unit_sizes = [sizes.get(number, source.units[number].count) for number in mine]
+    known_sizes = [size for size in unit_sizes if size is not None]
+    mean = sum(known_sizes) // max(1, len(known_sizes))
+    return sum(known_sizes) + (len(unit_sizes) - len(known_sizes)) * mean
 
 
 def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
@@ -361,11 +391,11 @@ def main(argv: Sequence[str]) -> None:
     if values.preview:
         places.check("preview", Path(values.preview).expanduser().parent)
     together = values.distributed or values.coordinator
-    mine = ("process_index", "process_count") if together else ("processes", "process_id")
-    for name in mine:
+    inapplicable = ("process_index", "process_count") if together else ("processes", "process_id")
+    for name in inapplicable:
         if values[name].value is not None and (name, values[name].value) != ("processes", 1):
-            other = "jax.distributed sets it" if together else "needs --coordinator; without it, give --process_index"
-            raise UserError(f"--{name}={values[name].value}: {other}")
+            reason = "jax.distributed sets it" if together else "needs --coordinator; without it, give --process_index"
+            raise UserError(f"--{name}={values[name].value}: {reason}")
     if together:
         # A process that has finished its share waits for the others, for up to a day.
         with hosts.together(config_file.given_flags()):
@@ -375,7 +405,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         if values.process_index is None:
             take_gpu(os.environ)
-        _prepare(values, settings, the_share(values.process_index, values.process_count))
+        _prepare(values, settings, resolve_share(values.process_index, values.process_count))
 
 
 def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None:

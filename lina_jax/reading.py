@@ -24,7 +24,7 @@ from lina_jax.errors import UserError
 COMMON_FIELDS = ("caption", "short_caption", "label", "key")  # what every record has
 
 
-class Form(NamedTuple):
+class RecordLayout(NamedTuple):
     """What the records of a dataset hold besides captions and label."""
 
     moments: tuple[int, int, int] | None  # (2C, H, W) of latents; None: pixels
@@ -72,9 +72,9 @@ class Readers:
 class Split:
     """Random access to the serialized records of one split."""
 
-    def __init__(self, shards: Sequence[ShardSlice], form: Form, manifest: str = ""):
+    def __init__(self, shards: Sequence[ShardSlice], layout: RecordLayout, manifest: str = ""):
         """`manifest` is a digest of the dataset's metadata and the name of the split."""
-        self.form, self.manifest = form, manifest
+        self.layout, self.manifest = layout, manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         for shard in shards:
@@ -84,7 +84,7 @@ class Split:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self):
-        return self._shards, self.form, self.manifest
+        return self._shards, self.layout, self.manifest
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -127,8 +127,8 @@ def errno_of(error: Exception) -> int | None:
     """The errno of an error, from its message if need be (ArrayRecord keeps only that); None if it has none."""
     if isinstance(error, OSError):
         return error.errno
-    said = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
-    return said[max(said, key=len)] if said else None
+    matches = {os.strerror(number): number for number in errno.errorcode if os.strerror(number) in str(error)}
+    return matches[max(matches, key=len)] if matches else None
 
 
 def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: float = 60.0, threads: int = 8) -> Split:
@@ -138,11 +138,11 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     progress for `timeout` seconds is retried. `directory` may then be a URL. Raises UserError, naming the path and what
     exists, if the directory, its metadata, the split or a shard is missing.
     """
-    copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
-    if copy:
-        directory = copy.metadata(("dataset_info.json", "features.json"))
+    local_copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
+    if local_copy:
+        directory = local_copy.copy_metadata(("dataset_info.json", "features.json"))
     else:
-        directory = cache_lib.mounted(directory)
+        directory = cache_lib.local_path(directory)
     if not directory.is_dir():
         raise UserError(f"dataset directory {directory} does not exist; python -m lina_jax.prepare creates one")
     present = set(os.listdir(directory))  # one request; one per shard would be thousands
@@ -157,19 +157,19 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         known = ", ".join(info.splits)
         raise UserError(f"{directory} has no split {split!r}; its splits: {known}") from None
     shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts]
-    if copy:
-        copy.shards([os.path.basename(shard.path) for shard in shards], threads)
+    if local_copy:
+        local_copy.copy_shards([os.path.basename(shard.path) for shard in shards], threads)
     else:
         missing = [shard.path for shard in shards if os.path.basename(shard.path) not in present]
         if missing:
             raise UserError(f"{len(missing)} of the {len(shards)} shards of {split!r} are missing, first {missing[0]}")
-    said = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
-    return Split(shards, _form(info.features), hashlib.sha256(said + split.encode()).hexdigest()[:16])
+    metadata = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
+    return Split(shards, _layout(info.features), hashlib.sha256(metadata + split.encode()).hexdigest()[:16])
 
 
 def label_names(directory: str | Path) -> Sequence[str]:
     """Class names of a dataset, () if it has none. Raises UserError for a URL, or if its metadata cannot be read."""
-    label = _info(cache_lib.mounted(directory)).features["label"]
+    label = _info(cache_lib.local_path(directory)).features["label"]
     return label.names if isinstance(label, tfds.features.ClassLabel) else ()
 
 
@@ -191,9 +191,9 @@ def _info(directory: Path) -> tfds.core.DatasetInfo:
     return info
 
 
-def _form(features: tfds.features.FeaturesDict) -> Form:
+def _layout(features: tfds.features.FeaturesDict) -> RecordLayout:
     moments = tuple(features["moments"].shape) if "moments" in features else None
-    return Form(moments, features["text"].shape[-1] if "text" in features else 0)
+    return RecordLayout(moments, features["text"].shape[-1] if "text" in features else 0)
 
 
 @functools.cache

@@ -119,17 +119,17 @@ class LatentRecorder:
         return started
 
     def finish(self, examples: Sequence[Example], started) -> list[Record | Reject]:
-        arrays = {name: (np.asarray(made, np.float32), lengths) for name, (made, lengths) in started.items()}
+        arrays = {name: (np.asarray(array, np.float32), lengths) for name, (array, lengths) in started.items()}
         moments, _ = arrays.pop("moments")
-        made: list[Record | Reject] = []
+        items: list[Record | Reject] = []
         for i, example in enumerate(examples):
             halves = {"moments": _half(rearrange(moments[i], "h w c -> c h w"))}
             halves |= {name: _half(features[i, : lengths[i]]) for name, (features, lengths) in arrays.items()}
-            said = example._asdict()
-            del said["image"]
+            fields = example._asdict()
+            del fields["image"]
             finite = all(np.all(np.isfinite(array)) for array in halves.values())
-            made.append(said | halves if finite else Reject(example.key, "not finite as float16 when encoded"))
-        return made
+            items.append(fields | halves if finite else Reject(example.key, "not finite as float16 when encoded"))
+        return items
 
     def pixels(self, moments: np.ndarray) -> np.ndarray:
         """uint8 images (N, H, W, 3) decoded from the means of stored moments (N, 2C, h, w)."""
@@ -145,7 +145,7 @@ class LatentRecorder:
         return jax.device_put(full, device)
 
 
-def record(
+def make_records(
     items: Iterable[Example | Reject], recorder: Recorder, resolution: int, min_size: int, max_caption_bytes: int
 ) -> Iterator[Record | Reject]:
     """Yield a record or a reject for each item, in order; a few batches are in progress at a time."""
@@ -174,8 +174,8 @@ def record(
         decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
         decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
         for batch, good, work in _ahead(map(started, decoded), recorder.ahead):
-            made = iter(recorder.finish(good, work) if good else ())
-            yield from (next(made) if isinstance(item, Example) else item for item in batch)
+            finished = iter(recorder.finish(good, work) if good else ())
+            yield from (next(finished) if isinstance(item, Example) else item for item in batch)
 
 
 def _ahead(started: Iterable[T], count: int = 1) -> Iterator[T]:

@@ -1,17 +1,19 @@
 """Retries for storage: calls that fail or stall are tried again, with growing pauses."""
 
 import errno
+import functools
 import itertools
 import re
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from absl import logging
 
 from lina_jax.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 TRIES = 6
@@ -36,30 +38,30 @@ class Progress:
             raise TimeoutError("given up")
 
 
-def of_storage(call: Callable[[], T]) -> T:
-    """The result of `call()`, a request to a bucket; errors of types that its library defines become OSError.
+def storage_errors(call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, a request to a bucket, but errors of types that its library defines become OSError.
 
     They count as passing, like failures of a link, unless the name of the type is about credentials (expired ones, too)
     or permissions. Even such an error counts as passing if its attribute `retryable` is true.
     """
-    try:
-        return call()
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, UserError):
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        told = f"{kind}: {error}"
-        lasts = re.search("credential|auth|permission|forbidden|refresh|token", kind, re.IGNORECASE)
-        lasts = lasts and not getattr(error, "retryable", False)
-        raise (OSError(told) if lasts else OSError(errno.EREMOTEIO, told)) from error
+
+    @functools.wraps(call)
+    def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except (OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, UserError):
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            message = f"{kind}: {error}"
+            lasts = re.search("credential|auth|permission|forbidden|refresh|token", kind, re.IGNORECASE)
+            lasts = lasts and not getattr(error, "retryable", False)
+            raise (OSError(message) if lasts else OSError(errno.EREMOTEIO, message)) from error
+
+    return translated
 
 
-def patiently(
-    call: Callable[[Progress], T],
-    timeout: float,
-    tries: int = TRIES,
-    pause: Callable[[float], None] = time.sleep,
-) -> T:
+def with_retries(call: Callable[[Progress], T], timeout: float) -> T:
     """The result of `call(progress)`, run in its own thread; retried if it raises OSError or RuntimeError or stalls.
 
     A stall is `timeout` seconds without progress; the stalled thread is left behind. Raises the error of the last try,
@@ -72,10 +74,10 @@ def patiently(
             return _watched(call, progress, timeout)
         except (OSError, RuntimeError) as error:
             error.at = progress.at
-            if tried == tries or isinstance(error, FileNotFoundError):
+            if tried == TRIES or isinstance(error, FileNotFoundError):
                 raise
-            logging.warning("attempt %d of %d failed at %s: %s", tried, tries, progress.at, error)
-            pause(FIRST_PAUSE_S * 2 ** (tried - 1))
+            logging.warning("attempt %d of %d failed at %s: %s", tried, TRIES, progress.at, error)
+            time.sleep(FIRST_PAUSE_S * 2 ** (tried - 1))
 
 
 def _watched(call: Callable[[Progress], T], progress: Progress, timeout: float) -> T:

@@ -19,10 +19,10 @@ class Share:
     count: int = 1
 
 
-ALONE = Share()
+WHOLE = Share()
 
 
-def the_share(index: int | None, count: int | None) -> Share:
+def resolve_share(index: int | None, count: int | None) -> Share:
     """The share of this process: from flags, else from SLURM, else everything. Raises UserError for wrong flags."""
     if index is None and count is None:
         return _slurm_share(os.environ)
@@ -35,7 +35,7 @@ def _slurm_share(environment: Mapping[str, str]) -> Share:
     """The share of this task of a job step, within this element of a job array; everything if outside of SLURM."""
     value = {name: int(environment[f"SLURM_{name}"]) for name in _SLURM if f"SLURM_{name}" in environment}
     # Not NTASKS, which is also set in a batch script or a shell: they are one task, whatever the allocation holds.
-    share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else ALONE
+    share = Share(value["PROCID"], value["STEP_NUM_TASKS"]) if "STEP_NUM_TASKS" in value else WHOLE
     if "ARRAY_TASK_ID" in value:
         first, step, count = value["ARRAY_TASK_MIN"], value.get("ARRAY_TASK_STEP", 1), value["ARRAY_TASK_COUNT"]
         if value["ARRAY_TASK_MAX"] - first != (count - 1) * step:

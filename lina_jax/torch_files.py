@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,8 @@ BIN_FILES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 OWN_NAMES = "lina_jax"  # "format" in the metadata of files whose arrays have our names, not published ones
 COUNTER = ".num_batches_tracked"  # integer counters of batch norms in training, which no computation here needs
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+T = TypeVar("T", bound=Mapping[str, Any])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,9 +95,7 @@ def open_tensors(directory: Path) -> Tensors:
     index = _index(directory, "*.safetensors.index.json")
     if index is None:
         raise UserError(f"{directory}: no weights; expected {' or '.join(WEIGHT_FILES)}, or *.safetensors.index.json")
-    where = _weight_map(index)
-    files = {name: open_file(index.parent / name) for name in sorted(set(where.values()))}
-    _check_members(index, where, files)
+    where, files = _open_indexed(index, open_file)
     first = next(iter(files.values()))
     return Tensors({tensor: files[name].stored(tensor) for tensor, name in where.items()}, first.metadata)
 
@@ -112,9 +112,7 @@ def open_weights(directory: Path) -> "Tensors | Pickled":
         raise UserError(
             f"{directory}: no weights; expected {expected}, or *.safetensors.index.json or *.bin.index.json"
         )
-    where = _weight_map(index)
-    files = {name: _load_bin(index.parent / name) for name in sorted(set(where.values()))}
-    _check_members(index, where, files)
+    where, files = _open_indexed(index, _load_bin)
     return Pickled(index, {tensor: files[name][tensor] for tensor, name in where.items()})
 
 
@@ -123,6 +121,14 @@ def _index(directory: Path, pattern: str) -> Path | None:
     if len(indices) > 1:
         raise UserError(f"{directory}: several weight indices: {', '.join(path.name for path in indices)}")
     return indices[0] if indices else None
+
+
+def _open_indexed(index: Path, open_one: Callable[[Path], T]) -> tuple[dict[str, str], dict[str, T]]:
+    """Names of tensors -> names of their files, and the files, opened, by name. Raises UserError if they do not fit."""
+    where = _weight_map(index)
+    files = {name: open_one(index.parent / name) for name in sorted(set(where.values()))}
+    _check_members(index, where, files)
+    return where, files
 
 
 def _weight_map(index: Path) -> dict[str, str]:

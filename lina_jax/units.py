@@ -25,7 +25,7 @@ from lina_jax.records import Shard, Shards
 from lina_jax.sources.base import Reject, Source
 
 _SETTINGS = "settings.json"
-Made = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
+SplitItem = tuple[str, dict[str, Any] | Reject]  # (split, record or reject)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +78,13 @@ class WorkDirectory:
         self,
         number: int,
         source: str,
-        items: int,
-        made: Iterable[Made],
+        count: int,
+        items: Iterable[SplitItem],
         serialize: Callable[[Mapping[str, Any]], bytes],
         shard_bytes: int,
         truncated: Callable[[], int],
     ) -> None:
-        """Write one unit of `items` items; it appears, complete, when all of `made` has been written.
+        """Write one unit of `count` items; it appears, complete, when all of them have been written.
 
         `truncated` is called at the end and returns the number of truncated captions.
         """
@@ -95,16 +95,16 @@ class WorkDirectory:
         splits: dict[str, Shards] = {}
         rejected: collections.Counter[str] = collections.Counter()
         with (partial / "rejects.jsonl").open("w") as rejects:
-            for split, record in made:
-                if isinstance(record, Reject):
-                    rejected[record.reason] += 1
-                    rejects.write(json.dumps({"source": source, **record._asdict()}) + "\n")
+            for split, item in items:
+                if isinstance(item, Reject):
+                    rejected[item.reason] += 1
+                    rejects.write(json.dumps({"source": source, **item._asdict()}) + "\n")
                     continue
                 if split not in splits:
                     splits[split] = Shards(partial / split, shard_bytes)
-                splits[split].append(serialize(record))
+                splits[split].append(serialize(item))
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
-        receipt = {"items": items, "shards": shards, "rejected": rejected, "truncated": truncated()}
+        receipt = {"items": count, "shards": shards, "rejected": rejected, "truncated": truncated()}
         places.write_json(partial / "receipt.json", receipt)
         try:
             partial.rename(place)

@@ -41,7 +41,7 @@ def test_what_libraries_of_buckets_raise_is_of_the_storage(monkeypatch, name, re
 
     monkeypatch.setattr("lina_jax.retry.FIRST_PAUSE_S", 0)
     with pytest.raises(UserError, match=f"cannot read s3://bucket: .*{name}: log in") as caught:
-        base.patient("s3://bucket", refused)
+        base.retry_storage("s3://bucket", refused)
     assert errors.storage_failed(caught.value) == passes
 
 
@@ -198,13 +198,13 @@ def test_a_listing_that_fails_once_is_no_empty_directory(bucket, monkeypatch, lo
         return ls(self, path, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "ls", flaky)
-    assert [name.replace(":///", "://") for name in base.matching("memory://raw/*/*.tar")] == wanted
+    assert [name.replace(":///", "://") for name in base.find_files("memory://raw/*/*.tar")] == wanted
     assert not failures
     failures.append(lost)
     assert len(base.files_below(*base.filesystem("memory://raw"))) == 6 and not failures
-    assert len(base.matching("memory://raw/**/*.tar")) == 5
+    assert len(base.find_files("memory://raw/**/*.tar")) == 5
     with pytest.raises(UserError, match="no file matches"):
-        base.matching("memory://nowhere/*.tar")
+        base.find_files("memory://nowhere/*.tar")
 
 
 def test_storage_that_goes_on_failing_is_named(bucket, monkeypatch):

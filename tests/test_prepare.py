@@ -330,7 +330,7 @@ def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
 
-    monkeypatch.setattr("lina_jax.prepare.record", fail)
+    monkeypatch.setattr("lina_jax.prepare.make_records", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="device lost"):
         prepare(tmp_path / "out", Settings(**SMALL))
 

@@ -6,7 +6,7 @@ import pytest
 from lina_jax import hosts, units
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
-from lina_jax.shares import take_gpu, the_share
+from lina_jax.shares import resolve_share, take_gpu
 
 SMALL = Settings(resolution=8, train=8, validation=2)
 
@@ -28,16 +28,16 @@ def array(**values) -> dict[str, str]:
 )
 def test_a_process_finds_its_share(monkeypatch, environment, share):
     monkeypatch.setattr("os.environ", environment)
-    assert the_share(None, None) == share
-    assert the_share(1, 3) == Share(1, 3)
+    assert resolve_share(None, None) == share
+    assert resolve_share(1, 3) == Share(1, 3)
     with pytest.raises(UserError, match="--process_index=3 --process_count=3"):
-        the_share(3, 3)
+        resolve_share(3, 3)
 
 
 def test_a_slurm_array_with_holes_is_refused(monkeypatch):
     monkeypatch.setattr("os.environ", array(id=5, min=5, max=9, count=2))
     with pytest.raises(UserError, match="array of 2 tasks from 5 to 9 has gaps"):
-        the_share(None, None)
+        resolve_share(None, None)
 
 
 TASKS = {"SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}

@@ -53,9 +53,9 @@ def reasons(source) -> dict[str, str]:
 
 def test_an_unknown_protocol_and_an_impossible_pattern_are_named():
     with pytest.raises(UserError, match="cannot open nope://bucket/"):
-        base.matching("nope://bucket/a.tar")
+        base.find_files("nope://bucket/a.tar")
     with pytest.raises(UserError, match="Invalid pattern"):
-        base.matching("/tmp/a**b/*.tar")
+        base.find_files("/tmp/a**b/*.tar")
 
 
 def test_a_directory_is_no_file(tmp_path):
@@ -64,7 +64,7 @@ def test_a_directory_is_no_file(tmp_path):
         fs, inner = base.filesystem(f"{place}/tars")
         fs.makedirs(inner, exist_ok=True)
         with pytest.raises(UserError, match=r"no file matches .*tars', a directory; did you mean .*tars/\*\?"):
-            base.matching(f"{place}/tars")
+            base.find_files(f"{place}/tars")
 
 
 @pytest.fixture
@@ -134,10 +134,10 @@ def test_rows_stay_in_the_folder(folder, tmp_path):
 def test_a_picture_without_permission_ends_it(folder, monkeypatch):
     """A whole class may lack permission, so nothing is rejected; a directory in place of a picture is damage."""
     source = folder({"cat/1.png": png(1)})
-    monkeypatch.setattr(base, "content", refusing(errno.EACCES))
+    monkeypatch.setattr(base, "read_bytes", refusing(errno.EACCES))
     with pytest.raises(PermissionError):
         items(source)
-    monkeypatch.setattr(base, "content", refusing(errno.EISDIR))
+    monkeypatch.setattr(base, "read_bytes", refusing(errno.EISDIR))
     assert reasons(source) == {"cat/1.png": "unreadable file: Is a directory"}
 
 

@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 
 from lina_jax import cache
 from lina_jax.errors import UserError, storage_failed
-from lina_jax.retry import of_storage, patiently
+from lina_jax.retry import storage_errors, with_retries
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")  # extensions
 
@@ -159,7 +159,7 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"cannot open {path}: {error}") from error
 
 
-def matching(pattern: str) -> dict[str, int]:
+def find_files(pattern: str) -> dict[str, int]:
     """The files that match a path, a glob or a URL, sorted, with their sizes. Raises UserError if there are none."""
     fs, inner = filesystem(pattern)
     try:
@@ -169,14 +169,14 @@ def matching(pattern: str) -> dict[str, int]:
         elif has_magic(inner):
             found = _matches(fs, inner)
         else:
-            info = patient(pattern, lambda: fs.info(inner))
+            info = retry_storage(pattern, lambda: fs.info(inner))
             found = {inner: info["size"]} if info["type"] != "directory" else {}
     except FileNotFoundError:
         found = {}
     except ValueError as error:  # a pattern like a**b
         raise UserError(f"{pattern!r} matches no file: {error}") from error
     if not found:
-        directory = kind(fs, inner) == "directory"
+        directory = path_type(fs, inner) == "directory"
         raise UserError(f"no file matches {pattern!r}" + directory * f", a directory; did you mean {pattern}/*?")
     return {path if is_local(fs) else fs.unstrip_protocol(path): found[path] for path in sorted(found)}
 
@@ -197,6 +197,11 @@ def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
     return _listed(fs, root)
 
 
+def is_hidden(relative_path: str) -> bool:
+    """Whether a file, or a directory on the way to it, is hidden."""
+    return any(part.startswith(".") for part in relative_path.split("/"))
+
+
 def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> dict[str, int]:
     """The files below a directory in a bucket, at most `depth` levels below it, with their sizes.
 
@@ -206,7 +211,8 @@ def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) 
     while level and depth != 0:
         below = []
         for directory in level:
-            for about in patient(fs.unstrip_protocol(directory), functools.partial(fs.ls, directory, detail=True)):
+            url = fs.unstrip_protocol(directory)
+            for about in retry_storage(url, functools.partial(fs.ls, directory, detail=True)):
                 path = about["name"].rstrip("/")
                 if path == directory.rstrip("/"):  # the mark of an empty directory
                     continue
@@ -237,7 +243,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
-def kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+def path_type(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
     """The type of what is at a path: "file", "directory" or another type of the file system; None if there is nothing.
 
     Raises UserError if a bucket cannot be asked, OSError if a local disk cannot. (fsspec's own `exists` and `isdir`
@@ -248,7 +254,7 @@ def kind(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
         return fs.info(path)["type"]
 
     try:
-        return look() if is_local(fs) else patient(path, look)
+        return look() if is_local(fs) else retry_storage(path, look)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -271,10 +277,10 @@ def local_file(path: str, size: int | None) -> Iterator[str]:
         yield str(copy)
 
 
-def patient(path: str, call: Callable[[], T]) -> T:
+def retry_storage(path: str, call: Callable[[], T]) -> T:
     """Result of `call()`, retried if the storage fails. Raises UserError with the path; FileNotFoundError at once."""
     with _naming(path):
-        return patiently(lambda _: of_storage(call), _STALLED_S)
+        return with_retries(storage_errors(lambda _: call()), _STALLED_S)
 
 
 @contextlib.contextmanager
@@ -288,9 +294,9 @@ def _naming(path: str) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+def read_bytes(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
     """All bytes of a file, with retries in a bucket. Raises UserError for buckets, OSError for local files."""
-    return fs.cat_file(path) if is_local(fs) else patient(path, lambda: fs.cat_file(path))
+    return fs.cat_file(path) if is_local(fs) else retry_storage(path, lambda: fs.cat_file(path))
 
 
 class PatientFile(io.RawIOBase):
@@ -305,7 +311,7 @@ class PatientFile(io.RawIOBase):
             file = self._open()
             return file, file.seek(0, os.SEEK_END)
 
-        self._file, self._size = patient(path, opened)
+        self._file, self._size = retry_storage(path, opened)
 
     def readable(self) -> bool:
         return True
@@ -329,7 +335,7 @@ class PatientFile(io.RawIOBase):
             file.seek(at)
             return file, file.read(size)
 
-        self._file, data = patient(self._path, read)
+        self._file, data = retry_storage(self._path, read)
         self._at += len(data)
         return data
 

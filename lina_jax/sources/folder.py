@@ -39,7 +39,7 @@ class FolderSource:
     def __init__(self, directory: str, fields: Fields, unit_items: int):
         self.name = directory
         self._fs, self._root = base.filesystem(directory)
-        if base.kind(self._fs, self._root) != "directory":
+        if base.path_type(self._fs, self._root) != "directory":
             raise UserError(f"--input={directory}: no such directory")
         described = _metadata(self._fs, self._root)
         self.label_names: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class FolderSource:
         """Sizes of the files that are not hidden, sorted by their paths in the directory."""
         found = base.files_below(self._fs, self._root)
         sizes = {path[len(self._root) :].lstrip("/"): found[path] for path in sorted(found)}
-        return {path: size for path, size in sizes.items() if not any(p.startswith(".") for p in path.split("/"))}
+        return {path: size for path, size in sizes.items() if not base.is_hidden(path)}
 
     def _warn_of_images_without_row(self) -> None:
         described = {_plain(row.path) for row in self._rows}
@@ -101,7 +101,7 @@ class FolderSource:
             return Reject(row.path, "outside the folder")
         path = f"{self._root}/{row.path}"
         try:
-            image = base.content(self._fs, path)
+            image = base.read_bytes(self._fs, path)
         except (FileNotFoundError, ValueError):  # ValueError: a name that no file can have
             return Reject(row.path, "missing file")
         except OSError as error:
@@ -114,8 +114,8 @@ class FolderSource:
 def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     """The rows of the metadata file, and its digest; None if there is no such file."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
-        if base.kind(fs, f"{root}/{name}"):
-            rows, seen, content = [], set(), base.content(fs, f"{root}/{name}")
+        if base.path_type(fs, f"{root}/{name}"):
+            rows, seen, content = [], set(), base.read_bytes(fs, f"{root}/{name}")
             for line, columns in parse(content):
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:

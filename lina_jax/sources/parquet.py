@@ -27,7 +27,7 @@ class ParquetSource:
     def __init__(self, pattern: str, fields: Fields, unit_items: int):
         self.name = pattern
         self._fields = fields
-        files = base.matching(pattern)
+        files = base.find_files(pattern)
         paths = list(files)
         self._short = base.relative(paths)
         self.contents = list(files.items())
@@ -121,10 +121,10 @@ def _label_names(directory: str) -> tuple[str, ...]:
     """Class names in labels.txt, one per line; () if there is no such file. Raises UserError if they cannot be used."""
     path = f"{directory}/labels.txt"
     fs, inner = base.filesystem(path)
-    if not base.kind(fs, inner):
+    if not base.path_type(fs, inner):
         return ()
     try:
-        names = [line.strip() for line in base.content(fs, inner).decode("utf-8-sig").rstrip().split("\n")]
+        names = [line.strip() for line in base.read_bytes(fs, inner).decode("utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
     first = {}

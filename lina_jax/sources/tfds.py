@@ -22,7 +22,7 @@ class TfdsSource:
         self.name = place
         directory, split = place, ""
         before, _, after = place.rpartition(":")
-        if before and "/" not in after and base.kind(*base.filesystem(place)) != "directory":
+        if before and "/" not in after and base.path_type(*base.filesystem(place)) != "directory":
             directory, split = before, after
         self._split = split or "train"
         self._fields = fields

@@ -50,7 +50,7 @@ class WebDatasetSource:
         del unit_items  # the number of samples is known only when a file is read
         self.name = pattern
         self._fields = fields
-        files = base.matching(pattern)
+        files = base.find_files(pattern)
         self._short = base.relative(list(files))
         self._sizes = files
         self.contents = list(files.items())
