@@ -58,7 +58,7 @@ def test_attention_stands_beside_softmax_and_earlier_lines(run_module, tmp_path)
     assert both["of_attention_softmax"] > 0
     assert forward["of_earlier"] is None
     assert both["of_earlier"] == {"median_s": both["median_s"] / 1e3, "model_flops": both["model_flops"]}
-    assert f"in {then}" in result.stderr
+    assert f"attention relative to {then}: " in result.stderr
 
 
 def test_training_from_the_command_line(run_module, tiny, config_file):

@@ -119,7 +119,7 @@ def test_mistakes_are_told_before_anything_is_measured(run, weights, shapes_data
     for out, options, message in (
         ("out", [f"--geneval={prompts}", f"--geneval_rewritten={tmp_path}/blank.txt"], "blank.txt, line 1: prompt ' '"),
         ("other", [f"--geneval={prompts}"], f"{other} holds pictures that differ in "),
-        ("out", [f"--inception={weights}", f"--reference={shapes_data}", "--reference_number=65"], "there are 64"),
+        ("out", [f"--inception={weights}", f"--reference={shapes_data}", "--reference_number=65"], "there are only 64"),
     ):
         result = run_module("evaluate", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / out}", *options)
         assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr

@@ -168,7 +168,7 @@ def test_class_names_that_changed_are_noticed(tmp_path, small_units):
     pattern = parquet(tmp_path / "raw", good(40))
     assert prepare(tmp_path / "out", settings(pattern), share=Share(0, 2)) is None
     (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")
-    with pytest.raises(UserError, match=r"has changed since .* was begun"):
+    with pytest.raises(UserError, match=r"has changed since .* was started"):
         prepare(tmp_path / "out", settings(pattern), share=Share(1, 2))
 
 
@@ -259,7 +259,7 @@ def test_a_collection_that_changed_is_refused(tmp_path):
     monkey = settings(pattern, validation=0, shard_mb=1)
     prepare(tmp_path / "out", monkey, share=Share(1, 2))
     parquet(tmp_path / "raw", good(5), "a.parquet")
-    with pytest.raises(UserError, match=r"parquet has changed since .*out.partial was begun"):
+    with pytest.raises(UserError, match=r"parquet has changed since .*out.partial was started"):
         prepare(tmp_path / "out", monkey, share=Share(0, 2))
 
 

@@ -214,8 +214,10 @@ def test_a_tar_that_the_system_refuses_ends_it(webdataset, monkeypatch, number):
 
 
 def test_a_tar_that_cannot_be_opened_is_one_reject(webdataset, tmp_path):
-    (tmp_path / "b.tar").mkdir()
+    (tmp_path / "b.tar").write_bytes(b"")
     source = webdataset(tar(pairs("a")))
+    (tmp_path / "b.tar").unlink()
+    (tmp_path / "b.tar").mkdir()
     assert list(reasons(source)) == ["b.tar"] and len(items(source)) == 2
 
 
