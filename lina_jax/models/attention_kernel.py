@@ -76,7 +76,7 @@ def linear_attention(
     kernels = {"division": division, "relu_eps": relu_eps, "normalizer_eps": normalizer_eps}
     kernels |= {"device": device(), "interpret": bool(interpreted.value)}
 
-    def of_shard(projected, bias, gates, valid):
+    def attend_shard(projected, bias, gates, valid):
         images, tokens, own_heads = gates[0].shape
         projected = tuple(x.reshape(images, tokens, -1) for x in projected)
         if valid is not None:
@@ -88,7 +88,7 @@ def linear_attention(
     tokens = ("batch", "tokens", "heads")
     parts = [("batch", "tokens", *[None] * (x.ndim - 3), "heads") for x in projected]
     axes = [parts, ("batch", None, "heads"), [tokens] * len(gates), ("batch", "tokens")]
-    return on_each_device(of_shard, axes, tokens, images=batch)(list(projected), bias, gates, valid)
+    return on_each_device(attend_shard, axes, tokens, images=batch)(list(projected), bias, gates, valid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,16 +122,16 @@ def _attend_gradient(core: Core, kept, gradient):
     arrays = Parts((q, Column(gradient)), (), (bias_q, *summaries))
     results = Parts((q.like(),), (), tuple(map(_like, summaries)))
     made = core.passing(_read_gradient, arrays, results, (3, 2))
-    first, of_summaries = made.tokens[0].array, made.summaries
-    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(of_summaries)))
+    first, d_summaries = made.tokens[0].array, made.summaries
+    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(d_summaries)))
     # If q, k and v are columns of one array, so are their gradients: the second pass completes the array that the first
     # began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))
     made = core.passing(_summarize_gradient, arrays, results, (2, 0))
-    of_k, of_v = (column.array for column in made.tokens)
-    of_projected = (of_v,) if len(projected) == 1 else (first, of_k, of_v)
-    of_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in of_projected], axis=1)
-    return of_projected, of_bias.reshape(bias.shape), *made.gates, jnp.zeros_like(share)
+    d_k, d_v = (column.array for column in made.tokens)
+    d_projected = (d_v,) if len(projected) == 1 else (first, d_k, d_v)
+    d_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in d_projected], axis=1)
+    return d_projected, d_bias.reshape(bias.shape), *made.gates, jnp.zeros_like(share)
 
 
 attend.defvjp(_attend, _attend_gradient)
@@ -161,18 +161,18 @@ def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
     keys, _, values = _gated(core, k, v, given)
     square = tile.square(state).astype(dtype)
-    of_values = product(keys, square, (1, 0)) + mean_v
-    of_keys = product(values, square, (1, 1))
+    d_values = product(keys, square, (1, 0)) + mean_v
+    d_keys = product(values, square, (1, 1))
     features = core.features(k)
     if normalizer:
-        of_features = of_keys * key + mean_k * normalizer[0]
-        of_normalizer = (mean_k * features,)
+        d_features = d_keys * key + mean_k * normalizer[0]
+        d_normalizer = (mean_k * features,)
     else:
-        of_keys += mean_k
-        of_features, of_normalizer = of_keys * key, ()
+        d_keys += mean_k
+        d_features, d_normalizer = d_keys * key, ()
     return Parts(
-        (jnp.where(k > 0, of_features, 0.0), of_values * value),
-        (of_keys * features, of_values * v, *of_normalizer),
+        (jnp.where(k > 0, d_features, 0.0), d_values * value),
+        (d_keys * features, d_values * v, *d_normalizer),
     )
 
 
@@ -204,17 +204,17 @@ def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     g = gradient.astype(jnp.float32)
     if core.division:
         g = g / normalizer
-        of_normalizer = -tile.along((g * found).astype(dtype), jnp.ones_like(mean_k))
-        of_mean_v = ()
+        d_normalizer = -tile.along((g * found).astype(dtype), jnp.ones_like(mean_k))
+        d_mean_v = ()
     else:
-        of_normalizer = -tile.along(gradient, mean_v[0])
-        of_mean_v = (_sum(g * (1.0 - normalizer)),)
+        d_normalizer = -tile.along(gradient, mean_v[0])
+        d_mean_v = (_sum(g * (1.0 - normalizer)),)
     g = g.astype(dtype)
-    of_queries = (product(g, square, (1, 1)) + of_normalizer * mean_k) * _scale(core, tile)
-    of_mean_k = _sum(queries.astype(jnp.float32) * of_normalizer)
+    d_queries = (product(g, square, (1, 1)) + d_normalizer * mean_k) * _scale(core, tile)
+    d_mean_k = _sum(queries.astype(jnp.float32) * d_normalizer)
     return Parts(
-        (jnp.where(q > 0, of_queries, 0.0),),
-        summaries=(tile.state(product(queries, g, (0, 0))), of_mean_k, *of_mean_v),
+        (jnp.where(q > 0, d_queries, 0.0),),
+        summaries=(tile.state(product(queries, g, (0, 0))), d_mean_k, *d_mean_v),
     )
 
 

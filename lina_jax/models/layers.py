@@ -284,9 +284,9 @@ def position_table(grid: tuple[int, int], width: int) -> jax.Array:
         return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
 
     rows, columns = grid
-    of_columns = repeat(along(columns), "w d -> (h w) d", h=rows)
-    of_rows = repeat(along(rows), "h d -> (h w) d", w=columns)
-    return jnp.concatenate([of_columns, of_rows], axis=1)
+    column_table = repeat(along(columns), "w d -> (h w) d", h=rows)
+    row_table = repeat(along(rows), "h d -> (h w) d", w=columns)
+    return jnp.concatenate([column_table, row_table], axis=1)
 
 
 def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:

@@ -289,21 +289,21 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         lanes = jnp.arange(tile.lanes)[None]
         features = head * width + lanes
 
-        def of_image(ref):
+        def summary_index(ref):
             """Rows of a summary, one or as many as lanes, and a mask of the numbers that exist."""
             rows = jnp.arange(1 if ref.shape[-2] == 1 else tile.lanes)[:, None]
             return rows, (rows < ref.shape[-2]) & (lanes < width)
 
         given = []
         for ref in ins.summaries:
-            rows, exist = of_image(ref)
+            rows, exist = summary_index(ref)
             given.append(triton.load(ref.at[image, rows, features], mask=exist, other=0.0))
 
-        def of_tile(i, totals):
+        def tile_body(i, totals):
             rows = (program * tiles + i) * tile_rows + jnp.arange(tile_rows)[:, None]
             exist = (rows < length) & (lanes < width)
 
-            def of_rows(column):
+            def row_refs(column):
                 return column.array.at[image, rows, column.kind * heads * width + features]
 
             def gates(refs):
@@ -314,21 +314,21 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
             made = function(
                 tile,
                 Parts(
-                    tuple(triton.load(of_rows(column), mask=exist, other=0.0) for column in ins.tokens),
+                    tuple(triton.load(row_refs(column), mask=exist, other=0.0) for column in ins.tokens),
                     tuple(triton.load(gate, mask=rows < length, other=0.0) for gate in gates(ins.gates)),
                     tuple(given),
                 ),
             )
             for column, x in zip(outs.tokens, made.tokens, strict=True):
-                triton.store(of_rows(column), x.astype(column.array.dtype), mask=exist)
+                triton.store(row_refs(column), x.astype(column.array.dtype), mask=exist)
             for ref in outs.gates:
                 for gate, x in zip(gates([ref]), made.gates, strict=True):
                     triton.store(gate, jnp.sum(x, axis=1, keepdims=True).astype(ref.dtype), mask=rows < length)
             return tuple(total + x for total, x in zip(totals, made.summaries, strict=True))
 
-        start = tuple(jnp.zeros((len(of_image(ref)[0]), tile.lanes), jnp.float32) for ref in outs.summaries)
-        for ref, total in zip(outs.summaries, jax.lax.fori_loop(0, tiles, of_tile, start), strict=True):
-            rows, exist = of_image(ref)
+        start = tuple(jnp.zeros((len(summary_index(ref)[0]), tile.lanes), jnp.float32) for ref in outs.summaries)
+        for ref, total in zip(outs.summaries, jax.lax.fori_loop(0, tiles, tile_body, start), strict=True):
+            rows, exist = summary_index(ref)
             triton.store(ref.at[image, program, rows, features], total, mask=exist)
 
     made = pl.pallas_call(
