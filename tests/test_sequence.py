@@ -57,7 +57,7 @@ def deep(tiny):
 def test_more_visible_tokens_than_a_shard_has_room_for_are_not_lost(
     deep, one_device, cut, first_step, error_between, monkeypatch
 ):
-    monkeypatch.setattr(sequence, "SPREAD", -3.0)
+    monkeypatch.setattr(sequence, "DEVIATIONS", -3.0)
     with jax.set_mesh(cut):
         rooms = jax.eval_shape(lambda: jnp.zeros((sequence.room(64, 32), sequence.max_in_shard(64, 32)))).shape
     assert rooms == (8, 16)

@@ -18,7 +18,7 @@ from lina_jax.mesh import LARGE_TABLE, by_platform, constrain, one_cpu, platform
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
-from lina_jax.models.layers import Linear, rotate, scaled, spread
+from lina_jax.models.layers import Linear, broadcast_f32_grad, multiply_f32_grad, rotate
 
 RELU_EPS = 1e-6  # keeps q . k positive where every ReLU output is zero
 NORMALIZER_EPS = 1e-6
@@ -125,9 +125,9 @@ class Attention(nnx.Module):
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # the biases were added before the rotation
         elif self._kernels_of == "gpu":
-            projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
+            projected = [constrain(self.qkv.matmul(x), "batch", "tokens", None, "heads")]
         else:
-            projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.products(x)]
+            projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.matmuls(x)]
         return attention_kernel.linear_attention(
             projected,
             bias,
@@ -148,9 +148,9 @@ class Attention(nnx.Module):
         q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
         gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
-        k_normalizer = None if gates.normalizer is None else _gated(k, gates.normalizer)
+        k_normalizer = None if gates.normalizer is None else _apply_gate(k, gates.normalizer)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
-        out = core(q, _gated(k, gates.key), k_normalizer, _gated(v, gates.value), valid)
+        out = core(q, _apply_gate(k, gates.key), k_normalizer, _apply_gate(v, gates.value), valid)
         return rearrange(out, f"b {order()} d -> b n h d")
 
     @property
@@ -187,9 +187,9 @@ class Attention(nnx.Module):
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), triton)
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.replicate(kernel), triton)
             y = rearrange(y, "b h w d -> b (h w) d")
-            return jnp.pad(y + spread(sequence.everywhere(bias), y), ((0, 0), (first, 0), (0, 0)))
+            return jnp.pad(y + broadcast_f32_grad(sequence.replicate(bias), y), ((0, 0), (first, 0), (0, 0)))
 
         arrays = [x.astype(dtype), self.conv_kernel[...].astype(dtype), self.conv_bias[...]]
         if triton:
@@ -232,12 +232,12 @@ def _token_axis() -> int:
     return 1 + order().split().index("n")
 
 
-def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
+def _apply_gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:
     """x (B, `order`, d) times gate (.., `order`), whose H may be 1."""
-    return x if gate is None else scaled(x, gate[..., None])
+    return x if gate is None else multiply_f32_grad(x, gate[..., None])
 
 
-def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
+def _einsum_f32(pattern: str, *arrays: jax.Array) -> jax.Array:
     """Einsum accumulated in float32; "..." stands for `order`. Accelerators multiply in the first array's dtype."""
     pattern = pattern.replace("...", order())
 
@@ -258,14 +258,14 @@ def _outer_sum(k: jax.Array, v: jax.Array) -> jax.Array:
 
     Its gradients have the layout of the arguments. JAX's own, (B, H, d, N), would have to be transposed.
     """
-    return _summed("b ... d, b ... e -> b h d e", k, v)
+    return _einsum_f32("b ... d, b ... e -> b h d e", k, v)
 
 
 def _outer_sum_gradient(arrays, gradient):
     k, v = arrays
     return (
-        _summed("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
-        _summed("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
+        _einsum_f32("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
+        _einsum_f32("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
     )
 
 
@@ -274,19 +274,19 @@ _outer_sum.defvjp(lambda k, v: (_outer_sum(k, v), (k, v)), _outer_sum_gradient)
 
 def _token_sum(x: jax.Array) -> jax.Array:
     """The sum over tokens, float32: (B, `order`, d) -> (B, H, d)."""
-    if one_cpu():  # a matmul with ones, as in layers._summed
-        return _summed("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
+    if one_cpu():  # a matmul with ones, as in layers._sum_to_shape
+        return _einsum_f32("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
     return jnp.sum(x, axis=_token_axis(), dtype=jnp.float32)
 
 
-def _found(q: jax.Array, state: jax.Array) -> jax.Array:
+def _read_state(q: jax.Array, state: jax.Array) -> jax.Array:
     """Queries times a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
-    return _summed("b ... d, b h d e -> b ... e", q, state)
+    return _einsum_f32("b ... d, b h d e -> b ... e", q, state)
 
 
 def _along(q: jax.Array, mean: jax.Array) -> jax.Array:
     """q . mean, float32: (B, `order`, d), (B, H, d) -> (B, `order`)."""
-    return _summed("b ... d, b h d -> b ...", q, mean)
+    return _einsum_f32("b ... d, b h d -> b ...", q, mean)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
@@ -316,7 +316,7 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     state, sum_k = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer)))
     state, mean_k = state * jnp.expand_dims(scale, -1), sum_k * scale
     normalizer = _along(q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
-    return (_found(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
+    return (_read_state(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
 
 
 def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
@@ -331,7 +331,7 @@ def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     state, mean_k, mean_v = state * (s * jnp.expand_dims(scale, -1)), sum_k * (s * scale), sum_v * scale
     weight = 1.0 - _along(q, mean_k.astype(q.dtype))
     mean_v = jnp.expand_dims(mean_v, _token_axis())
-    return (_found(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
+    return (_read_state(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
 
 
 def softmax_attention(q, k, v, valid=None) -> jax.Array:

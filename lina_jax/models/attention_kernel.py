@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from lina_jax.models import sequence
-from lina_jax.models.layers import spread
-from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, on_each_device, over_tokens, product
+from lina_jax.models.layers import broadcast_f32_grad
+from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, matmul_f32, on_each_device, over_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def linear_attention(
     gates = [
         jnp.ones((batch, length, heads), dtype)
         if gate is None
-        else spread(gate, jax.ShapeDtypeStruct((batch, length, heads), dtype))
+        else broadcast_f32_grad(gate, jax.ShapeDtypeStruct((batch, length, heads), dtype))
         for gate in ((key, value) if normalizer is None else (key, value, normalizer))
     ]
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, *bias.shape[1:]))
@@ -149,8 +149,8 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
     share, *bias = given.summaries
     k, v = _with_bias(given.tokens, bias)
-    keys, normalizer_keys, values = _gated(core, k, v, given)
-    sums = tile.state(product(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
+    keys, normalizer_keys, values = _gated_keys_values(core, k, v, given)
+    sums = tile.state(matmul_f32(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
     return Parts(summaries=tuple(x * share for x in sums[: 2 if core.division else 3]))
 
 
@@ -159,10 +159,10 @@ def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = given
     k, v = _with_bias(given.tokens, (bias_k, bias_v))
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
-    keys, _, values = _gated(core, k, v, given)
+    keys, _, values = _gated_keys_values(core, k, v, given)
     square = tile.square(state).astype(dtype)
-    d_values = product(keys, square, (1, 0)) + mean_v
-    d_keys = product(values, square, (1, 1))
+    d_values = matmul_f32(keys, square, (1, 0)) + mean_v
+    d_keys = matmul_f32(values, square, (1, 1))
     features = core.features(k)
     if normalizer:
         d_features = d_keys * key + mean_k * normalizer[0]
@@ -180,7 +180,7 @@ def _with_bias(tokens: Sequence[jax.Array], bias: Sequence[jax.Array]) -> list[j
     return [x.astype(jnp.float32) + row for x, row in zip(tokens, bias, strict=True)]
 
 
-def _gated(core: Core, k: jax.Array, v: jax.Array, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gated_keys_values(core: Core, k: jax.Array, v: jax.Array, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys in the state, keys in the normaliser, values."""
     dtype, (key, value, *normalizer) = given.tokens[0].dtype, given.gates
     features = core.features(k)
@@ -194,37 +194,37 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _read(core: Core, tile: Tile, given: Parts) -> Parts:
-    return Parts((_found(core, tile, given)[1],))
+    return Parts((_recompute_read(core, tile, given)[1],))
 
 
 def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     (_, gradient), (_, _, mean_k, *mean_v) = given.tokens, given.summaries
-    q, found, queries, square, normalizer = _found(core, tile, given)
+    q, out, queries, square, normalizer = _recompute_read(core, tile, given)
     dtype = queries.dtype
     g = gradient.astype(jnp.float32)
     if core.division:
         g = g / normalizer
-        d_normalizer = -tile.along((g * found).astype(dtype), jnp.ones_like(mean_k))
+        d_normalizer = -tile.along((g * out).astype(dtype), jnp.ones_like(mean_k))
         d_mean_v = ()
     else:
         d_normalizer = -tile.along(gradient, mean_v[0])
         d_mean_v = (_sum(g * (1.0 - normalizer)),)
     g = g.astype(dtype)
-    d_queries = (product(g, square, (1, 1)) + d_normalizer * mean_k) * _scale(core, tile)
+    d_queries = (matmul_f32(g, square, (1, 1)) + d_normalizer * mean_k) * _scale(core, tile)
     d_mean_k = _sum(queries.astype(jnp.float32) * d_normalizer)
     return Parts(
         (jnp.where(q > 0, d_queries, 0.0),),
-        summaries=(tile.state(product(queries, g, (0, 0))), d_mean_k, *d_mean_v),
+        summaries=(tile.state(matmul_f32(queries, g, (0, 0))), d_mean_k, *d_mean_v),
     )
 
 
-def _found(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
+def _recompute_read(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
     """q with its bias, the output, features of queries, the state as a square matrix, the normaliser."""
     dtype, (bias, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
     (q,) = _with_bias(given.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)
     square = tile.square(state).astype(dtype)
-    numerator, normalizer = product(queries, square, (1, 0)), tile.along(queries, mean_k)
+    numerator, normalizer = matmul_f32(queries, square, (1, 0)), tile.along(queries, mean_k)
     if core.division:
         normalizer += core.normalizer_eps
         return q, numerator / normalizer, queries, square, normalizer

@@ -69,7 +69,7 @@ def _kernel_grad_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.
         return total + sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
 
     start = jnp.zeros((len(rows), size, size, rows.shape[3]), jnp.float32)
-    return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
+    return jax.lax.fori_loop(0, height, add_row, sequence.replicate(start))
 
 
 def _kernel_grad_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:

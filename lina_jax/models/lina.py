@@ -24,10 +24,10 @@ from lina_jax.models.layers import (
     Frozen,
     LayerNorm,
     Linear,
+    broadcast_f32_grad,
     grid_positions,
     position_table,
     rotary_angles,
-    spread,
 )
 from lina_jax.models.transformer import Transformer
 
@@ -123,7 +123,7 @@ class LINA(nnx.Module):
             )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
-        queries = spread(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
+        queries = broadcast_f32_grad(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
         if valid is not None:
             valid = sequence.arrange(valid, jnp.ones((batch, count), bool))
         x = constrain(sequence.arrange(embedded, queries), "batch", "tokens", None)
@@ -133,7 +133,7 @@ class LINA(nnx.Module):
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Embedded tokens (B, N, D), with the mask token where `mask` (B, N) is True."""
         embedded = self.patch_embed(tokens)
-        return jnp.where(mask[..., None], spread(self.mask_token[...], embedded), embedded)
+        return jnp.where(mask[..., None], broadcast_f32_grad(self.mask_token[...], embedded), embedded)
 
     def encode_image(
         self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None

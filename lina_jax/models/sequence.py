@@ -26,7 +26,7 @@ AXIS = "sequence"
 
 # A shard has room for this many standard deviations more visible tokens than the mean. A normal variable exceeds that
 # once in 1e9 draws.
-SPREAD = 6.0
+DEVIATIONS = 6.0
 TILE = 8  # compilers want matrices whose number of rows is a multiple of this
 RARELY = "rarely"  # scope of the branch that runs when a shard has more; estimates leave it out
 
@@ -110,7 +110,7 @@ def share(valid: jax.Array | None, tokens: int) -> jax.Array | float:
     return 1.0 / jnp.maximum(total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
 
 
-def everywhere(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
     """x, equal on all shards, as a copy for each shard, inside `by_shard`; gradients of the copies are summed."""
     return jax.lax.pcast(x, AXIS, to="varying") if shards() > 1 else x
 
@@ -152,7 +152,7 @@ def room(tokens: int, visible: int) -> int:
     """
     s, share = shards(), visible / tokens
     deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
-    wanted = math.ceil((visible / s + SPREAD * deviation) / TILE) * TILE
+    wanted = math.ceil((visible / s + DEVIATIONS * deviation) / TILE) * TILE
     return min(wanted, max_in_shard(tokens, visible))
 
 

@@ -134,14 +134,14 @@ class Tile:
         """
         if self.heads == 1:
             return jnp.sum(x.astype(jnp.float32) * row.astype(x.dtype).astype(jnp.float32), axis=1, keepdims=True)
-        return product(x, (row * self._same_head()).astype(x.dtype), (1, 1))
+        return matmul_f32(x, (row * self._same_head()).astype(x.dtype), (1, 1))
 
     def _same_head(self) -> jax.Array:
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (self.lanes, self.lanes), i) // self.width for i in (0, 1))
         return (row == column).astype(jnp.float32)
 
 
-def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+def matmul_f32(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     """Matmul of two matrices that contracts one axis of each, accumulated in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = tuple((axis,) for axis in contracted), ((), ())
@@ -208,7 +208,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         owners = [_owner(heads, kinds, kind, tile, group).astype(dtype) for kind in range(kinds)]
         given = Parts(
             tuple(existing(column.array[0]) for column in ins.tokens),
-            tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
+            tuple(matmul_f32(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
             tuple(ref[0] for ref in ins.summaries),
         )
         made = function(tile, given)
@@ -218,7 +218,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
             ref[0] += x
         for ref in outs.gates:
             pairs = zip(made.gates, owners, strict=True)
-            ref[0] += sum(product(x.astype(dtype), owner, (1, 1)) for x, owner in pairs).astype(ref.dtype)
+            ref[0] += sum(matmul_f32(x.astype(dtype), owner, (1, 1)) for x, owner in pairs).astype(ref.dtype)
 
     def blocks(parts: Parts):
         shape = (1, rows, tile.lanes)
