@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         )
 
     def _linear(self, x, q, k, v, valid, *, whole_queries: bool):
-        mapped = sequence.by_shard(self._core, whole=(0,) if whole_queries else (), summed=whole_queries)
+        mapped = sequence.per_shard(self._core, replicated=(0,) if whole_queries else (), out_replicated=whole_queries)
         return mapped(q, k, v, self._gates(x), valid)
 
     def _core(self, q, k, v, gates, valid):
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
     def _by_token(self, gate: nnx.Param) -> jax.Array:
         """A learned gate (Nc + N, H or 1) with each row on its token's shard: (1 or B, Nc + N, H or 1)."""
         table = gate[...]
-        return sequence.table_by_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
+        return sequence.table_per_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
@@ -198,7 +198,7 @@ class Attention(nnx.Module):
             owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
             axes = [tokens, *((*owner, *[None] * (a.ndim - len(owner) - 1), "heads") for a in arrays[1:])]
             return tiles.on_each_device(own, axes, tokens, images=len(x))(*arrays)
-        return sequence.by_shard(own, whole=(1, 2))(*arrays)
+        return sequence.per_shard(own, replicated=(1, 2))(*arrays)
 
 
 class Gates(NamedTuple):
@@ -313,7 +313,7 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
         k = k * present
         k_normalizer = None if k_normalizer is None else k_normalizer * present
     k_normalizer = k if k_normalizer is None else k_normalizer
-    state, sum_k = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer)))
+    state, sum_k = sequence.psum((_outer_sum(k, v), _token_sum(k_normalizer)))
     state, mean_k = state * jnp.expand_dims(scale, -1), sum_k * scale
     normalizer = _along(q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
     return (_read_state(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
@@ -327,7 +327,7 @@ def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
         k_normalizer = None if k_normalizer is None else k_normalizer * present
     k_normalizer = k if k_normalizer is None else k_normalizer
     s = q.shape[-1] ** -0.5
-    state, sum_k, sum_v = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer), _token_sum(v)))
+    state, sum_k, sum_v = sequence.psum((_outer_sum(k, v), _token_sum(k_normalizer), _token_sum(v)))
     state, mean_k, mean_v = state * (s * jnp.expand_dims(scale, -1)), sum_k * (s * scale), sum_v * scale
     weight = 1.0 - _along(q, mean_k.astype(q.dtype))
     mean_v = jnp.expand_dims(mean_v, _token_axis())

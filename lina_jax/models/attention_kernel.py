@@ -109,7 +109,7 @@ def _attend(core: Core, projected, bias, gates, share):
     rows = (width // core.heads, 1) if core.division else (width // core.heads, 1, 1)
     sums = tuple(jax.ShapeDtypeStruct((len(bias), r, width), jnp.float32) for r in rows)
     arrays = Parts((k, v), (gates,), (share, bias_k, bias_v))
-    summaries = sequence.total(core.passing(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
+    summaries = sequence.psum(core.passing(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
     out = jax.ShapeDtypeStruct((*gates.shape[:2], width), q.array.dtype)
     out = core.passing(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
     return out, (projected, bias, gates, share, summaries)
@@ -123,7 +123,7 @@ def _attend_gradient(core: Core, kept, gradient):
     results = Parts((q.like(),), (), tuple(map(_like, summaries)))
     made = core.passing(_read_gradient, arrays, results, (3, 2))
     first, d_summaries = made.tokens[0].array, made.summaries
-    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(d_summaries)))
+    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.psum(d_summaries)))
     # If q, k and v are columns of one array, so are their gradients: the second pass completes the array that the first
     # began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))

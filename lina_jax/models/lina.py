@@ -118,16 +118,16 @@ class LINA(nnx.Module):
         queries = self.bos_token[...][None]
         angles = None
         if self.config.rotary:
-            angles = sequence.arrange(
+            angles = sequence.join_tokens(
                 self._angles(np.zeros((1, length, 3), int)), self._angles(grid_positions(grid)[None])
             )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
         queries = broadcast_f32_grad(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
         if valid is not None:
-            valid = sequence.arrange(valid, jnp.ones((batch, count), bool))
-        x = constrain(sequence.arrange(embedded, queries), "batch", "tokens", None)
-        _, c = sequence.separate(self.condition_encoder(x, valid=valid, angles=angles), length)
+            valid = sequence.join_tokens(valid, jnp.ones((batch, count), bool))
+        x = constrain(sequence.join_tokens(embedded, queries), "batch", "tokens", None)
+        _, c = sequence.split_tokens(self.condition_encoder(x, valid=valid, angles=angles), length)
         return self.condition_norm(c)
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -154,21 +154,21 @@ class LINA(nnx.Module):
 
         def encode_visible(chosen: sequence.Visible) -> tuple[jax.Array, jax.Array]:
             batch = chosen.ids.shape[0]
-            valid = sequence.arrange(jnp.ones((batch, conditions), bool), chosen.exists)
+            valid = sequence.join_tokens(jnp.ones((batch, conditions), bool), chosen.exists)
             chosen_angles = None
             if angles is not None:
                 all_angles, all_origins = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (angles, origin))
-                chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, chosen))
-            h = self.encoder(sequence.arrange(c, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
-            c_encoded, h = sequence.separate(h, conditions)
+                chosen_angles = sequence.join_tokens(all_origins, sequence.pick(all_angles, chosen))
+            h = self.encoder(sequence.join_tokens(c, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
+            c_encoded, h = sequence.split_tokens(h, conditions)
             return c_encoded, sequence.put_back(x, h, chosen)
 
-        encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
+        encoded = sequence.join_tokens(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
-            angles = sequence.arrange(origin, angles)
+            angles = sequence.join_tokens(origin, angles)
 
         def read(x):
-            image = sequence.separate(x, conditions)[1]
+            image = sequence.split_tokens(x, conditions)[1]
             return image if only is None else sequence.take(image, only)
 
         if only is not None or (one_cpu() and not self.config.scan_layers):
