@@ -127,7 +127,7 @@ def test_the_last_layer_makes_only_what_is_read(how, stack, one_device, error_be
             return jax.device_get(jax.jit(run)(weights, x))
 
     def last(x, block):
-        return block(x, read=lambda tokens: tokens[:, 2:4])
+        return block(x, select=lambda tokens: tokens[:, 2:4])
 
     read = forward(mesh.build(MeshConfig(data=1, fsdp=8)), last=last, **how)
     assert error_between(read, forward(one_device, scan=True)[:, 2:4]) < TOLERANCE["class"]

@@ -25,7 +25,7 @@ NORMALIZER_EPS = 1e-6
 CONVOLUTION = "convolution"  # name in remat policies
 GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
 
-Read = Callable[[jax.Array], jax.Array]  # selects tokens: (B, N, ...) -> (B, K, ...)
+Select = Callable[[jax.Array], jax.Array]  # selects tokens: (B, N, ...) -> (B, K, ...)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     """Attention layer: x (B, N, D) -> (B, N, D).
 
     `valid` (B, N) marks the tokens that exist. Absent tokens contribute to no sum, means divide by the true count, and
-    the outputs of absent tokens are unspecified. `angles` (B or 1, N, d/2) rotates queries and keys. `read` selects K
+    the outputs of absent tokens are unspecified. `angles` (B or 1, N, d/2) rotates queries and keys. `select` selects K
     tokens from arrays (B, N, ...): the layer then computes only their outputs, (B, K, D), the same on all shards of the
     sequence.
     """
@@ -80,20 +80,20 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
-        if self._kernels_of and not read:  # for few tokens, XLA's matmuls are enough
+        if self._kernels_of and not select:  # for few tokens, XLA's matmuls are enough
             out = self._by_kernels(x, valid, angles)
         else:
-            q, k, v = self._projected(x, angles, read)
+            q, k, v = self._projected(x, angles, select)
             if self.config.kind == "softmax":
                 # Every query needs every key, so keys and values are gathered over the shards of the sequence.
                 out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
             else:
-                out = self._linear(x, q, k, v, valid, whole_queries=bool(read))
+                out = self._linear(x, q, k, v, valid, selected=bool(select))
             out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
-            convolved = read(self._convolution(x)) if read else self._convolution(x)
+            convolved = select(self._convolution(x)) if select else self._convolution(x)
             # Named for remat policies on TPUs only, where recomputing it is slow. On GPUs, if it is kept, XLA (without
             # the Triton kernel) sums the gradients of the taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
@@ -104,17 +104,17 @@ class Attention(nnx.Module):
         """The device whose kernels run, tpu or gpu; empty for XLA's matmuls."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
-    def _projected(self, x, angles, read=None) -> list[jax.Array]:
+    def _projected(self, x, angles, select=None) -> list[jax.Array]:
         """q (B, N or K, H, d), k and v (B, N, H, d)."""
 
         def by_head(a, tokens="tokens"):
             return rearrange(constrain(a, "batch", tokens, "heads"), "b n (h d) -> b n h d", h=self.config.heads)
 
         q_angles = angles
-        if read:
-            q = by_head(self.qkv.part(0, read(x)), None)
+        if select:
+            q = by_head(self.qkv.part(0, select(x)), None)
             k, v = (by_head(self.qkv.part(i, x)) for i in (1, 2))
-            q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (x.shape[0], *angles.shape[1:])))
+            q_angles = angles if angles is None else select(jnp.broadcast_to(angles, (x.shape[0], *angles.shape[1:])))
         else:
             q, k, v = map(by_head, self.qkv.split(x))
         return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
@@ -139,8 +139,9 @@ class Attention(nnx.Module):
             normalizer_eps=NORMALIZER_EPS,
         )
 
-    def _linear(self, x, q, k, v, valid, *, whole_queries: bool):
-        mapped = sequence.per_shard(self._core, replicated=(0,) if whole_queries else (), out_replicated=whole_queries)
+    def _linear(self, x, q, k, v, valid, *, selected: bool):
+        """Linear attention of q to k and v; queries of `selected` tokens are the same on all shards."""
+        mapped = sequence.per_shard(self._core, replicated=(0,) if selected else (), out_replicated=selected)
         return mapped(q, k, v, self._gates(x), valid)
 
     def _core(self, q, k, v, gates, valid):

@@ -114,7 +114,7 @@ class LINA(nnx.Module):
         embedded, valid = self.embed_condition(condition)
         embedded, valid = sequence.padded(embedded, valid)
         batch, length = embedded.shape[:2]
-        grid, count = self.config.condition_grid, self.config.condition_tokens
+        grid, num_conditions = self.config.condition_grid, self.config.condition_tokens
         queries = self.bos_token[...][None]
         angles = None
         if self.config.rotary:
@@ -123,12 +123,14 @@ class LINA(nnx.Module):
             )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
-        queries = broadcast_f32_grad(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
+        queries = broadcast_f32_grad(
+            queries, jax.ShapeDtypeStruct((batch, num_conditions, self.config.width), self.dtype)
+        )
         if valid is not None:
-            valid = sequence.join_tokens(valid, jnp.ones((batch, count), bool))
+            valid = sequence.join_tokens(valid, jnp.ones((batch, num_conditions), bool))
         x = constrain(sequence.join_tokens(embedded, queries), "batch", "tokens", None)
-        _, c = sequence.split_tokens(self.condition_encoder(x, valid=valid, angles=angles), length)
-        return self.condition_norm(c)
+        _, cond = sequence.split_tokens(self.condition_encoder(x, valid=valid, angles=angles), length)
+        return self.condition_norm(cond)
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Embedded tokens (B, N, D), with the mask token where `mask` (B, N) is True."""
@@ -136,45 +138,45 @@ class LINA(nnx.Module):
         return jnp.where(mask[..., None], broadcast_f32_grad(self.mask_token[...], embedded), embedded)
 
     def encode_image(
-        self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None
+        self, tokens: jax.Array, mask: jax.Array, visible: int, cond: jax.Array, token_ids: jax.Array | None = None
     ) -> jax.Array:
-        """z (B, N, D), the head's condition for every token, or (B, K, D) for the K tokens in `only`.
+        """z (B, N, D), the head's condition for every token, or (B, K, D) for the K tokens in `token_ids`.
 
         tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
-        image; c (B, Nc, D); only (B, K), raster indices, None for all.
+        image; cond (B, Nc, D); token_ids (B, K), raster indices, None for all.
         """
-        conditions = c.shape[1]
+        num_conditions = cond.shape[1]
         x = constrain(self.mask_image(tokens, mask), "batch", "tokens", None)
         angles = None
         if self.config.rotary:
             angles = self._angles(grid_positions(self.config.image_grid)[None])
-            origin = jnp.zeros_like(angles, shape=(1, conditions, angles.shape[-1]))
+            origin = jnp.zeros_like(angles, shape=(1, num_conditions, angles.shape[-1]))
         else:
             x = x + position_table(self.config.image_grid, self.config.width).astype(self.dtype)
 
         def encode_visible(chosen: sequence.Visible) -> tuple[jax.Array, jax.Array]:
             batch = chosen.ids.shape[0]
-            valid = sequence.join_tokens(jnp.ones((batch, conditions), bool), chosen.exists)
+            valid = sequence.join_tokens(jnp.ones((batch, num_conditions), bool), chosen.exists)
             chosen_angles = None
             if angles is not None:
                 all_angles, all_origins = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (angles, origin))
                 chosen_angles = sequence.join_tokens(all_origins, sequence.pick(all_angles, chosen))
-            h = self.encoder(sequence.join_tokens(c, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
-            c_encoded, h = sequence.split_tokens(h, conditions)
-            return c_encoded, sequence.put_back(x, h, chosen)
+            h = self.encoder(sequence.join_tokens(cond, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
+            cond_encoded, h = sequence.split_tokens(h, num_conditions)
+            return cond_encoded, sequence.put_back(x, h, chosen)
 
         encoded = sequence.join_tokens(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
             angles = sequence.join_tokens(origin, angles)
 
-        def read(x):
-            image = sequence.split_tokens(x, conditions)[1]
-            return image if only is None else sequence.take(image, only)
+        def select(x):
+            image = sequence.split_tokens(x, num_conditions)[1]
+            return image if token_ids is None else sequence.take(image, token_ids)
 
-        if only is not None or (one_cpu() and not self.config.scan_layers):
-            z = self.decoder(encoded, angles=angles, read=read)
+        if token_ids is not None or (one_cpu() and not self.config.scan_layers):
+            z = self.decoder(encoded, angles=angles, select=select)
         else:  # a scan needs equal blocks, kernels need all tokens; other cases were not tried
-            z = read(self.decoder(encoded, angles=angles))
+            z = select(self.decoder(encoded, angles=angles))
         return self.image_norm(z)
 
     def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lina_jax.mesh import RULES, batch_parts, constrain, gathered, loops_gather_late
-from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
+from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Select
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
@@ -25,12 +25,12 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
-        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that `read` selects; arguments as in Attention."""
-        change = self.attention(x, valid=valid, angles=angles, read=read)
-        tokens = None if read else "tokens"
-        x = constrain((read(x) if read else x) + self.norm1(change), "batch", tokens, None)
+        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that `select` chooses; arguments as in Attention."""
+        change = self.attention(x, valid=valid, angles=angles, select=select)
+        tokens = None if select else "tokens"
+        x = constrain((select(x) if select else x) + self.norm1(change), "batch", tokens, None)
         return constrain(x + self.norm2(self.mlp(x)), "batch", tokens, None)
 
 
@@ -43,10 +43,10 @@ REMAT_POLICIES = {
 }
 
 
-# Inside sums_in_time(True), a layer's gradients are summed between GPU nodes during the backward passes of
-# LAYERS_TO_SUM other layers.
-sums_in_time = jax.make_user_context(default_value=False)
-LAYERS_TO_SUM = 3
+# Inside overlap_grad_reduction(True), a layer's gradients are reduced between GPU nodes during the backward passes of
+# REDUCTION_LAG other layers.
+overlap_grad_reduction = jax.make_user_context(default_value=False)
+REDUCTION_LAG = 3
 
 
 def apply_layers(
@@ -80,14 +80,14 @@ def apply_layers(
         return last(x, layer(alike)) if last else x
     each = [layer(i) for i in range(count)]
     for i in range(alike):
-        later = i + LAYERS_TO_SUM
-        if sums_in_time.value and later < count:
-            x, each[later] = _summed_by_then(x, each[later])
+        later = i + REDUCTION_LAG
+        if overlap_grad_reduction.value and later < count:
+            x, each[later] = _wait_for_reduction(x, each[later])
         x = step(x, each[i])
     return last(x, each[alike]) if last else x
 
 
-def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
+def _wait_for_reduction(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
     """x and a later `layer`, unchanged; the gradient of x waits for the sum of the layer's gradients.
 
     XLA:GPU would leave all sums between nodes to the end of the backward pass, where no computation hides them.
@@ -246,21 +246,21 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
         """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention.
 
-        With `read`, the result is (B, K, D), the tokens that it selects; the last block computes no others.
+        With `select`, the result is (B, K, D), the tokens that it chooses; the last block computes no others.
         """
 
         def body(x, block):
             return block(x, valid=valid, angles=angles)
 
         def last(x, block):
-            return block(x, valid=valid, angles=angles, read=read)
+            return block(x, valid=valid, angles=angles, select=select)
 
         names = sorted(self.runs, key=lambda name: int(name.removeprefix("from_")))
         for name in names:
-            reads = last if read and name == names[-1] else None
+            reads = last if select and name == names[-1] else None
             x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat, last=reads)
         return x
