@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, *,
         valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
-        if self._kernels_of and not select:  # for few tokens, XLA's matmuls are enough
+        if self._kernel_device and not select:  # for few tokens, XLA's matmuls are enough
             out = self._by_kernels(x, valid, angles)
         else:
             q, k, v = self._projected(x, angles, select)
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         return self.proj(out)
 
     @property
-    def _kernels_of(self) -> str:
+    def _kernel_device(self) -> str:
         """The device whose kernels run, tpu or gpu; empty for XLA's matmuls."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # the biases were added before the rotation
-        elif self._kernels_of == "gpu":
+        elif self._kernel_device == "gpu":
             projected = [constrain(self.qkv.matmul(x), "batch", "tokens", None, "heads")]
         else:
             projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.matmuls(x)]
@@ -182,7 +182,7 @@ class Attention(nnx.Module):
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
         dtype, size = self.config.dtype, self.config.conv_kernel
         triton = ""
-        if self._kernels_of == "gpu":
+        if self._kernel_device == "gpu":
             triton = "interpreted" if tiles.interpreted.value else "compiled"
 
         def own(x, kernel, bias):

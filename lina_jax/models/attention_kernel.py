@@ -38,8 +38,8 @@ class Core:
     def features(self, x: jax.Array) -> jax.Array:
         return jnp.maximum(x, 0.0) + self.relu_eps
 
-    def passing(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
-        """`tiles.over_tokens` with a function (core, tile, given) -> made."""
+    def run_pass(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
+        """`tiles.over_tokens` with a function (core, tile, inputs) -> outputs."""
         how = {"heads": self.heads, "products": products, "device": self.device, "interpret": self.interpret}
         return over_tokens(functools.partial(function, self), arrays, results, **how)
 
@@ -109,9 +109,9 @@ def _attend(core: Core, projected, bias, gates, share):
     rows = (width // core.heads, 1) if core.division else (width // core.heads, 1, 1)
     sums = tuple(jax.ShapeDtypeStruct((len(bias), r, width), jnp.float32) for r in rows)
     arrays = Parts((k, v), (gates,), (share, bias_k, bias_v))
-    summaries = sequence.psum(core.passing(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
+    summaries = sequence.psum(core.run_pass(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
     out = jax.ShapeDtypeStruct((*gates.shape[:2], width), q.array.dtype)
-    out = core.passing(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
+    out = core.run_pass(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
     return out, (projected, bias, gates, share, summaries)
 
 
@@ -121,17 +121,17 @@ def _attend_gradient(core: Core, kept, gradient):
     bias_q, bias_k, bias_v = jnp.split(bias, 3, axis=1)
     arrays = Parts((q, Column(gradient)), (), (bias_q, *summaries))
     results = Parts((q.like(),), (), tuple(map(_like, summaries)))
-    made = core.passing(_read_gradient, arrays, results, (3, 2))
-    first, d_summaries = made.tokens[0].array, made.summaries
+    outputs = core.run_pass(_read_gradient, arrays, results, (3, 2))
+    first, d_summaries = outputs.tokens[0].array, outputs.summaries
     arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.psum(d_summaries)))
     # If q, k and v are columns of one array, so are their gradients: the second pass completes the array that the first
     # began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))
-    made = core.passing(_summarize_gradient, arrays, results, (2, 0))
-    d_k, d_v = (column.array for column in made.tokens)
+    outputs = core.run_pass(_summarize_gradient, arrays, results, (2, 0))
+    d_k, d_v = (column.array for column in outputs.tokens)
     d_projected = (d_v,) if len(projected) == 1 else (first, d_k, d_v)
     d_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in d_projected], axis=1)
-    return d_projected, d_bias.reshape(bias.shape), *made.gates, jnp.zeros_like(share)
+    return d_projected, d_bias.reshape(bias.shape), *outputs.gates, jnp.zeros_like(share)
 
 
 attend.defvjp(_attend, _attend_gradient)
@@ -146,20 +146,20 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
-    share, *bias = given.summaries
-    k, v = _with_bias(given.tokens, bias)
-    keys, normalizer_keys, values = _gated_keys_values(core, k, v, given)
+def _summarize(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    share, *bias = inputs.summaries
+    k, v = _with_bias(inputs.tokens, bias)
+    keys, normalizer_keys, values = _gated_keys_values(core, k, v, inputs)
     sums = tile.state(matmul_f32(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
     return Parts(summaries=tuple(x * share for x in sums[: 2 if core.division else 3]))
 
 
-def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    dtype = given.tokens[0].dtype
-    _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = given
-    k, v = _with_bias(given.tokens, (bias_k, bias_v))
+def _summarize_gradient(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    dtype = inputs.tokens[0].dtype
+    _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = inputs
+    k, v = _with_bias(inputs.tokens, (bias_k, bias_v))
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
-    keys, _, values = _gated_keys_values(core, k, v, given)
+    keys, _, values = _gated_keys_values(core, k, v, inputs)
     square = tile.square(state).astype(dtype)
     d_values = matmul_f32(keys, square, (1, 0)) + mean_v
     d_keys = matmul_f32(values, square, (1, 1))
@@ -180,9 +180,9 @@ def _with_bias(tokens: Sequence[jax.Array], bias: Sequence[jax.Array]) -> list[j
     return [x.astype(jnp.float32) + row for x, row in zip(tokens, bias, strict=True)]
 
 
-def _gated_keys_values(core: Core, k: jax.Array, v: jax.Array, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gated_keys_values(core: Core, k: jax.Array, v: jax.Array, inputs: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys in the state, keys in the normaliser, values."""
-    dtype, (key, value, *normalizer) = given.tokens[0].dtype, given.gates
+    dtype, (key, value, *normalizer) = inputs.tokens[0].dtype, inputs.gates
     features = core.features(k)
     keys = (features * key).astype(dtype)
     normalizer_keys = (features * normalizer[0]).astype(dtype) if normalizer else keys
@@ -193,13 +193,13 @@ def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(jnp.float32), axis=0, keepdims=True)
 
 
-def _read(core: Core, tile: Tile, given: Parts) -> Parts:
-    return Parts((_recompute_read(core, tile, given)[1],))
+def _read(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    return Parts((_recompute_read(core, tile, inputs)[1],))
 
 
-def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    (_, gradient), (_, _, mean_k, *mean_v) = given.tokens, given.summaries
-    q, out, queries, square, normalizer = _recompute_read(core, tile, given)
+def _read_gradient(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    (_, gradient), (_, _, mean_k, *mean_v) = inputs.tokens, inputs.summaries
+    q, out, queries, square, normalizer = _recompute_read(core, tile, inputs)
     dtype = queries.dtype
     g = gradient.astype(jnp.float32)
     if core.division:
@@ -218,10 +218,10 @@ def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
     )
 
 
-def _recompute_read(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
+def _recompute_read(core: Core, tile: Tile, inputs: Parts) -> tuple[jax.Array, ...]:
     """q with its bias, the output, features of queries, the state as a square matrix, the normaliser."""
-    dtype, (bias, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
-    (q,) = _with_bias(given.tokens[:1], (bias,))
+    dtype, (bias, state, mean_k, *mean_v) = inputs.tokens[0].dtype, inputs.summaries
+    (q,) = _with_bias(inputs.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)
     square = tile.square(state).astype(dtype)
     numerator, normalizer = matmul_f32(queries, square, (1, 0)), tile.along(queries, mean_k)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
-from lina_jax.models.tiles import bytes_of, stated
+from lina_jax.models.tiles import bytes_of, cost_metadata
 
 # For one GPU program: tokens and channels that it sums at a time, and the most tokens of an image that it takes.
 GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256
@@ -113,7 +113,7 @@ def _kernel_grad_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, i
         grid=(batch, pl.cdiv(features, GPU_LANES), programs),
         out_shape=shape,
         compiler_params=pallas_triton.CompilerParams(num_warps=4, num_stages=1),
-        metadata=stated(bytes_accessed=bytes_of(*arrays, shape), vector_ops=len(taps) * gradient.size),
+        metadata=cost_metadata(bytes_accessed=bytes_of(*arrays, shape), vector_ops=len(taps) * gradient.size),
         interpret=interpret,
     )(*arrays)
     return jnp.sum(sums, axis=1).reshape(batch, size, size, features)
