@@ -24,7 +24,7 @@ from lina_jax.models.draws import draw, latent_noise, root_key
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
-from lina_jax.models.transformer import by_image, overlap_grad_reduction
+from lina_jax.models.transformer import copy_per_image, gather_unstacked, overlap_grad_reduction
 
 Tree = Any
 Path = tuple[str, ...]  # the path of an array in a tree
@@ -272,7 +272,7 @@ def make_train_step(plan: Blueprint) -> Program:
     platform = plan.mesh.devices.flat[0].platform
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = by_image(plan.model(params, frozen), len(tokens))
+        model = copy_per_image(gather_unstacked(plan.model(params, frozen)), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
         with overlap_grad_reduction(overlap):
             return model.loss(tokens, condition, draws, sigmas) / weight
