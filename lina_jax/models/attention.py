@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         if c.gate == "dynamic":
             self.key_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
             self.value_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
-        for name in GATE_NAMES.get(c.gate, ()):
+        for name in GATE_NAMES.get(c.gate, {}).values():
             shape = (c.tokens, 1 if c.gate == "shared" else c.heads)
             rows = "rows" if math.prod(shape) >= LARGE_TABLE else None
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=(rows, None if c.gate == "shared" else "heads")))
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
 
     def _by_kernels(self, x, valid, angles):
-        bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)
+        bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)  # (1 or B, 3, D): `transformer.copy_per_image`
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # the biases were added before the rotation
@@ -145,7 +145,10 @@ class Attention(nnx.Module):
         return mapped(q, k, v, self._gates(x), valid)
 
     def _core(self, q, k, v, gates, valid):
-        """Attention over the tokens of one shard: (B, N, H, d) of arrays (B, N, H, d) and gates (.., N, H or 1)."""
+        """Attention over the tokens of one shard: q (B, N or K, H, d) -> the same shape.
+
+        k and v (B, N, H, d), gates (1 or B, N, H or 1), valid (B, N) or None.
+        """
         q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
         gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
@@ -167,14 +170,14 @@ class Attention(nnx.Module):
                 for gate in (self.key_gate, self.value_gate)
             )
             return Gates(key, value)
-        if kind == "decoupled":
-            return Gates(*map(self._by_token, (self.key_scale_gamma, self.value_scale, self.key_scale_tau)))
-        key = self._by_token(self.key_scale) if kind in ("head", "shared", "key") else None
-        value = self._by_token(self.value_scale) if kind in ("head", "shared", "value") else None
-        return Gates(key, value)
+        names = GATE_NAMES.get(kind, {})
+        return Gates(**{part: self._by_token(getattr(self, name)) for part, name in names.items()})
 
     def _by_token(self, gate: nnx.Param) -> jax.Array:
-        """A learned gate (Nc + N, H or 1) with each row on its token's shard: (1 or B, Nc + N, H or 1)."""
+        """A learned gate with each row on its token's shard: (1 or B, Nc + N, H or 1).
+
+        The parameter is (Nc + N, H or 1), or (B, 1, Nc + N, H or 1) after `transformer.copy_per_image`.
+        """
         table = gate[...]
         return sequence.table_per_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
@@ -196,7 +199,7 @@ class Attention(nnx.Module):
         if triton:
             # Channels are independent, so they are sharded like the attention output that this is added to.
             tokens = ("batch", "tokens", "heads")
-            owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
+            owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # after `transformer.copy_per_image`
             axes = [tokens, *((*owner, *[None] * (a.ndim - len(owner) - 1), "heads") for a in arrays[1:])]
             return tiles.on_each_device(own, axes, tokens, images=len(x))(*arrays)
         return sequence.per_shard(own, replicated=(1, 2))(*arrays)
@@ -205,17 +208,18 @@ class Attention(nnx.Module):
 class Gates(NamedTuple):
     """Factors of each token; None where there is no gate."""
 
-    key: jax.Array | None
-    value: jax.Array | None
+    key: jax.Array | None = None
+    value: jax.Array | None = None
     normalizer: jax.Array | None = None  # of keys in the normaliser, if it differs from `key`
 
 
+# For each kind of learned gates, their parameters, by their fields in `Gates`.
 GATE_NAMES = {
-    "head": ("key_scale", "value_scale"),
-    "shared": ("key_scale", "value_scale"),
-    "key": ("key_scale",),
-    "value": ("value_scale",),
-    "decoupled": ("key_scale_gamma", "key_scale_tau", "value_scale"),
+    "head": {"key": "key_scale", "value": "value_scale"},
+    "shared": {"key": "key_scale", "value": "value_scale"},
+    "key": {"key": "key_scale"},
+    "value": {"value": "value_scale"},
+    "decoupled": {"key": "key_scale_gamma", "normalizer": "key_scale_tau", "value": "value_scale"},
 }
 
 
