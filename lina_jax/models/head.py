@@ -30,7 +30,7 @@ class TimeCondition(nnx.Module):
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
             TIME_FEATURES, width, width, jax.nn.silu,
-            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), between_features=False,
+            rngs=rngs, dtype=jnp.float32, kernel_init=normal(), between_features=False,
         )  # fmt: skip
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
 

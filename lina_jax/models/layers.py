@@ -251,12 +251,11 @@ class MLP(nnx.Module):
 
     def __init__(
         self, inputs, hidden, outputs, activation,
-        *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param, between_features=True,
+        *, rngs, dtype, kernel_init=None, kind=nnx.Param, between_features=True,
     ):  # fmt: skip
-        common = {"rngs": rngs, "dtype": dtype, "kind": kind}
-        first = {"kernel_init": first_init, "between_features": between_features}
-        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), **first, **common)
-        self.fc2 = Linear(hidden, outputs, ("inner", None), kernel_init=second_init, **common)
+        common = {"rngs": rngs, "dtype": dtype, "kind": kind, "kernel_init": kernel_init}
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), between_features=between_features, **common)
+        self.fc2 = Linear(hidden, outputs, ("inner", None), **common)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -297,7 +296,7 @@ def position_table(grid: tuple[int, int], width: int) -> jax.Array:
 
 
 def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:
-    """Integer (t, h, w) of every token in raster order, (T*h*w, 3)."""
+    """Integer (t, h, w) of every token in raster order, (T*h*w, 3); only tests of the published weights have T > 1."""
     return np.stack(np.meshgrid(np.arange(frames), *map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3)
 
 

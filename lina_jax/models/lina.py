@@ -192,7 +192,7 @@ class LINA(nnx.Module):
         return _squared_errors(self.velocities(tokens, condition, draws, sigmas), tokens, draws.noise)
 
     def loss(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
-        """The sum of `token_losses` over masked tokens, float32; on one CPU the head sees only these, in chunks."""
+        """The sum of `token_losses` over masked tokens, () float32; on one CPU the head sees only these, in chunks."""
         if not one_cpu():
             return jnp.sum(self.token_losses(tokens, condition, draws, sigmas) * draws.mask)
         z = rearrange(self._encode(tokens, condition, draws), "b n d -> (b n) d")
@@ -216,7 +216,8 @@ class LINA(nnx.Module):
         """The head's embedding of each entry of the table, float32."""
         return self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))
 
-    def _angles(self, positions) -> jax.Array:
+    def _angles(self, positions: np.ndarray) -> jax.Array:
+        """Rotary angles (1, N, d/2) of positions (1, N, 3)."""
         return rotary_angles(jnp.asarray(positions), self.config.width // self.config.heads)
 
 
@@ -234,6 +235,7 @@ def _velocities(
 
 
 def _squared_errors(velocity: jax.Array, tokens: jax.Array, noise: jax.Array) -> jax.Array:
+    """Mean over channels: velocity and noise (R, B, N, p*p*C), tokens (B, N, p*p*C) -> (R, B, N) float32."""
     return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (noise - tokens)), axis=-1)
 
 
