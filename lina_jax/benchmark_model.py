@@ -222,7 +222,7 @@ def attention_layer(
         return y, gradients(cotangent)
 
     function, arrays = (both, (x, x)) if backward else (forward, (x,))
-    options = xla_flags.of_training(device.devices.flat[0].platform) if backward else {}
+    options = xla_flags.training_options(device.devices.flat[0].platform) if backward else {}
     compiled = programs.compile_program(Program(jax.jit(function), device), (params, *arrays), options)
     return functools.partial(compiled.executable, weights(params), *inputs(arrays, sizes.model)), compiled
 

@@ -73,6 +73,7 @@ def check_value(name: str, value: Any) -> None:
 
 def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
     """Check that sizes fit each other and that variants are compatible. Raises UserError."""
+    from lina_jax.config import PADDING_ROWS  # here, because it imports this module
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -117,7 +118,10 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
         require(2 * pairs == head, f"model.rotary=True: head width {head} (= width / heads) must be a multiple of 32")
     if model.condition == "text":
         name = "text_words" if model.text_encoder == "bytes" else "text_length"
-        require(model.text_tokens <= 512, f"model.{name}={model.text_tokens}: the padding table has only 512 rows")
+        require(
+            model.text_tokens <= PADDING_ROWS,
+            f"model.{name}={model.text_tokens}: the padding table has only {PADDING_ROWS} rows",
+        )
     require(h * w > 1, f"model.image_grid={model.image_grid}: needs more than one token")
 
 

@@ -92,7 +92,7 @@ def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
 class DecodingInputs(NamedTuple):
     """What is the same in all decoding steps of B images."""
 
-    c: jax.Array  # encoded conditions (B, ...); guided: (2B, ...), each followed by the unconditional one
+    cond: jax.Array  # encoded conditions (B, ...); guided: (2B, ...), each followed by the unconditional one
     order: jax.Array  # (B, N), a permutation of the tokens of each image
     rank: jax.Array  # (B, N), the inverse of `order`
     noise: jax.Array  # (B, N, p*p*C), what tokens are denoised from; drawn once, as each token is drawn once
@@ -100,18 +100,18 @@ class DecodingInputs(NamedTuple):
 
 def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, *, guided: bool) -> DecodingInputs:
     """Encode the conditions of B images, and if `guided` the unconditional one; order and noise as in the result."""
-    c = model.encode_condition(condition)
+    cond = model.encode_condition(condition)
     if guided:
         batch = order.shape[0]
         other = model.encode_condition(unconditional(model.config, condition))
         # Interleaved, not concatenated, so that an image's two conditions are on the device that has the image.
-        c = jnp.stack([c, jnp.broadcast_to(other, c.shape)], axis=1).reshape(2 * batch, *c.shape[1:])
-    return DecodingInputs(c, order, jnp.argsort(order, axis=1), noise)
+        cond = jnp.stack([cond, jnp.broadcast_to(other, cond.shape)], axis=1).reshape(2 * batch, *cond.shape[1:])
+    return DecodingInputs(cond, order, jnp.argsort(order, axis=1), noise)
 
 
 def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepInputs, shape: StepShape) -> jax.Array:
     """Tokens (B, N, p*p*C) after one more step; those not drawn yet are zero."""
-    c, order, rank, noise = fixed
+    cond, order, rank, noise = fixed
     count, predicted, guidance, euler, sigmas = inputs
     copies = 2 if shape.guided else 1
 
@@ -121,7 +121,7 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
     # Slices of the order may run past its end; the padding there is never used.
     padded = jnp.pad(order, ((0, 0), (0, shape.predicted)))
     ids = jax.lax.dynamic_slice_in_dim(padded, count, shape.predicted, axis=1)
-    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, c, only=both(ids))
+    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, cond, token_ids=both(ids))
     z = model.head.embed.condition(z)
     times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
 

@@ -16,7 +16,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128"
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # in a TPU kernel, by its author
-_STATED = re.compile(r"\\22(flops|vector_ops|bytes_accessed)\\22: \\22(\d+)\\22")  # in a GPU kernel (`tiles.stated`)
+_STATED = re.compile(r"\\22(flops|vector_ops|bytes_accessed)\\22: \\22(\d+)\\22")  # GPUs: `tiles.cost_metadata`
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=")
 # Copies that a copy engine makes while the core goes on, and the instructions that wait for them.
 PREFETCH_STARTS = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})

@@ -24,7 +24,7 @@ from lina_jax.models.draws import draw, latent_noise, root_key
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import Frozen, over_variables, patchify
 from lina_jax.models.lina import LINA, Condition, drop_conditions
-from lina_jax.models.transformer import by_image, sums_in_time
+from lina_jax.models.transformer import copy_per_image, gather_unstacked, overlap_grad_reduction
 
 Tree = Any
 Path = tuple[str, ...]  # the path of an array in a tree
@@ -130,7 +130,7 @@ class Blueprint:
 
     def _once(self, make: Callable, shardings: Tree, *args, **options) -> Tree:
         """The result of `make`, compiled as a program that runs once."""
-        quickly = xla_flags.of_first_state(self.mesh.devices.flat[0].platform)
+        quickly = xla_flags.init_options(self.mesh.devices.flat[0].platform)
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=shardings, compiler_options=quickly, **options)(*args)
 
@@ -268,12 +268,13 @@ def make_train_step(plan: Blueprint) -> Program:
     schedule = optim.learning_rate(config.optim, config.steps)
     # Not for hybrids, whose runs of equal layers are short.
     unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
-    in_time = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
+    overlap = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
+    platform = plan.mesh.devices.flat[0].platform
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = by_image(plan.model(params, frozen), len(tokens))
+        model = copy_per_image(gather_unstacked(plan.model(params, frozen)), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
-        with sums_in_time(in_time):
+        with overlap_grad_reduction(overlap):
             return model.loss(tokens, condition, draws, sigmas) / weight
 
     def step(state: TrainState, batch: Batch, weights: Tree):
@@ -306,7 +307,7 @@ def make_train_step(plan: Blueprint) -> Program:
         plan.encoders.weights,
         donate_argnums=0,
         out_shardings=(plan.shardings, None),
-        compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform, in_time=in_time),
+        compiler_options=xla_flags.training_options(platform, overlap_grad_reduction=overlap),
     )
 
 

@@ -109,7 +109,7 @@ def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: b
     if conv:
         yield Entry(f"{key}.dw_conv.weight", (*path, "conv_kernel"), "depthwise", layer)
         yield Entry(f"{key}.dw_conv.bias", (*path, "conv_bias"), "same", layer)
-    for name in GATE_NAMES.get(gate, ()):
+    for name in GATE_NAMES.get(gate, {}).values():
         yield Entry(f"{key}.{name}", (*path, name), "gate", layer)
     if gate == "dynamic":
         yield from linear(f"{key}.key_gate", (*path, "key_gate"), layer)

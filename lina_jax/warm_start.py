@@ -25,7 +25,7 @@ from lina_jax.workdir import is_imported, load_config, saved_checkpoints
 
 Shapes = Mapping[tuple[str, ...], Shape]  # by path
 Grid = tuple[int, int]  # rows, columns
-GATES = {name for names in GATE_NAMES.values() for name in names}
+GATES = {name for names in GATE_NAMES.values() for name in names.values()}
 FUNCTION = ("model.", "autoencoder.")  # prefixes of the fields whose differences are reported
 
 

@@ -69,8 +69,8 @@ CPU_TRAINING = {
 # In the program that draws the first parameters, LLVM's optimisations take 2 of 5 s for the quickstart's model, and 24
 # of 27 s for a tiny one on eight devices; the parameters are bit-identical without.
 CPU_ONCE = {"xla_backend_optimization_level": "0"}
-# On several GPU nodes, together with `transformer.sums_in_time` (docs/planning.md has their effect in plans). With
-# these options, scanned layers take 3 % longer, and unrolled layers on one node 10 % longer.
+# On several GPU nodes, together with `transformer.overlap_grad_reduction` (docs/planning.md has their effect in
+# plans). With these options, scanned layers take 3 % longer, and unrolled layers on one node 10 % longer.
 GPU_NODES = {
     # Allow a collective within nodes and one between nodes at the same time; the default is one.
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
@@ -80,12 +80,15 @@ GPU_NODES = {
 }
 
 
-def of_training(platform: str, *, in_time: bool = False) -> dict[str, str | int]:
-    """Options of programs that compute gradients, on cpu, gpu or tpu; `in_time`: with `transformer.sums_in_time`."""
-    return _not_set(CPU_TRAINING if platform == "cpu" else GPU_NODES if in_time else {})
+def training_options(platform: str, *, overlap_grad_reduction: bool = False) -> dict[str, str | int]:
+    """Options of programs that compute gradients, on cpu, gpu or tpu.
+
+    `overlap_grad_reduction` is for programs traced inside `transformer.overlap_grad_reduction(True)`.
+    """
+    return _not_set(CPU_TRAINING if platform == "cpu" else GPU_NODES if overlap_grad_reduction else {})
 
 
-def of_first_state(platform: str) -> dict[str, str | int]:
+def init_options(platform: str) -> dict[str, str | int]:
     """Options of programs that create a run's first state, and run once."""
     return _not_set(CPU_ONCE if platform == "cpu" else {})
 

@@ -58,9 +58,9 @@ def test_jaxlib_knows_the_options_of_programs(options):
 
 def test_options_of_training_give_way_to_flags_that_somebody_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", " ".join(xla_flags.GPU))  # as launchers do
-    assert xla_flags.of_training("gpu", in_time=True) == xla_flags.GPU_NODES
+    assert xla_flags.training_options("gpu", overlap_grad_reduction=True) == xla_flags.GPU_NODES
     monkeypatch.setenv("XLA_FLAGS", " ".join([*xla_flags.GPU, "--xla_gpu_all_reduce_combine_threshold_bytes=1"]))
-    left = xla_flags.of_training("gpu", in_time=True)
+    left = xla_flags.training_options("gpu", overlap_grad_reduction=True)
     assert xla_flags.GPU_NODES.keys() - left.keys() == {"xla_gpu_all_reduce_combine_threshold_bytes"}
 
 

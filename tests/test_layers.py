@@ -8,7 +8,7 @@ from flax import nnx
 
 from lina_jax import mesh
 from lina_jax.config import MeshConfig
-from lina_jax.models.layers import Linear, scaled, spread
+from lina_jax.models.layers import Linear, broadcast_f32_grad, multiply_f32_grad
 
 WIDTH, PARTS = 16, 3
 
@@ -58,10 +58,12 @@ def test_vectors_are_added_and_multiplied_as_broadcasting_says(shape):
     keys = jax.random.split(jax.random.key(0))
     vector, tokens = (jax.random.normal(key, shape) for key, shape in zip(keys, (shape, (2, 3, 5)), strict=True))
     assert_equal(
-        outcome(lambda v, x: x + spread(v, x), vector, tokens),
+        outcome(lambda v, x: x + broadcast_f32_grad(v, x), vector, tokens),
         outcome(lambda v, x: x + v, vector, tokens),
     )
-    assert_equal(outcome(lambda v, x: scaled(x, v), vector, tokens), outcome(lambda v, x: x * v, vector, tokens))
+    assert_equal(
+        outcome(lambda v, x: multiply_f32_grad(x, v), vector, tokens), outcome(lambda v, x: x * v, vector, tokens)
+    )
 
 
 @pytest.mark.parametrize("way", ["added", "multiplied"])
@@ -72,7 +74,10 @@ def test_gradients_of_vectors_are_rounded_once(shape, devices, way):
     tokens = jnp.zeros((2, 2048, 6), jnp.bfloat16)
     direction = jax.random.uniform(jax.random.key(0), tokens.shape).astype(tokens.dtype)
     with jax.set_mesh(mesh.build(MeshConfig(tensor=devices), jax.devices()[:devices])):
-        ways = {"added": lambda v: spread(v, tokens), "multiplied": lambda v: scaled(tokens + 1, v)}
+        ways = {
+            "added": lambda v: broadcast_f32_grad(v, tokens),
+            "multiplied": lambda v: multiply_f32_grad(tokens + 1, v),
+        }
         (found,) = jax.jit(lambda v: jax.vjp(ways[way], v)[1](direction))(jnp.ones(shape))
     axes = tuple(axis for axis, n in enumerate((1,) * (3 - len(shape)) + shape) if n == 1)
     wanted = np.sum(np.asarray(direction, np.float64), axes).reshape(shape)

@@ -14,7 +14,7 @@ from lina_jax.config import MeshConfig
 from lina_jax.models import attention
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.layers import over_variables
-from lina_jax.models.transformer import Block, apply_layers, by_image, stacked
+from lina_jax.models.transformer import Block, apply_layers, copy_per_image, stacked
 
 # Relative differences; that of the gradient is in the Euclidean norm over all parameters. Only the order of summation
 # may differ: measured 2.6e-7 (class) and 5.2e-7 (text). The bounds are eight times that; a missing reduction makes a
@@ -84,7 +84,7 @@ def run_stack(stack, grid, ahead=False, scan=True):
         return variable.replace(mesh.sharding(grid, None, *variable.get_metadata("axes")))
 
     def loss(weights, x):
-        layers = by_image(nnx.merge(graph, weights), len(x))
+        layers = copy_per_image(nnx.merge(graph, weights), len(x))
         y = apply_layers(lambda x, block: block(x), x, layers, scan=scan, remat="dots", ahead=ahead)
         return jnp.mean(jnp.square(y))
 
@@ -127,7 +127,7 @@ def test_the_last_layer_makes_only_what_is_read(how, stack, one_device, error_be
             return jax.device_get(jax.jit(run)(weights, x))
 
     def last(x, block):
-        return block(x, read=lambda tokens: tokens[:, 2:4])
+        return block(x, select=lambda tokens: tokens[:, 2:4])
 
     read = forward(mesh.build(MeshConfig(data=1, fsdp=8)), last=last, **how)
     assert error_between(read, forward(one_device, scan=True)[:, 2:4]) < TOLERANCE["class"]

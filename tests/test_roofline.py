@@ -58,7 +58,7 @@ def test_a_kernel_counts_what_its_author_states():
 
 def test_a_kernel_for_gpus_counts_what_its_author_states():
     """As XLA prints it: as a quoted string within a quoted string."""
-    stated = json.dumps(tiles.stated(bytes_accessed=40, flops=640, vector_ops=7)).replace('"', "\\22")
+    stated = json.dumps(tiles.cost_metadata(bytes_accessed=40, flops=640, vector_ops=7)).replace('"', "\\22")
     target = f'custom_call_target="__gpu$xla.gpu.triton", backend_config={{serialized_metadata = "{stated}"}}'
     work = roofline.count(program(f"%kernel.1 = f32[8]{{0}} custom-call(), {target}"))
     assert (work.matmul_flops, work.vector_ops, work.traffic) == (640, 7, 40)

@@ -45,7 +45,7 @@ def test_a_cut_sequence_gives_the_loss_and_gradients_of_a_whole_one(
 
 @pytest.fixture
 def deep(tiny):
-    """A grid of 8 rows, so that shards have spare room for visible tokens and can run out of it."""
+    """A grid of 8 rows, so that shards have spare capacity for visible tokens and can run out of it."""
     return tiny(
         model={"image_grid": (8, 8), "condition_grid": (4, 4), "remat": "full", "scan_layers": True},
         loss={"mask_ratio_mean": 0.5, "mask_ratio_std": 0.01, "mask_ratio_min": 0.5},
@@ -54,13 +54,13 @@ def deep(tiny):
     )
 
 
-def test_more_visible_tokens_than_a_shard_has_room_for_are_not_lost(
+def test_more_visible_tokens_than_a_shard_has_capacity_for_are_not_lost(
     deep, one_device, cut, first_step, error_between, monkeypatch
 ):
-    monkeypatch.setattr(sequence, "SPREAD", -3.0)
+    monkeypatch.setattr(sequence, "DEVIATIONS", -3.0)
     with jax.set_mesh(cut):
-        rooms = jax.eval_shape(lambda: jnp.zeros((sequence.room(64, 32), sequence.max_in_shard(64, 32)))).shape
-    assert rooms == (8, 16)
+        capacities = jax.eval_shape(lambda: jnp.zeros((sequence.capacity(64, 32), sequence.max_in_shard(64, 32)))).shape
+    assert capacities == (8, 16)
     counts = np.sum(~np.asarray(masks_of_first_step(deep)).reshape(-1, 4, 16), axis=2)
     assert counts.max() > 8
     want_loss, want = first_step(deep, one_device)
@@ -119,21 +119,23 @@ def test_beside_fsdp_weights_and_tables_are_gathered_but_no_tokens(tiny):
 
 
 @pytest.mark.parametrize("shards", [2, 4])
-def test_arranging_and_separating_are_inverse(shards):
+def test_joining_and_splitting_tokens_are_inverse(shards):
     condition, image = jnp.arange(8)[None, :, None], 100 + jnp.arange(16)[None, :, None]
     with jax.set_mesh(mesh.build(MeshConfig(sequence=shards))):
-        together = jax.jit(sequence.arrange)(condition, image)
-        apart = jax.jit(sequence.separate, static_argnums=1)(together, 8)
+        together = jax.jit(sequence.join_tokens)(condition, image)
+        apart = jax.jit(sequence.split_tokens, static_argnums=1)(together, 8)
     assert together[0, : 8 // shards + 1, 0].tolist() == [*range(8 // shards), 100]
     np.testing.assert_array_equal(apart[0], condition)
     np.testing.assert_array_equal(apart[1], image)
 
 
-def test_room_is_exceeded_less_than_once_in_a_hundred_million_draws():
+def test_capacity_is_exceeded_less_than_once_in_a_hundred_million_draws():
     """Exact tails of the hypergeometric distribution, for a shard of the 1024 px and the 256 px grid."""
     for tokens, shards in ((4096, 4), (256, 8)):
         with jax.set_mesh(mesh.build(MeshConfig(sequence=shards))):
-            places = jax.eval_shape(lambda tokens=tokens: jnp.zeros(sequence.room(tokens, int(0.3 * tokens)))).shape[0]
+            places = jax.eval_shape(
+                lambda tokens=tokens: jnp.zeros(sequence.capacity(tokens, int(0.3 * tokens)))
+            ).shape[0]
         assert tail(tokens, tokens // shards, int(0.3 * tokens), places) < 1e-8
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lina_jax.models import attention, transformer
-from lina_jax.models.attention import Attention, AttentionConfig, Read
+from lina_jax.models.attention import Attention, AttentionConfig, Select
 from lina_jax.models.transformer import Transformer
 
 WIDTH = 32
@@ -48,7 +48,7 @@ def test_heads_or_tokens_first_is_the_same(gate, normalization, monkeypatch):
         assert jnp.linalg.norm(a - b) < 1e-6 * jnp.linalg.norm(b)
 
 
-def kept(depth: int, side: int, remat: str, scan: bool, read: Read | None = None) -> tuple[int, int]:
+def kept(depth: int, side: int, remat: str, scan: bool, select: Select | None = None) -> tuple[int, int]:
     """(bytes that `depth` blocks keep of an image for the backward pass, number of its tokens)"""
     config = AttentionConfig(WIDTH, 4, conv_kernel=3, condition_tokens=4, grid=(side, side), dtype=jnp.bfloat16)
     model = nnx.eval_shape(lambda: Transformer(config, depth, 4, remat=remat, scan=scan, rngs=nnx.Rngs(0)))
@@ -56,7 +56,7 @@ def kept(depth: int, side: int, remat: str, scan: bool, read: Read | None = None
     x = jax.ShapeDtypeStruct((1, config.tokens, WIDTH), config.dtype)
 
     def backward(params, x):
-        return jax.vjp(lambda params, x: nnx.merge(graph, params)(x, read=read), params, x)[1]
+        return jax.vjp(lambda params, x: nnx.merge(graph, params)(x, select=select), params, x)[1]
 
     arrays = jax.tree.leaves(jax.eval_shape(backward, params, x))
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays), config.tokens
@@ -81,11 +81,11 @@ def test_a_block_keeps_its_products_of_each_token(remat, platform, widths, scan,
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_the_block_of_chosen_tokens_keeps_what_others_do(remat, scan):
-    whole, few = (kept(3, 16, remat, scan, read)[0] for read in (None, lambda x: x[:, :200]))
+    whole, few = (kept(3, 16, remat, scan, select)[0] for select in (None, lambda x: x[:, :200]))
     assert few < 1.01 * whole  # 1.3 and 2.8 times as much if it is not recomputed
 
 
-def test_sums_in_time_are_of_the_layers_three_behind(monkeypatch):
+def test_overlapped_reductions_are_of_the_layers_three_behind(monkeypatch):
     class Numbers(nnx.Module):
         def __init__(self):
             self.number = nnx.Param(jnp.arange(5.0))
@@ -99,25 +99,25 @@ def test_sums_in_time_are_of_the_layers_three_behind(monkeypatch):
         waited.append((float(x) + 1, float(later.number[...])))
         return x, later
 
-    monkeypatch.setattr(transformer, "_summed_by_then", record)
-    with transformer.sums_in_time(True):
+    monkeypatch.setattr(transformer, "_wait_for_reduction", record)
+    with transformer.overlap_grad_reduction(True):
         transformer.apply_layers(body, jnp.float32(-1), Numbers(), scan=False, remat="none", last=body)
     assert waited == [(0, 3), (1, 4)]
 
 
-def test_sums_in_time_change_no_number():
-    depth = transformer.LAYERS_TO_SUM + 2
+def test_overlapped_reductions_change_no_number():
+    depth = transformer.REDUCTION_LAG + 2
     graph, params = nnx.split(Transformer(AttentionConfig(WIDTH, 4), depth, 2, scan=False, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, WIDTH, WIDTH))  # gradients of fewer rows have barriers of their own
 
-    def lowered(in_time):
+    def lowered(overlap):
         def loss(params, x):
-            with transformer.sums_in_time(in_time):
+            with transformer.overlap_grad_reduction(overlap):
                 return jnp.sum(jnp.sin(nnx.merge(graph, params)(x)))
 
         return jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
 
-    programs = [lowered(in_time) for in_time in (False, True)]
+    programs = [lowered(overlap) for overlap in (False, True)]
     assert [program.as_text().count("optimization_barrier") for program in programs] == [0, 2]
     for a, b in zip(*(jax.tree.leaves(program.compile()(params, x)) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())

@@ -18,14 +18,14 @@ from lina_jax.mesh import LARGE_TABLE, by_platform, constrain, one_cpu, platform
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
-from lina_jax.models.layers import Linear, rotate, scaled, spread
+from lina_jax.models.layers import Linear, broadcast_f32_grad, multiply_f32_grad, rotate
 
 RELU_EPS = 1e-6  # keeps q . k positive where every ReLU output is zero
 NORMALIZER_EPS = 1e-6
 CONVOLUTION = "convolution"  # name in remat policies
 GATE_TEMPERATURE = 16.0  # of the data-dependent gate: sigmoid(.) ** (1 / 16)
 
-Read = Callable[[jax.Array], jax.Array]  # selects tokens: (B, N, ...) -> (B, K, ...)
+Select = Callable[[jax.Array], jax.Array]  # selects tokens: (B, N, ...) -> (B, K, ...)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     """Attention layer: x (B, N, D) -> (B, N, D).
 
     `valid` (B, N) marks the tokens that exist. Absent tokens contribute to no sum, means divide by the true count, and
-    the outputs of absent tokens are unspecified. `angles` (B or 1, N, d/2) rotates queries and keys. `read` selects K
+    the outputs of absent tokens are unspecified. `angles` (B or 1, N, d/2) rotates queries and keys. `select` selects K
     tokens from arrays (B, N, ...): the layer then computes only their outputs, (B, K, D), the same on all shards of the
     sequence.
     """
@@ -73,61 +73,61 @@ class Attention(nnx.Module):
         if c.gate == "dynamic":
             self.key_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
             self.value_gate = Linear(c.width, c.heads, ("embed", "heads"), rngs=rngs, dtype=c.dtype)
-        for name in GATE_NAMES.get(c.gate, ()):
+        for name in GATE_NAMES.get(c.gate, {}).values():
             shape = (c.tokens, 1 if c.gate == "shared" else c.heads)
             rows = "rows" if math.prod(shape) >= LARGE_TABLE else None
             setattr(self, name, nnx.Param(jnp.ones(shape), axes=(rows, None if c.gate == "shared" else "heads")))
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
-        if self._kernels_of and not read:  # for few tokens, XLA's matmuls are enough
+        if self._kernel_device and not select:  # for few tokens, XLA's matmuls are enough
             out = self._by_kernels(x, valid, angles)
         else:
-            q, k, v = self._projected(x, angles, read)
+            q, k, v = self._projected(x, angles, select)
             if self.config.kind == "softmax":
                 # Every query needs every key, so keys and values are gathered over the shards of the sequence.
                 out = softmax_attention(q, *(constrain(a, "batch", None, "heads", None) for a in (k, v)), valid)
             else:
-                out = self._linear(x, q, k, v, valid, whole_queries=bool(read))
+                out = self._linear(x, q, k, v, valid, selected=bool(select))
             out = rearrange(out, "b n h d -> b n (h d)")
         if self.config.conv_kernel:
-            convolved = read(self._convolution(x)) if read else self._convolution(x)
+            convolved = select(self._convolution(x)) if select else self._convolution(x)
             # Named for remat policies on TPUs only, where recomputing it is slow. On GPUs, if it is kept, XLA (without
             # the Triton kernel) sums the gradients of the taps one by one.
             out = out + (checkpoint_name(convolved, CONVOLUTION) if platform() == "tpu" else convolved)
         return self.proj(out)
 
     @property
-    def _kernels_of(self) -> str:
+    def _kernel_device(self) -> str:
         """The device whose kernels run, tpu or gpu; empty for XLA's matmuls."""
         return tiles.device() if self.config.kind == "linear" and self.config.kernel == "pallas" else ""
 
-    def _projected(self, x, angles, read=None) -> list[jax.Array]:
+    def _projected(self, x, angles, select=None) -> list[jax.Array]:
         """q (B, N or K, H, d), k and v (B, N, H, d)."""
 
         def by_head(a, tokens="tokens"):
             return rearrange(constrain(a, "batch", tokens, "heads"), "b n (h d) -> b n h d", h=self.config.heads)
 
         q_angles = angles
-        if read:
-            q = by_head(self.qkv.part(0, read(x)), None)
+        if select:
+            q = by_head(self.qkv.part(0, select(x)), None)
             k, v = (by_head(self.qkv.part(i, x)) for i in (1, 2))
-            q_angles = angles if angles is None else read(jnp.broadcast_to(angles, (x.shape[0], *angles.shape[1:])))
+            q_angles = angles if angles is None else select(jnp.broadcast_to(angles, (x.shape[0], *angles.shape[1:])))
         else:
             q, k, v = map(by_head, self.qkv.split(x))
         return [q, k, v] if angles is None else [rotate(q, q_angles), rotate(k, angles), v]
 
     def _by_kernels(self, x, valid, angles):
-        bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)
+        bias = self.qkv.bias[...].reshape(-1, 3, self.config.width)  # (1 or B, 3, D): `transformer.copy_per_image`
         if angles is not None:
             projected = [rearrange(a, "b n h d -> b n (h d)") for a in self._projected(x, angles)]
             bias = jnp.zeros_like(bias)  # the biases were added before the rotation
-        elif self._kernels_of == "gpu":
-            projected = [constrain(self.qkv.product(x), "batch", "tokens", None, "heads")]
+        elif self._kernel_device == "gpu":
+            projected = [constrain(self.qkv.matmul(x), "batch", "tokens", None, "heads")]
         else:
-            projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.products(x)]
+            projected = [constrain(a, "batch", "tokens", "heads") for a in self.qkv.matmuls(x)]
         return attention_kernel.linear_attention(
             projected,
             bias,
@@ -139,18 +139,22 @@ class Attention(nnx.Module):
             normalizer_eps=NORMALIZER_EPS,
         )
 
-    def _linear(self, x, q, k, v, valid, *, whole_queries: bool):
-        mapped = sequence.by_shard(self._core, whole=(0,) if whole_queries else (), summed=whole_queries)
+    def _linear(self, x, q, k, v, valid, *, selected: bool):
+        """Linear attention of q to k and v; queries of `selected` tokens are the same on all shards."""
+        mapped = sequence.per_shard(self._core, replicated=(0,) if selected else (), out_replicated=selected)
         return mapped(q, k, v, self._gates(x), valid)
 
     def _core(self, q, k, v, gates, valid):
-        """Attention over the tokens of one shard: (B, N, H, d) of arrays (B, N, H, d) and gates (.., N, H or 1)."""
+        """Attention over the tokens of one shard: q (B, N or K, H, d) -> the same shape.
+
+        k and v (B, N, H, d), gates (1 or B, N, H or 1), valid (B, N) or None.
+        """
         q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
         gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
-        k_normalizer = None if gates.normalizer is None else _gated(k, gates.normalizer)
+        k_normalizer = None if gates.normalizer is None else _apply_gate(k, gates.normalizer)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
-        out = core(q, _gated(k, gates.key), k_normalizer, _gated(v, gates.value), valid)
+        out = core(q, _apply_gate(k, gates.key), k_normalizer, _apply_gate(v, gates.value), valid)
         return rearrange(out, f"b {order()} d -> b n h d")
 
     @property
@@ -166,55 +170,56 @@ class Attention(nnx.Module):
                 for gate in (self.key_gate, self.value_gate)
             )
             return Gates(key, value)
-        if kind == "decoupled":
-            return Gates(*map(self._by_token, (self.key_scale_gamma, self.value_scale, self.key_scale_tau)))
-        key = self._by_token(self.key_scale) if kind in ("head", "shared", "key") else None
-        value = self._by_token(self.value_scale) if kind in ("head", "shared", "value") else None
-        return Gates(key, value)
+        names = GATE_NAMES.get(kind, {})
+        return Gates(**{part: self._by_token(getattr(self, name)) for part, name in names.items()})
 
     def _by_token(self, gate: nnx.Param) -> jax.Array:
-        """A learned gate (Nc + N, H or 1) with each row on its token's shard: (1 or B, Nc + N, H or 1)."""
+        """A learned gate with each row on its token's shard: (1 or B, Nc + N, H or 1).
+
+        The parameter is (Nc + N, H or 1), or (B, 1, Nc + N, H or 1) after `transformer.copy_per_image`.
+        """
         table = gate[...]
-        return sequence.table_by_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
+        return sequence.table_per_shard(table.reshape(-1, *table.shape[-2:]), self.config.condition_tokens)
 
     def _convolution(self, x: jax.Array) -> jax.Array:
         """k x k depthwise convolution of the image tokens' inputs; exactly zero on condition tokens. (B, N, D)."""
         dtype, size = self.config.dtype, self.config.conv_kernel
         triton = ""
-        if self._kernels_of == "gpu":
+        if self._kernel_device == "gpu":
             triton = "interpreted" if tiles.interpreted.value else "compiled"
 
         def own(x, kernel, bias):
             first = self.config.condition_tokens // sequence.shards()
             image = rearrange(x[:, first:], "b (h w) d -> b h w d", w=self.config.grid[1])
-            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.everywhere(kernel), triton)
+            y = depthwise_convolution(sequence.with_edges(image, size // 2), sequence.replicate(kernel), triton)
             y = rearrange(y, "b h w d -> b (h w) d")
-            return jnp.pad(y + spread(sequence.everywhere(bias), y), ((0, 0), (first, 0), (0, 0)))
+            return jnp.pad(y + broadcast_f32_grad(sequence.replicate(bias), y), ((0, 0), (first, 0), (0, 0)))
 
         arrays = [x.astype(dtype), self.conv_kernel[...].astype(dtype), self.conv_bias[...]]
         if triton:
             # Channels are independent, so they are sharded like the attention output that this is added to.
             tokens = ("batch", "tokens", "heads")
-            owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # each image may have its own weights
+            owner = ("batch",) if self.conv_bias[...].ndim > 1 else ()  # after `transformer.copy_per_image`
             axes = [tokens, *((*owner, *[None] * (a.ndim - len(owner) - 1), "heads") for a in arrays[1:])]
             return tiles.on_each_device(own, axes, tokens, images=len(x))(*arrays)
-        return sequence.by_shard(own, whole=(1, 2))(*arrays)
+        return sequence.per_shard(own, replicated=(1, 2))(*arrays)
 
 
 class Gates(NamedTuple):
     """Factors of each token; None where there is no gate."""
 
-    key: jax.Array | None
-    value: jax.Array | None
+    key: jax.Array | None = None
+    value: jax.Array | None = None
     normalizer: jax.Array | None = None  # of keys in the normaliser, if it differs from `key`
 
 
+# For each kind of learned gates, their parameters, by their fields in `Gates`.
 GATE_NAMES = {
-    "head": ("key_scale", "value_scale"),
-    "shared": ("key_scale", "value_scale"),
-    "key": ("key_scale",),
-    "value": ("value_scale",),
-    "decoupled": ("key_scale_gamma", "key_scale_tau", "value_scale"),
+    "head": {"key": "key_scale", "value": "value_scale"},
+    "shared": {"key": "key_scale", "value": "value_scale"},
+    "key": {"key": "key_scale"},
+    "value": {"value": "value_scale"},
+    "decoupled": {"key": "key_scale_gamma", "normalizer": "key_scale_tau", "value": "value_scale"},
 }
 
 
@@ -232,12 +237,12 @@ def _token_axis() -> int:
     return 1 + order().split().index("n")
 
 
-def _gated(x: jax.Array, gate: jax.Array | None) -> jax.Array:
+def _apply_gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:
     """x (B, `order`, d) times gate (.., `order`), whose H may be 1."""
-    return x if gate is None else scaled(x, gate[..., None])
+    return x if gate is None else multiply_f32_grad(x, gate[..., None])
 
 
-def _summed(pattern: str, *arrays: jax.Array) -> jax.Array:
+def _einsum_f32(pattern: str, *arrays: jax.Array) -> jax.Array:
     """Einsum accumulated in float32; "..." stands for `order`. Accelerators multiply in the first array's dtype."""
     pattern = pattern.replace("...", order())
 
@@ -258,14 +263,14 @@ def _outer_sum(k: jax.Array, v: jax.Array) -> jax.Array:
 
     Its gradients have the layout of the arguments. JAX's own, (B, H, d, N), would have to be transposed.
     """
-    return _summed("b ... d, b ... e -> b h d e", k, v)
+    return _einsum_f32("b ... d, b ... e -> b h d e", k, v)
 
 
 def _outer_sum_gradient(arrays, gradient):
     k, v = arrays
     return (
-        _summed("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
-        _summed("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
+        _einsum_f32("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
+        _einsum_f32("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
     )
 
 
@@ -274,19 +279,19 @@ _outer_sum.defvjp(lambda k, v: (_outer_sum(k, v), (k, v)), _outer_sum_gradient)
 
 def _token_sum(x: jax.Array) -> jax.Array:
     """The sum over tokens, float32: (B, `order`, d) -> (B, H, d)."""
-    if one_cpu():  # a matmul with ones, as in layers._summed
-        return _summed("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
+    if one_cpu():  # a matmul with ones, as in layers._sum_to_shape
+        return _einsum_f32("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
     return jnp.sum(x, axis=_token_axis(), dtype=jnp.float32)
 
 
-def _found(q: jax.Array, state: jax.Array) -> jax.Array:
+def _read_state(q: jax.Array, state: jax.Array) -> jax.Array:
     """Queries times a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
-    return _summed("b ... d, b h d e -> b ... e", q, state)
+    return _einsum_f32("b ... d, b h d e -> b ... e", q, state)
 
 
 def _along(q: jax.Array, mean: jax.Array) -> jax.Array:
     """q . mean, float32: (B, `order`, d), (B, H, d) -> (B, `order`)."""
-    return _summed("b ... d, b h d -> b ...", q, mean)
+    return _einsum_f32("b ... d, b h d -> b ...", q, mean)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
@@ -313,10 +318,10 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
         k = k * present
         k_normalizer = None if k_normalizer is None else k_normalizer * present
     k_normalizer = k if k_normalizer is None else k_normalizer
-    state, sum_k = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer)))
+    state, sum_k = sequence.psum((_outer_sum(k, v), _token_sum(k_normalizer)))
     state, mean_k = state * jnp.expand_dims(scale, -1), sum_k * scale
     normalizer = _along(q, mean_k.astype(q.dtype)) + NORMALIZER_EPS
-    return (_found(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
+    return (_read_state(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
 
 
 def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
@@ -327,11 +332,11 @@ def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
         k_normalizer = None if k_normalizer is None else k_normalizer * present
     k_normalizer = k if k_normalizer is None else k_normalizer
     s = q.shape[-1] ** -0.5
-    state, sum_k, sum_v = sequence.total((_outer_sum(k, v), _token_sum(k_normalizer), _token_sum(v)))
+    state, sum_k, sum_v = sequence.psum((_outer_sum(k, v), _token_sum(k_normalizer), _token_sum(v)))
     state, mean_k, mean_v = state * (s * jnp.expand_dims(scale, -1)), sum_k * (s * scale), sum_v * scale
     weight = 1.0 - _along(q, mean_k.astype(q.dtype))
     mean_v = jnp.expand_dims(mean_v, _token_axis())
-    return (_found(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
+    return (_read_state(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
 
 
 def softmax_attention(q, k, v, valid=None) -> jax.Array:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from lina_jax.models import sequence
-from lina_jax.models.layers import spread
-from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, on_each_device, over_tokens, product
+from lina_jax.models.layers import broadcast_f32_grad
+from lina_jax.models.tiles import Column, Parts, Tile, device, interpreted, matmul_f32, on_each_device, over_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Core:
     def features(self, x: jax.Array) -> jax.Array:
         return jnp.maximum(x, 0.0) + self.relu_eps
 
-    def passing(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
-        """`tiles.over_tokens` with a function (core, tile, given) -> made."""
+    def run_pass(self, function, arrays: Parts, results: Parts, products: tuple[int, int]) -> Parts:
+        """`tiles.over_tokens` with a function (core, tile, inputs) -> outputs."""
         how = {"heads": self.heads, "products": products, "device": self.device, "interpret": self.interpret}
         return over_tokens(functools.partial(function, self), arrays, results, **how)
 
@@ -69,14 +69,14 @@ def linear_attention(
     gates = [
         jnp.ones((batch, length, heads), dtype)
         if gate is None
-        else spread(gate, jax.ShapeDtypeStruct((batch, length, heads), dtype))
+        else broadcast_f32_grad(gate, jax.ShapeDtypeStruct((batch, length, heads), dtype))
         for gate in ((key, value) if normalizer is None else (key, value, normalizer))
     ]
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, *bias.shape[1:]))
     kernels = {"division": division, "relu_eps": relu_eps, "normalizer_eps": normalizer_eps}
     kernels |= {"device": device(), "interpret": bool(interpreted.value)}
 
-    def of_shard(projected, bias, gates, valid):
+    def attend_shard(projected, bias, gates, valid):
         images, tokens, own_heads = gates[0].shape
         projected = tuple(x.reshape(images, tokens, -1) for x in projected)
         if valid is not None:
@@ -88,7 +88,7 @@ def linear_attention(
     tokens = ("batch", "tokens", "heads")
     parts = [("batch", "tokens", *[None] * (x.ndim - 3), "heads") for x in projected]
     axes = [parts, ("batch", None, "heads"), [tokens] * len(gates), ("batch", "tokens")]
-    return on_each_device(of_shard, axes, tokens, images=batch)(list(projected), bias, gates, valid)
+    return on_each_device(attend_shard, axes, tokens, images=batch)(list(projected), bias, gates, valid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,9 +109,9 @@ def _attend(core: Core, projected, bias, gates, share):
     rows = (width // core.heads, 1) if core.division else (width // core.heads, 1, 1)
     sums = tuple(jax.ShapeDtypeStruct((len(bias), r, width), jnp.float32) for r in rows)
     arrays = Parts((k, v), (gates,), (share, bias_k, bias_v))
-    summaries = sequence.total(core.passing(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
+    summaries = sequence.psum(core.run_pass(_summarize, arrays, Parts(summaries=sums), (1, 0)).summaries)
     out = jax.ShapeDtypeStruct((*gates.shape[:2], width), q.array.dtype)
-    out = core.passing(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
+    out = core.run_pass(_read, Parts((q,), (), (bias_q, *summaries)), Parts((Column(out),)), (1, 1)).tokens[0].array
     return out, (projected, bias, gates, share, summaries)
 
 
@@ -121,17 +121,17 @@ def _attend_gradient(core: Core, kept, gradient):
     bias_q, bias_k, bias_v = jnp.split(bias, 3, axis=1)
     arrays = Parts((q, Column(gradient)), (), (bias_q, *summaries))
     results = Parts((q.like(),), (), tuple(map(_like, summaries)))
-    made = core.passing(_read_gradient, arrays, results, (3, 2))
-    first, of_summaries = made.tokens[0].array, made.summaries
-    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.total(of_summaries)))
+    outputs = core.run_pass(_read_gradient, arrays, results, (3, 2))
+    first, d_summaries = outputs.tokens[0].array, outputs.summaries
+    arrays = Parts((k, v), (gates,), (share, bias_k, bias_v, *sequence.psum(d_summaries)))
     # If q, k and v are columns of one array, so are their gradients: the second pass completes the array that the first
     # began.
     results = Parts((k.like(first), v.like(first)), (_like(gates),))
-    made = core.passing(_summarize_gradient, arrays, results, (2, 0))
-    of_k, of_v = (column.array for column in made.tokens)
-    of_projected = (of_v,) if len(projected) == 1 else (first, of_k, of_v)
-    of_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in of_projected], axis=1)
-    return of_projected, of_bias.reshape(bias.shape), *made.gates, jnp.zeros_like(share)
+    outputs = core.run_pass(_summarize_gradient, arrays, results, (2, 0))
+    d_k, d_v = (column.array for column in outputs.tokens)
+    d_projected = (d_v,) if len(projected) == 1 else (first, d_k, d_v)
+    d_bias = jnp.concatenate([jnp.sum(x, axis=1, dtype=jnp.float32, keepdims=True) for x in d_projected], axis=1)
+    return d_projected, d_bias.reshape(bias.shape), *outputs.gates, jnp.zeros_like(share)
 
 
 attend.defvjp(_attend, _attend_gradient)
@@ -146,33 +146,33 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _summarize(core: Core, tile: Tile, given: Parts) -> Parts:
-    share, *bias = given.summaries
-    k, v = _with_bias(given.tokens, bias)
-    keys, normalizer_keys, values = _gated(core, k, v, given)
-    sums = tile.state(product(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
+def _summarize(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    share, *bias = inputs.summaries
+    k, v = _with_bias(inputs.tokens, bias)
+    keys, normalizer_keys, values = _gated_keys_values(core, k, v, inputs)
+    sums = tile.state(matmul_f32(keys, values, (0, 0))), _sum(normalizer_keys), _sum(values)
     return Parts(summaries=tuple(x * share for x in sums[: 2 if core.division else 3]))
 
 
-def _summarize_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    dtype = given.tokens[0].dtype
-    _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = given
-    k, v = _with_bias(given.tokens, (bias_k, bias_v))
+def _summarize_gradient(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    dtype = inputs.tokens[0].dtype
+    _, (key, value, *normalizer), (share, bias_k, bias_v, *gradients) = inputs
+    k, v = _with_bias(inputs.tokens, (bias_k, bias_v))
     state, mean_k, mean_v = (*(g * share for g in gradients), 0.0)[:3]
-    keys, _, values = _gated(core, k, v, given)
+    keys, _, values = _gated_keys_values(core, k, v, inputs)
     square = tile.square(state).astype(dtype)
-    of_values = product(keys, square, (1, 0)) + mean_v
-    of_keys = product(values, square, (1, 1))
+    d_values = matmul_f32(keys, square, (1, 0)) + mean_v
+    d_keys = matmul_f32(values, square, (1, 1))
     features = core.features(k)
     if normalizer:
-        of_features = of_keys * key + mean_k * normalizer[0]
-        of_normalizer = (mean_k * features,)
+        d_features = d_keys * key + mean_k * normalizer[0]
+        d_normalizer = (mean_k * features,)
     else:
-        of_keys += mean_k
-        of_features, of_normalizer = of_keys * key, ()
+        d_keys += mean_k
+        d_features, d_normalizer = d_keys * key, ()
     return Parts(
-        (jnp.where(k > 0, of_features, 0.0), of_values * value),
-        (of_keys * features, of_values * v, *of_normalizer),
+        (jnp.where(k > 0, d_features, 0.0), d_values * value),
+        (d_keys * features, d_values * v, *d_normalizer),
     )
 
 
@@ -180,9 +180,9 @@ def _with_bias(tokens: Sequence[jax.Array], bias: Sequence[jax.Array]) -> list[j
     return [x.astype(jnp.float32) + row for x, row in zip(tokens, bias, strict=True)]
 
 
-def _gated(core: Core, k: jax.Array, v: jax.Array, given: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gated_keys_values(core: Core, k: jax.Array, v: jax.Array, inputs: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys in the state, keys in the normaliser, values."""
-    dtype, (key, value, *normalizer) = given.tokens[0].dtype, given.gates
+    dtype, (key, value, *normalizer) = inputs.tokens[0].dtype, inputs.gates
     features = core.features(k)
     keys = (features * key).astype(dtype)
     normalizer_keys = (features * normalizer[0]).astype(dtype) if normalizer else keys
@@ -193,38 +193,38 @@ def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(jnp.float32), axis=0, keepdims=True)
 
 
-def _read(core: Core, tile: Tile, given: Parts) -> Parts:
-    return Parts((_found(core, tile, given)[1],))
+def _read(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    return Parts((_recompute_read(core, tile, inputs)[1],))
 
 
-def _read_gradient(core: Core, tile: Tile, given: Parts) -> Parts:
-    (_, gradient), (_, _, mean_k, *mean_v) = given.tokens, given.summaries
-    q, found, queries, square, normalizer = _found(core, tile, given)
+def _read_gradient(core: Core, tile: Tile, inputs: Parts) -> Parts:
+    (_, gradient), (_, _, mean_k, *mean_v) = inputs.tokens, inputs.summaries
+    q, out, queries, square, normalizer = _recompute_read(core, tile, inputs)
     dtype = queries.dtype
     g = gradient.astype(jnp.float32)
     if core.division:
         g = g / normalizer
-        of_normalizer = -tile.along((g * found).astype(dtype), jnp.ones_like(mean_k))
-        of_mean_v = ()
+        d_normalizer = -tile.along((g * out).astype(dtype), jnp.ones_like(mean_k))
+        d_mean_v = ()
     else:
-        of_normalizer = -tile.along(gradient, mean_v[0])
-        of_mean_v = (_sum(g * (1.0 - normalizer)),)
+        d_normalizer = -tile.along(gradient, mean_v[0])
+        d_mean_v = (_sum(g * (1.0 - normalizer)),)
     g = g.astype(dtype)
-    of_queries = (product(g, square, (1, 1)) + of_normalizer * mean_k) * _scale(core, tile)
-    of_mean_k = _sum(queries.astype(jnp.float32) * of_normalizer)
+    d_queries = (matmul_f32(g, square, (1, 1)) + d_normalizer * mean_k) * _scale(core, tile)
+    d_mean_k = _sum(queries.astype(jnp.float32) * d_normalizer)
     return Parts(
-        (jnp.where(q > 0, of_queries, 0.0),),
-        summaries=(tile.state(product(queries, g, (0, 0))), of_mean_k, *of_mean_v),
+        (jnp.where(q > 0, d_queries, 0.0),),
+        summaries=(tile.state(matmul_f32(queries, g, (0, 0))), d_mean_k, *d_mean_v),
     )
 
 
-def _found(core: Core, tile: Tile, given: Parts) -> tuple[jax.Array, ...]:
+def _recompute_read(core: Core, tile: Tile, inputs: Parts) -> tuple[jax.Array, ...]:
     """q with its bias, the output, features of queries, the state as a square matrix, the normaliser."""
-    dtype, (bias, state, mean_k, *mean_v) = given.tokens[0].dtype, given.summaries
-    (q,) = _with_bias(given.tokens[:1], (bias,))
+    dtype, (bias, state, mean_k, *mean_v) = inputs.tokens[0].dtype, inputs.summaries
+    (q,) = _with_bias(inputs.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)
     square = tile.square(state).astype(dtype)
-    numerator, normalizer = product(queries, square, (1, 0)), tile.along(queries, mean_k)
+    numerator, normalizer = matmul_f32(queries, square, (1, 0)), tile.along(queries, mean_k)
     if core.division:
         normalizer += core.normalizer_eps
         return q, numerator / normalizer, queries, square, normalizer

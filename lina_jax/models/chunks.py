@@ -29,7 +29,7 @@ def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) 
 
     def with_gradient(shared: Tree, rows: jax.Array):
         def chunk(i, carried):
-            value, of_shared, of_rows = carried
+            value, d_shared, d_rows = carried
             exists = i * size + jnp.arange(size) < count
             ids = jax.lax.dynamic_slice(places, (i * size,), (size,))
             ids = jnp.where(exists, ids, ids[0])  # rows that are not chosen may hold NaN
@@ -38,25 +38,25 @@ def total(function: Callable, shared: Tree, rows: jax.Array, chosen: jax.Array) 
                 return jnp.sum(function(shared, rows, ids), where=exists)
 
             more, gradients = jax.value_and_grad(part, argnums=(0, 1))(shared, rows[ids])
-            of_rows = jax.lax.dynamic_update_slice(of_rows, gradients[1], (i * size, 0))
-            return value + more, jax.tree.map(jnp.add, of_shared, gradients[0]), of_rows
+            d_rows = jax.lax.dynamic_update_slice(d_rows, gradients[1], (i * size, 0))
+            return value + more, jax.tree.map(jnp.add, d_shared, gradients[0]), d_rows
 
         nothing = jax.tree.map(jnp.zeros_like, shared), jnp.zeros((len(places), rows.shape[1]), rows.dtype)
-        value, of_shared, of_rows = jax.lax.fori_loop(0, (count + size - 1) // size, chunk, (jnp.zeros(()), *nothing))
-        return value, (of_shared, of_rows[jnp.argsort(order)])
+        value, d_shared, d_rows = jax.lax.fori_loop(0, (count + size - 1) // size, chunk, (jnp.zeros(()), *nothing))
+        return value, (d_shared, d_rows[jnp.argsort(order)])
 
     made = with_gradient(*jax.lax.stop_gradient((shared, rows)))
-    return _of_known_gradient(*made, (shared, rows))
+    return _attach_gradient(*made, (shared, rows))
 
 
 @jax.custom_vjp
-def _of_known_gradient(value: jax.Array, gradient: Tree, arguments: Tree) -> jax.Array:
+def _attach_gradient(value: jax.Array, gradient: Tree, arguments: Tree) -> jax.Array:
     """The value, with `gradient` as its gradient with respect to `arguments`."""
     del gradient, arguments
     return value
 
 
-_of_known_gradient.defvjp(
+_attach_gradient.defvjp(
     lambda value, gradient, arguments: (value, gradient),
     # Narrowed last: rounding the factor first would rescale all gradients by the same error.
     lambda gradient, factor: (factor, None, jax.tree.map(lambda x: (factor * x).astype(x.dtype), gradient)),

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
-from lina_jax.models.tiles import bytes_of, stated
+from lina_jax.models.tiles import bytes_of, cost_metadata
 
 # For one GPU program: tokens and channels that it sums at a time, and the most tokens of an image that it takes.
 GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256
@@ -40,25 +40,25 @@ def _gradient(triton: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Arra
     rows, kernel = kept
     size = kernel.shape[-2]
     padded = jnp.pad(gradient, ((0, 0), (size - 1, size - 1), (0, 0), (0, 0)))
-    of_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
+    d_rows = depthwise_convolution(padded, kernel[..., ::-1, ::-1, :])
     if triton:
-        of_kernel = _of_kernel_by_triton(size, rows, gradient, interpret=triton == "interpreted")
+        d_kernel = _kernel_grad_by_triton(size, rows, gradient, interpret=triton == "interpreted")
     else:
-        ways = {"cpu": functools.partial(_of_kernel_by_row, size), "default": functools.partial(_of_kernel, size)}
-        of_kernel = by_platform(rows, gradient, **ways)
-    of_kernel = jnp.sum(of_kernel, axis=0) if kernel.ndim == 3 else of_kernel[:, None]
-    return of_rows, of_kernel.astype(kernel.dtype)
+        ways = {"cpu": functools.partial(_kernel_grad_by_row, size), "default": functools.partial(_kernel_grad, size)}
+        d_kernel = by_platform(rows, gradient, **ways)
+    d_kernel = jnp.sum(d_kernel, axis=0) if kernel.ndim == 3 else d_kernel[:, None]
+    return d_rows, d_kernel.astype(kernel.dtype)
 
 
-def _of_kernel(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
+def _kernel_grad(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
     """Gradient of the kernel, (B, k, k, D) float32: for each tap, the sum of its inputs times the gradient."""
     wide = gradient.astype(jnp.float32)
     sums = [jnp.sum(part * wide, axis=(1, 2)) for part in _shifted(rows, size).values()]
     return jnp.stack(sums, axis=1).reshape(len(rows), size, size, -1)
 
 
-def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`_of_kernel`, row by row of the image; tap by tap, XLA:CPU takes four to eight times as long."""
+def _kernel_grad_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`_kernel_grad`, row by row of the image; tap by tap, XLA:CPU takes four to eight times as long."""
     height, width = gradient.shape[1:3]
     rows, gradient = rows.astype(jnp.float32), gradient.astype(jnp.float32)
     padded = jnp.pad(rows, ((0, 0), (0, 0), (size // 2, size // 2), (0, 0)))
@@ -69,11 +69,11 @@ def _of_kernel_by_row(size: int, rows: jax.Array, gradient: jax.Array) -> jax.Ar
         return total + sum(seen[:, :, j : j + size] * row[:, :, j : j + 1] for j in range(width))
 
     start = jnp.zeros((len(rows), size, size, rows.shape[3]), jnp.float32)
-    return jax.lax.fori_loop(0, height, add_row, sequence.everywhere(start))
+    return jax.lax.fori_loop(0, height, add_row, sequence.replicate(start))
 
 
-def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:
-    """`_of_kernel` for GPUs, all taps in one pass; XLA:GPU makes one for every two or three."""
+def _kernel_grad_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, interpret: bool) -> jax.Array:
+    """`_kernel_grad` for GPUs, all taps in one pass; XLA:GPU makes one for every two or three."""
     from jax.experimental.pallas import triton as pallas_triton  # deprecated since jax 0.11; only GPUs need it
 
     batch, height, width, features = gradient.shape
@@ -82,7 +82,7 @@ def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, int
     tiles = pl.cdiv(length, programs * GPU_TILE)
     taps = list(np.ndindex(size, size))
 
-    def of_program(rows, gradient, sums):
+    def program_body(rows, gradient, sums):
         image, group, program = (pl.program_id(i) for i in range(3))
         lanes = group * GPU_LANES + jnp.arange(GPU_LANES)[None]
 
@@ -109,11 +109,11 @@ def _of_kernel_by_triton(size: int, rows: jax.Array, gradient: jax.Array, *, int
     shape = jax.ShapeDtypeStruct((batch, programs, len(taps), features), jnp.float32)
     arrays = [x.reshape(batch, -1, features) for x in (rows, gradient)]
     sums = pl.pallas_call(
-        of_program,
+        program_body,
         grid=(batch, pl.cdiv(features, GPU_LANES), programs),
         out_shape=shape,
         compiler_params=pallas_triton.CompilerParams(num_warps=4, num_stages=1),
-        metadata=stated(bytes_accessed=bytes_of(*arrays, shape), vector_ops=len(taps) * gradient.size),
+        metadata=cost_metadata(bytes_accessed=bytes_of(*arrays, shape), vector_ops=len(taps) * gradient.size),
         interpret=interpret,
     )(*arrays)
     return jnp.sum(sums, axis=1).reshape(batch, size, size, features)

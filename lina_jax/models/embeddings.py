@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lina_jax.config import TIME_FEATURES
+from lina_jax.config import PADDING_ROWS, TIME_FEATURES
 from lina_jax.mesh import platform
 from lina_jax.models.initializers import normal
 from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear
 
-PADDING_ROWS = 512  # of the text padding table in published checkpoints
 WORD_LENGTH = 16  # bytes; a longer word is read as several
 WORD_TAPS = 5  # of the convolutions over words
 
@@ -51,7 +50,7 @@ class TimeEmbed(nnx.Module):
         self.norm = LayerNorm(width, kind=Frozen)
 
     def __call__(self, frames: int = 1) -> jax.Array:
-        """(frames, D)."""
+        """(frames, D); only tests of the published weights ask for more than one frame."""
         count = TIME_FEATURES // 2
         frequencies = 10_000.0 ** (-np.arange(count) / count)
         angles = np.outer(np.arange(frames), frequencies)
@@ -85,6 +84,7 @@ class TextEmbed(nnx.Module):
         self.dtype = dtype
 
     def pad(self, features: jax.Array, lengths: jax.Array) -> jax.Array:
+        """features (B, L, D_text), lengths (B,) -> (B, L, D_text), with the table's rows from each length on."""
         length = features.shape[1]
         present = jnp.arange(length)[None, :, None] < lengths[:, None, None]
         return jnp.where(present, features.astype(self.dtype), self.padding[:length].astype(self.dtype))

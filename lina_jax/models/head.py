@@ -10,7 +10,7 @@ from flax import nnx
 from lina_jax.config import TIME_FEATURES
 from lina_jax.mesh import constrain
 from lina_jax.models.initializers import normal, zeros
-from lina_jax.models.layers import MLP, LayerNorm, Linear, spread, standardize
+from lina_jax.models.layers import MLP, LayerNorm, Linear, broadcast_f32_grad, standardize
 from lina_jax.models.transformer import apply_layers, stacked
 
 ADAPTIVE_NORM_EPS = 1e-6
@@ -30,7 +30,7 @@ class TimeCondition(nnx.Module):
     def __init__(self, condition_width: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.time_mlp = MLP(
             TIME_FEATURES, width, width, jax.nn.silu,
-            rngs=rngs, dtype=jnp.float32, first_init=normal(), second_init=normal(), between_features=False,
+            rngs=rngs, dtype=jnp.float32, kernel_init=normal(), between_features=False,
         )  # fmt: skip
         self.condition_mlp = MLP(condition_width, width, width, jax.nn.silu, rngs=rngs, dtype=dtype)
 
@@ -99,7 +99,7 @@ class DiffusionHead(nnx.Module):
     def __call__(self, x: jax.Array, time: jax.Array, condition: jax.Array) -> jax.Array:
         """x (..., p*p*C), time and condition (..., r) as `embed` gives them (broadcast against x) -> (..., p*p*C)."""
         h = constrain_tokens(self.patch_embed(x))
-        activated = constrain_tokens(jax.nn.silu(time + spread(condition, h)).astype(self.dtype))
+        activated = constrain_tokens(jax.nn.silu(time + broadcast_f32_grad(condition, h)).astype(self.dtype))
         h = apply_layers(lambda h, block: block(h, activated), h, self.blocks, scan=self.scan, remat=self.remat)
         (h,) = self.norm(h, activated)
         return self.out(h)

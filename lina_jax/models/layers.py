@@ -63,7 +63,7 @@ def _few_rows_gradient(arrays: tuple[jax.Array, jax.Array], gradient: jax.Array)
 _of_few_rows.defvjp(lambda rows, matrix: (rows @ matrix, (rows, matrix)), _few_rows_gradient)
 
 
-def spread(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def broadcast_f32_grad(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Broadcast a vector to the shape and dtype of `tokens` (..., *outputs), so that it can be added to them.
 
     The vector is (*outputs), or on meshes (B, 1, *outputs) with one for each image. Its gradient, a sum over many
@@ -72,28 +72,35 @@ def spread(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.A
     shape, dtype = tokens.shape, tokens.dtype
 
     @jax.custom_vjp
-    def everywhere(vector):
+    def broadcast(vector):
         return jnp.broadcast_to(vector.astype(dtype), shape)
 
-    everywhere.defvjp(lambda v: (everywhere(v), None), lambda _, g: (_summed(g, vector.shape).astype(vector.dtype),))
-    return everywhere(vector)
+    broadcast.defvjp(
+        lambda v: (broadcast(v), None), lambda _, g: (_sum_to_shape(g, vector.shape).astype(vector.dtype),)
+    )
+    return broadcast(vector)
 
 
 @jax.custom_vjp
-def scaled(tokens: jax.Array, vector: jax.Array) -> jax.Array:
-    """tokens * vector, whose gradient is summed as in `spread`; only the two arguments are kept for the gradient."""
+def multiply_f32_grad(tokens: jax.Array, vector: jax.Array) -> jax.Array:
+    """tokens * vector, with the vector's gradient accumulated as in `broadcast_f32_grad`.
+
+    Only the two arguments are kept for the gradient.
+    """
     return tokens * vector.astype(tokens.dtype)
 
 
-def _scaled_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _multiply_gradient(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     tokens, vector = kept
-    return gradient * vector.astype(gradient.dtype), _summed(gradient * tokens, vector.shape).astype(vector.dtype)
+    return gradient * vector.astype(gradient.dtype), _sum_to_shape(gradient * tokens, vector.shape).astype(vector.dtype)
 
 
-scaled.defvjp(lambda tokens, vector: (scaled(tokens, vector), (tokens, vector)), _scaled_gradient)
+multiply_f32_grad.defvjp(
+    lambda tokens, vector: (multiply_f32_grad(tokens, vector), (tokens, vector)), _multiply_gradient
+)
 
 
-def _summed(tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _sum_to_shape(tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The sum of `tokens` over the axes along which an array of this shape would be broadcast to them.
 
     On one CPU, the sum over tokens is a matmul with ones, which takes a third of the time of XLA's sums; the result is
@@ -144,18 +151,18 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x)
-        return y + spread(self.bias[...], y)
+        y = self.matmul(x)
+        return y + broadcast_f32_grad(self.bias[...], y)
 
-    def product(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: jax.Array) -> jax.Array:
         """x W."""
         return multiply(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
 
-    def products(self, x: jax.Array) -> list[jax.Array]:
+    def matmuls(self, x: jax.Array) -> list[jax.Array]:
         """x W of each part of the outputs along their first axis, (..., *outputs[1:]), each as a matmul of its own."""
-        return [self._product_of(i, x) for i in range(self.kernel[...].shape[self.contracted])]
+        return [self._part_matmul(i, x) for i in range(self.kernel[...].shape[self.contracted])]
 
-    def _product_of(self, part: int, x: jax.Array) -> jax.Array:
+    def _part_matmul(self, part: int, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         kernel = jax.lax.index_in_dim(kernel, part, axis=self.contracted, keepdims=False)
         return multiply(x.astype(self.dtype), kernel, self.contracted)
@@ -166,8 +173,8 @@ class Linear(nnx.Module):
 
     def part(self, part: int, x: jax.Array) -> jax.Array:
         """One part of the output alone, (..., *outputs[1:])."""
-        product = self._product_of(part, x)
-        return product + spread(self._parts_first(self.bias[...])[part], product)
+        product = self._part_matmul(part, x)
+        return product + broadcast_f32_grad(self._parts_first(self.bias[...])[part], product)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """All parts of the output, (..., *outputs[1:]) each.
@@ -236,7 +243,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = standardize(x, self.eps)
-        return scaled(y, self.scale[...]) + spread(self.bias[...], y)
+        return multiply_f32_grad(y, self.scale[...]) + broadcast_f32_grad(self.bias[...], y)
 
 
 class MLP(nnx.Module):
@@ -244,12 +251,11 @@ class MLP(nnx.Module):
 
     def __init__(
         self, inputs, hidden, outputs, activation,
-        *, rngs, dtype, first_init=None, second_init=None, kind=nnx.Param, between_features=True,
+        *, rngs, dtype, kernel_init=None, kind=nnx.Param, between_features=True,
     ):  # fmt: skip
-        common = {"rngs": rngs, "dtype": dtype, "kind": kind}
-        first = {"kernel_init": first_init, "between_features": between_features}
-        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), **first, **common)
-        self.fc2 = Linear(hidden, outputs, ("inner", None), kernel_init=second_init, **common)
+        common = {"rngs": rngs, "dtype": dtype, "kind": kind, "kernel_init": kernel_init}
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), between_features=between_features, **common)
+        self.fc2 = Linear(hidden, outputs, ("inner", None), **common)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -284,13 +290,13 @@ def position_table(grid: tuple[int, int], width: int) -> jax.Array:
         return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
 
     rows, columns = grid
-    of_columns = repeat(along(columns), "w d -> (h w) d", h=rows)
-    of_rows = repeat(along(rows), "h d -> (h w) d", w=columns)
-    return jnp.concatenate([of_columns, of_rows], axis=1)
+    column_table = repeat(along(columns), "w d -> (h w) d", h=rows)
+    row_table = repeat(along(rows), "h d -> (h w) d", w=columns)
+    return jnp.concatenate([column_table, row_table], axis=1)
 
 
 def grid_positions(grid: tuple[int, int], frames: int = 1) -> np.ndarray:
-    """Integer (t, h, w) of every token in raster order, (T*h*w, 3)."""
+    """Integer (t, h, w) of every token in raster order, (T*h*w, 3); only tests of the published weights have T > 1."""
     return np.stack(np.meshgrid(np.arange(frames), *map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3)
 
 

@@ -24,10 +24,10 @@ from lina_jax.models.layers import (
     Frozen,
     LayerNorm,
     Linear,
+    broadcast_f32_grad,
     grid_positions,
     position_table,
     rotary_angles,
-    spread,
 )
 from lina_jax.models.transformer import Transformer
 
@@ -114,67 +114,69 @@ class LINA(nnx.Module):
         embedded, valid = self.embed_condition(condition)
         embedded, valid = sequence.padded(embedded, valid)
         batch, length = embedded.shape[:2]
-        grid, count = self.config.condition_grid, self.config.condition_tokens
+        grid, num_conditions = self.config.condition_grid, self.config.condition_tokens
         queries = self.bos_token[...][None]
         angles = None
         if self.config.rotary:
-            angles = sequence.arrange(
+            angles = sequence.join_tokens(
                 self._angles(np.zeros((1, length, 3), int)), self._angles(grid_positions(grid)[None])
             )
         else:
             queries = queries + self.time_embed() + position_table(grid, self.config.width)
-        queries = spread(queries, jax.ShapeDtypeStruct((batch, count, self.config.width), self.dtype))
+        queries = broadcast_f32_grad(
+            queries, jax.ShapeDtypeStruct((batch, num_conditions, self.config.width), self.dtype)
+        )
         if valid is not None:
-            valid = sequence.arrange(valid, jnp.ones((batch, count), bool))
-        x = constrain(sequence.arrange(embedded, queries), "batch", "tokens", None)
-        _, c = sequence.separate(self.condition_encoder(x, valid=valid, angles=angles), length)
-        return self.condition_norm(c)
+            valid = sequence.join_tokens(valid, jnp.ones((batch, num_conditions), bool))
+        x = constrain(sequence.join_tokens(embedded, queries), "batch", "tokens", None)
+        _, cond = sequence.split_tokens(self.condition_encoder(x, valid=valid, angles=angles), length)
+        return self.condition_norm(cond)
 
     def mask_image(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Embedded tokens (B, N, D), with the mask token where `mask` (B, N) is True."""
         embedded = self.patch_embed(tokens)
-        return jnp.where(mask[..., None], spread(self.mask_token[...], embedded), embedded)
+        return jnp.where(mask[..., None], broadcast_f32_grad(self.mask_token[...], embedded), embedded)
 
     def encode_image(
-        self, tokens: jax.Array, mask: jax.Array, visible: int, c: jax.Array, only: jax.Array | None = None
+        self, tokens: jax.Array, mask: jax.Array, visible: int, cond: jax.Array, token_ids: jax.Array | None = None
     ) -> jax.Array:
-        """z (B, N, D), the head's condition for every token, or (B, K, D) for the K tokens in `only`.
+        """z (B, N, D), the head's condition for every token, or (B, K, D) for the K tokens in `token_ids`.
 
         tokens (B, N, p*p*C); mask (B, N), True where content is hidden, False for at most `visible` tokens of each
-        image; c (B, Nc, D); only (B, K), raster indices, None for all.
+        image; cond (B, Nc, D); token_ids (B, K), raster indices, None for all.
         """
-        conditions = c.shape[1]
+        num_conditions = cond.shape[1]
         x = constrain(self.mask_image(tokens, mask), "batch", "tokens", None)
         angles = None
         if self.config.rotary:
             angles = self._angles(grid_positions(self.config.image_grid)[None])
-            origin = jnp.zeros_like(angles, shape=(1, conditions, angles.shape[-1]))
+            origin = jnp.zeros_like(angles, shape=(1, num_conditions, angles.shape[-1]))
         else:
             x = x + position_table(self.config.image_grid, self.config.width).astype(self.dtype)
 
         def encode_visible(chosen: sequence.Visible) -> tuple[jax.Array, jax.Array]:
             batch = chosen.ids.shape[0]
-            valid = sequence.arrange(jnp.ones((batch, conditions), bool), chosen.exists)
+            valid = sequence.join_tokens(jnp.ones((batch, num_conditions), bool), chosen.exists)
             chosen_angles = None
             if angles is not None:
                 all_angles, all_origins = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (angles, origin))
-                chosen_angles = sequence.arrange(all_origins, sequence.pick(all_angles, chosen))
-            h = self.encoder(sequence.arrange(c, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
-            c_encoded, h = sequence.separate(h, conditions)
-            return c_encoded, sequence.put_back(x, h, chosen)
+                chosen_angles = sequence.join_tokens(all_origins, sequence.pick(all_angles, chosen))
+            h = self.encoder(sequence.join_tokens(cond, sequence.pick(x, chosen)), valid=valid, angles=chosen_angles)
+            cond_encoded, h = sequence.split_tokens(h, num_conditions)
+            return cond_encoded, sequence.put_back(x, h, chosen)
 
-        encoded = sequence.arrange(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
+        encoded = sequence.join_tokens(*sequence.on_visible(encode_visible, mask, max(visible, 1)))
         if angles is not None:
-            angles = sequence.arrange(origin, angles)
+            angles = sequence.join_tokens(origin, angles)
 
-        def read(x):
-            image = sequence.separate(x, conditions)[1]
-            return image if only is None else sequence.take(image, only)
+        def select(x):
+            image = sequence.split_tokens(x, num_conditions)[1]
+            return image if token_ids is None else sequence.take(image, token_ids)
 
-        if only is not None or (one_cpu() and not self.config.scan_layers):
-            z = self.decoder(encoded, angles=angles, read=read)
+        if token_ids is not None or (one_cpu() and not self.config.scan_layers):
+            z = self.decoder(encoded, angles=angles, select=select)
         else:  # a scan needs equal blocks, kernels need all tokens; other cases were not tried
-            z = read(self.decoder(encoded, angles=angles))
+            z = select(self.decoder(encoded, angles=angles))
         return self.image_norm(z)
 
     def velocities(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
@@ -190,7 +192,7 @@ class LINA(nnx.Module):
         return _squared_errors(self.velocities(tokens, condition, draws, sigmas), tokens, draws.noise)
 
     def loss(self, tokens: jax.Array, condition: Condition, draws: Draws, sigmas: np.ndarray) -> jax.Array:
-        """The sum of `token_losses` over masked tokens, float32; on one CPU the head sees only these, in chunks."""
+        """The sum of `token_losses` over masked tokens, () float32; on one CPU the head sees only these, in chunks."""
         if not one_cpu():
             return jnp.sum(self.token_losses(tokens, condition, draws, sigmas) * draws.mask)
         z = rearrange(self._encode(tokens, condition, draws), "b n d -> (b n) d")
@@ -214,7 +216,8 @@ class LINA(nnx.Module):
         """The head's embedding of each entry of the table, float32."""
         return self.head.embed.time(flow.TRAIN_TIMESTEPS * jnp.asarray(sigmas))
 
-    def _angles(self, positions) -> jax.Array:
+    def _angles(self, positions: np.ndarray) -> jax.Array:
+        """Rotary angles (1, N, d/2) of positions (1, N, 3)."""
         return rotary_angles(jnp.asarray(positions), self.config.width // self.config.heads)
 
 
@@ -232,6 +235,7 @@ def _velocities(
 
 
 def _squared_errors(velocity: jax.Array, tokens: jax.Array, noise: jax.Array) -> jax.Array:
+    """Mean over channels: velocity and noise (R, B, N, p*p*C), tokens (B, N, p*p*C) -> (R, B, N) float32."""
     return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (noise - tokens)), axis=-1)
 
 

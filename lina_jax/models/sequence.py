@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 AXIS = "sequence"
 
-# A shard has room for this many standard deviations more visible tokens than the mean. A normal variable exceeds that
-# once in 1e9 draws.
-SPREAD = 6.0
+# A shard has capacity for this many standard deviations more visible tokens than the mean, which a normal variable
+# exceeds once in 1e9 draws.
+DEVIATIONS = 6.0
 TILE = 8  # compilers want matrices whose number of rows is a multiple of this
 RARELY = "rarely"  # scope of the branch that runs when a shard has more; estimates leave it out
 
@@ -36,23 +36,23 @@ def shards() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
-def arrange(condition: jax.Array, image: jax.Array) -> jax.Array:
+def join_tokens(condition: jax.Array, image: jax.Array) -> jax.Array:
     """condition (B, Nc, ...), image (B, N, ...) -> (B, Nc + N, ...), shard by shard."""
     s = shards()
     condition, image = (rearrange(x, "b (s n) ... -> b s n ...", s=s) for x in (condition, image))
     return rearrange(jnp.concatenate([condition, image], axis=2), "b s n ... -> b (s n) ...")
 
 
-def separate(x: jax.Array, conditions: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `arrange`, for `conditions` = Nc tokens."""
+def split_tokens(x: jax.Array, num_conditions: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `join_tokens`, for `num_conditions` = Nc tokens."""
     s = shards()
     x = rearrange(x, "b (s n) ... -> b s n ...", s=s)
-    parts = x[:, :, : conditions // s], x[:, :, conditions // s :]
+    parts = x[:, :, : num_conditions // s], x[:, :, num_conditions // s :]
     return tuple(rearrange(part, "b s n ... -> b (s n) ...") for part in parts)
 
 
-def table_by_shard(table: jax.Array, conditions: int) -> jax.Array:
-    """Tables (B or 1, Nc + N, ...) with a row for each token, sharded as `arrange` stores tokens.
+def table_per_shard(table: jax.Array, num_conditions: int) -> jax.Array:
+    """Tables (B or 1, Nc + N, ...) with a row for each token, sharded as `join_tokens` stores tokens.
 
     Every shard holds the whole table and takes its own rows. The table's gradient is whole too, a sum over shards.
     """
@@ -65,9 +65,9 @@ def table_by_shard(table: jax.Array, conditions: int) -> jax.Array:
             count = rows.shape[1] // s
             return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * count, count, axis=1)
 
-        return jnp.concatenate([part(table[:, :conditions]), part(table[:, conditions:])], axis=1)
+        return jnp.concatenate([part(table[:, :num_conditions]), part(table[:, num_conditions:])], axis=1)
 
-    return by_shard(own, whole=(0,))(table)
+    return per_shard(own, replicated=(0,))(table)
 
 
 def padded(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -79,44 +79,44 @@ def padded(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array 
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(valid, ((0, 0), (0, missing)))
 
 
-def by_shard(function: Callable, *, whole: tuple[int, ...] = (), summed: bool = False) -> Callable:
+def per_shard(function: Callable, *, replicated: tuple[int, ...] = (), out_replicated: bool = False) -> Callable:
     """`function` applied to each shard's own tokens, axis 1 of its arguments and of its results.
 
-    Arguments whose positions are in `whole` are not sharded. A `summed` result is the same on all shards.
+    Arguments whose positions are in `replicated` are not sharded. An `out_replicated` result is the same on all shards.
     """
     if shards() == 1:
         return function
 
     def call(*args):
-        specs = tuple(PartitionSpec() if i in whole else PartitionSpec(None, AXIS) for i in range(len(args)))
-        out = PartitionSpec() if summed else PartitionSpec(None, AXIS)
+        specs = tuple(PartitionSpec() if i in replicated else PartitionSpec(None, AXIS) for i in range(len(args)))
+        out = PartitionSpec() if out_replicated else PartitionSpec(None, AXIS)
         return jax.shard_map(function, in_specs=specs, out_specs=out, axis_names={AXIS})(*args)
 
     return call
 
 
-def total(x):
-    """The sum over shards, inside `by_shard`."""
+def psum(x):
+    """The sum over shards, inside `per_shard`."""
     return jax.lax.psum(x, AXIS) if shards() > 1 else x
 
 
 def share(valid: jax.Array | None, tokens: int) -> jax.Array | float:
-    """The weight of a token in a mean over all shards, inside `by_shard`.
+    """The weight of a token in a mean over all shards, inside `per_shard`.
 
     A number, or with `valid` (B, tokens) an array (B,) of weights of valid tokens. `tokens` is the number on one shard.
     """
     if valid is None:
-        return 1.0 / total(tokens)
-    return 1.0 / jnp.maximum(total(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
+        return 1.0 / psum(tokens)
+    return 1.0 / jnp.maximum(psum(jnp.sum(valid, axis=1, dtype=jnp.float32)), 1.0)
 
 
-def everywhere(x: jax.Array) -> jax.Array:
-    """x, equal on all shards, as a copy for each shard, inside `by_shard`; gradients of the copies are summed."""
+def replicate(x: jax.Array) -> jax.Array:
+    """x, equal on all shards, as a copy for each shard, inside `per_shard`; gradients of the copies are summed."""
     return jax.lax.pcast(x, AXIS, to="varying") if shards() > 1 else x
 
 
 def with_edges(rows: jax.Array, edge: int) -> jax.Array:
-    """The rows of a shard with its neighbours' edge rows, inside `by_shard`; beyond the image they are zeros.
+    """The rows of a shard with its neighbours' edge rows, inside `per_shard`; beyond the image they are zeros.
 
     rows (B, h, w, D) -> (B, edge + h + edge, w, D).
     """
@@ -138,13 +138,13 @@ def take(x: jax.Array, ids: jax.Array) -> jax.Array:
         local = ids - numbers[0, 0]
         here = (local >= 0) & (local < x.shape[1])
         mine = gather_tokens(x, jnp.clip(local, 0, x.shape[1] - 1))
-        return total(jnp.where(here[..., None], mine, 0))
+        return psum(jnp.where(here[..., None], mine, 0))
 
     # Not jax.lax.axis_index: inside a block of a decoding step XLA refuses its PartitionId (jax 0.10).
-    return by_shard(own, whole=(2,), summed=True)(x, jnp.arange(x.shape[1])[None], ids)
+    return per_shard(own, replicated=(2,), out_replicated=True)(x, jnp.arange(x.shape[1])[None], ids)
 
 
-def room(tokens: int, visible: int) -> int:
+def capacity(tokens: int, visible: int) -> int:
     """Places for visible tokens in a shard of an image of `tokens`, at most `visible` of which are visible, at random.
 
     The number in a shard is hypergeometric. It practically never exceeds this bound, and cannot where the bound is
@@ -152,7 +152,7 @@ def room(tokens: int, visible: int) -> int:
     """
     s, share = shards(), visible / tokens
     deviation = math.sqrt(tokens / s * share * (1 - share) * (1 - 1 / s))
-    wanted = math.ceil((visible / s + SPREAD * deviation) / TILE) * TILE
+    wanted = math.ceil((visible / s + DEVIATIONS * deviation) / TILE) * TILE
     return min(wanted, max_in_shard(tokens, visible))
 
 
@@ -183,33 +183,33 @@ class Visible(NamedTuple):
 
 
 def on_visible(function: Callable[[Visible], T], hidden: jax.Array, visible: int) -> T:
-    """function(chosen) with `room` places in each shard, or `max_in_shard` if a draw needs more.
+    """function(chosen) with `capacity` places in each shard, or `max_in_shard` if a draw needs more.
 
     Where the two are equal, as they are without sequence sharding, GPUs may use a few more (`_whole_tiles`).
     hidden (B, N) is False for at most `visible` > 0 tokens of each image.
     """
     tokens, s = hidden.shape[1], shards()
 
-    def with_room(places: int, hidden: jax.Array) -> T:
+    def with_capacity(places: int, hidden: jax.Array) -> T:
         def choose(hidden):
             ids = jnp.argsort(hidden, axis=1, stable=True)[:, :places]
             return ids, jnp.arange(places) < jnp.sum(~hidden, axis=1, keepdims=True)
 
-        return function(Visible(*by_shard(choose)(hidden), hidden))
+        return function(Visible(*per_shard(choose)(hidden), hidden))
 
-    few, many = room(tokens, visible), max_in_shard(tokens, visible)
-    if few == many:
-        return with_room(_whole_tiles(many, hidden), hidden)
-    fits = jnp.max(jnp.sum(rearrange(~hidden, "b (s n) -> b s n", s=s), axis=2)) <= few
+    usual, full = capacity(tokens, visible), max_in_shard(tokens, visible)
+    if usual == full:
+        return with_capacity(_whole_tiles(full, hidden), hidden)
+    fits = jnp.max(jnp.sum(rearrange(~hidden, "b (s n) -> b s n", s=s), axis=2)) <= usual
 
     # Memory for what a branch keeps for its gradient is allocated and cleared whichever branch runs, so this one keeps
     # nothing.
     @jax.checkpoint
     @jax.named_scope(RARELY)
     def at_full_length(hidden):
-        return with_room(many, hidden)
+        return with_capacity(full, hidden)
 
-    return jax.lax.cond(fits, functools.partial(with_room, few), at_full_length, hidden)
+    return jax.lax.cond(fits, functools.partial(with_capacity, usual), at_full_length, hidden)
 
 
 def pick(x: jax.Array, chosen: Visible) -> jax.Array:
@@ -218,12 +218,12 @@ def pick(x: jax.Array, chosen: Visible) -> jax.Array:
     The gradient is a gather, too (`put_back` is the inverse). JAX's own would be a scatter, which accelerators do row
     by row or, adding by atomics, in random order. The gradient of an empty place is taken to be zero.
     """
-    return by_shard(_pick)(x, chosen.ids, chosen.exists, chosen.hidden)
+    return per_shard(_pick)(x, chosen.ids, chosen.exists, chosen.hidden)
 
 
 def put_back(x: jax.Array, picked: jax.Array, chosen: Visible) -> jax.Array:
     """x (B, N, D) with its visible tokens replaced by `picked` (B, S * K, D), which has them in their places."""
-    visible = by_shard(_put_back)(picked, chosen.ids, chosen.exists, chosen.hidden)
+    visible = per_shard(_put_back)(picked, chosen.ids, chosen.exists, chosen.hidden)
     return jnp.where(chosen.hidden[..., None], x, visible)
 
 

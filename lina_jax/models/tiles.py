@@ -59,7 +59,7 @@ def on_each_device(function: Callable, in_axes: Sequence, out_axes: tuple[str | 
     return jax.shard_map(function, in_specs=in_specs, out_specs=cut(out_axes), check_vma=False)
 
 
-def stated(*, bytes_accessed: int, flops: int = 0, vector_ops: int = 0) -> dict[str, str]:
+def cost_metadata(*, bytes_accessed: int, flops: int = 0, vector_ops: int = 0) -> dict[str, str]:
     """Costs of a GPU kernel for `hlo` to read: traffic, FLOPs of matmuls, and other vector operations."""
     return {"flops": str(flops), "vector_ops": str(vector_ops), "bytes_accessed": str(bytes_accessed)}
 
@@ -94,7 +94,7 @@ class Parts(NamedTuple):
     def flat(self) -> list[Any]:
         return [*self.token_arrays, *self.gates, *self.summaries]
 
-    def sort(self, flat: Sequence[Any]) -> "Parts":
+    def with_arrays(self, flat: Sequence[Any]) -> "Parts":
         """These parts with the arrays of `flat` in place of their own."""
         mine = self.token_arrays
         places = {id(array): other for array, other in zip(mine, flat, strict=False)}
@@ -134,14 +134,14 @@ class Tile:
         """
         if self.heads == 1:
             return jnp.sum(x.astype(jnp.float32) * row.astype(x.dtype).astype(jnp.float32), axis=1, keepdims=True)
-        return product(x, (row * self._same_head()).astype(x.dtype), (1, 1))
+        return matmul_f32(x, (row * self._same_head()).astype(x.dtype), (1, 1))
 
     def _same_head(self) -> jax.Array:
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (self.lanes, self.lanes), i) // self.width for i in (0, 1))
         return (row == column).astype(jnp.float32)
 
 
-def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+def matmul_f32(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     """Matmul of two matrices that contracts one axis of each, accumulated in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = tuple((axis,) for axis in contracted), ((), ())
@@ -190,7 +190,8 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         return lambda image, i, j: place(image, *((i, j) if over_groups else (j, i)))
 
     def kernel(*refs):
-        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(arrays.flat) :])
+        in_refs = arrays.with_arrays(refs[: len(arrays.flat)])
+        out_refs = results.with_arrays(refs[len(arrays.flat) :])
         step, group = (pl.program_id(i) for i in ((1, 2) if over_groups else (2, 1)))
 
         def existing(x):
@@ -202,23 +203,23 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
 
         @pl.when(pl.program_id(2) == 0)
         def _():
-            for ref in (*outs.gates, *outs.summaries):
+            for ref in (*out_refs.gates, *out_refs.summaries):
                 ref[...] = jnp.zeros_like(ref)
 
         owners = [_owner(heads, kinds, kind, tile, group).astype(dtype) for kind in range(kinds)]
-        given = Parts(
-            tuple(existing(column.array[0]) for column in ins.tokens),
-            tuple(product(existing(ref[0]), owner, (1, 0)) for ref in ins.gates for owner in owners),
-            tuple(ref[0] for ref in ins.summaries),
+        inputs = Parts(
+            tuple(existing(column.array[0]) for column in in_refs.tokens),
+            tuple(matmul_f32(existing(ref[0]), owner, (1, 0)) for ref in in_refs.gates for owner in owners),
+            tuple(ref[0] for ref in in_refs.summaries),
         )
-        made = function(tile, given)
-        for column, x in zip(outs.tokens, made.tokens, strict=True):
+        outputs = function(tile, inputs)
+        for column, x in zip(out_refs.tokens, outputs.tokens, strict=True):
             column.array[0] = x.astype(column.array.dtype)
-        for ref, x in zip(outs.summaries, made.summaries, strict=True):
+        for ref, x in zip(out_refs.summaries, outputs.summaries, strict=True):
             ref[0] += x
-        for ref in outs.gates:
-            pairs = zip(made.gates, owners, strict=True)
-            ref[0] += sum(product(x.astype(dtype), owner, (1, 1)) for x, owner in pairs).astype(ref.dtype)
+        for ref in out_refs.gates:
+            pairs = zip(outputs.gates, owners, strict=True)
+            ref[0] += sum(matmul_f32(x.astype(dtype), owner, (1, 1)) for x, owner in pairs).astype(ref.dtype)
 
     def blocks(parts: Parts):
         shape = (1, rows, tile.lanes)
@@ -235,7 +236,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         ]
         return [*tokens, *gates, *summaries]
 
-    made = pl.pallas_call(
+    outputs = pl.pallas_call(
         kernel,
         grid=(batch, steps, groups) if over_groups else (batch, groups, steps),
         in_specs=blocks(arrays),
@@ -251,7 +252,7 @@ def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
         ),
         interpret=interpret,
     )(*arrays.flat)
-    return results.sort(made)
+    return results.with_arrays(outputs)
 
 
 def _bytes(parts: Parts, features: int) -> int:
@@ -284,26 +285,27 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
     completed = [i for i, x in enumerate(results.flat) if isinstance(x, jax.Array)]
 
     def kernel(*refs):
-        ins, outs = arrays.sort(refs[: len(arrays.flat)]), results.sort(refs[len(refs) - len(results.flat) :])
+        in_refs = arrays.with_arrays(refs[: len(arrays.flat)])
+        out_refs = results.with_arrays(refs[len(refs) - len(results.flat) :])
         image, head, program = (pl.program_id(i) for i in range(3))
         lanes = jnp.arange(tile.lanes)[None]
         features = head * width + lanes
 
-        def of_image(ref):
+        def summary_index(ref):
             """Rows of a summary, one or as many as lanes, and a mask of the numbers that exist."""
             rows = jnp.arange(1 if ref.shape[-2] == 1 else tile.lanes)[:, None]
             return rows, (rows < ref.shape[-2]) & (lanes < width)
 
-        given = []
-        for ref in ins.summaries:
-            rows, exist = of_image(ref)
-            given.append(triton.load(ref.at[image, rows, features], mask=exist, other=0.0))
+        loaded = []
+        for ref in in_refs.summaries:
+            rows, exist = summary_index(ref)
+            loaded.append(triton.load(ref.at[image, rows, features], mask=exist, other=0.0))
 
-        def of_tile(i, totals):
+        def tile_body(i, totals):
             rows = (program * tiles + i) * tile_rows + jnp.arange(tile_rows)[:, None]
             exist = (rows < length) & (lanes < width)
 
-            def of_rows(column):
+            def row_refs(column):
                 return column.array.at[image, rows, column.kind * heads * width + features]
 
             def gates(refs):
@@ -311,37 +313,37 @@ def _on_gpu(function, arrays: Parts, results: Parts, heads: int, products: tuple
                     ref.at[image, rows, kind * heads + head] for ref in refs for kind in range(ref.shape[2] // heads)
                 ]
 
-            made = function(
+            outputs = function(
                 tile,
                 Parts(
-                    tuple(triton.load(of_rows(column), mask=exist, other=0.0) for column in ins.tokens),
-                    tuple(triton.load(gate, mask=rows < length, other=0.0) for gate in gates(ins.gates)),
-                    tuple(given),
+                    tuple(triton.load(row_refs(column), mask=exist, other=0.0) for column in in_refs.tokens),
+                    tuple(triton.load(gate, mask=rows < length, other=0.0) for gate in gates(in_refs.gates)),
+                    tuple(loaded),
                 ),
             )
-            for column, x in zip(outs.tokens, made.tokens, strict=True):
-                triton.store(of_rows(column), x.astype(column.array.dtype), mask=exist)
-            for ref in outs.gates:
-                for gate, x in zip(gates([ref]), made.gates, strict=True):
+            for column, x in zip(out_refs.tokens, outputs.tokens, strict=True):
+                triton.store(row_refs(column), x.astype(column.array.dtype), mask=exist)
+            for ref in out_refs.gates:
+                for gate, x in zip(gates([ref]), outputs.gates, strict=True):
                     triton.store(gate, jnp.sum(x, axis=1, keepdims=True).astype(ref.dtype), mask=rows < length)
-            return tuple(total + x for total, x in zip(totals, made.summaries, strict=True))
+            return tuple(total + x for total, x in zip(totals, outputs.summaries, strict=True))
 
-        start = tuple(jnp.zeros((len(of_image(ref)[0]), tile.lanes), jnp.float32) for ref in outs.summaries)
-        for ref, total in zip(outs.summaries, jax.lax.fori_loop(0, tiles, of_tile, start), strict=True):
-            rows, exist = of_image(ref)
+        start = tuple(jnp.zeros((len(summary_index(ref)[0]), tile.lanes), jnp.float32) for ref in out_refs.summaries)
+        for ref, total in zip(out_refs.summaries, jax.lax.fori_loop(0, tiles, tile_body, start), strict=True):
+            rows, exist = summary_index(ref)
             triton.store(ref.at[image, program, rows, features], total, mask=exist)
 
-    made = pl.pallas_call(
+    outputs = pl.pallas_call(
         kernel,
         grid=(batch, heads, programs),
         out_shape=results.flat,
         compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=2),
         input_output_aliases={len(arrays.flat) + i: place for i, place in enumerate(completed)},
-        metadata=stated(
+        metadata=cost_metadata(
             bytes_accessed=_bytes(arrays, heads * width) + _bytes(results, heads * width),
             flops=2 * products[0] * batch * programs * tiles * tile_rows * heads * tile.lanes**2,
         ),
         interpret=interpret,
     )(*arrays.flat, *(results.flat[i] for i in completed))
-    made = results.sort(made)
-    return made._replace(summaries=tuple(jnp.sum(s, axis=1) for s in made.summaries))
+    outputs = results.with_arrays(outputs)
+    return outputs._replace(summaries=tuple(jnp.sum(s, axis=1) for s in outputs.summaries))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lina_jax.mesh import RULES, batch_parts, constrain, gathered, loops_gather_late
-from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Read
+from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Select
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
 
@@ -25,12 +25,12 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
-        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that `read` selects; arguments as in Attention."""
-        change = self.attention(x, valid=valid, angles=angles, read=read)
-        tokens = None if read else "tokens"
-        x = constrain((read(x) if read else x) + self.norm1(change), "batch", tokens, None)
+        """x (B, N, D) -> (B, N, D), or (B, K, D) of the tokens that `select` chooses; arguments as in Attention."""
+        change = self.attention(x, valid=valid, angles=angles, select=select)
+        tokens = None if select else "tokens"
+        x = constrain((select(x) if select else x) + self.norm1(change), "batch", tokens, None)
         return constrain(x + self.norm2(self.mlp(x)), "batch", tokens, None)
 
 
@@ -43,10 +43,10 @@ REMAT_POLICIES = {
 }
 
 
-# Inside sums_in_time(True), a layer's gradients are summed between GPU nodes during the backward passes of
-# LAYERS_TO_SUM other layers.
-sums_in_time = jax.make_user_context(default_value=False)
-LAYERS_TO_SUM = 3
+# Inside overlap_grad_reduction(True), a layer's gradients are reduced between GPU nodes during the backward passes of
+# REDUCTION_LAG other layers.
+overlap_grad_reduction = jax.make_user_context(default_value=False)
+REDUCTION_LAG = 3
 
 
 def apply_layers(
@@ -59,35 +59,43 @@ def apply_layers(
     the matrices that read the residual stream an iteration before they are used, and keeps them for the backward pass.
     None means: on TPUs with `fsdp`, unless remat is "full" (which asks for memory, not speed).
     """
-    ahead = scan and (loops_gather_late() and remat != "full" if ahead is None else ahead)
-    chosen = _written_back if ahead else _is_matrix
-    step, last = _gathering(body, chosen), last and _gathering(last, chosen)
-    if remat != "none":
-        again = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat])
-        step, last = again(step, prevent_cse=not scan), last and again(last)
+    if ahead is None:
+        ahead = loops_gather_late() and remat != "full"
+    ahead = ahead and scan
+    prepared = functools.partial(_prepared, chosen=_written_back if ahead else _is_matrix, remat=remat)
+    # A scan needs no barriers against common subexpressions; the last layer runs outside of it.
+    step, final = prepared(body, prevent_cse=not scan), last and prepared(last, prevent_cse=True)
     if ahead:
-        return _gathering_ahead(step, x, layers, last)
-    if scan and not last:
+        return _gathering_ahead(step, x, layers, final)
+    if scan and final is None:
         return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
     count = jax.tree.leaves(layers)[0].shape[0]
-    alike = count - bool(last)
+    steps = count if final is None else count - 1
 
     def layer(i):
         return jax.tree.map(lambda leaf: leaf[i], layers)
 
     if scan:  # by index, because slicing the layers would copy them
-        x = jax.lax.scan(lambda x, i: (step(x, layer(i)), None), x, jnp.arange(alike))[0]
-        return last(x, layer(alike)) if last else x
-    each = [layer(i) for i in range(count)]
-    for i in range(alike):
-        later = i + LAYERS_TO_SUM
-        if sums_in_time.value and later < count:
-            x, each[later] = _summed_by_then(x, each[later])
-        x = step(x, each[i])
-    return last(x, each[alike]) if last else x
+        x = jax.lax.scan(lambda x, i: (step(x, layer(i)), None), x, jnp.arange(steps))[0]
+        return final(x, layer(steps))
+    unrolled = [layer(i) for i in range(count)]
+    for i in range(steps):
+        later = i + REDUCTION_LAG
+        if overlap_grad_reduction.value and later < count:
+            x, unrolled[later] = _wait_for_reduction(x, unrolled[later])
+        x = step(x, unrolled[i])
+    return x if final is None else final(x, unrolled[-1])
 
 
-def _summed_by_then(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
+def _prepared(body, *, chosen, remat: str, prevent_cse: bool):
+    """`body` that gathers the `chosen` variables of a layer, rematerialised as `remat` says."""
+    body = _gathering(body, chosen)
+    if remat == "none":
+        return body
+    return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
+
+
+def _wait_for_reduction(x: jax.Array, layer: nnx.Module) -> tuple[jax.Array, nnx.Module]:
     """x and a later `layer`, unchanged; the gradient of x waits for the sum of the layer's gradients.
 
     XLA:GPU would leave all sums between nodes to the end of the backward pass, where no computation hides them.
@@ -156,7 +164,7 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module, last) -> jax.Array:
         return (step(x, nnx.merge(graph, weights, rest)), _gathered(following, x.dtype)), None
 
     start = _gathered(jax.tree.map(lambda leaf: leaf[0], first_used), x.dtype)
-    if not last:
+    if last is None:
         following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first_used)
         return jax.lax.scan(iteration, (x, start), (following, rest))[0][0]
     others = jax.tree.map(lambda leaf: leaf[1:], first_used), jax.tree.map(lambda leaf: leaf[:-1], rest)
@@ -164,31 +172,46 @@ def _gathering_ahead(step, x: jax.Array, layers: nnx.Module, last) -> jax.Array:
     return last(x, nnx.merge(graph, weights, jax.tree.map(lambda leaf: leaf[-1], rest)))
 
 
-def by_image(model: nnx.Module, images: int) -> nnx.Module:
-    """The model with a copy for each image of the variables in its stacks, except matrices: (L, ...) -> (L, B, 1, ...).
+def gather_unstacked(model: nnx.Module) -> nnx.Module:
+    """The model with the variables outside its stacks gathered over `fsdp`.
 
-    Each device then sums the gradients of biases, norms, gates and convolutions over the tokens of its own images. The
-    sum over images, the transpose of copying, comes once for all layers, and in float32. Without copies, each layer
-    waits for a small all-reduce (as it still does over the shards of a sequence). Variables outside stacks are gathered
-    here; matrices in stacks are gathered where they are used. If batches are not sharded, the model stays as it is.
+    In stacks, layers gather matrices where they use them, and `copy_per_image` gathers all other variables.
+    """
+    graph, state = nnx.split(model)
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        value, names = variable.get_value(), variable.get_metadata("axes")
+        return variable if _is_stacked(variable) else variable.replace(gathered(value, *names))
+
+    return nnx.merge(graph, over_variables(gather, state))
+
+
+def copy_per_image(model: nnx.Module, images: int) -> nnx.Module:
+    """The model with a copy per image of the variables in its stacks, except matrices: (L, ...) -> (L, B, 1, ...).
+
+    Layers then see biases, norms, learned gates and convolutions with leading axes (B, 1), which broadcast over tokens.
+    Each device sums the gradients of its copies over the tokens of its own images. The sum over images, the transpose
+    of copying, comes once for all layers, and in float32. Without copies, each layer waits for a small all-reduce (as
+    it still does over the shards of a sequence). If batches are not sharded, the model stays as it is.
     """
     if batch_parts(jax.sharding.get_abstract_mesh()) == 1:
         return model
     graph, state = nnx.split(model)
 
     def copy(variable: nnx.Variable) -> nnx.Variable:
-        value, names = variable.get_value(), variable.get_metadata("axes")
-        stacked = value.ndim > len(names)
-        if stacked and _is_matrix((), variable):
+        if not _is_stacked(variable) or _is_matrix((), variable):
             return variable
-        value = gathered(value, *(None,) * (value.ndim - len(names)), *names)
-        if stacked:
-            value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
-            whole = (None if "fsdp" in RULES.get(name, ()) else name for name in names)
-            value = constrain(value, None, "batch", None, *whole)
-        return variable.replace(value)
+        names = variable.get_metadata("axes")
+        value = gathered(variable.get_value(), None, *names)
+        value = jnp.broadcast_to(value[:, None, None], (len(value), images, 1, *value.shape[1:]))
+        whole = (None if "fsdp" in RULES.get(name, ()) else name for name in names)
+        return variable.replace(constrain(value, None, "batch", None, *whole))
 
     return nnx.merge(graph, over_variables(copy, state))
+
+
+def _is_stacked(variable: nnx.Variable) -> bool:
+    return variable.get_value().ndim > len(variable.get_metadata("axes"))
 
 
 def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -241,26 +264,26 @@ class Transformer(nnx.Module):
             name: stacked(make(is_softmax), len(layers), rngs)
             for name, is_softmax, layers in layer_runs(first, depth, softmax_period)
         }
+        self.names = tuple(runs)  # in order; nnx sorts names as texts, where 100 comes before 98
         self.runs = nnx.Dict(runs)
         self.scan, self.remat = scan, remat
 
     def __call__(
         self, x: jax.Array, *,
-        valid: jax.Array | None = None, angles: jax.Array | None = None, read: Read | None = None,
+        valid: jax.Array | None = None, angles: jax.Array | None = None, select: Select | None = None,
     ) -> jax.Array:  # fmt: skip
         """x (B, N, D) -> (B, N, D); `valid` and `angles` as in Attention.
 
-        With `read`, the result is (B, K, D), the tokens that it selects; the last block computes no others.
+        With `select`, the result is (B, K, D), the tokens that it chooses; the last block computes no others.
         """
 
         def body(x, block):
             return block(x, valid=valid, angles=angles)
 
         def last(x, block):
-            return block(x, valid=valid, angles=angles, read=read)
+            return block(x, valid=valid, angles=angles, select=select)
 
-        names = sorted(self.runs, key=lambda name: int(name.removeprefix("from_")))
-        for name in names:
-            reads = last if read and name == names[-1] else None
-            x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat, last=reads)
+        for name in self.names:
+            final = last if select and name == self.names[-1] else None
+            x = apply_layers(body, x, self.runs[name], scan=self.scan, remat=self.remat, last=final)
         return x
