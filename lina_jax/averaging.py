@@ -66,9 +66,12 @@ def mean(workdir: Path, last: int) -> Average:
     """The mean of the parameters of the last `last` checkpoints. Raises UserError."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    steps = checkpoints.steps()[-last:] if last > 0 else []
-    if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: expected 1 to {len(checkpoints.steps())}, the checkpoints in {workdir}")
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"--average={last}: no checkpoint in {workdir}")
+    if not 1 <= last <= len(steps):
+        raise UserError(f"--average={last}: expected 1 to {len(steps)}, the checkpoints in {workdir}")
+    steps = steps[-last:]
     snapshots = [Snapshot(step, 0, ema=False) for step in steps]
     return Average(config, *_combined(config, checkpoints, snapshots, [1 / last] * last), steps)
 

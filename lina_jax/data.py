@@ -59,6 +59,8 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
     ]
     form = splits[0].form
     for (path, _), opened in zip(data.datasets, splits, strict=True):
+        if not len(opened):
+            raise UserError(f"{path}: split {split!r} is empty")
         _check_form(config, path, opened.form, text_encoder)
         if opened.form != form:
             raise UserError(f"{path} and {data.datasets[0][0]}: one holds latents or text features, the other does not")
@@ -131,9 +133,6 @@ class Records:
 
         `threads` threads read and decode the batches. A read that takes more than `read_timeout` seconds is retried.
         """
-        for split in splits:
-            if not len(split):
-                raise UserError("a split has no records")
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
         self._short_caption, self._flip = short_caption, flip

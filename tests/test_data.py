@@ -226,6 +226,11 @@ def test_fixed_examples_stand_for_all(clean):
         data.fixed_examples(clean, COUNT + 1)
 
 
+def test_an_empty_split_is_refused(tiny_text, shapes_data):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(shapes_data))}: split 'train\[:0\]' is empty$"):
+        data.open_records(tiny_text(), "train[:0]")
+
+
 def test_worker_processes_give_the_same_batches(tmp_path):
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which programs have parsed
     directory = dataset(tmp_path / "data", i4={"image": b"no image"}, i2={"caption": "0123456789"})
