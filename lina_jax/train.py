@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
 from tqdm import tqdm
@@ -76,35 +76,19 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_same("layers", execution.of(plan.config.model))
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
-    seconds = config.checkpoint.timeout
-    begun, warm = None, None
-    reading = functools.partial(
-        preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
-    )
-    if warm_start.due(config, workdir):
-        with reading():
-            begun, warm = warm_start.begin(plan)
-    alone = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    mesh.cache_programs(workdir / "compiled")
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    resumed = checkpoints.latest_step() is not None
-    if resumed:
-        with reading():
-            run = checkpoints.restore(plan)
-    else:
-        run = begun or plan.init()
-    first = int(run.step)
+    workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(plan, workdir)
+    first = int(train_state.step)
     overdue = periodic.overdue(config, workdir, first)
     if first >= config.steps and not overdue:
         checkpoints.close()
         _conclude(config, workdir, first, idle=True)
-        return run
+        return train_state
     write_config(workdir, config)
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
-    if warm and jax.process_index() == 0:
-        places.write_json(workdir / "init_from.json", warm)
-        print(warm_start.table(warm), file=sys.stderr)
+    if warm_report and jax.process_index() == 0:
+        places.write_json(workdir / "init_from.json", warm_report)
+        print(warm_start.table(warm_report), file=sys.stderr)
     _introduce(config, plan, devices, first)
     if config.log.preview_images and (lacking := sample.cannot_draw(config)):
         _say(f"no previews: {lacking}")
@@ -117,40 +101,40 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     profile = Profile(config, workdir, first)
     pending = None  # metrics of the previous step, fetched while the next one runs
-    measuring = functools.partial(
-        watchdog.allowing, config.eval.timeout, f"measuring took over {config.eval.timeout:g} s (eval.timeout)"
-    )
-    timely = functools.partial(watchdog.allowing, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
+    seconds = config.eval.timeout
+    eval_limit = functools.partial(watchdog.allowing, seconds, f"measuring took over {seconds:g} s (eval.timeout)")
+    seconds = config.checkpoint.timeout
+    save_limit = functools.partial(watchdog.allowing, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
 
-    def save() -> None:
-        with timely(), preemption.finishing("a save"):
-            checkpoints.save(run)
+    def save(train_state: state.TrainState) -> None:
+        with save_limit(), preemption.finishing("a save"):
+            checkpoints.save(train_state)
 
     def finish() -> None:
-        with timely(), preemption.finishing("a save"):
+        with save_limit(), preemption.finishing("a save"):
             checkpoints.close()
 
     try:
         # Contexts exit from right to left: whatever ends the run, a save under way finishes, and SIGTERM waits.
-        with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress, profile:
-            end.callback(finish)
+        with workdir_lock, notice, watchdog, contextlib.ExitStack() as cleanup, closing(writer), progress, profile:
+            cleanup.callback(finish)
             if not resumed:
-                save()
-            with measuring():
-                _measure(measurements, overdue, first, run, writer, save)
-            owed = False  # whether a checkpoint is due that has not been saved
+                save(train_state)
+            with eval_limit():
+                _measure(measurements, overdue, first, train_state, writer, save)
+            save_due = False  # whether a checkpoint is due that has not been saved
             for step in range(first + 1, config.steps + 1):
-                profile.before(step, run)
+                profile.before(step, train_state)
                 batch = next(batches)
                 if step == first + 1:
                     # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
                     # CPUs.
                     _say("compiling the train step: takes minutes at most, or seconds if it is in WORKDIR/compiled")
-                    train_step.compile(run, batch)
+                    train_step.compile(train_state, batch)
                     hosts.barrier("train step")
                     throughput.restart()
                     watchdog.restart()
-                run, scalars = train_step(run, batch)
+                train_state, scalars = train_step(train_state, batch)
                 checkpoints.check()
                 if pending:
                     _report(config, writer, throughput, progress, train_records, *pending)
@@ -158,26 +142,54 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 pending = step, scalars
                 last = step == config.steps
                 preempted = notice.reached() and not last
-                owed = owed or periodic.falls_on(step, config.checkpoint.every)
+                save_due = save_due or periodic.falls_on(step, config.checkpoint.every)
                 due = periodic.due(config, step)
-                if owed or last or preempted or due:
+                if save_due or last or preempted or due:
                     skipped = _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with throughput.paused():
                         # Steps skipped in a row share one state; saving it again would push out earlier checkpoints.
                         # Measuring quality may take hours: a run that is killed meanwhile resumes from this save.
-                        if last or preempted or ((owed or "quality" in due) and not skipped):
-                            save()
-                            owed = False
+                        if last or preempted or ((save_due or "quality" in due) and not skipped):
+                            save(train_state)
+                            save_due = False
                         if preempted:
                             raise _preempted(step)
-                        with measuring():
-                            _measure(measurements, due, step, run, writer, save)
+                        with eval_limit():
+                            _measure(measurements, due, step, train_state, writer, save)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
         raise KeyboardInterrupt(f"run the same command to resume from step {step}") from None
     _conclude(config, workdir, config.steps)
-    return run
+    return train_state
+
+
+def _initial_state(
+    plan: state.Blueprint, workdir: Path
+) -> tuple[contextlib.AbstractContextManager, Checkpoints, state.TrainState, bool, dict[str, Any] | None]:
+    """(lock of the workdir, its checkpoints, state to train on, whether a checkpoint has it, report of a warm start).
+
+    The state is that of the last checkpoint, else one that starts from the weights of `config.init_from`, else a fresh
+    one. Only process 0 holds the lock. Nothing is written before the weights of a warm start have been read.
+    """
+    config, seconds = plan.config, plan.config.checkpoint.timeout
+    read_limit = functools.partial(
+        preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
+    )
+    warm_state, warm_report = None, None
+    if warm_start.due(config, workdir):
+        with read_limit():
+            warm_state, warm_report = warm_start.begin(plan)
+    workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    mesh.cache_programs(workdir / "compiled")
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    resumed = checkpoints.latest_step() is not None
+    if resumed:
+        with read_limit():
+            train_state = checkpoints.restore(plan)
+    else:
+        train_state = warm_state or plan.init()
+    return workdir_lock, checkpoints, train_state, resumed, warm_report
 
 
 def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
@@ -246,7 +258,7 @@ def _measure(
     step: int,
     run: state.TrainState,
     writer: metrics.Writer,
-    save: Callable[[], None],
+    save: Callable[[state.TrainState], None],
 ) -> None:
     """Take these measurements. Raises Preempted, after saving, if the run is to stop; a resumed run takes the rest."""
     if not names:
@@ -254,7 +266,7 @@ def _measure(
     try:
         measurements.take(names, step, run, writer)
     except Preempted:
-        save()
+        save(run)
         raise _preempted(step) from None
     hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective would wait for it
 
@@ -282,7 +294,7 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
 
 def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> int:
     """Log a finished step; returns the number of steps skipped in a row. Raises TrainingDiverged if it is too high."""
-    scalars = {name: np.asarray(value).item() for name, value in scalars.items()}
+    scalars = {name: value.item() for name, value in jax.device_get(scalars).items()}
     progress.update()
     in_a_row = scalars.pop("skipped_in_a_row")
     if in_a_row >= config.optim.max_skipped:
