@@ -104,7 +104,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     resolved = execution.for_inference(config, devices)
     call, compiled = sampling(config, devices, images, autoencoder=autoencoder)
     (timing,) = measure.in_turns({"sample": call}, runs).values()
-    schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+    schedule = generate.schedule(config)
     row = _named("sample", config.model) | _settings(resolved, devices)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,

@@ -95,7 +95,7 @@ def _sampling(config: Config, where: Topology, device_mesh: jax.sharding.Mesh) -
         "autoencoder": mesh.device_bytes(program.trailing),
         "batch": mesh.device_bytes(inputs),
     }
-    steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+    steps = generate.schedule(config)
     euler = float(steps.euler_steps.mean())
     made = _compiled("sampling step", program, arguments, where, device_mesh, memory, unknown_trips=euler)
     made |= execution.of(execution.for_inference(config, device_mesh).model)

@@ -144,7 +144,7 @@ def decode_strips(plan: Blueprint, settings: SampleConfig, params: Tree, frozen:
 
     placed_rows = placed(plan.mesh, np.arange(count, dtype=np.int32), rows)
     numbers = placed_rows.pop("number")
-    made = generate.make_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
+    made = generate.make_progress_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
     strips = multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS].swapaxes(0, 1)
     about = (
         f"Sets of tokens in random order, at {strips.shape[1]} moments from the first set (left) to the last. Tokens "

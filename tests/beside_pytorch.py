@@ -96,7 +96,7 @@ class PyTorch:
     def sample(self, kind: str) -> Callable[[], Any]:
         config, torch = config_of(kind), self.torch
         model = self._noisy(self.lina.Lina(config.model))
-        plan = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+        plan = generate.schedule(config)
         label = torch.randint(config.model.num_classes, (IMAGES,))
         size = IMAGES, config.model.latent_channels, *config.model.image_grid
 

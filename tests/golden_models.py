@@ -14,7 +14,7 @@ from golden_case import Case, by_published_names, tokens_of
 
 from lina_jax import generate, mesh, optim, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.config import Config, EmaConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
+from lina_jax.config import Config, EmaConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
 from lina_jax.models import flow, layers
 from lina_jax.models.draws import Draws
 from lina_jax.models.lina import LINA, unconditional
@@ -155,17 +155,14 @@ def sample(case: Case, given: Imported) -> None:
     config, _, graphdef, trained, frozen = given
     c, batch = case.config, case.config["batch"]
     low = c["guidance_scale"] if c["min_guidance_scale"] is None else c["min_guidance_scale"]
-    plan = generate.schedule(
-        SampleConfig(
-            steps=c["num_inference_steps"],
-            euler_steps=c["num_diffusion_steps"],
-            guidance=c["guidance_scale"],
-            guidance_min=low,
-            stages=2,
-        ),
-        config.image_tokens,
-        c["shift"],
+    settings = SampleConfig(
+        steps=c["num_inference_steps"],
+        euler_steps=c["num_diffusion_steps"],
+        guidance=c["guidance_scale"],
+        guidance_min=low,
+        stages=2,
     )
+    plan = generate.schedule(Config(model=config, loss=LossConfig(shift=c["shift"]), sample=settings))
     case.check("outputs.num_preds", plan.predicted)
     case.check("outputs.guidance", plan.guidance)
     model = nnx.merge(graphdef, trained, frozen)

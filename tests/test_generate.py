@@ -125,11 +125,11 @@ def test_guidance_one_runs_the_conditional_branch_alone(draw, weights):
     assert_equal_to_rounding(alone, draw(guidance=1.0 + 1e-6, guidance_schedule="constant"))
 
 
-def test_guidance_below_one_is_none(draw):
+def test_guidance_below_one_is_none(draw, config):
     """As published: a ramp from 0 to 2 guides only in its second half."""
     none = draw(guidance=1.0, guidance_min=1.0)
     np.testing.assert_array_equal(draw(guidance=0.5, guidance_schedule="constant"), none)
-    ramp = generate.schedule(SampleConfig(steps=4, guidance=2.0, guidance_min=0.0), tokens=16, shift=1.0)
+    ramp = generate.schedule(config, SampleConfig(steps=4, guidance=2.0, guidance_min=0.0))
     assert ramp.guided
     np.testing.assert_allclose(ramp.inputs(slice(None)).guidance, [1.0, 1.0, 1.5, 2.0])
 
@@ -169,8 +169,8 @@ def test_without_annealing_every_step_has_all_euler_steps():
 
 @pytest.mark.parametrize("annealing", ["none", "linear", "cosine", "two_stage"])
 def test_every_decoding_step_denoises_to_the_end(tiny, annealing):
-    settings = dataclasses.replace(tiny().sample, steps=8, euler_steps=9, annealing_min=2, annealing=annealing)
-    plan = generate.schedule(settings, 64, 1.0)
+    settings = {"steps": 8, "euler_steps": 9, "annealing_min": 2, "annealing": annealing}
+    plan = generate.schedule(tiny(model={"image_grid": (8, 8)}, sample=settings))
     for sigmas, count in zip(plan.sigmas, plan.euler_steps, strict=True):
         assert sigmas[0] == 1
         assert np.all(np.diff(sigmas[: count + 1]) < 0)
@@ -181,10 +181,10 @@ def test_annealing_draws_another_picture(draw, images):
     assert np.mean(draw(annealing="linear", annealing_min=1) != images) > 0.1
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(16, 4), (256, 64), (64, 100)])
-def test_a_schedule_makes_every_token_once(tiny, tokens, steps):
-    plan = generate.schedule(dataclasses.replace(tiny().sample, steps=steps), tokens, 1.0)
-    assert plan.predicted.sum() == tokens
+@pytest.mark.parametrize(("side", "steps"), [(4, 4), (16, 64), (8, 100)])
+def test_a_schedule_makes_every_token_once(tiny, side, steps):
+    plan = generate.schedule(tiny(model={"image_grid": (side, side)}, sample={"steps": steps}))
+    assert plan.predicted.sum() == side**2
     assert plan.predicted.min() > 0
     assert plan.visible.tolist() == [0, *np.cumsum(plan.predicted)[:-1]]
     assert [i for part in plan.stages for i in range(part.start, part.stop)] == list(range(len(plan.predicted)))
