@@ -189,8 +189,8 @@ class _Run:
         loaded = load_config(workdir)
         self._settings = sample.settings_of_flags(loaded, values)
         draws = values.scenes or values.geneval or values.npz or values.inception or values.report
-        encoders = {"autoencoder": values.autoencoder, "text_encoder": values.text_encoder}
-        lacking = sample.cannot_draw(sample.with_encoders(loaded, **encoders))
+        loaded = sample.with_encoders(loaded, values.autoencoder, values.text_encoder)
+        lacking = sample.cannot_draw(loaded)
         if lacking and draws:
             raise UserError(lacking)
         if values.scenes and (loaded.model.condition != "text" or len(set(loaded.model.image_grid)) > 1):
@@ -201,7 +201,7 @@ class _Run:
         if values.geneval:
             prompts = geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten, loaded)
         plan, self._drawing, self._frozen, self.step = sample.load(
-            workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
+            workdir, loaded, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
         )
         checkpoint = workdir / "checkpoints" / str(self.step)
         self._weights = kind_of_weights(checkpoint, ema=not values.raw)

@@ -196,20 +196,18 @@ def _reads_features(config: Config) -> bool:
 
 def load(
     workdir: Path,
+    config: Config | None = None,
     *,
     ema: bool = True,
     step: int | None = None,
-    autoencoder: str = "",
-    text_encoder: str = "",
-    axes: MeshConfig | None = None,
+    mesh_config: MeshConfig | None = None,
 ) -> tuple[Blueprint, Tree, Tree, int]:
     """(blueprint over all devices, parameters, frozen arrays, step) of a training directory.
 
-    `autoencoder` and `text_encoder` are directories to use instead of those in the run's config. `axes` is the mesh
-    (default: every device draws images of its own). Raises UserError if the model cannot be sharded over it.
+    `config` replaces the directory's own, for example to draw with other encoders. By default of `mesh_config`, every
+    device draws images of its own. Raises UserError if the model cannot be sharded over the mesh.
     """
-    config = dataclasses.replace(load_config(workdir), mesh=axes or mesh.parse(""))
-    config = with_encoders(config, autoencoder, text_encoder)
+    config = dataclasses.replace(config or load_config(workdir), mesh=mesh_config or mesh.parse(""))
     mesh.cache_programs(workdir / "compiled")
     devices = mesh.build(config.mesh)
     mesh.check_model(config.model, devices)
@@ -250,27 +248,33 @@ def requested(
     config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[int], num: int
 ) -> list:
     """`num` copies of each condition given. Raises UserError if there is none, or one of the wrong kind."""
-    if num < 1:
-        raise UserError(f"--num={num}: must be at least 1")
-    prompts = list(prompts)
-    if prompts_file:
-        try:
-            text = Path(prompts_file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a BOM
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file={prompts_file}: {error}") from error
-        if not (read := [line.strip() for line in text.split("\n") if line.strip()]):
-            raise UserError(f"--prompts_file={prompts_file}: it contains no prompt")
-        prompts += read
+    check_num(num)
+    prompts = [*prompts, *(read_prompts(prompts_file) if prompts_file else [])]
     if config.model.condition == "text":
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
         for prompt in prompts:
             check_prompt(config, prompt)
-        return [prompt for prompt in prompts for _ in range(num)]
-    if prompts or not labels:
+    elif prompts or not labels:
         last = config.model.num_classes - 1
         raise UserError(f"this model draws {last + 1} classes: give --label=0 to --label={last}, and no prompt")
-    return [label for label in labels for _ in range(num)]
+    return [condition for condition in prompts or labels for _ in range(num)]
+
+
+def check_num(num: int) -> None:
+    if num < 1:
+        raise UserError(f"--num={num}: must be at least 1")
+
+
+def read_prompts(prompts_file: str) -> list[str]:
+    """The lines of a file that are not blank. Raises UserError if it cannot be read or has none."""
+    try:
+        text = Path(prompts_file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a BOM
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file={prompts_file}: {error}") from error
+    if not (prompts := [line.strip() for line in text.split("\n") if line.strip()]):
+        raise UserError(f"--prompts_file={prompts_file}: it contains no prompt")
+    return prompts
 
 
 def check_prompt(config: Config, prompt: str) -> None:
@@ -334,12 +338,7 @@ def _main(values: flags.FlagValues) -> None:
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     settings = settings_of_flags(config, values)
     plan, params, frozen, step = load(
-        workdir,
-        ema=not values.raw,
-        step=values.checkpoint,
-        autoencoder=values.autoencoder,
-        text_encoder=values.text_encoder,
-        axes=mesh.parse(values.mesh),
+        workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh.parse(values.mesh)
     )
     sampler = Sampler(plan, settings, batch_for(plan, len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
