@@ -89,8 +89,7 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 
     Parameters and text features are noise; prompts are not encoded.
     """
-    parts = mesh.batch_parts(mesh.build(config.mesh))
-    default = parts * math.ceil(SAMPLED / parts)
+    default = mesh.round_up_batch(mesh.build(config.mesh), SAMPLED)
     for images in batches or [default]:
         config_checks.check_value("batch_size", images)
         with _that_fits(images):
@@ -297,7 +296,7 @@ def _kernel(asked: str) -> str:
 
 def _shapes(model: ModelConfig) -> Row:
     return {
-        "text_tokens": model.text_tokens if model.condition == "text" else 1,
+        "text_tokens": model.prompt_tokens,
         "condition_tokens": model.condition_tokens,
         "image_tokens": model.image_tokens,
         "width": model.width,

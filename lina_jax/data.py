@@ -101,7 +101,7 @@ def _check_form(config: Config, path: str, form: reading.Form, text_encoder: Tex
         raise UserError(f"{path} holds latents of {form.moments}, but autoencoder.kind={kind} and model need {wanted}")
     if config.data.flip and form.moments:
         raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
-    if model.condition == "text" and model.text_encoder == "features":
+    if model.reads_text_features:
         if not form.text_dim and not text_encoder:
             raise UserError(
                 f"{path} holds no text features: set text_encoder.path to the directory of a text encoder, or prepare "

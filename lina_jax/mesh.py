@@ -231,6 +231,12 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
 
 
+def round_up_batch(mesh: Mesh, count: int) -> int:
+    """The smallest batch of at least `count` (and one per shard) that the batch shards of a mesh share evenly."""
+    parts = batch_parts(mesh)
+    return max(1, -(-count // parts)) * parts
+
+
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the batch, the heads, a width or the tokens cannot be sharded as RULES says."""
     config_checks.check_micro_batches(config)

@@ -155,8 +155,7 @@ def define_settings_flags() -> None:
 
 def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
     """The smaller of `wanted` and `most`, rounded up so that devices share a batch evenly."""
-    parts = mesh.batch_parts(plan.mesh)
-    return max(1, -(-min(wanted, most) // parts)) * parts
+    return mesh.round_up_batch(plan.mesh, min(wanted, most))
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
@@ -166,7 +165,7 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
     """
     if autoencoder and config.autoencoder.kind == "identity":
         raise UserError(f"--autoencoder={autoencoder}: this model generates pixels and needs no autoencoder")
-    if text_encoder and not _reads_features(config):
+    if text_encoder and not config.model.reads_text_features:
         raise UserError(f"--text_encoder={text_encoder}: this model does not read features of a text encoder")
     if autoencoder:
         config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
@@ -185,13 +184,9 @@ def cannot_draw(config: Config) -> str:
     """What a model of latents or text features lacks to draw pictures; "" if nothing."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
         return "the model generates latents, but has no autoencoder: give --autoencoder=DIR (autoencoder.path)"
-    if _reads_features(config) and not config.text_encoder.path:
+    if config.model.reads_text_features and not config.text_encoder.path:
         return "the model reads text features, but has no text encoder: give --text_encoder=DIR (text_encoder.path)"
     return ""
-
-
-def _reads_features(config: Config) -> bool:
-    return config.model.condition == "text" and config.model.text_encoder == "features"
 
 
 def load(

@@ -63,7 +63,6 @@ class Blueprint:
     inference_graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
-    decayed: Tree  # bools like params
     encoders: Encoders  # frozen ones that the run itself uses, not part of its state
 
     @property
@@ -186,7 +185,7 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
-    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, decayed, encoders)
+    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, encoders)
 
 
 def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

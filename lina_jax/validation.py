@@ -27,8 +27,7 @@ class Validation:
         self._step = state.make_eval_step(plan)
         self._count = min(config.eval.examples, len(records))
         wanted = config.eval.batch_size or min(config.batch_size, self._count)
-        parts = mesh_lib.batch_parts(plan.mesh)
-        self._batch = -(-wanted // parts) * parts
+        self._batch = mesh_lib.round_up_batch(plan.mesh, wanted)
         self._rows = mesh_lib.rows_here(plan.mesh, self._batch)
         self._held = sorted({number for start in self._starts for number in self._numbers(start)})
         self._examples = data.fixed_examples(records, self._count, self._held)

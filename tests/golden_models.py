@@ -203,8 +203,9 @@ def train_steps(case: Case, given: Imported) -> None:
     )  # fmt: skip
     ema = EmaConfig(decay=c["ema_decay"], every=c["ema_every"], warmup=False)
     plan = _blueprint_of(config, settings)
+    variables = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: LINA(config, rngs=nnx.Rngs(0))), nnx.Param))
+    decayed = {path: variable.get_metadata().get("decay", True) for path, variable in variables}
     for group in case.manifest["param_groups"]:
-        decayed = flatten_dict(plan.decayed)
         for key in group["params"]:
             path = next(e.path for e in table if e.key == key)
             assert decayed[path] == (group["weight_decay"] > 0), key
