@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lina_jax import mesh, state
+from lina_jax import mesh as mesh_lib
+from lina_jax import state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig
 from lina_jax.errors import UserError
@@ -102,7 +103,7 @@ def _combined(
     config: Config, checkpoints: Checkpoints, snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[Tree, Tree]:
     """(sum of the snapshots times their coefficients, frozen arrays), with at most two models in memory."""
-    plan, total = state.blueprint(config, mesh.holding(config.model)), None
+    plan, total = state.blueprint(config, mesh_lib.holding(config.model)), None
     for snapshot, x in zip(snapshots, map(np.float32, coefficients), strict=True):
         params, frozen, _ = checkpoints.restore_weights(plan, ema=snapshot.ema, step=snapshot.step)
         if total is None:

@@ -37,7 +37,6 @@ from lina_jax import (
     execution,
     export,
     export_program,
-    mesh,
     places,
     published,
     sample,
@@ -45,6 +44,7 @@ from lina_jax import (
     torch_layout,
 )
 from lina_jax import config as config_lib
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
@@ -82,7 +82,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
         print(f"assumed, as no file states it: {assumption}", file=sys.stderr)
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.blueprint(config, mesh_lib.holding(config.model))
     params, frozen = flatten_dict(plan.shapes.params), flatten_dict(plan.shapes.frozen)
     shapes = params | frozen
 
@@ -175,7 +175,7 @@ def to_stablehlo(
         raise UserError(f"--platforms={','.join(platforms)}: expected some of {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
     config = sample.drawable_config(workdir, autoencoder, text_encoder)
-    one = mesh.build(MeshConfig(), jax.local_devices()[:1])
+    one = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
     plan = state.blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)

@@ -87,16 +87,16 @@ class Measurements:
         draws = config.log.preview_images and not sample.cannot_draw(config)
         self._previews = sample.Previews(plan, workdir) if draws else None
 
-    def take(self, names: Collection[str], step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+    def take(self, names: Collection[str], step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Take these measurements, in all processes, and record each as soon as it is known."""
         if "validation" in names:
-            losses = self._validation.both(run.params, run.ema, run.frozen)
+            losses = self._validation.both(train_state.params, train_state.ema, train_state.frozen)
             writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
         if "quality" in names:
-            found = self._quality.measure(run.ema, run.frozen, step=step, work=self._work)
+            found = self._quality.measure(train_state.ema, train_state.frozen, step=step, work=self._work)
             if found:
                 writer.scalars(step, found.scalars())
                 shutil.rmtree(self._work)
             hosts.barrier(f"quality of {step}")  # process 0 compared the pictures alone
         if "previews" in names:
-            self._previews.draw(step, run, writer)
+            self._previews.draw(step, train_state, writer)

@@ -29,7 +29,6 @@ from lina_jax import (
     errors,
     hosts,
     kernel_check,
-    mesh,
     metrics,
     pictures,
     places,
@@ -37,6 +36,7 @@ from lina_jax import (
     progress,
     state,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -116,9 +116,9 @@ class Previews:
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
         self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
 
-    def draw(self, step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+    def draw(self, step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Draw, and write the picture to `preview_path` and to TensorBoard."""
-        images = self._sampler(run.ema, run.frozen, self._conditions, seed=0)
+        images = self._sampler(train_state.ema, train_state.frozen, self._conditions, seed=0)
         if jax.process_index() == 0:
             picture = pictures.grid(images, [str(condition) for condition in self._conditions])
             pictures.save(preview_path(self._workdir, step), picture)
@@ -155,7 +155,7 @@ def define_settings_flags() -> None:
 
 def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
     """The smaller of `wanted` and `most`, rounded up so that devices share a batch evenly."""
-    return mesh.round_up_batch(plan.mesh, min(wanted, most))
+    return mesh_lib.round_up_batch(plan.mesh, min(wanted, most))
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
@@ -202,12 +202,12 @@ def load(
     `config` replaces the directory's own, for example to draw with other encoders. By default of `mesh_config`, every
     device draws images of its own. Raises UserError if the model cannot be sharded over the mesh.
     """
-    config = dataclasses.replace(config or load_config(workdir), mesh=mesh_config or mesh.parse(""))
-    mesh.cache_programs(workdir / "compiled")
-    devices = mesh.build(config.mesh)
-    mesh.check_model(config.model, devices)
-    config = kernel_check.settled(config, devices)
-    plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
+    config = dataclasses.replace(config or load_config(workdir), mesh=mesh_config or mesh_lib.parse(""))
+    mesh_lib.cache_programs(workdir / "compiled")
+    mesh = mesh_lib.build(config.mesh)
+    mesh_lib.check_model(config.model, mesh)
+    config = kernel_check.settled(config, mesh)
+    plan = state.blueprint(config, mesh, encoders.load_encoders(config, mesh))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
     return plan, params, frozen, step
@@ -333,7 +333,7 @@ def _main(values: flags.FlagValues) -> None:
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     settings = settings_of_flags(config, values)
     plan, params, frozen, step = load(
-        workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh.parse(values.mesh)
+        workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
     )
     sampler = Sampler(plan, settings, batch_for(plan, len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)

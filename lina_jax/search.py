@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from lina_jax import execution, flops, mesh, programs, state
+from lina_jax import execution, flops, programs, state
+from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.config import Config
 from lina_jax.config_fields import flatten
@@ -118,7 +119,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
         try:
-            device_mesh = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
+            mesh = mesh_lib.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
         except UserError as refusal:
             refusals.append(refusal)
             continue
@@ -126,12 +127,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             candidate = Candidate(batch, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate))
             try:
-                mesh.check(trial, device_mesh)
+                mesh_lib.check(trial, mesh)
             except UserError as refusal:
                 refusals.append(refusal)
                 continue
             if (fsdp, tensor) not in held:
-                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, device_mesh)).values())
+                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
             kept = _gathered_at_once(candidate, where.chip) / tensor
             if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:
@@ -145,7 +146,7 @@ def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.De
     """`apply`, but fields that would resolve to the same choices stay open, so that sampling can resolve its own."""
     made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
-    resolved = execution.resolved(left, mesh.of(left, devices))
+    resolved = execution.resolved(left, mesh_lib.of(left, devices))
     return left if execution.of(resolved.model) == execution.of(made.model) else made
 
 

@@ -37,7 +37,6 @@ from lina_jax import (
     execution,
     hosts,
     kernel_check,
-    mesh,
     metrics,
     periodic,
     places,
@@ -47,6 +46,7 @@ from lina_jax import (
     state,
     warm_start,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
@@ -62,17 +62,17 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
     stop has saved.
     """
-    devices = mesh.of(config)
+    mesh = mesh_lib.of(config)
     places.check("workdir", workdir)
     if jax.process_index() == 0:
         places.check_renames("workdir", workdir)
     check_config(workdir, config, allow_changes=allow_config_change)
-    encoders = load_encoders(config, devices)
+    encoders = load_encoders(config, mesh)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    plan = state.blueprint(kernel_check.settled(config, devices), devices, encoders)
+    plan = state.blueprint(kernel_check.settled(config, mesh), mesh, encoders)
     hosts.check_same("layers", execution.of(plan.config.model))
     measurements = periodic.Measurements(plan, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
@@ -89,7 +89,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if warm_report and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm_report)
         print(warm_start.table(warm_report), file=sys.stderr)
-    _introduce(config, plan, devices, first)
+    _introduce(config, plan, first)
     if config.log.preview_images and (lacking := sample.cannot_draw(config)):
         _say(f"no previews: {lacking}")
 
@@ -181,7 +181,7 @@ def _initial_state(
         with read_limit():
             warm_state, warm_report = warm_start.begin(plan)
     workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    mesh.cache_programs(workdir / "compiled")
+    mesh_lib.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     if resumed:
@@ -194,7 +194,7 @@ def _initial_state(
 
 def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
     """Global batches on the mesh, after step `first`; each process reads the rows that its devices hold."""
-    rows = mesh.rows_here(plan.mesh, config.batch_size)
+    rows = mesh_lib.rows_here(plan.mesh, config.batch_size)
     batches = data.training_batches(
         source,
         global_batch=config.batch_size,
@@ -206,7 +206,7 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
     )
 
     def next_batch() -> state.Batch:
-        return mesh.placed(plan.mesh, config.batch_size, rows, next(batches))
+        return mesh_lib.placed(plan.mesh, config.batch_size, rows, next(batches))
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread keeps batches in order
     try:
@@ -240,11 +240,11 @@ class Profile:
         if self._tracing:
             jax.profiler.stop_trace()
 
-    def before(self, step: int, run: state.TrainState) -> None:
+    def before(self, step: int, train_state: state.TrainState) -> None:
         """To be called before each step, with the state that the previous step returned."""
         if not self._wanted or step not in (self._start, self._stop):
             return
-        jax.block_until_ready(run)  # else the trace would contain part of a step that still runs
+        jax.block_until_ready(train_state)  # else the trace would contain part of a step that still runs
         if step == self._start:
             jax.profiler.start_trace(str(self._directory))
         else:
@@ -256,7 +256,7 @@ def _measure(
     measurements: periodic.Measurements,
     names: list[str],
     step: int,
-    run: state.TrainState,
+    train_state: state.TrainState,
     writer: metrics.Writer,
     save: Callable[[state.TrainState], None],
 ) -> None:
@@ -264,9 +264,9 @@ def _measure(
     if not names:
         return
     try:
-        measurements.take(names, step, run, writer)
+        measurements.take(names, step, train_state, writer)
     except Preempted:
-        save(run)
+        save(train_state)
         raise _preempted(step) from None
     hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective would wait for it
 
@@ -281,11 +281,11 @@ def _say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
+def _introduce(config: Config, plan: state.Blueprint, first: int) -> None:
     if not first:
         _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
     _say(
-        f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
+        f"mesh {dict(plan.mesh.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
         f"{execution.described(**execution.of(plan.config.model))}; "
         + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"

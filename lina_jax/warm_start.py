@@ -83,7 +83,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     if rest := sorted(shapes.keys() - arrays.keys()):
         arrays |= plan.draw(rest)
     parts = (flatten_dict(part) for part in (plan.shapes.params, plan.shapes.frozen))
-    run = plan.start(*(unflatten_dict({path: arrays[path] for path in part}) for part in parts))
+    train_state = plan.start(*(unflatten_dict({path: arrays[path] for path in part}) for part in parts))
     differing = config_lib.differences(theirs, plan.config)
     report = {
         "path": str(donor),
@@ -93,7 +93,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
         "config": [line for line in differing if line.startswith(FUNCTION)],
         "arrays": [dataclasses.asdict(decision) for decision in decisions.values()],
     }
-    return run, report
+    return train_state, report
 
 
 def rules_of(asked: InitFromConfig) -> Rules:
