@@ -74,11 +74,11 @@ class Training:
 
     def __init__(self, config: Config, mesh: Mesh):
         config = kernel_check.settled(config, mesh)
-        plan = state.blueprint(config, mesh)
+        blueprint = state.make_blueprint(config, mesh)
         program, (shapes, batch) = programs.train_step(config, mesh)
-        self.config = plan.config
+        self.config = blueprint.config
         self.compiled = programs.compile_program(program, (shapes, batch), {})
-        self.train_state = plan.start(weights(shapes.params), weights(shapes.frozen))
+        self.train_state = blueprint.start(weights(shapes.params), weights(shapes.frozen))
         self._inputs = inputs(batch, config.model), *program.trailing
 
     def __call__(self) -> Tree:

@@ -82,8 +82,8 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
         print(f"assumed, as no file states it: {assumption}", file=sys.stderr)
-    plan = state.blueprint(config, mesh_lib.holding(config.model))
-    params, frozen = flatten_dict(plan.shapes.params), flatten_dict(plan.shapes.frozen)
+    blueprint = state.make_blueprint(config, mesh_lib.holding(config.model))
+    params, frozen = flatten_dict(blueprint.shapes.params), flatten_dict(blueprint.shapes.frozen)
     shapes = params | frozen
 
     def place(path, array):
@@ -176,13 +176,13 @@ def to_stablehlo(
     check_new("to_stablehlo", directory)
     config = sample.drawable_config(workdir, autoencoder, text_encoder)
     one = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
-    plan = state.blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
+    blueprint = state.make_blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
     kind = checkpoints.kind(step, ema=ema)
     with places.new_directory(directory) as partial:
         metadata = export.metadata_of(config, step, kind)
-        export_program.write_program(partial, plan, params, frozen, metadata, platforms)
+        export_program.write_program(partial, blueprint, params, frozen, metadata, platforms)
     return step, kind
 
 

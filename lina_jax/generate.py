@@ -173,33 +173,33 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
 
 
 def _sampling_inputs(
-    plan: Blueprint, weights: Tree, condition: Condition, images: jax.Array, seed: jax.Array
+    blueprint: Blueprint, weights: Tree, condition: Condition, images: jax.Array, seed: jax.Array
 ) -> tuple[Condition, jax.Array, jax.Array]:
     """The condition that the model reads, decoding order and noise of image numbers (B,)."""
-    order, noise = image_draws(seed, images, plan.config.model)
-    return plan.condition(weights, condition), order, noise
+    order, noise = image_draws(seed, images, blueprint.config.model)
+    return blueprint.condition(weights, condition), order, noise
 
 
-def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
+def to_pixels(tokens: jax.Array, blueprint: Blueprint, weights: Tree) -> jax.Array:
     """Tokens (B, N, p*p*C) -> uint8 images (B, H, W, 3): decoded, scaled, clamped, truncated."""
-    model = plan.config.model
+    model = blueprint.config.model
     latents = unpatchify(tokens.astype(jnp.float32), model.image_grid, model.patch_size)
-    return vae.to_uint8(plan.encoders.pixels(weights, latents))
+    return vae.to_uint8(blueprint.encoders.pixels(weights, latents))
 
 
-def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
+def make_sampler(blueprint: Blueprint, sample: SampleConfig) -> Program:
     """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3).
 
-    The condition is as in a training batch; if the plan has a frozen text encoder, `text` may be token ids.
+    The condition is as in a training batch; if the blueprint has a frozen text encoder, `text` may be token ids.
     """
-    steps = schedule(plan.config, sample)
+    steps = schedule(blueprint.config, sample)
 
     def program(params, frozen, condition, images, seed, weights):
-        condition, order, noise = _sampling_inputs(plan, weights, condition, images, seed)
-        model = plan.inference(plan.sampling_params(params, frozen), frozen)
-        return to_pixels(decode(model, condition, order, noise, steps), plan, weights)
+        condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+        model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
+        return to_pixels(decode(model, condition, order, noise, steps), blueprint, weights)
 
-    return plan.jit(program, plan.encoders.weights)
+    return blueprint.jit(program, blueprint.encoders.weights)
 
 
 class DecodingState(NamedTuple):
@@ -218,23 +218,23 @@ class Stepper:
     were bit-identical to those of `make_sampler`, and the time was within a tenth of its time (1, 4 and 36 images).
     """
 
-    def __init__(self, plan: Blueprint):
-        weights = plan.encoders.weights
+    def __init__(self, blueprint: Blueprint):
+        weights = blueprint.encoders.weights
 
         def begin(guided, params, frozen, condition, images, seed, temperature, weights):
-            condition, order, noise = _sampling_inputs(plan, weights, condition, images, seed)
-            model, tokens = plan.inference(params, frozen), constrain(jnp.zeros_like(noise), "batch", None, None)
+            condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+            model, tokens = blueprint.inference(params, frozen), constrain(jnp.zeros_like(noise), "batch", None, None)
             decoding_inputs = prepare(model, condition, order, temperature * noise, guided=guided)
-            return tokens, decoding_inputs, plan.sampling_params(params, frozen)
+            return tokens, decoding_inputs, blueprint.sampling_params(params, frozen)
 
         def step(shape, params, frozen, tokens, decoding_inputs, inputs):
-            tokens = advance(plan.inference(params, frozen), tokens, decoding_inputs, inputs, shape)
+            tokens = advance(blueprint.inference(params, frozen), tokens, decoding_inputs, inputs, shape)
             return constrain(tokens, "batch", None, None)
 
-        self._config = plan.config
-        self._begin = plan.jit(begin, weights, static_argnums=0)
-        self._step = plan.jit(step, static_argnums=0)
-        self._pixels = plan.jit(lambda tokens, weights: to_pixels(tokens, plan, weights), weights)
+        self._config = blueprint.config
+        self._begin = blueprint.jit(begin, weights, static_argnums=0)
+        self._step = blueprint.jit(step, static_argnums=0)
+        self._pixels = blueprint.jit(lambda tokens, weights: to_pixels(tokens, blueprint, weights), weights)
 
     def schedule(self, sample: SampleConfig) -> Schedule:
         return schedule(self._config, sample)
@@ -256,19 +256,20 @@ class Stepper:
         return self._pixels(state.tokens)
 
 
-def make_progress_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
+def make_progress_strips(blueprint: Blueprint, sample: SampleConfig, shown: int) -> Program:
     """A program like that of `make_sampler` -> uint8 images (S, B, H, W, 3) of the pictures as they form.
 
     S is at most `shown`: the first step, evenly spaced ones, and the last. Tokens not drawn yet are zero.
     """
-    steps = schedule(plan.config, sample)
+    steps = schedule(blueprint.config, sample)
     at = np.unique(np.linspace(0, len(steps.predicted) - 1, shown).round().astype(int))
     counts = jnp.asarray((steps.visible + steps.predicted)[at])
 
     def program(params, frozen, condition, images, seed, weights):
-        condition, order, noise = _sampling_inputs(plan, weights, condition, images, seed)
-        tokens = decode(plan.inference(plan.sampling_params(params, frozen), frozen), condition, order, noise, steps)
+        condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+        model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
+        tokens = decode(model, condition, order, noise, steps)
         rank = jnp.argsort(order, axis=1)[..., None]
-        return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), plan, weights), counts)
+        return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), blueprint, weights), counts)
 
-    return plan.jit(program, plan.encoders.weights)
+    return blueprint.jit(program, blueprint.encoders.weights)

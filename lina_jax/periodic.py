@@ -78,14 +78,14 @@ def _recorded(log: Path, step: int) -> set[str]:
 class Measurements:
     """Measures the weights of a run: validation losses and quality go to its logs, previews to files."""
 
-    def __init__(self, plan: state.Blueprint, records: Records, workdir: Path):
+    def __init__(self, blueprint: state.Blueprint, records: Records, workdir: Path):
         """`records` are those of the validation split. Raises UserError for what cannot be read or drawn."""
-        config = plan.config
-        self._plan, self._work = plan, _features(workdir)
-        self._validation = Validation(plan, records)
-        self._quality = quality.DrawnQuality(plan, records) if config.eval.images else None
+        config = blueprint.config
+        self._blueprint, self._work = blueprint, _features(workdir)
+        self._validation = Validation(blueprint, records)
+        self._quality = quality.DrawnQuality(blueprint, records) if config.eval.images else None
         draws = config.log.preview_images and not sample.cannot_draw(config)
-        self._previews = sample.Previews(plan, workdir) if draws else None
+        self._previews = sample.Previews(blueprint, workdir) if draws else None
 
     def take(self, names: Collection[str], step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Take these measurements, in all processes, and record each as soon as it is known."""

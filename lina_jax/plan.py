@@ -55,7 +55,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
     Raises UserError if the mesh does not fit the devices or the config.
     """
     mesh = mesh_lib.of(config, devices)
-    blueprint = state.blueprint(config, mesh)
+    blueprint = state.make_blueprint(config, mesh)
     report = {
         "topology": where.name
         + ":"

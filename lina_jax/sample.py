@@ -52,10 +52,10 @@ _GRID_PICTURES = 100  # a grid of thousands would not fit in memory
 class Sampler:
     """Draws images of any number of conditions, step by step, in batches of one size."""
 
-    def __init__(self, plan: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
-        """`stepper` is one of this plan, to reuse programs that it has compiled."""
-        self.plan, self.batch_size = plan, batch_size
-        self.stepper = stepper or Stepper(plan)
+    def __init__(self, blueprint: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
+        """`stepper` is one of this blueprint, to reuse programs that it has compiled."""
+        self.blueprint, self.batch_size = blueprint, batch_size
+        self.stepper = stepper or Stepper(blueprint)
         self.schedule = self.stepper.schedule(settings)
 
     def __call__(self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int) -> np.ndarray:
@@ -73,11 +73,11 @@ class Sampler:
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int
     ) -> list[Iterator[DecodingState]]:
         """Each batch's states, computed on demand; the last batch is padded with its last condition."""
-        config, made = self.plan.config, []
+        config, made = self.blueprint.config, []
         for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            condition = encode_conditions(config, padded, self.plan.encoders.text)
+            condition = encode_conditions(config, padded, self.blueprint.encoders.text)
             numbers = start + np.arange(self.batch_size)
             made.append(self.stepper(params, frozen, condition, numbers, seed, self.schedule))
         return made
@@ -107,14 +107,14 @@ def encode_conditions(
 class Previews:
     """Pictures drawn by a run's EMA weights, with the same conditions, seed and settings every time."""
 
-    def __init__(self, plan: Blueprint, workdir: Path):
-        config = plan.config
+    def __init__(self, blueprint: Blueprint, workdir: Path):
+        config = blueprint.config
         self._workdir = workdir
         self._conditions: list = list(range(min(config.log.preview_images, config.model.num_classes)))
         if config.model.condition == "text":
             prompts = preview_prompts(config)
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
-        self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
+        self._sampler = Sampler(blueprint, config.sample, batch_for(blueprint, len(self._conditions)))
 
     def draw(self, step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Draw, and write the picture to `preview_path` and to TensorBoard."""
@@ -153,9 +153,9 @@ def define_settings_flags() -> None:
     flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
 
 
-def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
+def batch_for(blueprint: Blueprint, wanted: int, most: int = 64) -> int:
     """The smaller of `wanted` and `most`, rounded up so that devices share a batch evenly."""
-    return mesh_lib.round_up_batch(plan.mesh, min(wanted, most))
+    return mesh_lib.round_up_batch(blueprint.mesh, min(wanted, most))
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
@@ -207,10 +207,10 @@ def load(
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.check_model(config.model, mesh)
     config = kernel_check.settled(config, mesh)
-    plan = state.blueprint(config, mesh, encoders.load_encoders(config, mesh))
+    blueprint = state.make_blueprint(config, mesh, encoders.load_encoders(config, mesh))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
-    return plan, params, frozen, step
+    params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
+    return blueprint, params, frozen, step
 
 
 def settings_of_flags(config: Config, values: flags.FlagValues) -> SampleConfig:
@@ -332,10 +332,10 @@ def _main(values: flags.FlagValues) -> None:
     earlier = earlier_pictures(out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     settings = settings_of_flags(config, values)
-    plan, params, frozen, step = load(
+    blueprint, params, frozen, step = load(
         workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
     )
-    sampler = Sampler(plan, settings, batch_for(plan, len(conditions), values.batch_size))
+    sampler = Sampler(blueprint, settings, batch_for(blueprint, len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
     if jax.process_index() != 0:
         return

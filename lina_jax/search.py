@@ -132,7 +132,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
                 refusals.append(refusal)
                 continue
             if (fsdp, tensor) not in held:
-                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, mesh)).values())
+                held[fsdp, tensor] = sum(programs.state_bytes(state.make_blueprint(trial, mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
             kept = _gathered_at_once(candidate, where.chip) / tensor
             if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:

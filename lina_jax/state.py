@@ -159,8 +159,8 @@ class Program:
             return self.jitted.lower(*args, *self.trailing)
 
 
-def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
-    """The plan of a run; its config says how layers run (`execution.resolved`).
+def make_blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
+    """The blueprint of a run; its config says how layers run (`execution.resolved`).
 
     `encoders` are the frozen ones of a run that trains from pixels or captions, or draws pictures.
     """
@@ -237,40 +237,40 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
     )
 
 
-def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
+def split_batch(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
     """Data tokens (B, N, p*p*C) float32 in the space that is learned (latents or pixels), and the condition.
 
     Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights` are those of the
-    plan's encoders, for batches that have pixels or token ids instead of moments or features.
+    blueprint's encoders, for batches that have pixels or token ids instead of moments or features.
     """
-    config = plan.config
+    config = blueprint.config
     if "moments" in batch:
         moments = rearrange(batch["moments"], "b c h w -> b h w c")
     else:
-        moments = plan.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
+        moments = blueprint.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
     if config.autoencoder.kind == "identity":
         data = moments
     else:
         *size, channels = moments.shape[1:]
         data = vae.scale(config.autoencoder, vae.draw_latents(moments, noise_of((*size, channels // 2))))
     tokens = patchify(data, config.model.patch_size)
-    return constrain(tokens, "batch", "tokens", None), plan.condition(weights, batch)
+    return constrain(tokens, "batch", "tokens", None), blueprint.condition(weights, batch)
 
 
-def make_train_step(plan: Blueprint) -> Program:
+def make_train_step(blueprint: Blueprint) -> Program:
     """The jitted step (state, batch) -> (state, metrics): one global batch, one update. Donates the state.
 
     A step with a non-finite loss or gradient makes no update.
     """
-    config, optimizer = plan.config, plan.optimizer
+    config, optimizer = blueprint.config, blueprint.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
     # Not for hybrids, whose runs of equal layers are short.
     unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
-    in_time = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
+    in_time = unrolled and mesh_lib.sums_cross_nodes(blueprint.mesh)
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = by_image(plan.model(params, frozen), len(tokens))
+        model = by_image(blueprint.model(params, frozen), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
         with sums_in_time(in_time):
             return model.loss(tokens, condition, draws, sigmas) / weight
@@ -278,7 +278,7 @@ def make_train_step(plan: Blueprint) -> Program:
     def step(state: TrainState, batch: Batch, weights: Tree):
         key = key_of(config, state.step)
         examples = jnp.arange(config.batch_size)
-        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = split_batch(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, config.loss)
         # The mean is over the masked tokens of the whole batch, however many micro-batches it is split into.
         weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
@@ -300,12 +300,12 @@ def make_train_step(plan: Blueprint) -> Program:
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    return plan.jit(
+    return blueprint.jit(
         step,
-        plan.encoders.weights,
+        blueprint.encoders.weights,
         donate_argnums=0,
-        out_shardings=(plan.shardings, None),
-        compiler_options=xla_flags.of_training(plan.mesh.devices.flat[0].platform, in_time=in_time),
+        out_shardings=(blueprint.shardings, None),
+        compiler_options=xla_flags.of_training(blueprint.mesh.devices.flat[0].platform, in_time=in_time),
     )
 
 
@@ -371,25 +371,25 @@ def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
     return jnp.where(updates % config.every == 0, decay, 1.0)
 
 
-def make_eval_step(plan: Blueprint) -> Program:
+def make_eval_step(blueprint: Blueprint) -> Program:
     """(params, frozen, batch, examples (B,)) -> masked loss and number of masked tokens, each summed by bin of sigma.
 
     Both sums are (B, SIGMA_BINS). The draws depend on (seed, example) alone: they are the same for every checkpoint.
     Examples with a negative number are padding.
     """
-    config = plan.config
+    config = blueprint.config
     sigmas = flow.training_sigmas(config.loss.shift)
     loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
 
     def step(params, frozen, batch, examples, weights):
         key = key_of(config, VALIDATION)
-        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = split_batch(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
-        losses = plan.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
+        losses = blueprint.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
         level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
         bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
         sums = jnp.einsum("rbn,rbnl->bl", losses, bins, precision=jax.lax.Precision.HIGHEST)
         return sums, jnp.sum(bins, axis=(0, 2))
 
-    return plan.jit(step, plan.encoders.weights)
+    return blueprint.jit(step, blueprint.encoders.weights)

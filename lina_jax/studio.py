@@ -59,10 +59,10 @@ class Studio:
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
         config = sample.drawable_config(workdir, autoencoder, text_encoder)
-        self._plan, self._params, self._frozen, self.checkpoint = sample.load(
+        self._blueprint, self._params, self._frozen, self.checkpoint = sample.load(
             workdir, config, ema=ema, step=checkpoint, mesh_config=mesh_lib.parse(mesh)
         )
-        self.config, self._batch_size, self._stepper = self._plan.config, batch_size, Stepper(self._plan)
+        self.config, self._batch_size, self._stepper = self._blueprint.config, batch_size, Stepper(self._blueprint)
         try:
             self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
         except (UserError, OSError, RuntimeError) as error:
@@ -110,8 +110,8 @@ class Studio:
 
     def sampler(self, request: Request) -> sample.Sampler:
         settings = sample.sample_settings(self.config, {"steps": request.steps, "guidance": request.guidance})
-        batch_size = sample.batch_for(self._plan, request.num, self._batch_size)
-        return sample.Sampler(self._plan, settings, batch_size, self._stepper)
+        batch_size = sample.batch_for(self._blueprint, request.num, self._batch_size)
+        return sample.Sampler(self._blueprint, settings, batch_size, self._stepper)
 
     def ready(self, request: Request) -> bool:
         """Whether all programs for this request are compiled."""

@@ -72,11 +72,11 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    plan = state.blueprint(kernel_check.settled(config, mesh), mesh, encoders)
-    hosts.check_same("layers", execution.of(plan.config.model))
-    measurements = periodic.Measurements(plan, valid_records, workdir)
+    blueprint = state.make_blueprint(kernel_check.settled(config, mesh), mesh, encoders)
+    hosts.check_same("layers", execution.of(blueprint.config.model))
+    measurements = periodic.Measurements(blueprint, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
-    workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(plan, workdir)
+    workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(blueprint, workdir)
     first = int(train_state.step)
     overdue = periodic.overdue(config, workdir, first)
     if first >= config.steps and not overdue:
@@ -89,13 +89,13 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if warm_report and jax.process_index() == 0:
         places.write_json(workdir / "init_from.json", warm_report)
         print(warm_start.table(warm_report), file=sys.stderr)
-    _introduce(config, plan, first)
+    _introduce(config, blueprint, first)
     if config.log.preview_images and (lacking := sample.cannot_draw(config)):
         _say(f"no previews: {lacking}")
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
-    train_step = state.make_train_step(plan)
-    batches = device_batches(config, plan, train_records, first)
+    train_step = state.make_train_step(blueprint)
+    batches = device_batches(config, blueprint, train_records, first)
     hidden = jax.process_index() != 0 or not sys.stderr.isatty()
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
@@ -165,36 +165,38 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
 
 
 def _initial_state(
-    plan: state.Blueprint, workdir: Path
+    blueprint: state.Blueprint, workdir: Path
 ) -> tuple[contextlib.AbstractContextManager, Checkpoints, state.TrainState, bool, dict[str, Any] | None]:
     """(lock of the workdir, its checkpoints, state to train on, whether a checkpoint has it, report of a warm start).
 
     The state is that of the last checkpoint, else one that starts from the weights of `config.init_from`, else a fresh
     one. Only process 0 holds the lock. Nothing is written before the weights of a warm start have been read.
     """
-    config, seconds = plan.config, plan.config.checkpoint.timeout
+    config, seconds = blueprint.config, blueprint.config.checkpoint.timeout
     read_limit = functools.partial(
         preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
     )
     warm_state, warm_report = None, None
     if warm_start.due(config, workdir):
         with read_limit():
-            warm_state, warm_report = warm_start.begin(plan)
+            warm_state, warm_report = warm_start.begin(blueprint)
     workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     mesh_lib.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     if resumed:
         with read_limit():
-            train_state = checkpoints.restore(plan)
+            train_state = checkpoints.restore(blueprint)
     else:
-        train_state = warm_state or plan.init()
+        train_state = warm_state or blueprint.init()
     return workdir_lock, checkpoints, train_state, resumed, warm_report
 
 
-def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
+def device_batches(
+    config: Config, blueprint: state.Blueprint, source: data.Records, first: int
+) -> Iterator[state.Batch]:
     """Global batches on the mesh, after step `first`; each process reads the rows that its devices hold."""
-    rows = mesh_lib.rows_here(plan.mesh, config.batch_size)
+    rows = mesh_lib.rows_here(blueprint.mesh, config.batch_size)
     batches = data.training_batches(
         source,
         global_batch=config.batch_size,
@@ -206,7 +208,7 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
     )
 
     def next_batch() -> state.Batch:
-        return mesh_lib.placed(plan.mesh, config.batch_size, rows, next(batches))
+        return mesh_lib.placed(blueprint.mesh, config.batch_size, rows, next(batches))
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread keeps batches in order
     try:
@@ -281,12 +283,12 @@ def _say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def _introduce(config: Config, plan: state.Blueprint, first: int) -> None:
+def _introduce(config: Config, blueprint: state.Blueprint, first: int) -> None:
     if not first:
-        _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
+        _say(parameter_overview.get_parameter_overview(blueprint.shapes.params, include_stats=False))
     _say(
-        f"mesh {dict(plan.mesh.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
-        f"{execution.described(**execution.of(plan.config.model))}; "
+        f"mesh {dict(blueprint.mesh.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
+        f"{execution.described(**execution.of(blueprint.config.model))}; "
         + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"
     )

@@ -22,13 +22,13 @@ class Validation:
     Each process holds the examples of its devices in memory from the start.
     """
 
-    def __init__(self, plan: Blueprint, records: data.Records):
-        config, self._mesh = plan.config, plan.mesh
-        self._step = state.make_eval_step(plan)
+    def __init__(self, blueprint: Blueprint, records: data.Records):
+        config, self._mesh = blueprint.config, blueprint.mesh
+        self._step = state.make_eval_step(blueprint)
         self._count = min(config.eval.examples, len(records))
         wanted = config.eval.batch_size or min(config.batch_size, self._count)
-        self._batch = mesh_lib.round_up_batch(plan.mesh, wanted)
-        self._rows = mesh_lib.rows_here(plan.mesh, self._batch)
+        self._batch = mesh_lib.round_up_batch(blueprint.mesh, wanted)
+        self._rows = mesh_lib.rows_here(blueprint.mesh, self._batch)
         self._held = sorted({number for start in self._starts for number in self._numbers(start)})
         self._examples = data.fixed_examples(records, self._count, self._held)
 

@@ -69,7 +69,7 @@ def load(workdir: Path, **changes) -> Imported:
     """The model of a workdir; `changes` are fields of its config that do not affect the arrays."""
     config = load_config(workdir)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.holding(config.model))
     weights = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan)[:2]
     trained, frozen = jax.device_put(weights, jax.devices()[0])
     return Imported(config.model, list(torch_layout.entries(config.model)), plan.graphdef, trained, frozen)
@@ -248,4 +248,4 @@ def train_steps(case: Case, given: Imported) -> None:
 
 
 def _blueprint_of(config: ModelConfig, settings: OptimConfig) -> state.Blueprint:
-    return state.blueprint(Config(model=config, optim=settings), mesh.build(MeshConfig(), jax.devices()[:1]))
+    return state.make_blueprint(Config(model=config, optim=settings), mesh.build(MeshConfig(), jax.devices()[:1]))

@@ -215,7 +215,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
 
     def draw(kernel, devices):
         config = tiny(model={"attention_kernel": kernel}, sample={"steps": 4, "guidance": 2.0})
-        plan = state.blueprint(config, devices)
+        plan = state.make_blueprint(config, devices)
         run = rough(plan)
         sampler = generate.make_sampler(plan, config.sample)
         pixels = sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0))

@@ -117,11 +117,11 @@ def test_a_step_needs_room_for_its_part_of_float32_gradients(of_preset):
 def test_programs_without_gradients_have_a_way_of_their_own(tiny, one_device, monkeypatch):
     """As on GPUs, where training unrolls layers and sampling scans them; the pictures are the same."""
     inputs = {"label": np.array([0, 2], np.int32)}, np.arange(2, dtype=np.int32), np.int32(0)
-    scanned = state.blueprint(tiny(model={"scan_layers": True, "image_depth": 4}), one_device)
+    scanned = state.make_blueprint(tiny(model={"scan_layers": True, "image_depth": 4}), one_device)
     run = scanned.init()
     drawn = [np.asarray(generate.make_sampler(scanned, scanned.config.sample)(run.params, run.frozen, *inputs))]
     monkeypatch.setattr(execution, "ways", lambda *_: [{"scan_layers": False, "attention_kernel": "xla"}])
-    mixed = state.blueprint(tiny(model={"scan_layers": None, "image_depth": 4}), one_device)
+    mixed = state.make_blueprint(tiny(model={"scan_layers": None, "image_depth": 4}), one_device)
     assert not mixed.config.model.scan_layers
     assert mixed.inference_graphdef == scanned.inference_graphdef != mixed.graphdef
     drawn.append(np.asarray(generate.make_sampler(mixed, mixed.config.sample)(run.params, run.frozen, *inputs)))

@@ -37,7 +37,7 @@ def test_a_run_that_diverges_stops_and_leaves_the_checkpoint_before(exploding, t
     with pytest.raises(TrainingDiverged, match=r"step 5: .* not finite for 4 steps in a row \(optim.max_skipped\)"):
         train(exploding, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", exploding.checkpoint, create=False)
-    restored = checkpoints.restore(state.blueprint(exploding, one_device))
+    restored = checkpoints.restore(state.make_blueprint(exploding, one_device))
     assert (checkpoints.steps(), int(restored.step), int(restored.updates)) == ([0], 0, 0)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.params))
 

@@ -26,7 +26,7 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def plan(config, one_device):
-    return state.blueprint(config, one_device)
+    return state.make_blueprint(config, one_device)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_image_does_not_depend_on_the_batch_size(draw, images):
 
 
 def test_an_image_does_not_depend_on_the_mesh(config, weights, images):
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
     params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
     labels, numbers = np.tile(LABELS, 2), np.arange(8, dtype=np.int32)
     batch = jax.device_put(({"label": labels}, numbers), mesh.sharding(plan.mesh, "batch"))
@@ -102,7 +102,7 @@ def test_an_image_does_not_depend_on_the_mesh(config, weights, images):
 
 
 def test_a_sampler_uses_all_devices(config, weights, images):
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
     params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
     sampler = sample.Sampler(plan, plan.config.sample, sample.batch_for(plan, len(LABELS)))
     assert_equal_to_rounding(sampler(params, frozen, LABELS.tolist(), seed=0), images)
@@ -213,7 +213,7 @@ def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
 
 
 def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(tiny, rough):
-    plan = state.blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
+    plan = state.make_blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     run = rough(plan)
     read = flatten_dict(plan.jit(plan.sampling_params)(run.params, run.frozen))
     wide = flatten_dict(run.params)
@@ -236,7 +236,7 @@ def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(
 
 def test_devices_draw_without_each_other(config):
     """Each device computes the unconditional image itself, and places the new tokens that it predicted."""
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
     sampler = generate.make_sampler(plan, config.sample)
     arguments = {"label": LABELS}, NUMBERS, np.int32(0)
     place = mesh.sharding(plan.mesh, "batch")
@@ -247,7 +247,7 @@ def test_devices_draw_without_each_other(config):
 
 def test_a_picture_does_not_depend_on_the_generator_that_jax_has_by_default(draw, config, one_device, weights):
     with jax.default_prng_impl("rbg"):
-        plan = state.blueprint(config, one_device)
+        plan = state.make_blueprint(config, one_device)
         sampler = generate.make_sampler(plan, config.sample)
         images = sampler(*weights, {"label": jnp.asarray(LABELS)}, jnp.asarray(NUMBERS), jnp.int32(0))
     np.testing.assert_array_equal(images, draw())

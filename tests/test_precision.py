@@ -14,7 +14,7 @@ VARIANTS = {"classes": {}, "text": {"condition": "text"}, "rotary": {"rotary": T
 
 @pytest.fixture(scope="module")
 def narrow(tiny, one_device):
-    return lambda **model: state.blueprint(tiny(model={"dtype": "bfloat16"} | model), one_device)
+    return lambda **model: state.make_blueprint(tiny(model={"dtype": "bfloat16"} | model), one_device)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
