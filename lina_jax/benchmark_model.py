@@ -78,7 +78,7 @@ class Training:
         program, (shapes, batch) = programs.train_step(config, mesh)
         self.config = blueprint.config
         self.compiled = programs.compile_program(program, (shapes, batch), {})
-        self.train_state = blueprint.start(weights(shapes.params), weights(shapes.frozen))
+        self.train_state = blueprint.init_from_weights(weights(shapes.params), weights(shapes.frozen))
         self._inputs = inputs(batch, config.model), *program.trailing
 
     def __call__(self) -> Tree:

@@ -116,7 +116,7 @@ class Checkpoints:
         if damaged:
             self._move_aside(damaged)
         if "progress" not in items:
-            return blueprint.start(**items)
+            return blueprint.init_from_weights(**items)
         progress = items.pop("progress")
         return TrainState(**progress, **items)
 

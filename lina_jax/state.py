@@ -28,6 +28,8 @@ from lina_jax.models.transformer import by_image, sums_in_time
 
 Tree = Any
 Path = tuple[str, ...]  # the path of an array in a tree
+# A global batch of B examples, by name: moments (B, 2C, h, w) float16 or image (B, H, W, 3) uint8; label (B,) int32, or
+# text_length (B,) int32 and text: UTF-8 bytes (B, L) uint8, token ids (B, L) int32 or features (B, L, D) float16.
 Batch = dict[str, jax.Array]
 SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
 INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # keys that no training step has
@@ -110,7 +112,7 @@ class Blueprint:
         make = functools.partial(_initial_state, self.config, self.optimizer)
         return self._once(make, self.shardings, key_of(self.config, INITIAL))
 
-    def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
+    def init_arrays(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
         """Only these arrays of a fresh state, trained or frozen; the others are not created."""
         shapes = flatten_dict(self.shapes.params) | flatten_dict(self.shapes.frozen)
 
@@ -122,7 +124,7 @@ class Blueprint:
         shardings = {path: shapes[path].sharding for path in paths}
         return self._once(make, shardings, key_of(self.config, INITIAL))
 
-    def start(self, params: Tree, frozen: Tree) -> TrainState:
+    def init_from_weights(self, params: Tree, frozen: Tree) -> TrainState:
         """A fresh state with these weights, which are donated to it."""
         make = functools.partial(fresh_state, optimizer=self.optimizer)
         return self._once(make, self.shardings, params, frozen, donate_argnums=(0, 1))
@@ -237,7 +239,7 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
     )
 
 
-def split_batch(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
+def model_inputs(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
     """Data tokens (B, N, p*p*C) float32 in the space that is learned (latents or pixels), and the condition.
 
     Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights` are those of the
@@ -278,7 +280,7 @@ def make_train_step(blueprint: Blueprint) -> Program:
     def step(state: TrainState, batch: Batch, weights: Tree):
         key = key_of(config, state.step)
         examples = jnp.arange(config.batch_size)
-        tokens, condition = split_batch(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, config.loss)
         # The mean is over the masked tokens of the whole batch, however many micro-batches it is split into.
         weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
@@ -290,7 +292,7 @@ def make_train_step(blueprint: Blueprint) -> Program:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule(state.updates)
-        state = _chosen(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
+        state = _select_or_cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -309,7 +311,7 @@ def make_train_step(blueprint: Blueprint) -> Program:
     )
 
 
-def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
+def _select_or_cond(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
     """function(*args) if the condition holds, else other(*args).
 
     This is a branch, except on GPUs, where the host would wait for the condition. GPUs select each element instead,
@@ -320,7 +322,14 @@ def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) ->
     return jax.lax.cond(condition, function, other, *args)
 
 
-def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):
+def _accumulated(
+    loss_and_grad: Callable, config: Config, state: TrainState, inputs: tuple, weight: jax.Array
+) -> tuple[jax.Array, Tree]:
+    """(loss (), gradients like the parameters), summed over the micro-batches.
+
+    `inputs` are those of the whole batch: tokens (B, N, p*p*C), condition (each array (B, ...)) and `Draws`. `weight`
+    () is that of the whole batch, too.
+    """
     parts = config.optim.accumulate
     tokens, condition, draws = inputs
     axis = dataclasses.replace(jax.tree.map(lambda _: 0, draws), timestep=1, noise=1)
@@ -383,7 +392,7 @@ def make_eval_step(blueprint: Blueprint) -> Program:
 
     def step(params, frozen, batch, examples, weights):
         key = key_of(config, VALIDATION)
-        tokens, condition = split_batch(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
         losses = blueprint.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)

@@ -82,9 +82,11 @@ def begin(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
         fit = jax.jit(regrid, static_argnums=(1, 2), out_shardings=shapes[path].sharding)
         arrays[path] = fit(arrays[path], _grids(theirs.model), _grids(blueprint.config.model))
     if rest := sorted(shapes.keys() - arrays.keys()):
-        arrays |= blueprint.draw(rest)
+        arrays |= blueprint.init_arrays(rest)
     parts = (flatten_dict(part) for part in (blueprint.shapes.params, blueprint.shapes.frozen))
-    train_state = blueprint.start(*(unflatten_dict({path: arrays[path] for path in part}) for part in parts))
+    train_state = blueprint.init_from_weights(
+        *(unflatten_dict({path: arrays[path] for path in part}) for part in parts)
+    )
     differing = config_lib.differences(theirs, blueprint.config)
     report = {
         "path": str(donor),
