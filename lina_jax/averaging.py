@@ -103,7 +103,7 @@ def _combined(
     config: Config, checkpoints: Checkpoints, snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[Tree, Tree]:
     """(sum of the snapshots times their coefficients, frozen arrays), with at most two models in memory."""
-    blueprint, total = state.make_blueprint(config, mesh_lib.holding(config.model)), None
+    blueprint, total = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model)), None
     for snapshot, x in zip(snapshots, map(np.float32, coefficients), strict=True):
         params, frozen, _ = checkpoints.restore_weights(blueprint, ema=snapshot.ema, step=snapshot.step)
         if total is None:

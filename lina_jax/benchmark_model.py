@@ -53,7 +53,7 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 
 
 def _train(config: Config, runs: int) -> Row:
-    mesh = mesh_lib.of(config)
+    mesh = mesh_lib.from_config(config)
     step = Training(config, mesh)
     (timing,) = measure.in_turns({"train": step}, runs).values()
     if skipped := int(step.train_state.skipped):
@@ -73,7 +73,7 @@ class Training:
     """A state and a batch of noise; each call runs one step and returns arrays to wait for."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        config = kernel_check.settled(config, mesh)
+        config = kernel_check.resolve_kernel(config, mesh)
         blueprint = state.make_blueprint(config, mesh)
         program, (shapes, batch) = programs.train_step(config, mesh)
         self.config = blueprint.config
@@ -101,7 +101,7 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     mesh = _mesh_for(config, images)
     mesh_lib.check_model(config.model, mesh)
-    config = kernel_check.settled(config, mesh)
+    config = kernel_check.resolve_kernel(config, mesh)
     resolved = execution.for_inference(config, mesh)
     call, compiled = sampling(config, mesh, images, autoencoder=autoencoder)
     (timing,) = measure.in_turns({"sample": call}, runs).values()
@@ -286,7 +286,7 @@ def _settings(config: Config, mesh: Mesh) -> Row:
     return measure.machine() | {
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "dtype": config.model.dtype,
-        **execution.of(config.model),
+        **execution.choices_of(config.model),
         "attention_kernel": _kernel(config.model.attention_kernel),
     }
 

@@ -218,7 +218,7 @@ class MeshConfig:
     replica: int = 1  # groups of devices between which links are slow (TPU slices, GPU nodes); shards batches
     data: int = -1  # shards batches
     fsdp: int = 1  # shards batches, and also parameters, moments and EMA; 0: chosen (mesh.build)
-    sequence: int = 1  # shards the tokens of each image, by rows; 0: chosen (mesh.of)
+    sequence: int = 1  # shards the tokens of each image, by rows; 0: chosen (mesh.from_config)
     tensor: int = 1  # shards attention heads and hidden units
 
 

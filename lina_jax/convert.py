@@ -82,7 +82,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
         print(f"assumed, as no file states it: {assumption}", file=sys.stderr)
-    blueprint = state.make_blueprint(config, mesh_lib.holding(config.model))
+    blueprint = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model))
     params, frozen = flatten_dict(blueprint.shapes.params), flatten_dict(blueprint.shapes.frozen)
     shapes = params | frozen
 

@@ -49,7 +49,7 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights
     """The weights of a checkpoint, EMA by default; imported weights are returned whatever `ema` is."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    blueprint = state.make_blueprint(config, mesh_lib.holding(config.model))
+    blueprint = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model))
     params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
     return Weights(config, flatten_dict(params) | flatten_dict(frozen), step, checkpoints.kind(step, ema=ema))
 
@@ -57,7 +57,7 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights
 def check_publishable(workdir: Path) -> None:
     """Raises UserError listing everything in a workdir's model that the published code does not support."""
     config = load_config(workdir)
-    shapes = state.make_blueprint(config, mesh_lib.holding(config.model)).shapes
+    shapes = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model)).shapes
     table = list(torch_layout.entries(config.model))
     problems = list(published_names.unpublishable(config.model))
     problems += [

@@ -105,8 +105,8 @@ def placed(
     mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
     """The arrays that `read` returns for numbers (B,), sharded by row over the mesh. Each process reads its rows."""
-    rows = mesh_lib.rows_here(mesh, len(numbers))
-    return mesh_lib.placed(mesh, len(numbers), rows, read(numbers[rows]))
+    rows = mesh_lib.local_rows(mesh, len(numbers))
+    return mesh_lib.make_global_batch(mesh, len(numbers), rows, read(numbers[rows]))
 
 
 def balanced_classes(config: Config) -> Conditions:

@@ -54,7 +54,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
 
     Raises UserError if the mesh does not fit the devices or the config.
     """
-    mesh = mesh_lib.of(config, devices)
+    mesh = mesh_lib.from_config(config, devices)
     blueprint = state.make_blueprint(config, mesh)
     report = {
         "topology": where.name
@@ -65,7 +65,7 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
-        **execution.of(blueprint.config.model),
+        **execution.choices_of(blueprint.config.model),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
@@ -98,7 +98,7 @@ def _sampling(config: Config, where: Topology, mesh: jax.sharding.Mesh) -> Repor
     steps = generate.schedule(config)
     euler = float(steps.euler_steps.mean())
     made = _compiled("sampling step", program, arguments, where, mesh, memory, unknown_trips=euler)
-    made |= execution.of(execution.for_inference(config, mesh).model)
+    made |= execution.choices_of(execution.for_inference(config, mesh).model)
     if seconds := made.pop("predicted_step_s", None):
         needed = images * flops.sampling_flops(config.model, steps)
         made |= {
@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
         )
         if values.sampling and report["fits"]:
             best = search.recommended(config, report["recommended"], devices)
-            report["sampling"] = _sampling(best, where, mesh_lib.of(best, devices))
+            report["sampling"] = _sampling(best, where, mesh_lib.from_config(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)
     text = table(report, values.detail)

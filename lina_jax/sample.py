@@ -206,7 +206,7 @@ def load(
     mesh_lib.cache_programs(workdir / "compiled")
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.check_model(config.model, mesh)
-    config = kernel_check.settled(config, mesh)
+    config = kernel_check.resolve_kernel(config, mesh)
     blueprint = state.make_blueprint(config, mesh, encoders.load_encoders(config, mesh))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)

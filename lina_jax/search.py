@@ -35,7 +35,7 @@ class Candidate:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-        return f"batch {self.batch_size}, {execution.described(**execution.of(self))}, {axes}"
+        return f"batch {self.batch_size}, {execution.described(**execution.choices_of(self))}, {axes}"
 
 
 def search(
@@ -113,7 +113,7 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     replica = where.slices if config.mesh.replica in (1, -1) else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
-    ways = execution.ways(config.model, "tpu" if where.chip.torus else "gpu")
+    ways = execution.scan_and_kernel_options(config.model, "tpu" if where.chip.torus else "gpu")
     held, found, refusals = {}, [], []
     rows = _powers(config.model.image_grid[0])
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
@@ -146,8 +146,8 @@ def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.De
     """`apply`, but fields that would resolve to the same choices stay open, so that sampling can resolve its own."""
     made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
-    resolved = execution.resolved(left, mesh_lib.of(left, devices))
-    return left if execution.of(resolved.model) == execution.of(made.model) else made
+    resolved = execution.resolve(left, mesh_lib.from_config(left, devices))
+    return left if execution.choices_of(resolved.model) == execution.choices_of(made.model) else made
 
 
 def overrides(config: Config, recommendation: Config) -> list[str]:

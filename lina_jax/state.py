@@ -162,13 +162,13 @@ class Program:
 
 
 def make_blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
-    """The blueprint of a run; its config says how layers run (`execution.resolved`).
+    """The blueprint of a run; its config says how layers run (`execution.resolve`).
 
     `encoders` are the frozen ones of a run that trains from pixels or captions, or draws pictures.
     """
     encoders = encoders or Encoders()
     inference = execution.for_inference(config, mesh)
-    config = execution.resolved(config, mesh, mesh_lib.device_bytes(encoders.weights))
+    config = execution.resolve(config, mesh, mesh_lib.device_bytes(encoders.weights))
     graphdef, params, frozen = _abstract(config.model)
     inference_graphdef = graphdef if inference.model == config.model else _abstract(inference.model)[0]
 

@@ -62,7 +62,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
     stop has saved.
     """
-    mesh = mesh_lib.of(config)
+    mesh = mesh_lib.from_config(config)
     places.check("workdir", workdir)
     if jax.process_index() == 0:
         places.check_renames("workdir", workdir)
@@ -72,8 +72,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    blueprint = state.make_blueprint(kernel_check.settled(config, mesh), mesh, encoders)
-    hosts.check_same("layers", execution.of(blueprint.config.model))
+    blueprint = state.make_blueprint(kernel_check.resolve_kernel(config, mesh), mesh, encoders)
+    hosts.check_same("layers", execution.choices_of(blueprint.config.model))
     measurements = periodic.Measurements(blueprint, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(blueprint, workdir)
@@ -196,7 +196,7 @@ def device_batches(
     config: Config, blueprint: state.Blueprint, source: data.Records, first: int
 ) -> Iterator[state.Batch]:
     """Global batches on the mesh, after step `first`; each process reads the rows that its devices hold."""
-    rows = mesh_lib.rows_here(blueprint.mesh, config.batch_size)
+    rows = mesh_lib.local_rows(blueprint.mesh, config.batch_size)
     batches = data.training_batches(
         source,
         global_batch=config.batch_size,
@@ -208,7 +208,7 @@ def device_batches(
     )
 
     def next_batch() -> state.Batch:
-        return mesh_lib.placed(blueprint.mesh, config.batch_size, rows, next(batches))
+        return mesh_lib.make_global_batch(blueprint.mesh, config.batch_size, rows, next(batches))
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread keeps batches in order
     try:
@@ -288,7 +288,7 @@ def _introduce(config: Config, blueprint: state.Blueprint, first: int) -> None:
         _say(parameter_overview.get_parameter_overview(blueprint.shapes.params, include_stats=False))
     _say(
         f"mesh {dict(blueprint.mesh.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
-        f"{execution.described(**execution.of(blueprint.config.model))}; "
+        f"{execution.described(**execution.choices_of(blueprint.config.model))}; "
         + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"
     )

@@ -28,7 +28,7 @@ class Validation:
         self._count = min(config.eval.examples, len(records))
         wanted = config.eval.batch_size or min(config.batch_size, self._count)
         self._batch = mesh_lib.round_up_batch(blueprint.mesh, wanted)
-        self._rows = mesh_lib.rows_here(blueprint.mesh, self._batch)
+        self._rows = mesh_lib.local_rows(blueprint.mesh, self._batch)
         self._held = sorted({number for start in self._starts for number in self._numbers(start)})
         self._examples = data.fixed_examples(records, self._count, self._held)
 
@@ -45,7 +45,7 @@ class Validation:
             numbers = start + np.array(self._rows)
             given = {name: array[rows] for name, array in self._examples.items()}
             given["example"] = np.where(numbers < self._count, numbers, -1)
-            batch = mesh_lib.placed(self._mesh, self._batch, self._rows, given)
+            batch = mesh_lib.make_global_batch(self._mesh, self._batch, self._rows, given)
             examples = batch.pop("example")
             for made, params in zip(parts, weights, strict=True):
                 sums = self._step(params, frozen, batch, examples)

@@ -52,11 +52,11 @@ class LinaJax:
 
     def train(self, kind: str) -> Callable[[], Any]:
         config = config_of(kind)
-        return benchmark_model.Training(config, mesh.of(config))
+        return benchmark_model.Training(config, mesh.from_config(config))
 
     def sample(self, kind: str) -> Callable[[], Any]:
         config = config_of(kind)
-        return benchmark_model.sampling(config, mesh.of(config), IMAGES, autoencoder=False)[0]
+        return benchmark_model.sampling(config, mesh.from_config(config), IMAGES, autoencoder=False)[0]
 
     def attention(self, kind: str) -> Callable[[], Any]:
         return benchmark_model.attention_layer(self.sizes, kind, 1, backward=True)[0]

@@ -69,7 +69,7 @@ def load(workdir: Path, **changes) -> Imported:
     """The model of a workdir; `changes` are fields of its config that do not affect the arrays."""
     config = load_config(workdir)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-    plan = state.make_blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     weights = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan)[:2]
     trained, frozen = jax.device_put(weights, jax.devices()[0])
     return Imported(config.model, list(torch_layout.entries(config.model)), plan.graphdef, trained, frozen)

@@ -89,7 +89,7 @@ def test_many_updates_are_taken_in_parts(monkeypatch):
 def run(tiny, rough, tmp_path_factory):
     """(workdir, exact EMA of decay 0.9) of a run with decay 0.8, 40 updates in 42 steps, stored every 14 steps."""
     config = tiny(ema={"decay": 0.8}, checkpoint={"keep_last": 20})
-    plan = state.make_blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     workdir = tmp_path_factory.mktemp("average") / "run"
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir, config.checkpoint)

@@ -175,7 +175,7 @@ def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_de
 
 def published(config: Config):
     """((model, shapes by path), {published name of a tensor: path of its array})."""
-    plan = state.make_blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     shapes = flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     keys = {entry.key: entry.path for entry in torch_layout.entries(config.model)}
     return (config.model, {path: leaf.shape for path, leaf in shapes.items()}), keys
