@@ -146,8 +146,8 @@ def check_dtypes(pipeline: published.Pipeline) -> None:
     if len(counts) > 1:
         rare = min(counts, key=counts.get)
         first = next(name for name, dtype in dtypes.items() if dtype == rare)
-        told = ", ".join(f"{count} in {dtype}" for dtype, count in counts.items())
-        raise UserError(f"{pipeline.source}: tensors of several dtypes ({told}; first in {rare}: {first})")
+        summary = ", ".join(f"{count} in {dtype}" for dtype, count in counts.items())
+        raise UserError(f"{pipeline.source}: tensors of several dtypes ({summary}; first in {rare}: {first})")
 
 
 def check_new(flag: str, path: Path) -> None:
@@ -267,8 +267,8 @@ def main(argv: Sequence[str]) -> None:
         case "from_torch":
             given = config_lib.freeze(values.config) if values.config is not None else None
             config = from_torch(target, workdir, given)
-            lacking = sample.cannot_draw(config)
-            print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {lacking}" if lacking else ""))
+            missing = sample.missing_encoder(config)
+            print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {missing}" if missing else ""))
         case "to_torch":
             weights = to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb)
             _report(target, weights.step, weights.kind)

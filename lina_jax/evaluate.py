@@ -190,9 +190,9 @@ class _Run:
         self._settings = sample.settings_of_flags(loaded, values)
         draws = values.scenes or values.geneval or values.npz or values.inception or values.report
         loaded = sample.with_encoders(loaded, values.autoencoder, values.text_encoder)
-        lacking = sample.cannot_draw(loaded)
-        if lacking and draws:
-            raise UserError(lacking)
+        missing = sample.missing_encoder(loaded)
+        if missing and draws:
+            raise UserError(missing)
         if values.scenes and (loaded.model.condition != "text" or len(set(loaded.model.image_grid)) > 1):
             raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
         if values.geneval and loaded.model.condition != "text":

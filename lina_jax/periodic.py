@@ -25,7 +25,7 @@ def due(config: Config, step: int) -> list[str]:
     cadences = {"validation": config.eval.every}
     if config.eval.images:
         cadences["quality"] = config.eval.images_every
-    if config.log.preview_images and not sample.cannot_draw(config):
+    if config.log.preview_images and not sample.missing_encoder(config):
         cadences["previews"] = config.log.preview_every
     if not 0 < step <= config.steps:
         return []
@@ -84,7 +84,7 @@ class Measurements:
         self._blueprint, self._work = blueprint, _features(workdir)
         self._validation = Validation(blueprint, records)
         self._quality = quality.DrawnQuality(blueprint, records) if config.eval.images else None
-        draws = config.log.preview_images and not sample.cannot_draw(config)
+        draws = config.log.preview_images and not sample.missing_encoder(config)
         self._previews = sample.Previews(blueprint, workdir) if draws else None
 
     def take(self, names: Collection[str], step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:

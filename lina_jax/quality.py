@@ -154,8 +154,8 @@ class DrawnQuality:
     def __init__(self, blueprint: Blueprint, records: Records | None):
         """The settings are those of `config.eval`. Raises UserError if something cannot be read or drawn."""
         config = blueprint.config.eval
-        if lacking := sample.cannot_draw(blueprint.config):
-            raise UserError(f"eval.images={config.images}: {lacking}")
+        if missing := sample.missing_encoder(blueprint.config):
+            raise UserError(f"eval.images={config.images}: {missing}")
         self._blueprint, self._config = blueprint, config
         path = Path(config.reference).expanduser()
         if config.reference:

@@ -175,18 +175,18 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
 def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Config:
     """`with_encoders` of a training directory's config. Raises UserError if an encoder to draw with is missing."""
     config = with_encoders(load_config(workdir), autoencoder, text_encoder)
-    if lacking := cannot_draw(config):
-        raise UserError(lacking)
+    if missing := missing_encoder(config):
+        raise UserError(missing)
     return config
 
 
-def cannot_draw(config: Config) -> str:
-    """What a model of latents or text features lacks to draw pictures; "" if nothing."""
+def missing_encoder(config: Config) -> str | None:
+    """Which frozen encoder the config does not name, so that the model cannot draw pictures yet; None if it can."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
         return "the model generates latents, but has no autoencoder: give --autoencoder=DIR (autoencoder.path)"
     if config.model.reads_text_features and not config.text_encoder.path:
         return "the model reads text features, but has no text encoder: give --text_encoder=DIR (text_encoder.path)"
-    return ""
+    return None
 
 
 def load(

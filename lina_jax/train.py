@@ -90,8 +90,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         places.write_json(workdir / "init_from.json", warm_report)
         print(warm_start.table(warm_report), file=sys.stderr)
     _introduce(config, blueprint, first)
-    if config.log.preview_images and (lacking := sample.cannot_draw(config)):
-        _say(f"no previews: {lacking}")
+    if config.log.preview_images and (missing := sample.missing_encoder(config)):
+        _say(f"no previews: {missing}")
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
     train_step = state.make_train_step(blueprint)

@@ -66,12 +66,12 @@ class Validation:
         total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
         edges = np.linspace(0, 1, SIGMA_BINS + 1)
         overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))
-        told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
+        losses = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
             f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value
             for low, high, *sums in zip(edges, edges[1:], total.T, weight.T, strict=False)
             if np.any(sums[1])  # else no token had a noise level in this bin
         }
-        return {name: float(f"{value:.{_DIGITS}g}") for name, value in told.items() if value is not None}
+        return {name: float(f"{value:.{_DIGITS}g}") for name, value in losses.items() if value is not None}
 
 
 def mean_loss(total: np.ndarray, weight: np.ndarray) -> Value:

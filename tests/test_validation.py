@@ -60,8 +60,8 @@ def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
     config, run = text_plan.config, rough(text_plan)
     noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
     plan = state.make_blueprint(noisy, text_plan.mesh)
-    (told,) = validation.Validation(plan, data.open_records(noisy, "validation")).losses([run.params], run.frozen)
-    assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
+    (losses,) = validation.Validation(plan, data.open_records(noisy, "validation")).losses([run.params], run.frozen)
+    assert [name for name in losses if "sigma" in name] == ["loss_sigma_0.75_1.00"]
 
 
 def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
