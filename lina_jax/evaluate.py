@@ -74,8 +74,8 @@ def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    preemption.leave_when_asked()
-    with hosts.together(config_file.given_flags()):
+    preemption.exit_on_sigterm()
+    with hosts.distributed_run(config_file.given_flags()):
         _main(flags.FLAGS)
 
 

@@ -66,7 +66,7 @@ class Sampler:
                 (last,) = collections.deque(states, maxlen=1)
                 images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
                 bar.update(min(self.batch_size, len(conditions) - bar.n))
-                preemption.heed()
+                preemption.raise_if_preempted()
         return np.concatenate(images)[: len(conditions)]
 
     def batches(
@@ -316,7 +316,7 @@ def _picture(out: Path, number: int) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    with hosts.together(config_file.given_flags()):
+    with hosts.distributed_run(config_file.given_flags()):
         _main(flags.FLAGS)
 
 

@@ -102,16 +102,16 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     profile = Profile(config, workdir, first)
     pending = None  # metrics of the previous step, fetched while the next one runs
     seconds = config.eval.timeout
-    eval_limit = functools.partial(watchdog.allowing, seconds, f"measuring took over {seconds:g} s (eval.timeout)")
+    eval_limit = functools.partial(watchdog.time_limit, seconds, f"measuring took over {seconds:g} s (eval.timeout)")
     seconds = config.checkpoint.timeout
-    save_limit = functools.partial(watchdog.allowing, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
+    save_limit = functools.partial(watchdog.time_limit, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
 
     def save(train_state: state.TrainState) -> None:
-        with save_limit(), preemption.finishing("a save"):
+        with save_limit(), preemption.defer_interrupt("a save"):
             checkpoints.save(train_state)
 
     def finish() -> None:
-        with save_limit(), preemption.finishing("a save"):
+        with save_limit(), preemption.defer_interrupt("a save"):
             checkpoints.close()
 
     try:
@@ -174,7 +174,7 @@ def _initial_state(
     """
     config, seconds = blueprint.config, blueprint.config.checkpoint.timeout
     read_limit = functools.partial(
-        preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
+        preemption.time_limit, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
     )
     warm_state, warm_report = None, None
     if warm_start.due(config, workdir):
@@ -333,13 +333,13 @@ def _conclude(config: Config, workdir: Path, step: int, *, idle: bool = False) -
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    preemption.leave_when_asked()
+    preemption.exit_on_sigterm()
     values = flags.FLAGS
     if values.config is None or not values.workdir:
         raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")
     config = config_lib.freeze(values.config)
     facts = {"--workdir": values.workdir, **config_fields.flatten(config)}
-    with hosts.together(facts, preemption=True):
+    with hosts.distributed_run(facts, preemption=True):
         train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
 
 

@@ -50,7 +50,7 @@ class Validation:
             for made, params in zip(parts, weights, strict=True):
                 sums = self._step(params, frozen, batch, examples)
                 made.append(multihost_utils.process_allgather(sums, tiled=True))
-                preemption.heed()
+                preemption.raise_if_preempted()
         return [self._summary(made) for made in parts]
 
     @property

@@ -12,7 +12,7 @@ import pytest
 
 from lina_jax import state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, UserError, ending
+from lina_jax.errors import RUN_AGAIN, UserError, exit_message
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
                 UserError, match=r"checkpoint 6 in .* cannot be read \(.*Input/output error\)"
             ) as caught:
                 checkpoints.restore(state.make_blueprint(config, one_device))
-        assert ending(caught.value)[1] == RUN_AGAIN
+        assert exit_message(caught.value)[1] == RUN_AGAIN
     assert checkpoints.steps() == [0, 3, 6]
 
 

@@ -121,7 +121,7 @@ def test_sigterm_does_after_a_run_what_it_did_before():
 def test_ctrl_c_waits_once_for_what_is_being_finished(capfd):
     done = []
     for times in (1, 2):
-        with pytest.raises(KeyboardInterrupt), preemption.finishing("a save"):
+        with pytest.raises(KeyboardInterrupt), preemption.defer_interrupt("a save"):
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
             done.append(times)
@@ -136,11 +136,11 @@ from lina_jax import errors, preemption
 
 def main(argv):
     with preemption.Watchdog(0.2) as watchdog:
-        with watchdog.allowing(0.3, "a save took over 0.3 s"):
+        with watchdog.time_limit(0.3, "a save took over 0.3 s"):
             pass  # the first save
         threading.Event().wait(0.5)  # the first step compiles
         watchdog.restart()
-        with watchdog.allowing(0.0, ""):
+        with watchdog.time_limit(0.0, ""):
             threading.Event().wait(0.5)  # what takes its own time
         print("alive", file=sys.stderr)
         stalled_for_ever()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lina_jax import mesh, metrics, state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
+from lina_jax.errors import RUN_AGAIN, Preempted, UserError, exit_message
 from lina_jax.flops import training_flops
 from lina_jax.train import train
 from lina_jax.workdir import check_config, load_config, write_config
@@ -178,7 +178,7 @@ def test_what_was_due_when_sigterm_came_is_measured_when_the_run_goes_on(name, c
         signal_at(patch, name, call, signal.SIGTERM)
         with pytest.raises(Preempted, match="resume from step 3") as caught:
             train(rarely, tmp_path / "run")
-    assert ending(caught.value)[1] == RUN_AGAIN
+    assert exit_message(caught.value)[1] == RUN_AGAIN
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
     train(config, tmp_path / "run")
     assert measured(tmp_path / "run") == measured(finished[0])
