@@ -116,11 +116,11 @@ def balanced_classes(config: Config) -> Conditions:
 
 def captions_of(records: Records, count: int) -> Conditions:
     """Image i has the caption of the i-th of `count` evenly spaced records; if there are fewer, they repeat."""
-    wanted = records.some(min(count, len(records)))
+    wanted = records.evenly_spaced(min(count, len(records)))
 
     def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        arrays, notes = records.read([wanted[number % len(wanted)] for number in numbers])
-        records.note(notes)
+        arrays, report = records.read([wanted[number % len(wanted)] for number in numbers])
+        records.record(report)
         return {name: np.array(arrays[name]) for name in ("text", "text_length")}
 
     return rows
@@ -219,9 +219,9 @@ def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) ->
         records = data.Records([opened], [column], threads=defaults.threads)
 
         def read(numbers: np.ndarray) -> np.ndarray:
-            arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
-            if notes.bad:  # another record was read instead
-                raise UserError(f"{path}: {notes.bad[0][2]}")
+            arrays, report = records.read([data.RowRef(0, int(number)) for number in numbers])
+            if report.bad:  # another record was read instead
+                raise UserError(f"{path}: {report.bad[0][2]}")
             return np.array(arrays[name])
 
         return read
