@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lina_jax import mesh, state
+from lina_jax import mesh as mesh_lib
+from lina_jax import state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig
 from lina_jax.errors import UserError
@@ -66,9 +67,12 @@ def mean(workdir: Path, last: int) -> Average:
     """The mean of the parameters of the last `last` checkpoints. Raises UserError."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    steps = checkpoints.steps()[-last:] if last > 0 else []
-    if len(steps) != last or last < 1:
-        raise UserError(f"--average={last}: expected 1 to {len(checkpoints.steps())}, the checkpoints in {workdir}")
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"--average={last}: no checkpoint in {workdir}")
+    if not 1 <= last <= len(steps):
+        raise UserError(f"--average={last}: expected 1 to {len(steps)}, the checkpoints in {workdir}")
+    steps = steps[-last:]
     snapshots = [Snapshot(step, 0, ema=False) for step in steps]
     return Average(config, *_combined(config, checkpoints, snapshots, [1 / last] * last), steps)
 
@@ -99,9 +103,9 @@ def _combined(
     config: Config, checkpoints: Checkpoints, snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[Tree, Tree]:
     """(sum of the snapshots times their coefficients, frozen arrays), with at most two models in memory."""
-    plan, total = state.blueprint(config, mesh.holding(config.model)), None
+    blueprint, total = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model)), None
     for snapshot, x in zip(snapshots, map(np.float32, coefficients), strict=True):
-        params, frozen, _ = checkpoints.restore_weights(plan, ema=snapshot.ema, step=snapshot.step)
+        params, frozen, _ = checkpoints.restore_weights(blueprint, ema=snapshot.ema, step=snapshot.step)
         if total is None:
             total = jax.tree.map(lambda array, x=x: x * array, params)
         else:

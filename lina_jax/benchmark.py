@@ -56,7 +56,7 @@ def attention(values: flags.FlagValues) -> Iterator[Row]:
 
 def train(values: flags.FlagValues) -> Iterator[Row]:
     config, told = _config(values)
-    with hosts.together(config_file.given_flags()):
+    with hosts.distributed_run(config_file.given_flags()):
         for row in benchmark_model.train(config, _numbers("batches", values.batches), values.repeats):
             yield told | row
 
@@ -64,7 +64,7 @@ def train(values: flags.FlagValues) -> Iterator[Row]:
 def sample(values: flags.FlagValues) -> Iterator[Row]:
     config, told = _config(values)
     batches = _numbers("batches", values.batches)
-    with hosts.together(config_file.given_flags()):
+    with hosts.distributed_run(config_file.given_flags()):
         for row in benchmark_model.sample(config, batches, values.repeats, autoencoder=values.autoencoder):
             yield told | row
 

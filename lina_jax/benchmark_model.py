@@ -22,13 +22,13 @@ from lina_jax import (
     hlo,
     kernel_check,
     measure,
-    mesh,
     metrics,
     programs,
     roofline,
     state,
     xla_flags,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.measure import Row
@@ -53,35 +53,37 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 
 
 def _train(config: Config, runs: int) -> Row:
-    devices = mesh.of(config)
-    step = Training(config, devices)
+    mesh = mesh_lib.from_config(config)
+    step = Training(config, mesh)
     (timing,) = measure.in_turns({"train": step}, runs).values()
-    if skipped := int(step.run.skipped):
-        raise RuntimeError(f"{skipped} of {int(step.run.step)} steps were skipped: the loss or gradient was not finite")
+    if skipped := int(step.train_state.skipped):
+        raise RuntimeError(
+            f"{skipped} of {int(step.train_state.step)} steps were skipped: the loss or gradient was not finite"
+        )
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
-    row = _named("train", config.model) | _settings(step.config, devices)
+    row = _named("train", config.model) | _settings(step.config, mesh)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
     row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
     row |= measure.efficiency(needed, timing.median, _peak(config))
     most = chunks.max_count(config.batch_size // config.optim.accumulate * config.model.image_tokens)
-    return row | _compiled(step.compiled, devices.size, most) | measure.memory()
+    return row | _compiled(step.compiled, mesh.size, most) | measure.memory()
 
 
 class Training:
     """A state and a batch of noise; each call runs one step and returns arrays to wait for."""
 
-    def __init__(self, config: Config, devices: Mesh):
-        config = kernel_check.settled(config, devices)
-        plan = state.blueprint(config, devices)
-        program, (shapes, batch) = programs.train_step(config, devices)
-        self.config = plan.config
+    def __init__(self, config: Config, mesh: Mesh):
+        config = kernel_check.resolve_kernel(config, mesh)
+        blueprint = state.make_blueprint(config, mesh)
+        program, (shapes, batch) = programs.train_step(config, mesh)
+        self.config = blueprint.config
         self.compiled = programs.compile_program(program, (shapes, batch), {})
-        self.run = plan.start(weights(shapes.params), weights(shapes.frozen))
+        self.train_state = blueprint.init_from_weights(weights(shapes.params), weights(shapes.frozen))
         self._inputs = inputs(batch, config.model), *program.trailing
 
     def __call__(self) -> Tree:
-        self.run, scalars = self.compiled.executable(self.run, *self._inputs)
-        return self.run, scalars
+        self.train_state, scalars = self.compiled.executable(self.train_state, *self._inputs)
+        return self.train_state, scalars
 
 
 def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:
@@ -89,8 +91,7 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 
     Parameters and text features are noise; prompts are not encoded.
     """
-    parts = mesh.batch_parts(mesh.build(config.mesh))
-    default = parts * math.ceil(SAMPLED / parts)
+    default = mesh_lib.round_up_batch(mesh_lib.build(config.mesh), SAMPLED)
     for images in batches or [default]:
         config_checks.check_value("batch_size", images)
         with _that_fits(images):
@@ -98,14 +99,14 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
 
 
 def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
-    devices = _devices(config, images)
-    mesh.check_model(config.model, devices)
-    config = kernel_check.settled(config, devices)
-    resolved = execution.for_inference(config, devices)
-    call, compiled = sampling(config, devices, images, autoencoder=autoencoder)
+    mesh = _mesh_for(config, images)
+    mesh_lib.check_model(config.model, mesh)
+    config = kernel_check.resolve_kernel(config, mesh)
+    resolved = execution.for_inference(config, mesh)
+    call, compiled = sampling(config, mesh, images, autoencoder=autoencoder)
     (timing,) = measure.in_turns({"sample": call}, runs).values()
-    schedule = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
-    row = _named("sample", config.model) | _settings(resolved, devices)
+    schedule = generate.schedule(config)
+    row = _named("sample", config.model) | _settings(resolved, mesh)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
         "euler_steps": config.sample.euler_steps, "guided": schedule.guided,
@@ -113,12 +114,12 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     }  # fmt: skip
     row |= timing.fields() | {"images_per_s": images / timing.median}
     row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))
-    return row | _compiled(compiled, devices.size, float(schedule.euler_steps.mean())) | measure.memory()
+    return row | _compiled(compiled, mesh.size, float(schedule.euler_steps.mean())) | measure.memory()
 
 
-def sampling(config: Config, devices: Mesh, images: int, *, autoencoder: bool) -> tuple[Callable[[], Tree], Compiled]:
+def sampling(config: Config, mesh: Mesh, images: int, *, autoencoder: bool) -> tuple[Callable[[], Tree], Compiled]:
     """(a call that draws `images` images with weights of noise and returns arrays to wait for, its program)."""
-    program, (params, frozen, *rest) = programs.sampling_step(config, devices, images, autoencoder=autoencoder)
+    program, (params, frozen, *rest) = programs.sampling_step(config, mesh, images, autoencoder=autoencoder)
     compiled = programs.compile_program(program, (params, frozen, *rest), {})
     arguments = weights(params), weights(frozen), *inputs(rest, config.model), *map(weights, program.trailing)
     return functools.partial(compiled.executable, *arguments), compiled
@@ -205,10 +206,10 @@ def attention_layer(
     sizes: AttentionSizes, kind: str, batch: int, *, backward: bool
 ) -> tuple[Callable[[], Tree], Compiled]:
     """(a call of one layer, its program); with `backward` it also computes gradients of parameters and inputs."""
-    device, layer = mesh.build(MeshConfig(), jax.devices()[:1]), sizes.layer(kind)
+    mesh, layer = mesh_lib.build(MeshConfig(), jax.devices()[:1]), sizes.layer(kind)
     module = nnx.eval_shape(lambda: Attention(layer, rngs=nnx.Rngs(0)))
     graphdef, variables = nnx.split(module)
-    whole = mesh.sharding(device)
+    whole = mesh_lib.sharding(mesh)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), nnx.to_pure_dict(variables)
     )
@@ -222,8 +223,8 @@ def attention_layer(
         return y, gradients(cotangent)
 
     function, arrays = (both, (x, x)) if backward else (forward, (x,))
-    options = xla_flags.training_options(device.devices.flat[0].platform) if backward else {}
-    compiled = programs.compile_program(Program(jax.jit(function), device), (params, *arrays), options)
+    options = xla_flags.training_options(mesh.devices.flat[0].platform) if backward else {}
+    compiled = programs.compile_program(Program(jax.jit(function), mesh), (params, *arrays), options)
     return functools.partial(compiled.executable, weights(params), *inputs(arrays, sizes.model)), compiled
 
 
@@ -281,11 +282,11 @@ def _named(name: str, model: ModelConfig) -> Row:
     return {"benchmark": name if model.attention == "linear" else f"{name}_{model.attention}"}
 
 
-def _settings(config: Config, devices: Mesh) -> Row:
+def _settings(config: Config, mesh: Mesh) -> Row:
     return measure.machine() | {
-        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "dtype": config.model.dtype,
-        **execution.of(config.model),
+        **execution.choices_of(config.model),
         "attention_kernel": _kernel(config.model.attention_kernel),
     }
 
@@ -297,7 +298,7 @@ def _kernel(asked: str) -> str:
 
 def _shapes(model: ModelConfig) -> Row:
     return {
-        "text_tokens": model.text_tokens if model.condition == "text" else 1,
+        "text_tokens": model.prompt_tokens,
         "condition_tokens": model.condition_tokens,
         "image_tokens": model.image_tokens,
         "width": model.width,
@@ -319,12 +320,12 @@ def _compiled(compiled: Compiled, devices: int, unknown_trips: float = 1.0) -> R
     }
 
 
-def _devices(config: Config, batch: int) -> Mesh:
-    devices = mesh.build(config.mesh)
-    parts = mesh.batch_parts(devices)
+def _mesh_for(config: Config, batch: int) -> Mesh:
+    mesh = mesh_lib.build(config.mesh)
+    parts = mesh_lib.batch_parts(mesh)
     if batch % parts:
         raise UserError(f"batch {batch} is not divisible by {parts}, the batch shards of the mesh (--batches)")
-    return devices
+    return mesh
 
 
 @contextlib.contextmanager

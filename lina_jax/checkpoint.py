@@ -104,29 +104,31 @@ class Checkpoints:
         """ema | raw: which weights `restore_weights` and `restore_some` return."""
         return kind_of_weights(self.directory / str(step), ema=ema)
 
-    def restore(self, plan: Blueprint, step: int | None = None) -> TrainState:
-        """The state at `step`, sharded as `plan` says, whatever mesh it was saved from.
+    def restore(self, blueprint: Blueprint, step: int | None = None) -> TrainState:
+        """The state at `step`, sharded as `blueprint` says, whatever mesh it was saved from.
 
         Without a step, it is the latest state that is not damaged; damaged ones are moved aside, since the run will
         reach their steps again. Imported weights become a fresh state.
         """
 
-        trees = {name: getattr(plan.shapes, name) for name in WEIGHTS} | {"progress": _progress(plan.shapes)}
+        trees = {name: getattr(blueprint.shapes, name) for name in WEIGHTS} | {"progress": _progress(blueprint.shapes)}
         _, items, damaged = self._restore_sound(step, (*trees,), lambda there: {name: trees[name] for name in there})
         if damaged:
             self._move_aside(damaged)
         if "progress" not in items:
-            return plan.start(**items)
+            return blueprint.init_from_weights(**items)
         progress = items.pop("progress")
         return TrainState(**progress, **items)
 
-    def restore_weights(self, plan: Blueprint, *, ema: bool = True, step: int | None = None) -> tuple[Tree, Tree, int]:
+    def restore_weights(
+        self, blueprint: Blueprint, *, ema: bool = True, step: int | None = None
+    ) -> tuple[Tree, Tree, int]:
         """(parameters or their EMA, frozen arrays, step); nothing else is read from disk.
 
         Imported weights have no EMA: their parameters are returned in any case.
         """
 
-        trees = {name: getattr(plan.shapes, name) for name in WEIGHTS}
+        trees = {name: getattr(blueprint.shapes, name) for name in WEIGHTS}
         step, items, _ = self._restore_sound(step, _weights(ema), lambda there: {name: trees[name] for name in there})
         frozen = items.pop("frozen")
         (params,) = items.values()

@@ -80,6 +80,16 @@ class ModelConfig:
         return self.text_words if self.text_encoder == "bytes" else self.text_length
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of what an image is drawn from, in the condition encoder: those of its text, or one for its class."""
+        return self.text_tokens if self.condition == "text" else 1
+
+    @property
+    def reads_text_features(self) -> bool:
+        """Whether the model reads vectors of a frozen text encoder."""
+        return self.condition == "text" and self.text_encoder == "features"
+
+    @property
     def token_dim(self) -> int:
         """Channels of one patchified token, p * p * C."""
         return self.patch_size**2 * self.latent_channels
@@ -209,7 +219,7 @@ class MeshConfig:
     replica: int = 1  # groups of devices between which links are slow (TPU slices, GPU nodes); shards batches
     data: int = -1  # shards batches
     fsdp: int = 1  # shards batches, and also parameters, moments and EMA; 0: chosen (mesh.build)
-    sequence: int = 1  # shards the tokens of each image, by rows; 0: chosen (mesh.of)
+    sequence: int = 1  # shards the tokens of each image, by rows; 0: chosen (mesh.from_config)
     tensor: int = 1  # shards attention heads and hidden units
 
 

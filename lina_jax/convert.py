@@ -37,7 +37,6 @@ from lina_jax import (
     execution,
     export,
     export_program,
-    mesh,
     places,
     published,
     sample,
@@ -45,6 +44,7 @@ from lina_jax import (
     torch_layout,
 )
 from lina_jax import config as config_lib
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
@@ -82,8 +82,8 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
         print(f"assumed, as no file states it: {assumption}", file=sys.stderr)
-    plan = state.blueprint(config, mesh.holding(config.model))
-    params, frozen = flatten_dict(plan.shapes.params), flatten_dict(plan.shapes.frozen)
+    blueprint = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model))
+    params, frozen = flatten_dict(blueprint.shapes.params), flatten_dict(blueprint.shapes.frozen)
     shapes = params | frozen
 
     def place(path, array):
@@ -146,8 +146,8 @@ def check_dtypes(pipeline: published.Pipeline) -> None:
     if len(counts) > 1:
         rare = min(counts, key=counts.get)
         first = next(name for name, dtype in dtypes.items() if dtype == rare)
-        told = ", ".join(f"{count} in {dtype}" for dtype, count in counts.items())
-        raise UserError(f"{pipeline.source}: tensors of several dtypes ({told}; first in {rare}: {first})")
+        summary = ", ".join(f"{count} in {dtype}" for dtype, count in counts.items())
+        raise UserError(f"{pipeline.source}: tensors of several dtypes ({summary}; first in {rare}: {first})")
 
 
 def check_new(flag: str, path: Path) -> None:
@@ -175,14 +175,14 @@ def to_stablehlo(
         raise UserError(f"--platforms={','.join(platforms)}: expected some of {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
     config = sample.drawable_config(workdir, autoencoder, text_encoder)
-    one = mesh.build(MeshConfig(), jax.local_devices()[:1])
-    plan = state.blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
+    one = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
+    blueprint = state.make_blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
     kind = checkpoints.kind(step, ema=ema)
     with places.new_directory(directory) as partial:
         metadata = export.metadata_of(config, step, kind)
-        export_program.write_program(partial, plan, params, frozen, metadata, platforms)
+        export_program.write_program(partial, blueprint, params, frozen, metadata, platforms)
     return step, kind
 
 
@@ -267,8 +267,8 @@ def main(argv: Sequence[str]) -> None:
         case "from_torch":
             given = config_lib.freeze(values.config) if values.config is not None else None
             config = from_torch(target, workdir, given)
-            lacking = sample.cannot_draw(config)
-            print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {lacking}" if lacking else ""))
+            missing = sample.missing_encoder(config)
+            print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {missing}" if missing else ""))
         case "to_torch":
             weights = to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb)
             _report(target, weights.step, weights.kind)

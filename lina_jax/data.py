@@ -29,7 +29,7 @@ from lina_jax.retry import Progress, with_retries
 _MAX_TRIES = 100  # this many bad records in a row mean a broken dataset, not bad luck
 
 
-class Wanted(NamedTuple):
+class RowRef(NamedTuple):
     """One row of a batch: a record of one of the datasets."""
 
     dataset: int
@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
     variant: Variant = Variant()
 
 
-class Notes(NamedTuple):
+class ReadReport(NamedTuple):
     """What happened while a batch was read."""
 
     bad: list[tuple[int, int, str]]  # dataset, index, reason
@@ -59,6 +59,8 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
     ]
     layout = splits[0].layout
     for (path, _), opened in zip(data.datasets, splits, strict=True):
+        if not len(opened):
+            raise UserError(f"{path}: split {split!r} is empty")
         _check_layout(config, path, opened.layout, text_encoder)
         if opened.layout != layout:
             raise UserError(f"{path} and {data.datasets[0][0]}: one holds latents or text features, the other does not")
@@ -101,7 +103,7 @@ def _check_layout(config: Config, path: str, layout: reading.RecordLayout, text_
         )
     if config.data.flip and layout.moments:
         raise UserError("data.flip=True: latents cannot be flipped, only pixels; prepare flipped records instead")
-    if model.condition == "text" and model.text_encoder == "features":
+    if model.reads_text_features:
         if not layout.text_dim and not text_encoder:
             raise UserError(
                 f"{path} holds no text features: set text_encoder.path to the directory of a text encoder, or prepare "
@@ -133,9 +135,6 @@ class Records:
 
         `threads` threads read and decode the batches. A read that takes more than `read_timeout` seconds is retried.
         """
-        for split in splits:
-            if not len(split):
-                raise UserError("a split has no records")
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
         self._short_caption, self._flip = short_caption, flip
@@ -174,11 +173,11 @@ class Records:
     def order(self, seed: int) -> order.Order:
         return order.make([len(split) for split in self._splits], self._weights, seed)
 
-    def some(self, count: int) -> list[Wanted]:
+    def evenly_spaced(self, count: int) -> list[RowRef]:
         """`count` evenly spaced records, split among the datasets by weight; of sorted data, a few of every class."""
         counts = order.apportion(self._weights, count)
         sizes = [len(split) for split in self._splits]
-        return [Wanted(dataset, i * sizes[dataset] // n) for dataset, n in enumerate(counts) for i in range(n)]
+        return [RowRef(dataset, i * sizes[dataset] // n) for dataset, n in enumerate(counts) for i in range(n)]
 
     def variants(self, seed: int, positions: Sequence[int]) -> list[Variant]:
         """Random variant of the example at each position: a function of (seed, position)."""
@@ -186,7 +185,7 @@ class Records:
         flip = order.uniforms(seed, positions, order.FLIPS) < (0.5 if self._flip else 0.0)
         return list(map(Variant, short.tolist(), flip.tolist()))
 
-    def read(self, wanted: Sequence[Wanted], batches: int = 1) -> tuple[Arrays, Notes]:
+    def read(self, wanted: Sequence[RowRef], batches: int = 1) -> tuple[Arrays, ReadReport]:
         """Read the rows of one batch; `batches` such calls run at the same time and share the threads.
 
         Raises PartFailed if storage fails in a way that may pass, and UserError if it fails otherwise or too many bad
@@ -196,30 +195,31 @@ class Records:
         read_rows = functools.partial(self._read_rows, arrays, wanted)
         parts = min(max(1, self.threads // batches), len(wanted))
         if parts == 1:
-            notes = read_rows(range(len(wanted)))
+            reports = read_rows(range(len(wanted)))
         else:
             rows = [range(part * len(wanted) // parts, (part + 1) * len(wanted) // parts) for part in range(parts)]
-            notes = list(itertools.chain.from_iterable(self._pool.map(read_rows, rows)))
-        return arrays, Notes([bad for note in notes for bad in note.bad], sum(note.truncated for note in notes))
+            reports = list(itertools.chain.from_iterable(self._pool.map(read_rows, rows)))
+        bad = [bad for report in reports for bad in report.bad]
+        return arrays, ReadReport(bad, sum(report.truncated for report in reports))
 
-    def note(self, notes: Notes) -> None:
+    def record(self, report: ReadReport) -> None:
         """Count what happened, and name each bad record once."""
-        for dataset, index, reason in notes.bad:
+        for dataset, index, reason in report.bad:
             if (dataset, index) not in self._bad:
                 self._bad.add((dataset, index))
                 logging.warning("skipping a bad record: %s", reason)
-        if notes.truncated and not self._truncated:
+        if report.truncated and not self._truncated:
             logging.warning(
                 "captions longer than the model reads (model.text_length) are truncated; the log counts them"
             )
-        self._truncated += notes.truncated
+        self._truncated += report.truncated
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, "read")
 
-    def _read_rows(self, arrays: Arrays, wanted: Sequence[Wanted], rows: range) -> list[Notes]:
-        finished: dict[int, Notes] = {}
+    def _read_rows(self, arrays: Arrays, wanted: Sequence[RowRef], rows: range) -> list[ReadReport]:
+        finished: dict[int, ReadReport] = {}
 
         def read_rest(progress: Progress) -> None:
             for row in rows:
@@ -234,7 +234,7 @@ class Records:
             raise kind(f"cannot read {error.at}: {error}") from error
         return list(finished.values())
 
-    def _read_row(self, arrays: Arrays, row: int, wanted: Wanted, progress: Progress) -> Notes:
+    def _read_row(self, arrays: Arrays, row: int, wanted: RowRef, progress: Progress) -> ReadReport:
         """Fill one row with the wanted record or its replacement.
 
         A thread that stalled and was given up may wake up here. It writes what its successor wrote, because a row
@@ -252,7 +252,7 @@ class Records:
             finally:
                 progress.check()
             try:
-                return Notes(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
+                return ReadReport(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
             except Exception as error:  # image decoders raise errors of many types
                 bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
         raise UserError(f"{len(bad)} bad records in a row, the last: {bad[-1][2]}")
@@ -262,23 +262,31 @@ class Blocks:
     """One process's rows of each global batch, one block per step, as a random-access source for grain."""
 
     def __init__(
-        self, records: Records, *, global_batch: int, rows: Sequence[int], seed: int, start_step: int, at_once: int = 1
+        self,
+        records: Records,
+        *,
+        global_batch: int,
+        rows: Sequence[int],
+        seed: int,
+        start_step: int,
+        concurrency: int = 1,
     ):
-        """`at_once` blocks will be read at the same time."""
+        """`concurrency` blocks will be read at the same time."""
         self._records, self._order, self._seed = records, records.order(seed), seed
-        self._global_batch, self._rows, self._start_step, self._at_once = global_batch, rows, start_step, at_once
+        self._global_batch, self._rows = global_batch, rows
+        self._start_step, self._concurrency = start_step, concurrency
 
     def __len__(self) -> int:
         return 2**40  # no end
 
-    def __getitem__(self, step: int) -> tuple[Arrays, Notes]:
+    def __getitem__(self, step: int) -> tuple[Arrays, ReadReport]:
         """The block of step start_step + `step`; row r of step s is at position s * global_batch + r."""
         first = (self._start_step + step) * self._global_batch
         positions = [first + row for row in self._rows]
         variants = self._records.variants(self._seed, positions)
         places = [self._order[position] for position in positions]
-        wanted = [Wanted(*place, variant) for place, variant in zip(places, variants, strict=True)]
-        return self._records.read(wanted, self._at_once)
+        wanted = [RowRef(*place, variant) for place, variant in zip(places, variants, strict=True)]
+        return self._records.read(wanted, self._concurrency)
 
 
 def training_batches(
@@ -301,21 +309,21 @@ def training_batches(
     ahead = 1 if workers else prefetch
     # Up to `ahead` blocks at once (each takes memory), ideally one per thread: threads that share a block wait for each
     # other at its end.
-    at_once = min(records.threads, ahead)
+    concurrency = min(records.threads, ahead)
     blocks = Blocks(
         records,
         global_batch=global_batch,
         rows=range(global_batch) if rows is None else rows,
         seed=seed,
         start_step=start_step,
-        at_once=at_once,
+        concurrency=concurrency,
     )
-    batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(at_once, ahead))
+    batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(concurrency, ahead))
     if workers:
         each = max(1, prefetch // workers)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
         batches = batches.mp_prefetch(options, worker_init_fn=_live_as_long_as_the_parent)
-    return _noted(records, iter(batches))
+    return _recording(records, iter(batches))
 
 
 def _live_as_long_as_the_parent(number: int, count: int) -> None:
@@ -331,10 +339,10 @@ def _live_as_long_as_the_parent(number: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _noted(records: Records, batches: Iterator[tuple[Arrays, Notes]]) -> Iterator[Arrays]:
+def _recording(records: Records, batches: Iterator[tuple[Arrays, ReadReport]]) -> Iterator[Arrays]:
     try:
-        for arrays, notes in batches:
-            records.note(notes)
+        for arrays, report in batches:
+            records.record(report)
             yield arrays
     except RuntimeError as error:  # from grain, which names the exit code: negative for a signal
         if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
@@ -346,7 +354,7 @@ def fixed_examples(records: Records, count: int, chosen: Sequence[int] | None = 
     """A fixed set of `count` examples, or the `chosen` ones of it. Raises UserError if the split has fewer."""
     if count > len(records):
         raise UserError(f"{count} examples requested, but the split has only {len(records)}")
-    wanted = records.some(count)
-    arrays, notes = records.read(wanted if chosen is None else [wanted[number] for number in chosen])
-    records.note(notes)
+    wanted = records.evenly_spaced(count)
+    arrays, report = records.read(wanted if chosen is None else [wanted[number] for number in chosen])
+    records.record(report)
     return arrays

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
             checkpoint=values.checkpoint,
             autoencoder=values.autoencoder,
             text_encoder=values.text_encoder,
-            axes=values.mesh,
+            mesh=values.mesh,
         )
         page.serve(page.build(studio), door)
 

@@ -168,7 +168,7 @@ def load_encoders(config: Config, mesh: Mesh) -> Encoders:
         ):
             if wanted != there:
                 raise UserError(f"{name}={wanted}: the autoencoder in {ours.path} has {there}")
-    if config.text_encoder.path and config.model.text_encoder == "features" and config.model.condition == "text":
+    if config.text_encoder.path and config.model.reads_text_features:
         text, weights["text"] = load_text_encoder(
             config.text_encoder.path, length=config.model.text_length, mesh=mesh, dtype=config.model.dtype
         )

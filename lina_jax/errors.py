@@ -60,7 +60,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def ending(error: BaseException) -> tuple[str, int] | None:
+def exit_message(error: BaseException) -> tuple[str, int] | None:
     """(line to print, exit code) for an error; None for a bug."""
     match error:
         case UserError() | OSError() if storage_failed(error):
@@ -112,8 +112,8 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
                 raise UserError(f"unexpected argument {rest[0]!r}: options are given as --name=value")
             main(argv)
         except Exception as error:
-            if known := ending(error):
-                leave(*known)
+            if known := exit_message(error):
+                exit_process(*known)
             raise
         return 0
 
@@ -129,7 +129,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             signal.signal(signal.SIGINT, signal.default_int_handler)
         app.run(guarded, flags_parser=_parse_flags)
     except KeyboardInterrupt as stop:
-        leave(*ending(stop))
+        exit_process(*exit_message(stop))
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -139,10 +139,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except SystemExit:  # absl's help ends with 1
         sys.exit(0)
     except flags.IllegalFlagValueError as error:
-        leave(f"error: {_illegal_value(error)}", 2)
+        exit_process(f"error: {_illegal_value(error)}", 2)
     # Parsing flags evaluates the config file and its overrides, so any mistake can surface here.
     except Exception as error:
-        leave(f"error: {error}", 2)
+        exit_process(f"error: {error}", 2)
 
     # absl's default is INFO, at which libraries log every save at length.
     if flags.FLAGS["verbosity"].using_default_value:
@@ -165,7 +165,7 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     return f"{given}: expected {expected}" if expected else str(error)
 
 
-def leave(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> NoReturn:
+def exit_process(line: str, code: int, farewell: Callable[[], None] = lambda: None) -> NoReturn:
     """Print one line and end the process; if several threads call this, the first one wins.
 
     `farewell` runs in between; anything that is printed to stderr after the line is dropped.

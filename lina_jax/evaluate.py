@@ -76,8 +76,8 @@ def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    preemption.leave_when_asked()
-    with hosts.together(config_file.given_flags()):
+    preemption.exit_on_sigterm()
+    with hosts.distributed_run(config_file.given_flags()):
         _main(flags.FLAGS)
 
 
@@ -205,10 +205,10 @@ class _Run:
         loaded = load_config(workdir)
         self._settings = sample.settings_of_flags(loaded, values)
         draws = values.scenes or values.geneval or values.npz or values.inception or values.report
-        encoders = {"autoencoder": values.autoencoder, "text_encoder": values.text_encoder}
-        lacking = sample.cannot_draw(sample.with_encoders(loaded, **encoders))
-        if lacking and draws:
-            raise UserError(lacking)
+        loaded = sample.with_encoders(loaded, values.autoencoder, values.text_encoder)
+        missing = sample.missing_encoder(loaded)
+        if missing and draws:
+            raise UserError(missing)
         if values.scenes and (loaded.model.condition != "text" or len(set(loaded.model.image_grid)) > 1):
             raise UserError("--scenes: the judge needs a model that draws square pictures from captions")
         if values.geneval and loaded.model.condition != "text":
@@ -216,8 +216,8 @@ class _Run:
         prompts = []
         if values.geneval:
             prompts = geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten, loaded)
-        plan, self._drawing, self._frozen, self.step = sample.load(
-            workdir, ema=not values.raw, step=values.checkpoint, axes=mesh_lib.parse(values.mesh), **encoders
+        blueprint, self._drawing, self._frozen, self.step = sample.load(
+            workdir, loaded, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
         )
         checkpoint = workdir / "checkpoints" / str(self.step)
         self._weights = kind_of_weights(checkpoint, ema=not values.raw)
@@ -227,22 +227,22 @@ class _Run:
             "workdir": str(workdir.resolve()),
             "checkpoint": integrity.fingerprint(checkpoint),
         }
-        config = plan.config
+        config = blueprint.config
         if values.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=values.data))
-        self._plan = dataclasses.replace(plan, config=config)
+        self._blueprint = dataclasses.replace(blueprint, config=config)
         self._geneval = None
         if values.geneval:
             counts = {"seed": values.seed, "images": values.geneval_images}
             self._geneval = geneval.Drawing(
-                self._plan, self._settings, prompts, out / "geneval", **counts, facts=self._origin
+                self._blueprint, self._settings, prompts, out / "geneval", **counts, facts=self._origin
             )
         captioned = config.model.condition == "text" and (values.npz or values.inception)
-        self._network = Network(Path(values.inception).expanduser(), self._plan.mesh) if values.inception else None
-        self._reference = _opened_reference(values, self._network, metrics, out, self._plan)
+        self._network = Network(Path(values.inception).expanduser(), self._blueprint.mesh) if values.inception else None
+        self._reference = _opened_reference(values, self._network, metrics, out, self._blueprint)
         self._records = None
         if values.validation or captioned:
-            self._records = data.open_records(config, config.data.validation_split, self._plan.encoders.text)
+            self._records = data.open_records(config, config.data.validation_split, self._blueprint.encoders.text)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -250,21 +250,21 @@ class _Run:
             "weights": self._weights,
             "sample": dataclasses.asdict(self._settings),
             "seed": self._values.seed,
-            "data": self._plan.config.data.path,
-            "autoencoder": dataclasses.asdict(self._plan.config.autoencoder),
-            "text_encoder": dataclasses.asdict(self._plan.config.text_encoder),
+            "data": self._blueprint.config.data.path,
+            "autoencoder": dataclasses.asdict(self._blueprint.config.autoencoder),
+            "text_encoder": dataclasses.asdict(self._blueprint.config.text_encoder),
         }
 
     def validation(self) -> dict[str, float]:
-        checkpoints = Checkpoints(self._workdir, self._plan.config.checkpoint, create=False)
+        checkpoints = Checkpoints(self._workdir, self._blueprint.config.checkpoint, create=False)
         # Only here must the parameters and their EMA both be in memory.
-        other, _, _ = checkpoints.restore_weights(self._plan, ema=self._values.raw, step=self.step)
+        other, _, _ = checkpoints.restore_weights(self._blueprint, ema=self._values.raw, step=self.step)
         raw, ema = (self._drawing, other) if self._values.raw else (other, self._drawing)
-        return Validation(self._plan, self._records).both(raw, ema, self._frozen)
+        return Validation(self._blueprint, self._records).both(raw, ema, self._frozen)
 
     def scenes(self) -> tuple[dict, np.ndarray, list[str]]:
         count = self._values.scenes
-        sampler = sample.Sampler(self._plan, self._settings, sample.batch_for(self._plan, count))
+        sampler = sample.Sampler(self._blueprint, self._settings, sample.batch_for(self._blueprint, count))
         return scene_scores(sampler, self._drawing, self._frozen, count, self._values.seed)
 
     def geneval(self) -> tuple[dict[str, Any], np.ndarray, list[str]]:
@@ -274,29 +274,29 @@ class _Run:
         values = self._values
         compared = self._reference() if self._reference else None
         source = image_sources.drawn(
-            self._plan, self._settings, self._records, values.number, seed=values.seed, facts=self._origin
+            self._blueprint, self._settings, self._records, values.number, seed=values.seed, facts=self._origin
         )
         source.weights = self._drawing, self._frozen
-        classes = self._plan.config.model.condition == "class"
+        classes = self._blueprint.config.model.condition == "class"
         found = quality.measure(
             source,
             self._network,
             compared,
-            self._plan.mesh,
+            self._blueprint.mesh,
             count=values.number,
             per_device=values.per_device,
             wanted=self._metrics,
             work=self._out / _WORK / "samples",
             npz=Path(values.npz).expanduser() if values.npz else None,
-            labels=np.arange(values.number) % self._plan.config.model.num_classes if classes else None,
+            labels=np.arange(values.number) % self._blueprint.config.model.num_classes if classes else None,
         )
         return found, dict(compared.facts) if compared else None
 
     def captions(self, count: int) -> list[str]:
         """Captions or class names of the first `count` images measured; empty if the model reads features."""
-        if self._plan.config.model.condition == "class":
-            return report.conditions_of(self._plan.config, count)[1]
-        if self._plan.config.model.text_encoder != "bytes":
+        if self._blueprint.config.model.condition == "class":
+            return report.conditions_of(self._blueprint.config, count)[1]
+        if self._blueprint.config.model.text_encoder != "bytes":
             return [""] * count
         rows = image_sources.captions_of(self._records, self._values.number)(np.arange(count))
         pairs = zip(rows["text"], rows["text_length"], strict=True)
@@ -304,12 +304,12 @@ class _Run:
 
     def rows(self) -> list[report.Rows]:
         """The images that every report shows."""
-        drawing = self._plan, self._settings, self._drawing, self._frozen, self._values.seed
+        drawing = self._blueprint, self._settings, self._drawing, self._frozen, self._values.seed
         return [report.draw_samples(*drawing), report.decode_strips(*drawing)]
 
 
 def _opened_reference(
-    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, plan: Blueprint | None
+    values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, blueprint: Blueprint | None
 ) -> Callable[[], reference.Reference] | None:
     """The result of `reference.opened` for --reference; None without that flag. Raises UserError."""
     if not values.reference:
@@ -323,7 +323,7 @@ def _opened_reference(
         split=values.reference_split,
         count=values.reference_number,
         out=out / "reference.npz",
-        plan=plan,
+        blueprint=blueprint,
     )
 
 
@@ -345,7 +345,7 @@ class _Files:
             named = f"--samples_from={values.samples_from}: {count} images"
             reference.check_count(named, count, Path(values.reference).expanduser())
         self._count = count
-        self._reference = _opened_reference(values, self._network, metrics, out, plan=None)
+        self._reference = _opened_reference(values, self._network, metrics, out, blueprint=None)
 
     def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
         """The quality of the images (None in processes other than 0); the reference's facts, if any."""

@@ -28,14 +28,14 @@ KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # share of the memory that an estimate may fill; compilers need some room
 
 
-def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
+def resolve(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     """The config with a choice for each of FIELDS that it leaves open, for the devices of a mesh.
 
     `encoders`: bytes per device of frozen encoders. GPUs keep as many activations for the backward pass as are
     estimated to fit. TPUs, and GPUs whose memory is unknown, keep the results of matmuls. CPUs keep everything.
     """
     platform = mesh.devices.flat[0].platform
-    config = _filled(config, **ways(config.model, platform)[0])
+    config = _filled(config, **scan_and_kernel_options(config.model, platform)[0])
     memory = _memory(mesh) if platform == "gpu" else 0.0
     if not memory:
         return _filled(config, remat="none" if platform == "cpu" else "dots")
@@ -47,16 +47,16 @@ def resolved(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
 
 
 def for_inference(config: Config, mesh: Mesh) -> Config:
-    """`resolved`, but GPUs also scan layers: unrolled, sampling takes 2 % less time, compiling five times as long."""
-    return _filled(_filled(config, scan_layers=True), **of(resolved(config, mesh).model))
+    """`resolve`, but GPUs also scan layers: unrolled, sampling takes 2 % less time, compiling five times as long."""
+    return resolve(_filled(config, scan_layers=True), mesh)
 
 
 def for_all_platforms(config: Config) -> Config:
     """The config with the choices for a program that runs on any platform."""
-    return _filled(config, remat="none", **ways(config.model, "cpu")[0])
+    return _filled(config, remat="none", **scan_and_kernel_options(config.model, "cpu")[0])
 
 
-def ways(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
+def scan_and_kernel_options(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
     """Choices of scan_layers and attention_kernel for a platform, the best first, which keep what the model sets."""
     channels = model.width // model.heads
     # More float32 channels exceed the shared memory of an A100.
@@ -76,7 +76,7 @@ def described(remat: str, scan_layers: bool, attention_kernel: str) -> str:
     return f"remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}, attention kernel {attention_kernel}"
 
 
-def of(model: Any) -> dict[str, Any]:
+def choices_of(model: Any) -> dict[str, Any]:
     """{name: value} of FIELDS of a model, or of anything that has them."""
     return {name: getattr(model, name) for name in FIELDS}
 
@@ -99,7 +99,7 @@ def activation_bytes(config: Config, images: float) -> float:
     """
     model, size = config.model, jnp.dtype(config.model.dtype).itemsize
     condition, image = model.condition_tokens, model.image_tokens
-    text = model.text_tokens if model.condition == "text" else 1
+    text = model.prompt_tokens
     visible, (encoders, decoders) = max_visible(config.loss, image), model.halves
     stacks = (
         (model.condition_depth, text + condition),

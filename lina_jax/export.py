@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lina_jax import mesh, places, published_names, state, torch_layout
+from lina_jax import mesh as mesh_lib
+from lina_jax import places, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
@@ -48,15 +49,15 @@ def load(workdir: Path, *, ema: bool = True, step: int | None = None) -> Weights
     """The weights of a checkpoint, EMA by default; imported weights are returned whatever `ema` is."""
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    plan = state.blueprint(config, mesh.holding(config.model))
-    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
+    blueprint = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model))
+    params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
     return Weights(config, flatten_dict(params) | flatten_dict(frozen), step, checkpoints.kind(step, ema=ema))
 
 
 def check_publishable(workdir: Path) -> None:
     """Raises UserError listing everything in a workdir's model that the published code does not support."""
     config = load_config(workdir)
-    shapes = state.blueprint(config, mesh.holding(config.model)).shapes
+    shapes = state.make_blueprint(config, mesh_lib.mesh_for_weights(config.model)).shapes
     table = list(torch_layout.entries(config.model))
     problems = list(published_names.unpublishable(config.model))
     problems += [

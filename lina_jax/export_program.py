@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from safetensors.numpy import save_file
 
-from lina_jax import mesh
+from lina_jax import mesh as mesh_lib
 from lina_jax.generate import make_sampler
 from lina_jax.state import Blueprint, Tree
 
@@ -21,16 +21,21 @@ PROGRAM, WEIGHTS, ARGUMENTS = "sample.stablehlo", "weights.safetensors", "argume
 
 
 def write_program(
-    directory: Path, plan: Blueprint, params: Tree, frozen: Tree, metadata: dict[str, str], platforms: Sequence[str]
+    directory: Path,
+    blueprint: Blueprint,
+    params: Tree,
+    frozen: Tree,
+    metadata: dict[str, str],
+    platforms: Sequence[str],
 ) -> None:
     """Write sample.stablehlo, weights.safetensors and arguments.json into a directory.
 
     The program is (weights, condition, image numbers (b,) int32, seed () int32) -> uint8 images (b, H, W, 3) for any b;
     `weights` are the arrays of the file by name. The config's sampling settings are compiled in.
     """
-    trees = {"params": params, "frozen": frozen, "encoders": plan.encoders.weights}
+    trees = {"params": params, "frozen": frozen, "encoders": blueprint.encoders.weights}
     arrays = {"/".join(path): np.asarray(array) for path, array in flatten_dict(trees).items()}
-    sampler = make_sampler(plan, plan.config.sample)
+    sampler = make_sampler(blueprint, blueprint.config.sample)
 
     def program(weights, condition, images, seed):
         trees = {"params": {}, "frozen": {}, "encoders": {}}
@@ -39,9 +44,9 @@ def write_program(
 
     (batch,) = export.symbolic_shape("b")
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
-    condition = _condition(plan, batch)
+    condition = _condition(blueprint, batch)
     arguments = (shapes, condition, _int32(batch), _int32())
-    with jax.set_mesh(plan.mesh), mesh.portable(True):
+    with jax.set_mesh(blueprint.mesh), mesh_lib.portable(True):
         exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
     (directory / PROGRAM).write_bytes(exported.serialize())
     save_file(arrays, directory / WEIGHTS, metadata)
@@ -51,14 +56,14 @@ def write_program(
         "images": ["int32", ["b"]],
         "seed": ["int32", []],
         "platforms": list(platforms),
-        "sample": dataclasses.asdict(plan.config.sample),
+        "sample": dataclasses.asdict(blueprint.config.sample),
     }
     (directory / ARGUMENTS).write_text(json.dumps(told, indent=2) + "\n")
 
 
-def _condition(plan: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:
+def _condition(blueprint: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:
     """Abstract class numbers, or texts (bytes, or token ids of the text encoder) with their lengths."""
-    model = plan.config.model
+    model = blueprint.config.model
     if model.condition == "class":
         return {"label": _int32(batch)}
     text = _int32(batch, model.text_length)

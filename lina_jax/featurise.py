@@ -151,7 +151,7 @@ def chunks(
     with progress.bar(count, done=first, name=name) as bar:
         for rows, features, images in _batches(source, network, mesh, per_device, range(first, count), kept):
             bar.update(rows)
-            preemption.heed()
+            preemption.raise_if_preempted()
             if not leader:
                 continue
             waiting = Chunk(

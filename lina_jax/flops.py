@@ -51,7 +51,7 @@ def head_flops(model: ModelConfig) -> int:
 
 def condition_flops(model: ModelConfig) -> int:
     """Encoding the condition of one image."""
-    text = model.text_tokens if model.condition == "text" else 1
+    text = model.prompt_tokens
     total = stack_flops(model, 0, model.condition_depth, text + model.condition_tokens)
     if model.condition == "text":
         total += 2 * text * model.text_dim * model.width

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lina_jax.config import ModelConfig, SampleConfig
+from lina_jax.config import Config, ModelConfig, SampleConfig
 from lina_jax.mesh import constrain
 from lina_jax.models import flow, vae
 from lina_jax.models.draws import root_key
@@ -19,13 +19,13 @@ from lina_jax.state import Blueprint, Program, Tree
 
 
 class StepInputs(NamedTuple):
-    """The values of a decoding step, or of several steps along a first axis."""
+    """The values of one decoding step, or of K steps along a first axis."""
 
-    visible: np.ndarray | jax.Array  # number of tokens that exist before it
-    predicted: np.ndarray | jax.Array  # number of tokens that it draws
-    guidance: np.ndarray | jax.Array  # at least 1, which means none
-    euler_steps: np.ndarray | jax.Array
-    sigmas: np.ndarray | jax.Array  # (E + 1,) noise levels of its Euler steps
+    visible: np.ndarray | jax.Array  # () or (K,) number of tokens that exist before it
+    predicted: np.ndarray | jax.Array  # () or (K,) number of tokens that it draws
+    guidance: np.ndarray | jax.Array  # () or (K,), at least 1, which means none
+    euler_steps: np.ndarray | jax.Array  # () or (K,)
+    sigmas: np.ndarray | jax.Array  # (E + 1,) or (K, E + 1) noise levels of its Euler steps
 
 
 class StepShape(NamedTuple):
@@ -68,24 +68,25 @@ class Schedule:
         )
 
 
-def schedule(config: SampleConfig, tokens: int, shift: float) -> Schedule:
-    """The schedule for images of `tokens` tokens and noise levels of this `shift`, without steps that draw none."""
-    predicted = flow.cosine_schedule(tokens, config.steps)
+def schedule(config: Config, sample: SampleConfig | None = None) -> Schedule:
+    """The schedule of a model's images, without steps that draw none; `sample`: settings to use, not the config's."""
+    sample = sample or config.sample
+    predicted = flow.cosine_schedule(config.model.image_tokens, sample.steps)
     predicted = predicted[predicted > 0]
     steps = len(predicted)
-    euler = flow.annealed_steps(config.annealing, steps, config.euler_steps, config.annealing_min)
+    euler = flow.annealed_steps(sample.annealing, steps, sample.euler_steps, sample.annealing_min)
     sigmas = np.zeros((steps, int(euler.max()) + 1), np.float32)
     for row, count in zip(sigmas, euler, strict=True):
-        row[: count + 1] = flow.euler_sigmas(count, shift)
-    groups = np.array_split(np.arange(steps), min(config.stages, steps))
+        row[: count + 1] = flow.euler_sigmas(count, config.loss.shift)
+    groups = np.array_split(np.arange(steps), min(sample.stages, steps))
     return Schedule(
         visible=np.cumsum(predicted) - predicted,
         predicted=predicted,
-        guidance=flow.guidance_schedule(config.guidance_schedule, config.guidance_min, config.guidance, steps),
+        guidance=flow.guidance_schedule(sample.guidance_schedule, sample.guidance_min, sample.guidance, steps),
         euler_steps=euler,
         sigmas=sigmas,
         stages=tuple(slice(int(g[0]), int(g[-1]) + 1) for g in groups),
-        temperature=config.temperature,
+        temperature=sample.temperature,
     )
 
 
@@ -109,10 +110,12 @@ def prepare(model: LINA, condition: Condition, order: jax.Array, noise: jax.Arra
     return DecodingInputs(cond, order, jnp.argsort(order, axis=1), noise)
 
 
-def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepInputs, shape: StepShape) -> jax.Array:
+def advance(
+    model: LINA, tokens: jax.Array, decoding_inputs: DecodingInputs, inputs: StepInputs, shape: StepShape
+) -> jax.Array:
     """Tokens (B, N, p*p*C) after one more step; those not drawn yet are zero."""
-    cond, order, rank, noise = fixed
-    count, predicted, guidance, euler, sigmas = inputs
+    cond, order, rank, noise = decoding_inputs
+    num_visible, predicted, guidance, euler, sigmas = inputs
     copies = 2 if shape.guided else 1
 
     def both(x):
@@ -120,8 +123,8 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
 
     # Slices of the order may run past its end; the padding there is never used.
     padded = jnp.pad(order, ((0, 0), (0, shape.predicted)))
-    ids = jax.lax.dynamic_slice_in_dim(padded, count, shape.predicted, axis=1)
-    z = model.encode_image(both(tokens), both(rank >= count), shape.visible, cond, token_ids=both(ids))
+    ids = jax.lax.dynamic_slice_in_dim(padded, num_visible, shape.predicted, axis=1)
+    z = model.encode_image(both(tokens), both(rank >= num_visible), shape.visible, cond, token_ids=both(ids))
     z = model.head.embed.condition(z)
     times = model.head.embed.time(flow.TRAIN_TIMESTEPS * sigmas[:-1]).astype(model.dtype)
 
@@ -133,11 +136,11 @@ def advance(model: LINA, tokens: jax.Array, fixed: DecodingInputs, inputs: StepI
         return flow.euler_step(x, velocity, sigmas[j], sigmas[j + 1])
 
     # A known number of trips, where there is one: GPUs would ask their host before each trip.
-    made = jax.lax.fori_loop(0, shape.euler_steps or euler, euler_step, gather_tokens(noise, ids))
+    denoised = jax.lax.fori_loop(0, shape.euler_steps or euler, euler_step, gather_tokens(noise, ids))
     # A gather: for a scatter, XLA's partitioner would collect the images of all devices.
-    place = rank - count
-    fresh = (place >= 0) & (place < predicted)
-    return jnp.where(fresh[..., None], gather_tokens(made, jnp.clip(place, 0, shape.predicted - 1)), tokens)
+    offset = rank - num_visible
+    drawn_now = (offset >= 0) & (offset < predicted)
+    return jnp.where(drawn_now[..., None], gather_tokens(denoised, jnp.clip(offset, 0, shape.predicted - 1)), tokens)
 
 
 def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, steps: Schedule) -> jax.Array:
@@ -145,11 +148,11 @@ def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array
 
     After step i, but the last, the image is where(argsort(order) < visible[i + 1], tokens, 0).
     """
-    fixed = prepare(model, condition, order, steps.temperature * noise, guided=steps.guided)
+    decoding_inputs = prepare(model, condition, order, steps.temperature * noise, guided=steps.guided)
     tokens = jnp.zeros_like(noise)
 
     def step(shape, tokens, inputs):
-        return advance(model, tokens, fixed, inputs, shape), None
+        return advance(model, tokens, decoding_inputs, inputs, shape), None
 
     for stage in steps.stages:
         inputs = jax.tree.map(jnp.asarray, steps.inputs(stage))
@@ -169,28 +172,34 @@ def image_draws(seed: jax.Array, images: jax.Array, config: ModelConfig) -> tupl
     return constrain(order, "batch", None), constrain(noise, "batch", None, None)
 
 
-def to_pixels(tokens: jax.Array, plan: Blueprint, weights: Tree) -> jax.Array:
+def _sampling_inputs(
+    blueprint: Blueprint, weights: Tree, condition: Condition, images: jax.Array, seed: jax.Array
+) -> tuple[Condition, jax.Array, jax.Array]:
+    """The condition that the model reads, decoding order and noise of image numbers (B,)."""
+    order, noise = image_draws(seed, images, blueprint.config.model)
+    return blueprint.condition(weights, condition), order, noise
+
+
+def to_pixels(tokens: jax.Array, blueprint: Blueprint, weights: Tree) -> jax.Array:
     """Tokens (B, N, p*p*C) -> uint8 images (B, H, W, 3): decoded, scaled, clamped, truncated."""
-    model = plan.config.model
+    model = blueprint.config.model
     latents = unpatchify(tokens.astype(jnp.float32), model.image_grid, model.patch_size)
-    return vae.to_uint8(plan.encoders.pixels(weights, latents))
+    return vae.to_uint8(blueprint.encoders.pixels(weights, latents))
 
 
-def make_sampler(plan: Blueprint, sample: SampleConfig) -> Program:
+def make_sampler(blueprint: Blueprint, sample: SampleConfig) -> Program:
     """The jitted program (params, frozen, condition, image numbers (B,), seed ()) -> uint8 images (B, H, W, 3).
 
-    The condition is as in a training batch; if the plan has a frozen text encoder, `text` may be token ids.
+    The condition is as in a training batch; if the blueprint has a frozen text encoder, `text` may be token ids.
     """
-    config = plan.config
-    steps = schedule(sample, config.model.image_tokens, config.loss.shift)
+    steps = schedule(blueprint.config, sample)
 
     def program(params, frozen, condition, images, seed, weights):
-        order, noise = image_draws(seed, images, config.model)
-        condition = plan.condition(weights, condition)
-        model = plan.inference(plan.sampling_params(params, frozen), frozen)
-        return to_pixels(decode(model, condition, order, noise, steps), plan, weights)
+        condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+        model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
+        return to_pixels(decode(model, condition, order, noise, steps), blueprint, weights)
 
-    return plan.jit(program, plan.encoders.weights)
+    return blueprint.jit(program, blueprint.encoders.weights)
 
 
 class DecodingState(NamedTuple):
@@ -209,59 +218,58 @@ class Stepper:
     were bit-identical to those of `make_sampler`, and the time was within a tenth of its time (1, 4 and 36 images).
     """
 
-    def __init__(self, plan: Blueprint):
-        config, weights = plan.config, plan.encoders.weights
+    def __init__(self, blueprint: Blueprint):
+        weights = blueprint.encoders.weights
 
         def begin(guided, params, frozen, condition, images, seed, temperature, weights):
-            order, noise = image_draws(seed, images, config.model)
-            condition = plan.condition(weights, condition)
-            fixed = prepare(plan.inference(params, frozen), condition, order, temperature * noise, guided=guided)
-            return constrain(jnp.zeros_like(noise), "batch", None, None), fixed, plan.sampling_params(params, frozen)
+            condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+            model, tokens = blueprint.inference(params, frozen), constrain(jnp.zeros_like(noise), "batch", None, None)
+            decoding_inputs = prepare(model, condition, order, temperature * noise, guided=guided)
+            return tokens, decoding_inputs, blueprint.sampling_params(params, frozen)
 
-        def step(shape, params, frozen, tokens, fixed, inputs):
-            tokens = advance(plan.inference(params, frozen), tokens, fixed, inputs, shape)
+        def step(shape, params, frozen, tokens, decoding_inputs, inputs):
+            tokens = advance(blueprint.inference(params, frozen), tokens, decoding_inputs, inputs, shape)
             return constrain(tokens, "batch", None, None)
 
-        self._config = config
-        self._begin = plan.jit(begin, weights, static_argnums=0)
-        self._step = plan.jit(step, static_argnums=0)
-        self._pixels = plan.jit(lambda tokens, weights: to_pixels(tokens, plan, weights), weights)
+        self._config = blueprint.config
+        self._begin = blueprint.jit(begin, weights, static_argnums=0)
+        self._step = blueprint.jit(step, static_argnums=0)
+        self._pixels = blueprint.jit(lambda tokens, weights: to_pixels(tokens, blueprint, weights), weights)
 
     def schedule(self, sample: SampleConfig) -> Schedule:
-        return schedule(sample, self._config.model.image_tokens, self._config.loss.shift)
+        return schedule(self._config, sample)
 
     def __call__(
         self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, steps: Schedule
     ) -> Iterator[DecodingState]:
         """The states of the images with these numbers (B,), one per step; the last holds the finished images."""
         which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
-        tokens, fixed, params = self._begin(steps.guided, params, frozen, condition, *which)
+        tokens, decoding_inputs, params = self._begin(steps.guided, params, frozen, condition, *which)
         for stage in steps.stages:
             shape = steps.shape(stage)
             for i in range(stage.start, stage.stop):
-                tokens = self._step(shape, params, frozen, tokens, fixed, steps.inputs(i))
-                yield DecodingState(i + 1, tokens, fixed.rank)
+                tokens = self._step(shape, params, frozen, tokens, decoding_inputs, steps.inputs(i))
+                yield DecodingState(i + 1, tokens, decoding_inputs.rank)
 
     def pixels(self, state: DecodingState) -> jax.Array:
         """uint8 images (B, H, W, 3)."""
         return self._pixels(state.tokens)
 
 
-def make_strips(plan: Blueprint, sample: SampleConfig, shown: int) -> Program:
+def make_progress_strips(blueprint: Blueprint, sample: SampleConfig, shown: int) -> Program:
     """A program like that of `make_sampler` -> uint8 images (S, B, H, W, 3) of the pictures as they form.
 
     S is at most `shown`: the first step, evenly spaced ones, and the last. Tokens not drawn yet are zero.
     """
-    config = plan.config
-    steps = schedule(sample, config.model.image_tokens, config.loss.shift)
+    steps = schedule(blueprint.config, sample)
     at = np.unique(np.linspace(0, len(steps.predicted) - 1, shown).round().astype(int))
-    made = jnp.asarray((steps.visible + steps.predicted)[at])
+    counts = jnp.asarray((steps.visible + steps.predicted)[at])
 
     def program(params, frozen, condition, images, seed, weights):
-        order, noise = image_draws(seed, images, config.model)
-        condition = plan.condition(weights, condition)
-        tokens = decode(plan.inference(plan.sampling_params(params, frozen), frozen), condition, order, noise, steps)
+        condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
+        model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
+        tokens = decode(model, condition, order, noise, steps)
         rank = jnp.argsort(order, axis=1)[..., None]
-        return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), plan, weights), made)
+        return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), blueprint, weights), counts)
 
-    return plan.jit(program, plan.encoders.weights)
+    return blueprint.jit(program, blueprint.encoders.weights)

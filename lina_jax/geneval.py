@@ -91,7 +91,7 @@ class Drawing:
 
     def __init__(
         self,
-        plan: Blueprint,
+        blueprint: Blueprint,
         settings: SampleConfig,
         prompts: Sequence[Prompt],
         out: Path,
@@ -104,11 +104,11 @@ class Drawing:
 
         Raises UserError if `out` holds images of other weights or settings, or files of another origin.
         """
-        self._plan, self._prompts, self._out, self._images = plan, prompts, out, images
+        self._blueprint, self._prompts, self._out, self._images = blueprint, prompts, out, images
         self._texts = [prompt.text for prompt in prompts for _ in range(images)]
-        conditions = image_sources.prompts(plan, self._texts)
+        conditions = image_sources.prompts(blueprint, self._texts)
         facts = {**facts, "images": images}
-        self._source = image_sources.Drawn(plan, settings, conditions, len(self._texts), seed, facts)
+        self._source = image_sources.Drawn(blueprint, settings, conditions, len(self._texts), seed, facts)
         told = {**self._source.facts, "prompts": [prompt.text for prompt in prompts]}
         self._facts, self._about = json.loads(json.dumps(told)), out / "settings.json"
         if jax.process_index() == 0:
@@ -129,7 +129,7 @@ class Drawing:
         # Here the others also wait while process 0 looks for thousands of files.
         hosts.check_shared(str(self._about), lambda: "there" if self._about.exists() else "absent")
         absent = np.flatnonzero(multihost_utils.broadcast_one_to_all(absent))
-        size = per_device * mesh_lib.batch_parts(self._plan.mesh)
+        size = per_device * mesh_lib.batch_parts(self._blueprint.mesh)
         with (
             progress.bar(count, done=count - len(absent), name="GenEval") as bar,
             ThreadPoolExecutor(cpus()) as pool,

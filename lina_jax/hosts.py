@@ -1,7 +1,7 @@
 """Several processes in one run: they start together, agree on what they run, and end together.
 
-Entry points work within `together()`. If flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the process
-is one of several, it starts jax.distributed; a single process just runs. docs/many_hosts.md is for users.
+Entry points work within `distributed_run()`. If flags or the environment (TPU pod, GKE, SLURM, Open MPI) say that the
+process is one of several, it starts jax.distributed; a single process just runs. docs/many_hosts.md is for users.
 """
 
 import _thread
@@ -50,7 +50,7 @@ def define_flags() -> None:
 
 
 @contextlib.contextmanager
-def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[None]:
+def distributed_run(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[None]:
     """The context in which each process of a run does an entry point's work.
 
     All processes must agree on `facts` (name: value). An error in one of them ends all, with its line and its exit
@@ -76,7 +76,7 @@ def together(facts: Mapping[str, Any], *, preemption: bool = False) -> Iterator[
             preempted = error
         barrier("end")  # one process may work alone for long; JAX itself waits only five minutes
     except BaseException as error:
-        if not errors.ending(error):
+        if not errors.exit_message(error):
             traceback.print_exc()
         if reason := _runtime_failure(error):
             # Collectives fail at once when a process is gone. By the end of this time, `_follow` or `_aborted` knows
@@ -241,7 +241,7 @@ def _aborted(signum: int) -> None:
     if _said is not None:  # the others have left already
         os._exit(_said)
     faulthandler.dump_traceback()
-    errors.leave(
+    errors.exit_process(
         "error: JAX's runtime ended this process, as it does when another process is gone (the reason is above); "
         "run the same command again",
         RUN_AGAIN,
@@ -250,7 +250,7 @@ def _aborted(signum: int) -> None:
 
 def _end_all(cluster: Cluster, error: BaseException) -> None:
     """Report to the others why this process ends, and end it."""
-    line, code = errors.ending(error) or (f"error: {type(error).__name__}: {error}", 1)
+    line, code = errors.exit_message(error) or (f"error: {type(error).__name__}: {error}", 1)
     client = distributed.global_state.client
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the store is gone
         client.key_value_set(_END, json.dumps([cluster.process_id, line, code]))
@@ -284,7 +284,7 @@ def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
             while len(client.key_value_dir_get(_SEEN)) < cluster.processes and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    errors.leave(line, code, farewell)
+    errors.exit_process(line, code, farewell)
 
 
 def _code() -> str:

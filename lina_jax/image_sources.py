@@ -51,20 +51,26 @@ class Drawn:
     """Images drawn by a model: image i is a function of (weights, condition i, seed, i)."""
 
     def __init__(
-        self, plan: Blueprint, settings: SampleConfig, conditions: Conditions, count: int, seed: int, facts: Mapping
+        self,
+        blueprint: Blueprint,
+        settings: SampleConfig,
+        conditions: Conditions,
+        count: int,
+        seed: int,
+        facts: Mapping,
     ):
         """`facts` identify weights and conditions. Set `weights` (parameters, frozen) before the first batch."""
-        self.count, self._seed, self._plan, self._conditions = count, seed, plan, conditions
-        self._program = generate.make_sampler(plan, settings)
+        self.count, self._seed, self._blueprint, self._conditions = count, seed, blueprint, conditions
+        self._program = generate.make_sampler(blueprint, settings)
         # A workdir and a step alone do not say which autoencoder decodes, or how.
-        made_by = {name: dataclasses.asdict(getattr(plan.config, name)) for name in PIXELS}
+        made_by = {name: dataclasses.asdict(getattr(blueprint.config, name)) for name in PIXELS}
         made_by["model"] = {k: v for k, v in made_by["model"].items() if k not in execution.FIELDS}
-        self.facts = {"seed": seed, "sample": vars(settings), "shift": plan.config.loss.shift, **made_by, **facts}
+        self.facts = {"seed": seed, "sample": vars(settings), "shift": blueprint.config.loss.shift, **made_by, **facts}
         self.weights: tuple[Tree, Tree] = ({}, {})
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
         numbers = numbers.astype(np.int32)
-        rows = placed(self._plan.mesh, numbers, lambda part: {**self._conditions(part), "number": part})
+        rows = placed(self._blueprint.mesh, numbers, lambda part: {**self._conditions(part), "number": part})
         number = rows.pop("number")
         return self._program(*self.weights, rows, number, np.int32(self._seed))
 
@@ -99,8 +105,8 @@ def placed(
     mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
     """The arrays that `read` returns for numbers (B,), sharded by row over the mesh. Each process reads its rows."""
-    rows = mesh_lib.rows_here(mesh, len(numbers))
-    return mesh_lib.placed(mesh, len(numbers), rows, read(numbers[rows]))
+    rows = mesh_lib.local_rows(mesh, len(numbers))
+    return mesh_lib.make_global_batch(mesh, len(numbers), rows, read(numbers[rows]))
 
 
 def balanced_classes(config: Config) -> Conditions:
@@ -110,50 +116,56 @@ def balanced_classes(config: Config) -> Conditions:
 
 def captions_of(records: Records, count: int) -> Conditions:
     """Image i has the caption of the i-th of `count` evenly spaced records; if there are fewer, they repeat."""
-    wanted = records.some(min(count, len(records)))
+    wanted = records.evenly_spaced(min(count, len(records)))
 
     def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        arrays, notes = records.read([wanted[number % len(wanted)] for number in numbers])
-        records.note(notes)
+        arrays, report = records.read([wanted[number % len(wanted)] for number in numbers])
+        records.record(report)
         return {name: np.array(arrays[name]) for name in ("text", "text_length")}
 
     return rows
 
 
-def prompts(plan: Blueprint, texts: Sequence[str]) -> Conditions:
+def prompts(blueprint: Blueprint, texts: Sequence[str]) -> Conditions:
     """Image i has text i."""
     return lambda numbers: sample.encode_conditions(
-        plan.config, [texts[number] for number in numbers], plan.encoders.text
+        blueprint.config, [texts[number] for number in numbers], blueprint.encoders.text
     )
 
 
 def drawn(
-    plan: Blueprint, settings: SampleConfig, records: Records | None, count: int, *, seed: int, facts: Mapping[str, Any]
+    blueprint: Blueprint,
+    settings: SampleConfig,
+    records: Records | None,
+    count: int,
+    *,
+    seed: int,
+    facts: Mapping[str, Any],
 ) -> Drawn:
     """Images that a model draws: of all classes in turn, or of the captions of `records`.
 
     Raises UserError for a text-to-image model without records.
     """
-    if plan.config.model.condition == "class":
-        conditions = balanced_classes(plan.config)
+    if blueprint.config.model.condition == "class":
+        conditions = balanced_classes(blueprint.config)
     elif records is None:
         raise UserError("a text-to-image model draws from the captions of a dataset: give --data=DIR")
     else:
         conditions = captions_of(records, count)
         facts = {**facts, "captions": records.manifest, "mixture": records.mixture}
-    return Drawn(plan, settings, conditions, count, seed, facts)
+    return Drawn(blueprint, settings, conditions, count, seed, facts)
 
 
 def open_images(
-    path: Path, mesh: Mesh, split: str = "train", plan: Blueprint | None = None, *, in_order: bool = True
+    path: Path, mesh: Mesh, split: str = "train", blueprint: Blueprint | None = None, *, in_order: bool = True
 ) -> Read:
     """Open a folder of images, an npz file (arr_0), or a split of a prepared dataset.
 
     `in_order` concerns npz files, which ADM's suite reads in their own order; all else is shuffled. The autoencoder of
-    `plan` decodes the means of latents. Raises UserError for anything else; reading raises it if sizes differ.
+    `blueprint` decodes the means of latents. Raises UserError for anything else; reading raises it if sizes differ.
     """
     if path.is_dir() and (path / "features.json").is_file():
-        return _dataset(path, mesh, split, plan)
+        return _dataset(path, mesh, split, blueprint)
     if path.is_dir():
         return _folder(path, mesh)
     if path.is_file() and path.suffix == ".npz":
@@ -198,7 +210,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
     return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
 
 
-def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read:
+def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) -> Read:
     defaults = DataConfig()
     opened = reading.open_split(str(path), split, cache="", timeout=defaults.read_timeout, threads=defaults.threads)
     facts = {"dataset": str(path), "split": split, "manifest": opened.manifest}
@@ -207,9 +219,9 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
         records = data.Records([opened], [column], threads=defaults.threads)
 
         def read(numbers: np.ndarray) -> np.ndarray:
-            arrays, notes = records.read([data.Wanted(0, int(number)) for number in numbers])
-            if notes.bad:  # another record was read instead
-                raise UserError(f"{path}: {notes.bad[0][2]}")
+            arrays, report = records.read([data.RowRef(0, int(number)) for number in numbers])
+            if report.bad:  # another record was read instead
+                raise UserError(f"{path}: {report.bad[0][2]}")
             return np.array(arrays[name])
 
         return read
@@ -217,8 +229,8 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
     if not len(opened):
         raise UserError(f"{path}: split {split!r} is empty")
     if opened.layout.moments:
-        decode = _decoder(path, opened.layout.moments, plan)
-        facts |= {"reconstructed_by": plan.config.autoencoder.path, "tile": plan.config.autoencoder.tile}
+        decode = _decoder(path, opened.layout.moments, blueprint)
+        facts |= {"reconstructed_by": blueprint.config.autoencoder.path, "tile": blueprint.config.autoencoder.tile}
         return Read(mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True)
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
@@ -227,22 +239,22 @@ def _dataset(path: Path, mesh: Mesh, split: str, plan: Blueprint | None) -> Read
     return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)
 
 
-def _decoder(path: Path, shape: tuple[int, int, int], plan: Blueprint | None) -> Program:
+def _decoder(path: Path, shape: tuple[int, int, int], blueprint: Blueprint | None) -> Program:
     """The program moments (B, 2C, h, w) -> uint8 images (B, H, W, 3), decoded from the means. Raises UserError."""
-    if plan is None or plan.encoders.autoencoder is None:
+    if blueprint is None or blueprint.encoders.autoencoder is None:
         raise UserError(
             f"{path} holds latents: they are decoded as --reference with --workdir, by that run's autoencoder "
             "(autoencoder.path of its config, or --autoencoder=DIR); otherwise use a dataset of pixels"
         )
-    channels = plan.encoders.autoencoder.latent_channels
+    channels = blueprint.encoders.autoencoder.latent_channels
     if shape[0] != 2 * channels:
         raise UserError(f"{path} holds latents of shape {shape}, but the autoencoder has {channels} channels")
 
     def program(moments, weights):
         means = rearrange(moments[:, :channels].astype(jnp.float32), "b c h w -> b h w c")
-        return vae.to_uint8(plan.encoders.pixels(weights, vae.scale(plan.config.autoencoder, means)))
+        return vae.to_uint8(blueprint.encoders.pixels(weights, vae.scale(blueprint.config.autoencoder, means)))
 
-    return plan.jit(program, plan.encoders.weights)
+    return blueprint.jit(program, blueprint.encoders.weights)
 
 
 def _file_facts(path: Path, count: int) -> dict[str, Any]:

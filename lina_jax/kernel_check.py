@@ -22,12 +22,12 @@ SMALL = 0.01  # share of the norm of all gradients added to that of each: some n
 CONDITION, SIDE = 64, 24  # enough tokens that several programs of a GPU share an image
 
 
-def settled(config: Config, devices: Mesh) -> Config:
+def resolve_kernel(config: Config, mesh: Mesh) -> Config:
     """The config, without kernels if it leaves them open and they fail on the devices of any process (logged).
 
     The same in all processes. Raises UserError if kernels that the config asks for fail.
     """
-    reason = _fault(execution.resolved(config, devices).model)
+    reason = _fault(execution.resolve(config, mesh).model)
     if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
         return config
     reason = reason or "fails in another process"

@@ -44,7 +44,7 @@ LARGE_TABLE = 2**18
 WHOLE_TILES = 32
 
 
-def of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def from_config(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a config trains on. Raises UserError as `build` and `check` do.
 
     If `sequence` is 0, images are split into the fewest parts with which the batch can be sharded over the devices.
@@ -120,7 +120,7 @@ def _check_slices(replica: int, devices: Sequence[jax.Device]) -> None:
         )
 
 
-def holding(model: ModelConfig) -> Mesh:
+def mesh_for_weights(model: ModelConfig) -> Mesh:
     """A mesh to hold weights: sharded over this process's devices if the widths allow it, else on one of them."""
     devices = jax.local_devices()
     mesh = build(MeshConfig(data=1, fsdp=len(devices)), devices)
@@ -231,6 +231,12 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
 
 
+def round_up_batch(mesh: Mesh, count: int) -> int:
+    """The smallest batch of at least `count` (and one per shard) that the batch shards of a mesh share evenly."""
+    parts = batch_parts(mesh)
+    return max(1, -(-count // parts)) * parts
+
+
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the batch, the heads, a width or the tokens cannot be sharded as RULES says."""
     config_checks.check_micro_batches(config)
@@ -280,7 +286,7 @@ def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*names))
 
 
-def rows_here(mesh: Mesh, count: int) -> list[int]:
+def local_rows(mesh: Mesh, count: int) -> list[int]:
     """The rows of a batch of `count` that the devices of this process hold, in order.
 
     Processes that `sequence` or `tensor` spans hold the same rows.
@@ -289,8 +295,10 @@ def rows_here(mesh: Mesh, count: int) -> list[int]:
     return sorted(set().union(*(range(*rows.indices(count)) for (rows,) in slices)))
 
 
-def placed(mesh: Mesh, count: int, rows: Sequence[int], arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch of `count` on the devices, to which each process contributes its rows (`rows_here`)."""
+def make_global_batch(
+    mesh: Mesh, count: int, rows: Sequence[int], arrays: Mapping[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """A batch of `count` on the devices, to which each process contributes its rows (`local_rows`)."""
     place = sharding(mesh, "batch")
 
     def put(array: np.ndarray) -> jax.Array:

@@ -25,7 +25,7 @@ def due(config: Config, step: int) -> list[str]:
     cadences = {"validation": config.eval.every}
     if config.eval.images:
         cadences["quality"] = config.eval.images_every
-    if config.log.preview_images and not sample.cannot_draw(config):
+    if config.log.preview_images and not sample.missing_encoder(config):
         cadences["previews"] = config.log.preview_every
     if not 0 < step <= config.steps:
         return []
@@ -78,25 +78,25 @@ def _recorded(log: Path, step: int) -> set[str]:
 class Measurements:
     """Measures the weights of a run: validation losses and quality go to its logs, previews to files."""
 
-    def __init__(self, plan: state.Blueprint, records: Records, workdir: Path):
+    def __init__(self, blueprint: state.Blueprint, records: Records, workdir: Path):
         """`records` are those of the validation split. Raises UserError for what cannot be read or drawn."""
-        config = plan.config
-        self._plan, self._work = plan, _features(workdir)
-        self._validation = Validation(plan, records)
-        self._quality = quality.DrawnQuality(plan, records) if config.eval.images else None
-        draws = config.log.preview_images and not sample.cannot_draw(config)
-        self._previews = sample.Previews(plan, workdir) if draws else None
+        config = blueprint.config
+        self._blueprint, self._work = blueprint, _features(workdir)
+        self._validation = Validation(blueprint, records)
+        self._quality = quality.DrawnQuality(blueprint, records) if config.eval.images else None
+        draws = config.log.preview_images and not sample.missing_encoder(config)
+        self._previews = sample.Previews(blueprint, workdir) if draws else None
 
-    def take(self, names: Collection[str], step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+    def take(self, names: Collection[str], step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Take these measurements, in all processes, and record each as soon as it is known."""
         if "validation" in names:
-            losses = self._validation.both(run.params, run.ema, run.frozen)
+            losses = self._validation.both(train_state.params, train_state.ema, train_state.frozen)
             writer.scalars(step, {f"validation/{name}": value for name, value in losses.items()})
         if "quality" in names:
-            found = self._quality.measure(run.ema, run.frozen, step=step, work=self._work)
+            found = self._quality.measure(train_state.ema, train_state.frozen, step=step, work=self._work)
             if found:
                 writer.scalars(step, found.scalars())
                 shutil.rmtree(self._work)
             hosts.barrier(f"quality of {step}")  # process 0 compared the pictures alone
         if "previews" in names:
-            self._previews.draw(step, run, writer)
+            self._previews.draw(step, train_state, writer)

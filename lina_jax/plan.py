@@ -29,13 +29,13 @@ from lina_jax import (
     flops,
     generate,
     hlo,
-    mesh,
     programs,
     roofline,
     search,
     state,
     topology,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.topology import Topology
@@ -54,8 +54,8 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
 
     Raises UserError if the mesh does not fit the devices or the config.
     """
-    device_mesh = mesh.of(config, devices)
-    blueprint = state.blueprint(config, device_mesh)
+    mesh = mesh_lib.from_config(config, devices)
+    blueprint = state.make_blueprint(config, mesh)
     report = {
         "topology": where.name
         + ":"
@@ -63,15 +63,15 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
         + (f"*{where.slices}" if where.slices > 1 else ""),
         "chips": where.chips,
         "devices": len(devices),
-        "mesh": dict(device_mesh.shape),
+        "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
-        **execution.of(blueprint.config.model),
+        **execution.choices_of(blueprint.config.model),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(blueprint.shapes.params)),
         "model_flops": config.batch_size * flops.training_flops(config.model, config.loss),
     }
-    program, arguments = programs.train_step(config, device_mesh)
-    memory = programs.state_bytes(blueprint) | {"batch": mesh.device_bytes(arguments[1])}
-    report |= _compiled("train step", program, arguments, where, device_mesh, memory)
+    program, arguments = programs.train_step(config, mesh)
+    memory = programs.state_bytes(blueprint) | {"batch": mesh_lib.device_bytes(arguments[1])}
+    report |= _compiled("train step", program, arguments, where, mesh, memory)
     if seconds := report.get("predicted_step_s"):
         total = config.steps * seconds
         report |= {
@@ -82,23 +82,23 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
             "chip_hours": total / 3600 * where.chips,
         }
     if sampling:
-        report["sampling"] = _sampling(config, where, device_mesh)
+        report["sampling"] = _sampling(config, where, mesh)
     return report
 
 
-def _sampling(config: Config, where: Topology, device_mesh: jax.sharding.Mesh) -> Report:
+def _sampling(config: Config, where: Topology, mesh: jax.sharding.Mesh) -> Report:
     images = config.batch_size
-    program, arguments = programs.sampling_step(config, device_mesh, images)
+    program, arguments = programs.sampling_step(config, mesh, images)
     weights, frozen, *inputs = arguments
     memory = {
-        "params": mesh.device_bytes((weights, frozen)),
-        "autoencoder": mesh.device_bytes(program.trailing),
-        "batch": mesh.device_bytes(inputs),
+        "params": mesh_lib.device_bytes((weights, frozen)),
+        "autoencoder": mesh_lib.device_bytes(program.trailing),
+        "batch": mesh_lib.device_bytes(inputs),
     }
-    steps = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+    steps = generate.schedule(config)
     euler = float(steps.euler_steps.mean())
-    made = _compiled("sampling step", program, arguments, where, device_mesh, memory, unknown_trips=euler)
-    made |= execution.of(execution.for_inference(config, device_mesh).model)
+    made = _compiled("sampling step", program, arguments, where, mesh, memory, unknown_trips=euler)
+    made |= execution.choices_of(execution.for_inference(config, mesh).model)
     if seconds := made.pop("predicted_step_s", None):
         needed = images * flops.sampling_flops(config.model, steps)
         made |= {
@@ -106,7 +106,7 @@ def _sampling(config: Config, where: Topology, device_mesh: jax.sharding.Mesh) -
             "images": images,
             "images_per_s": images / seconds,
             "model_flops": needed,
-            "predicted_mfu": needed / seconds / (device_mesh.size * where.chip.peak_flops),
+            "predicted_mfu": needed / seconds / (mesh.size * where.chip.peak_flops),
         }
     return made
 
@@ -116,7 +116,7 @@ def _compiled(
     program,
     arguments,
     where: Topology,
-    device_mesh,
+    mesh,
     memory: Mapping[str, int],
     *,
     unknown_trips: float = 1.0,
@@ -136,7 +136,7 @@ def _compiled(
         "total": compiled.total,
         "capacity": capacity,
     }
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, device_mesh, unknown_trips=unknown_trips)
+    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, mesh, unknown_trips=unknown_trips)
     room = capacity - compiled.total
     if where.chip.torus:
         room = max(room, 0)  # TPU compilers refuse what does not fit, so this fits, whatever the parts add up to
@@ -144,7 +144,7 @@ def _compiled(
         "fits": room >= 0,
         "headroom_bytes": room,
         "memory_bytes": memory,
-        "compiled_flops": estimate.work.matmul_flops * device_mesh.size,
+        "compiled_flops": estimate.work.matmul_flops * mesh.size,
         "hbm_bytes": estimate.work.traffic,
         "collective_bytes": estimate.collective_bytes,
         "predicted_step_s": estimate.seconds,
@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
         )
         if values.sampling and report["fits"]:
             best = search.recommended(config, report["recommended"], devices)
-            report["sampling"] = _sampling(best, where, mesh.of(best, devices))
+            report["sampling"] = _sampling(best, where, mesh_lib.from_config(best, devices))
     else:
         report = plan(config, where, devices, sampling=values.sampling)
     text = table(report, values.detail)

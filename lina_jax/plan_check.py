@@ -18,7 +18,8 @@ import optax
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
-from lina_jax import errors, hlo, mesh, programs, roofline, topology
+from lina_jax import errors, hlo, programs, roofline, topology
+from lina_jax import mesh as mesh_lib
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.models.transformer import REMAT_POLICIES
@@ -79,10 +80,10 @@ PUBLISHED = {
 
 def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, tuple, jax.sharding.Mesh]:
     """A train step, its abstract arguments and its mesh, without the attention core (their own kernel, not XLA's)."""
-    device_mesh = mesh.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
+    mesh = mesh_lib.build(MeshConfig(data=1, fsdp=-1, tensor=case.tensor), list(devices))
 
     def spec(shape, dtype, *names):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(device_mesh, P(*names)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(*names)))
 
     n, d, a, k, f = case.layers, case.width, case.attention, case.keys or case.attention, case.hidden
     params = {
@@ -143,17 +144,17 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
         return optax.apply_updates(params, updates), moments
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, moments))
-    program = Program(jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), device_mesh)
-    return program, (params, moments, tokens), device_mesh
+    program = Program(jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), mesh)
+    return program, (params, moments, tokens), mesh
 
 
 def compare(name: str) -> dict[str, object]:
     """Published and predicted rates of one model; the predicted one has neither FLOPs nor time of attention cores."""
     case = PUBLISHED[name]
     where = topology.parse(case.topology)
-    program, arguments, device_mesh = step_for(case, topology.devices(where))
+    program, arguments, mesh = step_for(case, topology.devices(where))
     compiled = programs.compile_program(program, arguments, topology.compiler_options(where))
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, device_mesh)
+    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, mesh)
     tflops = case.model_flops / estimate.seconds / 1e12
     return {
         "name": name,

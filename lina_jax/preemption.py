@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from lina_jax import errors
 
 
-def leave_when_asked() -> None:
+def exit_on_sigterm() -> None:
     """From here on, except within a `Notice`, SIGTERM ends this process at once with exit code 75: nothing to save.
 
     If jax.distributed starts with preemption, its runtime takes over the signal.
@@ -24,14 +24,14 @@ def leave_when_asked() -> None:
 
 def _leave(signum, frame) -> None:
     del signum, frame
-    if not errors.leaving():  # the interrupted thread may be in `errors.leave` itself
-        errors.leave("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
+    if not errors.leaving():  # the interrupted thread may be in `errors.exit_process` itself
+        errors.exit_process("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
 
 
 class Notice:
     """Whether the run is to stop: after SIGTERM (with jax.distributed: in any process) or the platform's notice.
 
-    A context manager: within it, SIGTERM has no other effect, however often it comes, and `heed` asks this notice.
+    A context manager. Within it, SIGTERM has no other effect, however often it comes, and `raise_if_preempted` asks it.
     """
 
     def __init__(self):
@@ -68,14 +68,14 @@ class Notice:
 _notice: Notice | None = None
 
 
-def heed() -> None:
+def raise_if_preempted() -> None:
     """Raises Preempted, in all processes at once, if a training run is to stop; for work between its steps."""
     if _notice and _notice.reached():
         raise errors.Preempted
 
 
 @contextlib.contextmanager
-def finishing(what: str) -> Iterator[None]:
+def defer_interrupt(what: str) -> Iterator[None]:
     """A context that defers the first Ctrl-C to its end, as interrupted work could not be waited for again.
 
     Does nothing if Ctrl-C does not interrupt anyway, or in a thread other than the main one.
@@ -106,7 +106,7 @@ def finishing(what: str) -> Iterator[None]:
 class Watchdog:
     """Prints the stacks of all threads and ends the process if the next step does not end in time; 0 s: never.
 
-    A context manager. The clock starts with the first `restart`, when the first step is compiled, or with `allowing`.
+    A context manager. The clock starts with the first `restart`, when the first step is compiled, or with `time_limit`.
     """
 
     def __init__(self, seconds: float):
@@ -127,7 +127,7 @@ class Watchdog:
         self._set(self._seconds, f"no step has finished for {self._seconds:g} s (step_timeout)")
 
     @contextlib.contextmanager
-    def allowing(self, seconds: float, otherwise: str) -> Iterator[None]:
+    def time_limit(self, seconds: float, otherwise: str) -> Iterator[None]:
         """A context for work with a time limit of its own (0 s: none); `otherwise` is printed when it is exceeded.
 
         Afterwards, if a step was being timed, it gets its full time. After an error the clock keeps running, for the
@@ -153,7 +153,7 @@ class Watchdog:
                 left = None if self._deadline is None else self._deadline - time.monotonic()
                 if left is not None and left <= 0:
                     faulthandler.dump_traceback()
-                    errors.leave(
+                    errors.exit_process(
                         f"error: {self._otherwise}; the stacks of all threads are above; run the same command again",
                         errors.RUN_AGAIN,
                     )
@@ -161,7 +161,7 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def limited(seconds: float, otherwise: str) -> Iterator[None]:
+def time_limit(seconds: float, otherwise: str) -> Iterator[None]:
     """A context with a watchdog for work that has no steps; prints `otherwise` when time is up. 0 s: no limit."""
-    with Watchdog(0.0) as watchdog, watchdog.allowing(seconds, otherwise):
+    with Watchdog(0.0) as watchdog, watchdog.time_limit(seconds, otherwise):
         yield

@@ -379,7 +379,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    preemption.leave_when_asked()
+    preemption.exit_on_sigterm()
     values = flags.FLAGS
     if not values.out:
         raise UserError("--out=DIR is missing: the directory for the dataset")
@@ -398,7 +398,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name}={values[name].value}: {reason}")
     if together:
         # A process that has finished its share waits for the others, for up to a day.
-        with hosts.together(config_file.given_flags()):
+        with hosts.distributed_run(config_file.given_flags()):
             if jax.process_count() == 1:
                 print("there are no other processes: this one prepares everything", file=sys.stderr)
             _prepare(values, settings, Share(jax.process_index(), jax.process_count()))

@@ -49,8 +49,8 @@ class Compiled:
 
 def train_step(config: Config, mesh: Mesh) -> tuple[Program, tuple]:
     """The step and its abstract arguments: the state, and a batch of cached latents and text features."""
-    plan = state.blueprint(config, mesh)
-    return state.make_train_step(plan), (plan.shapes, batch(config, mesh))
+    blueprint = state.make_blueprint(config, mesh)
+    return state.make_train_step(blueprint), (blueprint.shapes, batch(config, mesh))
 
 
 def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool = True) -> tuple[Program, tuple]:
@@ -58,12 +58,12 @@ def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool 
 
     Texts are given as features: encoding prompts is separate work, done once for many images.
     """
-    plan = state.blueprint(config, mesh, abstract_encoders(config, mesh) if autoencoder else Encoders())
+    blueprint = state.make_blueprint(config, mesh, abstract_encoders(config, mesh) if autoencoder else Encoders())
     whole = mesh_lib.sharding(mesh)
     numbers = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=mesh_lib.sharding(mesh, "batch"))
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    arguments = (plan.shapes.ema, plan.shapes.frozen, condition(config, mesh, images), numbers, seed)
-    return generate.make_sampler(plan, config.sample), arguments
+    arguments = (blueprint.shapes.ema, blueprint.shapes.frozen, condition(config, mesh, images), numbers, seed)
+    return generate.make_sampler(blueprint, config.sample), arguments
 
 
 def batch(config: Config, mesh: Mesh) -> Tree:
@@ -137,9 +137,9 @@ def _out_of_memory(message: str) -> OutOfMemory | None:
     return OutOfMemory(float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]])
 
 
-def state_bytes(plan: Blueprint) -> dict[str, int]:
+def state_bytes(blueprint: Blueprint) -> dict[str, int]:
     """Bytes per device of the state, by kind."""
-    shapes = plan.shapes
+    shapes = blueprint.shapes
     return {
         "params": mesh_lib.device_bytes(shapes.params) + mesh_lib.device_bytes(shapes.frozen),
         "optimizer": mesh_lib.device_bytes(shapes.opt_state),

@@ -151,27 +151,29 @@ def measure(
 class DrawnQuality:
     """Image metrics of pictures that a run's weights draw, with the same numbers and conditions every time."""
 
-    def __init__(self, plan: Blueprint, records: Records | None):
+    def __init__(self, blueprint: Blueprint, records: Records | None):
         """The settings are those of `config.eval`. Raises UserError if something cannot be read or drawn."""
-        config = plan.config.eval
-        if lacking := sample.cannot_draw(plan.config):
-            raise UserError(f"eval.images={config.images}: {lacking}")
-        self._plan, self._config = plan, config
+        config = blueprint.config.eval
+        if missing := sample.missing_encoder(blueprint.config):
+            raise UserError(f"eval.images={config.images}: {missing}")
+        self._blueprint, self._config = blueprint, config
         path = Path(config.reference).expanduser()
         if config.reference:
             _check_stored(path, config)
             reference_lib.check_count(f"eval.images={config.images}", config.images, path)
-        self._network = Network(Path(config.inception).expanduser(), plan.mesh)
+        self._network = Network(Path(config.inception).expanduser(), blueprint.mesh)
         self._reference = None
         if config.reference:
             self._reference = reference_lib.load(
                 path, self._network, per_device=config.per_device, work=None, images=True
             )
         # What the weights of a step depend on, and how they are sharded; the source adds how it draws.
-        fields = config_fields.flatten(plan.config).items()
+        fields = config_fields.flatten(blueprint.config).items()
         trained = {name: value for name, value in fields if not config_lib.free_on_resume(name)}
-        facts = {"config": trained, "mesh": dict(plan.mesh.shape)}
-        self._source = image_sources.drawn(plan, plan.config.sample, records, config.images, seed=0, facts=facts)
+        facts = {"config": trained, "mesh": dict(blueprint.mesh.shape)}
+        self._source = image_sources.drawn(
+            blueprint, blueprint.config.sample, records, config.images, seed=0, facts=facts
+        )
 
     def measure(self, params: Tree, frozen: Tree, *, step: int, work: Path | None = None) -> Quality | None:
         """The quality of the weights after `step`; None in processes other than 0. `work` keeps finished chunks."""
@@ -180,7 +182,7 @@ class DrawnQuality:
             self._source,
             self._network,
             self._reference,
-            self._plan.mesh,
+            self._blueprint.mesh,
             count=self._config.images,
             per_device=self._config.per_device,
             work=work,

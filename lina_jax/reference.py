@@ -73,20 +73,20 @@ def opened(
     split: str = "train",
     count: int = 0,
     out: Path | None = None,
-    plan: Blueprint | None = None,
+    blueprint: Blueprint | None = None,
 ) -> Callable[[], Reference]:
     """A function that returns the reference: read from an npz file, or computed from images without statistics.
 
     Statistics are computed from the first `count` images (0: all) in a fixed random order, and written to `out` if it
     is given; this needs `work`, which keeps finished chunks. `images`: the features of single images are needed. A
-    dataset of latents needs the `plan` of a run with their autoencoder.
+    dataset of latents needs the `blueprint` of a run with their autoencoder.
 
     Raises UserError at once if `path` is not a reference, was made with other weights of Inception, or has too few
     images. The function raises it for images that cannot be read.
     """
     if not is_stored(path):
         # In random order, as the first of them represent all in precision and recall.
-        source = open_images(path, network.mesh, split, plan, in_order=False)
+        source = open_images(path, network.mesh, split, blueprint, in_order=False)
         if count > source.count:
             raise UserError(f"--reference_number={count}: there are only {source.count} images")
         _check_images(path, count or source.count, images)

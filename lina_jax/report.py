@@ -121,30 +121,31 @@ def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
     return labels, [f"{label}: {names[label]}" if label < len(names) else f"class {label}" for label in labels]
 
 
-def draw_samples(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
+def draw_samples(blueprint: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
     """Four images of each of the first conditions, the same as from `lina_jax.sample --num=4` with this seed."""
-    config = plan.config
+    config = blueprint.config
     distinct = config.model.num_classes if config.model.condition == "class" else len(config.log.preview_prompts)
     conditions, names = conditions_of(config, min(_CONDITIONS, max(1, distinct)))
-    sampler = sample.Sampler(plan, settings, sample.batch_for(plan, len(conditions) * _EACH))
+    sampler = sample.Sampler(blueprint, settings, sample.batch_for(blueprint, len(conditions) * _EACH))
     images = sampler(params, frozen, [condition for condition in conditions for _ in range(_EACH)], seed)
     about = "The first classes or preview prompts. Each picture has its own noise and order; none was hand-picked."
     return Rows("Samples", about, images.reshape(-1, _EACH, *images.shape[1:]), names)
 
 
-def decode_strips(plan: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
+def decode_strips(blueprint: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
     """Images of the first conditions as they are decoded."""
-    config = plan.config
-    count = sample.batch_for(plan, _STRIPS)
+    config = blueprint.config
+    count = sample.batch_for(blueprint, _STRIPS)
     conditions, names = conditions_of(config, count)
 
     def rows(numbers: np.ndarray) -> Mapping[str, np.ndarray]:
         chosen = [conditions[number] for number in numbers]
-        return {**sample.encode_conditions(config, chosen, plan.encoders.text), "number": numbers}
+        return {**sample.encode_conditions(config, chosen, blueprint.encoders.text), "number": numbers}
 
-    placed_rows = placed(plan.mesh, np.arange(count, dtype=np.int32), rows)
+    placed_rows = placed(blueprint.mesh, np.arange(count, dtype=np.int32), rows)
     numbers = placed_rows.pop("number")
-    made = generate.make_strips(plan, settings, _MOMENTS)(params, frozen, placed_rows, numbers, np.int32(seed))
+    program = generate.make_progress_strips(blueprint, settings, _MOMENTS)
+    made = program(params, frozen, placed_rows, numbers, np.int32(seed))
     strips = multihost_utils.process_allgather(made, tiled=True)[:, :_STRIPS].swapaxes(0, 1)
     about = (
         f"Sets of tokens in random order, at {strips.shape[1]} moments from the first set (left) to the last. Tokens "

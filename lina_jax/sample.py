@@ -29,7 +29,6 @@ from lina_jax import (
     errors,
     hosts,
     kernel_check,
-    mesh,
     metrics,
     pictures,
     places,
@@ -37,6 +36,7 @@ from lina_jax import (
     progress,
     state,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
 from lina_jax.encoders import TextEncoder
@@ -52,10 +52,10 @@ _GRID_PICTURES = 100  # a grid of thousands would not fit in memory
 class Sampler:
     """Draws images of any number of conditions, step by step, in batches of one size."""
 
-    def __init__(self, plan: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
-        """`stepper` is one of this plan, to reuse programs that it has compiled."""
-        self.plan, self.batch_size = plan, batch_size
-        self.stepper = stepper or Stepper(plan)
+    def __init__(self, blueprint: Blueprint, settings: SampleConfig, batch_size: int, stepper: Stepper | None = None):
+        """`stepper` is one of this blueprint, to reuse programs that it has compiled."""
+        self.blueprint, self.batch_size = blueprint, batch_size
+        self.stepper = stepper or Stepper(blueprint)
         self.schedule = self.stepper.schedule(settings)
 
     def __call__(self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int) -> np.ndarray:
@@ -66,18 +66,18 @@ class Sampler:
                 (last,) = collections.deque(states, maxlen=1)
                 images.append(multihost_utils.process_allgather(self.stepper.pixels(last), tiled=True))
                 bar.update(min(self.batch_size, len(conditions) - bar.n))
-                preemption.heed()
+                preemption.raise_if_preempted()
         return np.concatenate(images)[: len(conditions)]
 
     def batches(
         self, params: Tree, frozen: Tree, conditions: Sequence[str] | Sequence[int], seed: int
     ) -> list[Iterator[DecodingState]]:
         """Each batch's states, computed on demand; the last batch is padded with its last condition."""
-        config, made = self.plan.config, []
+        config, made = self.blueprint.config, []
         for start in range(0, len(conditions), self.batch_size):
             chunk = list(conditions[start : start + self.batch_size])
             padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            condition = encode_conditions(config, padded, self.plan.encoders.text)
+            condition = encode_conditions(config, padded, self.blueprint.encoders.text)
             numbers = start + np.arange(self.batch_size)
             made.append(self.stepper(params, frozen, condition, numbers, seed, self.schedule))
         return made
@@ -107,18 +107,18 @@ def encode_conditions(
 class Previews:
     """Pictures drawn by a run's EMA weights, with the same conditions, seed and settings every time."""
 
-    def __init__(self, plan: Blueprint, workdir: Path):
-        config = plan.config
+    def __init__(self, blueprint: Blueprint, workdir: Path):
+        config = blueprint.config
         self._workdir = workdir
         self._conditions: list = list(range(min(config.log.preview_images, config.model.num_classes)))
         if config.model.condition == "text":
             prompts = preview_prompts(config)
             self._conditions = [prompts[i % len(prompts)] for i in range(config.log.preview_images)]
-        self._sampler = Sampler(plan, config.sample, batch_for(plan, len(self._conditions)))
+        self._sampler = Sampler(blueprint, config.sample, batch_for(blueprint, len(self._conditions)))
 
-    def draw(self, step: int, run: state.TrainState, writer: metrics.Writer) -> None:
+    def draw(self, step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Draw, and write the picture to `preview_path` and to TensorBoard."""
-        images = self._sampler(run.ema, run.frozen, self._conditions, seed=0)
+        images = self._sampler(train_state.ema, train_state.frozen, self._conditions, seed=0)
         if jax.process_index() == 0:
             picture = pictures.grid(images, [str(condition) for condition in self._conditions])
             pictures.save(preview_path(self._workdir, step), picture)
@@ -153,10 +153,9 @@ def define_settings_flags() -> None:
     flags.DEFINE_float("temperature", None, "scale of the noise; default: the config's")
 
 
-def batch_for(plan: Blueprint, wanted: int, most: int = 64) -> int:
+def batch_for(blueprint: Blueprint, wanted: int, most: int = 64) -> int:
     """The smaller of `wanted` and `most`, rounded up so that devices share a batch evenly."""
-    parts = mesh.batch_parts(plan.mesh)
-    return max(1, -(-min(wanted, most) // parts)) * parts
+    return mesh_lib.round_up_batch(blueprint.mesh, min(wanted, most))
 
 
 def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config:
@@ -166,7 +165,7 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
     """
     if autoencoder and config.autoencoder.kind == "identity":
         raise UserError(f"--autoencoder={autoencoder}: this model generates pixels and needs no autoencoder")
-    if text_encoder and not _reads_features(config):
+    if text_encoder and not config.model.reads_text_features:
         raise UserError(f"--text_encoder={text_encoder}: this model does not read features of a text encoder")
     if autoencoder:
         config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, path=autoencoder))
@@ -176,48 +175,42 @@ def with_encoders(config: Config, autoencoder: str, text_encoder: str) -> Config
 def drawable_config(workdir: Path, autoencoder: str, text_encoder: str) -> Config:
     """`with_encoders` of a training directory's config. Raises UserError if an encoder to draw with is missing."""
     config = with_encoders(load_config(workdir), autoencoder, text_encoder)
-    if lacking := cannot_draw(config):
-        raise UserError(lacking)
+    if missing := missing_encoder(config):
+        raise UserError(missing)
     return config
 
 
-def cannot_draw(config: Config) -> str:
-    """What a model of latents or text features lacks to draw pictures; "" if nothing."""
+def missing_encoder(config: Config) -> str | None:
+    """Which frozen encoder the config does not name, so that the model cannot draw pictures yet; None if it can."""
     if config.autoencoder.kind != "identity" and not config.autoencoder.path:
         return "the model generates latents, but has no autoencoder: give --autoencoder=DIR (autoencoder.path)"
-    if _reads_features(config) and not config.text_encoder.path:
+    if config.model.reads_text_features and not config.text_encoder.path:
         return "the model reads text features, but has no text encoder: give --text_encoder=DIR (text_encoder.path)"
-    return ""
-
-
-def _reads_features(config: Config) -> bool:
-    return config.model.condition == "text" and config.model.text_encoder == "features"
+    return None
 
 
 def load(
     workdir: Path,
+    config: Config | None = None,
     *,
     ema: bool = True,
     step: int | None = None,
-    autoencoder: str = "",
-    text_encoder: str = "",
-    axes: MeshConfig | None = None,
+    mesh_config: MeshConfig | None = None,
 ) -> tuple[Blueprint, Tree, Tree, int]:
     """(blueprint over all devices, parameters, frozen arrays, step) of a training directory.
 
-    `autoencoder` and `text_encoder` are directories to use instead of those in the run's config. `axes` is the mesh
-    (default: every device draws images of its own). Raises UserError if the model cannot be sharded over it.
+    `config` replaces the directory's own, for example to draw with other encoders. By default of `mesh_config`, every
+    device draws images of its own. Raises UserError if the model cannot be sharded over the mesh.
     """
-    config = dataclasses.replace(load_config(workdir), mesh=axes or mesh.parse(""))
-    config = with_encoders(config, autoencoder, text_encoder)
-    mesh.cache_programs(workdir / "compiled")
-    devices = mesh.build(config.mesh)
-    mesh.check_model(config.model, devices)
-    config = kernel_check.settled(config, devices)
-    plan = state.blueprint(config, devices, encoders.load_encoders(config, devices))
+    config = dataclasses.replace(config or load_config(workdir), mesh=mesh_config or mesh_lib.parse(""))
+    mesh_lib.cache_programs(workdir / "compiled")
+    mesh = mesh_lib.build(config.mesh)
+    mesh_lib.check_model(config.model, mesh)
+    config = kernel_check.resolve_kernel(config, mesh)
+    blueprint = state.make_blueprint(config, mesh, encoders.load_encoders(config, mesh))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-    params, frozen, step = checkpoints.restore_weights(plan, ema=ema, step=step)
-    return plan, params, frozen, step
+    params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
+    return blueprint, params, frozen, step
 
 
 def settings_of_flags(config: Config, values: flags.FlagValues) -> SampleConfig:
@@ -250,27 +243,33 @@ def requested(
     config: Config, prompts: Sequence[str], prompts_file: str | None, labels: Sequence[int], num: int
 ) -> list:
     """`num` copies of each condition given. Raises UserError if there is none, or one of the wrong kind."""
-    if num < 1:
-        raise UserError(f"--num={num}: must be at least 1")
-    prompts = list(prompts)
-    if prompts_file:
-        try:
-            text = Path(prompts_file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a BOM
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file={prompts_file}: {error}") from error
-        if not (read := [line.strip() for line in text.split("\n") if line.strip()]):
-            raise UserError(f"--prompts_file={prompts_file}: it contains no prompt")
-        prompts += read
+    check_num(num)
+    prompts = [*prompts, *(read_prompts(prompts_file) if prompts_file else [])]
     if config.model.condition == "text":
         if labels or not prompts:
             raise UserError("this model draws from text: give --prompt or --prompts_file, and no --label")
         for prompt in prompts:
             check_prompt(config, prompt)
-        return [prompt for prompt in prompts for _ in range(num)]
-    if prompts or not labels:
+    elif prompts or not labels:
         last = config.model.num_classes - 1
         raise UserError(f"this model draws {last + 1} classes: give --label=0 to --label={last}, and no prompt")
-    return [label for label in labels for _ in range(num)]
+    return [condition for condition in prompts or labels for _ in range(num)]
+
+
+def check_num(num: int) -> None:
+    if num < 1:
+        raise UserError(f"--num={num}: must be at least 1")
+
+
+def read_prompts(prompts_file: str) -> list[str]:
+    """The lines of a file that are not blank. Raises UserError if it cannot be read or has none."""
+    try:
+        text = Path(prompts_file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a BOM
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file={prompts_file}: {error}") from error
+    if not (prompts := [line.strip() for line in text.split("\n") if line.strip()]):
+        raise UserError(f"--prompts_file={prompts_file}: it contains no prompt")
+    return prompts
 
 
 def check_prompt(config: Config, prompt: str) -> None:
@@ -317,7 +316,7 @@ def _picture(out: Path, number: int) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    with hosts.together(config_file.given_flags()):
+    with hosts.distributed_run(config_file.given_flags()):
         _main(flags.FLAGS)
 
 
@@ -333,15 +332,10 @@ def _main(values: flags.FlagValues) -> None:
     earlier = earlier_pictures(out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     settings = settings_of_flags(config, values)
-    plan, params, frozen, step = load(
-        workdir,
-        ema=not values.raw,
-        step=values.checkpoint,
-        autoencoder=values.autoencoder,
-        text_encoder=values.text_encoder,
-        axes=mesh.parse(values.mesh),
+    blueprint, params, frozen, step = load(
+        workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
     )
-    sampler = Sampler(plan, settings, batch_for(plan, len(conditions), values.batch_size))
+    sampler = Sampler(blueprint, settings, batch_for(blueprint, len(conditions), values.batch_size))
     images = sampler(params, frozen, conditions, values.seed)
     if jax.process_index() != 0:
         return

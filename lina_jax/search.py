@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from lina_jax import execution, flops, mesh, programs, state
+from lina_jax import execution, flops, programs, state
+from lina_jax import mesh as mesh_lib
 from lina_jax.chips import Chip
 from lina_jax.config import Config
 from lina_jax.config_fields import flatten
@@ -34,7 +35,7 @@ class Candidate:
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
-        return f"batch {self.batch_size}, {execution.described(**execution.of(self))}, {axes}"
+        return f"batch {self.batch_size}, {execution.described(**execution.choices_of(self))}, {axes}"
 
 
 def search(
@@ -112,13 +113,13 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     replica = where.slices if config.mesh.replica in (1, -1) else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
-    ways = execution.ways(config.model, "tpu" if where.chip.torus else "gpu")
+    ways = execution.scan_and_kernel_options(config.model, "tpu" if where.chip.torus else "gpu")
     held, found, refusals = {}, [], []
     rows = _powers(config.model.image_grid[0])
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
         cut = dict(zip(AXES, (replica, fsdp, sequence, tensor), strict=True))
         try:
-            device_mesh = mesh.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
+            mesh = mesh_lib.build(dataclasses.replace(config.mesh, data=-1, **cut), devices)
         except UserError as refusal:
             refusals.append(refusal)
             continue
@@ -126,12 +127,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             candidate = Candidate(batch, remat, **way, **cut)
             trial = apply(config, dataclasses.asdict(candidate))
             try:
-                mesh.check(trial, device_mesh)
+                mesh_lib.check(trial, mesh)
             except UserError as refusal:
                 refusals.append(refusal)
                 continue
             if (fsdp, tensor) not in held:
-                held[fsdp, tensor] = sum(programs.state_bytes(state.blueprint(trial, device_mesh)).values())
+                held[fsdp, tensor] = sum(programs.state_bytes(state.make_blueprint(trial, mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
             kept = _gathered_at_once(candidate, where.chip) / tensor
             if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:
@@ -145,8 +146,8 @@ def recommended(config: Config, chosen: dict[str, Any], devices: Sequence[jax.De
     """`apply`, but fields that would resolve to the same choices stay open, so that sampling can resolve its own."""
     made = apply(config, chosen)
     left = dataclasses.replace(made, model=config.model)
-    resolved = execution.resolved(left, mesh.of(left, devices))
-    return left if execution.of(resolved.model) == execution.of(made.model) else made
+    resolved = execution.resolve(left, mesh_lib.from_config(left, devices))
+    return left if execution.choices_of(resolved.model) == execution.choices_of(made.model) else made
 
 
 def overrides(config: Config, recommendation: Config) -> list[str]:

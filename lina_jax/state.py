@@ -28,6 +28,8 @@ from lina_jax.models.transformer import copy_per_image, gather_unstacked, overla
 
 Tree = Any
 Path = tuple[str, ...]  # the path of an array in a tree
+# A global batch of B examples, by name: moments (B, 2C, h, w) float16 or image (B, H, W, 3) uint8; label (B,) int32, or
+# text_length (B,) int32 and text: UTF-8 bytes (B, L) uint8, token ids (B, L) int32 or features (B, L, D) float16.
 Batch = dict[str, jax.Array]
 SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
 INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # keys that no training step has
@@ -63,7 +65,6 @@ class Blueprint:
     inference_graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings
-    decayed: Tree  # bools like params
     encoders: Encoders  # frozen ones that the run itself uses, not part of its state
 
     @property
@@ -111,7 +112,7 @@ class Blueprint:
         make = functools.partial(_initial_state, self.config, self.optimizer)
         return self._once(make, self.shardings, key_of(self.config, INITIAL))
 
-    def draw(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
+    def init_arrays(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
         """Only these arrays of a fresh state, trained or frozen; the others are not created."""
         shapes = flatten_dict(self.shapes.params) | flatten_dict(self.shapes.frozen)
 
@@ -123,7 +124,7 @@ class Blueprint:
         shardings = {path: shapes[path].sharding for path in paths}
         return self._once(make, shardings, key_of(self.config, INITIAL))
 
-    def start(self, params: Tree, frozen: Tree) -> TrainState:
+    def init_from_weights(self, params: Tree, frozen: Tree) -> TrainState:
         """A fresh state with these weights, which are donated to it."""
         make = functools.partial(fresh_state, optimizer=self.optimizer)
         return self._once(make, self.shardings, params, frozen, donate_argnums=(0, 1))
@@ -160,14 +161,14 @@ class Program:
             return self.jitted.lower(*args, *self.trailing)
 
 
-def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
-    """The plan of a run; its config says how layers run (`execution.resolved`).
+def make_blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
+    """The blueprint of a run; its config says how layers run (`execution.resolve`).
 
     `encoders` are the frozen ones of a run that trains from pixels or captions, or draws pictures.
     """
     encoders = encoders or Encoders()
     inference = execution.for_inference(config, mesh)
-    config = execution.resolved(config, mesh, mesh_lib.device_bytes(encoders.weights))
+    config = execution.resolve(config, mesh, mesh_lib.device_bytes(encoders.weights))
     graphdef, params, frozen = _abstract(config.model)
     inference_graphdef = graphdef if inference.model == config.model else _abstract(inference.model)[0]
 
@@ -186,7 +187,7 @@ def blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> B
     optimizer = optim.optimizer(config.optim, config.steps, decayed, matrices)
     params, frozen = tree_of(with_sharding, params), tree_of(with_sharding, frozen)
     shapes = _state_shapes(optimizer, params, frozen, mesh)
-    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, decayed, encoders)
+    return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, encoders)
 
 
 def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -238,41 +239,41 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
     )
 
 
-def split_batch(plan: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
+def model_inputs(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
     """Data tokens (B, N, p*p*C) float32 in the space that is learned (latents or pixels), and the condition.
 
     Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights` are those of the
-    plan's encoders, for batches that have pixels or token ids instead of moments or features.
+    blueprint's encoders, for batches that have pixels or token ids instead of moments or features.
     """
-    config = plan.config
+    config = blueprint.config
     if "moments" in batch:
         moments = rearrange(batch["moments"], "b c h w -> b h w c")
     else:
-        moments = plan.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
+        moments = blueprint.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
     if config.autoencoder.kind == "identity":
         data = moments
     else:
         *size, channels = moments.shape[1:]
         data = vae.scale(config.autoencoder, vae.draw_latents(moments, noise_of((*size, channels // 2))))
     tokens = patchify(data, config.model.patch_size)
-    return constrain(tokens, "batch", "tokens", None), plan.condition(weights, batch)
+    return constrain(tokens, "batch", "tokens", None), blueprint.condition(weights, batch)
 
 
-def make_train_step(plan: Blueprint) -> Program:
+def make_train_step(blueprint: Blueprint) -> Program:
     """The jitted step (state, batch) -> (state, metrics): one global batch, one update. Donates the state.
 
     A step with a non-finite loss or gradient makes no update.
     """
-    config, optimizer = plan.config, plan.optimizer
+    config, optimizer = blueprint.config, blueprint.optimizer
     sigmas = flow.training_sigmas(config.loss.shift)
     schedule = optim.learning_rate(config.optim, config.steps)
     # Not for hybrids, whose runs of equal layers are short.
     unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
-    overlap = unrolled and mesh_lib.sums_cross_nodes(plan.mesh)
-    platform = plan.mesh.devices.flat[0].platform
+    overlap = unrolled and mesh_lib.sums_cross_nodes(blueprint.mesh)
+    platform = blueprint.mesh.devices.flat[0].platform
 
     def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = copy_per_image(gather_unstacked(plan.model(params, frozen)), len(tokens))
+        model = copy_per_image(gather_unstacked(blueprint.model(params, frozen)), len(tokens))
         condition = drop_conditions(config.model, condition, draws.drop)
         with overlap_grad_reduction(overlap):
             return model.loss(tokens, condition, draws, sigmas) / weight
@@ -280,7 +281,7 @@ def make_train_step(plan: Blueprint) -> Program:
     def step(state: TrainState, batch: Batch, weights: Tree):
         key = key_of(config, state.step)
         examples = jnp.arange(config.batch_size)
-        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, config.loss)
         # The mean is over the masked tokens of the whole batch, however many micro-batches it is split into.
         weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
@@ -292,7 +293,7 @@ def make_train_step(plan: Blueprint) -> Program:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule(state.updates)
-        state = _chosen(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
+        state = _select_or_cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -302,16 +303,16 @@ def make_train_step(plan: Blueprint) -> Program:
         }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
-    return plan.jit(
+    return blueprint.jit(
         step,
-        plan.encoders.weights,
+        blueprint.encoders.weights,
         donate_argnums=0,
-        out_shardings=(plan.shardings, None),
+        out_shardings=(blueprint.shardings, None),
         compiler_options=xla_flags.training_options(platform, overlap_grad_reduction=overlap),
     )
 
 
-def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
+def _select_or_cond(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
     """function(*args) if the condition holds, else other(*args).
 
     This is a branch, except on GPUs, where the host would wait for the condition. GPUs select each element instead,
@@ -322,7 +323,14 @@ def _chosen(condition: jax.Array, function: Callable, other: Callable, *args) ->
     return jax.lax.cond(condition, function, other, *args)
 
 
-def _accumulated(loss_and_grad, config: Config, state: TrainState, inputs, weight):
+def _accumulated(
+    loss_and_grad: Callable, config: Config, state: TrainState, inputs: tuple, weight: jax.Array
+) -> tuple[jax.Array, Tree]:
+    """(loss (), gradients like the parameters), summed over the micro-batches.
+
+    `inputs` are those of the whole batch: tokens (B, N, p*p*C), condition (each array (B, ...)) and `Draws`. `weight`
+    () is that of the whole batch, too.
+    """
     parts = config.optim.accumulate
     tokens, condition, draws = inputs
     axis = dataclasses.replace(jax.tree.map(lambda _: 0, draws), timestep=1, noise=1)
@@ -373,25 +381,25 @@ def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
     return jnp.where(updates % config.every == 0, decay, 1.0)
 
 
-def make_eval_step(plan: Blueprint) -> Program:
+def make_eval_step(blueprint: Blueprint) -> Program:
     """(params, frozen, batch, examples (B,)) -> masked loss and number of masked tokens, each summed by bin of sigma.
 
     Both sums are (B, SIGMA_BINS). The draws depend on (seed, example) alone: they are the same for every checkpoint.
     Examples with a negative number are padding.
     """
-    config = plan.config
+    config = blueprint.config
     sigmas = flow.training_sigmas(config.loss.shift)
     loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
 
     def step(params, frozen, batch, examples, weights):
         key = key_of(config, VALIDATION)
-        tokens, condition = split_batch(plan, weights, batch, functools.partial(latent_noise, key, examples))
+        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
         draws = draw(key, examples, config.model, loss_config)
-        losses = plan.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
+        losses = blueprint.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
         weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
         level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
         bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
         sums = jnp.einsum("rbn,rbnl->bl", losses, bins, precision=jax.lax.Precision.HIGHEST)
         return sums, jnp.sum(bins, axis=(0, 2))
 
-    return plan.jit(step, plan.encoders.weights)
+    return blueprint.jit(step, blueprint.encoders.weights)

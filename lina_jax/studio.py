@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lina_jax import example, mesh, reading, sample
+from lina_jax import example, reading, sample
+from lina_jax import mesh as mesh_lib
 from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Schedule, Stepper
 
@@ -52,21 +53,16 @@ class Studio:
         checkpoint: int | None = None,
         autoencoder: str = "",
         text_encoder: str = "",
-        axes: str = "",
+        mesh: str = "",
     ):
         """`data` provides class names and captions. Raises UserError if there is no model, or it cannot draw."""
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
         config = sample.drawable_config(workdir, autoencoder, text_encoder)
-        self._plan, self._params, self._frozen, self.checkpoint = sample.load(
-            workdir,
-            ema=ema,
-            step=checkpoint,
-            autoencoder=autoencoder,
-            text_encoder=text_encoder,
-            axes=mesh.parse(axes),
+        self._blueprint, self._params, self._frozen, self.checkpoint = sample.load(
+            workdir, config, ema=ema, step=checkpoint, mesh_config=mesh_lib.parse(mesh)
         )
-        self.config, self._batch_size, self._stepper = self._plan.config, batch_size, Stepper(self._plan)
+        self.config, self._batch_size, self._stepper = self._blueprint.config, batch_size, Stepper(self._blueprint)
         try:
             self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
         except (UserError, OSError, RuntimeError) as error:
@@ -76,7 +72,7 @@ class Studio:
         texts = (*captions, *config.log.preview_prompts) if config.model.condition == "text" else ()
         self.examples = [text for text in dict.fromkeys(texts) if self._readable(text)][:_EXAMPLES]
         self._ready: set[tuple] = set()
-        given = {"autoencoder": autoencoder, "text_encoder": text_encoder, "mesh": axes}
+        given = {"autoencoder": autoencoder, "text_encoder": text_encoder, "mesh": mesh}
         self._flags = {name: value for name, value in given.items() if value}
         self.workdir, self._weights = workdir, [] if ema else ["--raw"]
 
@@ -92,13 +88,13 @@ class Studio:
         if steps > tokens:
             raise UserError(f"--steps={steps}: at most {tokens}, one for each token of a picture")
         sample.sample_settings(self.config, {"steps": steps, "guidance": float(guidance)})
+        sample.check_num(num)
         if self.config.model.condition == "class":
             condition = _whole("label", condition)
-            sample.requested(self.config, [], None, [condition], num)
             sample.encode_conditions(self.config, [condition])
         else:
             condition = condition or ""
-            sample.requested(self.config, [condition], None, [], num)
+            sample.check_prompt(self.config, condition)
         return Request(condition, seed, steps, float(guidance), num)
 
     def command(self, request: Request) -> str:
@@ -114,8 +110,8 @@ class Studio:
 
     def sampler(self, request: Request) -> sample.Sampler:
         settings = sample.sample_settings(self.config, {"steps": request.steps, "guidance": request.guidance})
-        batch_size = sample.batch_for(self._plan, request.num, self._batch_size)
-        return sample.Sampler(self._plan, settings, batch_size, self._stepper)
+        batch_size = sample.batch_for(self._blueprint, request.num, self._batch_size)
+        return sample.Sampler(self._blueprint, settings, batch_size, self._stepper)
 
     def ready(self, request: Request) -> bool:
         """Whether all programs for this request are compiled."""

@@ -282,7 +282,7 @@ def from_torch(
     """
     given = tensors.shapes if hasattr(tensors, "shapes") else {key: np.shape(t) for key, t in tensors.items()}
     if problems := mismatches(table, given, shapes):
-        raise UserError("weights do not fit the model:\n  " + "\n  ".join(problems))
+        raise UserError("weights do not fit the model: " + "; ".join(problems))
     sources = defaultdict(list)
     for entry in table:
         sources[entry.path].append(entry)

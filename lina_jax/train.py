@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
 from tqdm import tqdm
@@ -37,7 +37,6 @@ from lina_jax import (
     execution,
     hosts,
     kernel_check,
-    mesh,
     metrics,
     periodic,
     places,
@@ -47,6 +46,7 @@ from lina_jax import (
     state,
     warm_start,
 )
+from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
@@ -62,95 +62,79 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
     stop has saved.
     """
-    devices = mesh.of(config)
+    mesh = mesh_lib.from_config(config)
     places.check("workdir", workdir)
     if jax.process_index() == 0:
         places.check_renames("workdir", workdir)
     check_config(workdir, config, allow_changes=allow_config_change)
-    encoders = load_encoders(config, devices)
+    encoders = load_encoders(config, mesh)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
-    plan = state.blueprint(kernel_check.settled(config, devices), devices, encoders)
-    hosts.check_same("layers", execution.of(plan.config.model))
-    measurements = periodic.Measurements(plan, valid_records, workdir)
+    blueprint = state.make_blueprint(kernel_check.resolve_kernel(config, mesh), mesh, encoders)
+    hosts.check_same("layers", execution.choices_of(blueprint.config.model))
+    measurements = periodic.Measurements(blueprint, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
-    seconds = config.checkpoint.timeout
-    begun, warm = None, None
-    reading = functools.partial(
-        preemption.limited, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
-    )
-    if warm_start.due(config, workdir):
-        with reading():
-            begun, warm = warm_start.begin(plan)
-    alone = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    mesh.cache_programs(workdir / "compiled")
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    resumed = checkpoints.latest_step() is not None
-    if resumed:
-        with reading():
-            run = checkpoints.restore(plan)
-    else:
-        run = begun or plan.init()
-    first = int(run.step)
+    workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(blueprint, workdir)
+    first = int(train_state.step)
     overdue = periodic.overdue(config, workdir, first)
     if first >= config.steps and not overdue:
         checkpoints.close()
         _conclude(config, workdir, first, idle=True)
-        return run
+        return train_state
     write_config(workdir, config)
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
-    if warm and jax.process_index() == 0:
-        places.write_json(workdir / "init_from.json", warm)
-        print(warm_start.table(warm), file=sys.stderr)
-    _introduce(config, plan, devices, first)
-    if config.log.preview_images and (lacking := sample.cannot_draw(config)):
-        _say(f"no previews: {lacking}")
+    if warm_report and jax.process_index() == 0:
+        places.write_json(workdir / "init_from.json", warm_report)
+        print(warm_start.table(warm_report), file=sys.stderr)
+    _introduce(config, blueprint, first)
+    if config.log.preview_images and (missing := sample.missing_encoder(config)):
+        _say(f"no previews: {missing}")
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
-    train_step = state.make_train_step(plan)
-    batches = device_batches(config, plan, train_records, first)
+    train_step = state.make_train_step(blueprint)
+    batches = device_batches(config, blueprint, train_records, first)
     hidden = jax.process_index() != 0 or not sys.stderr.isatty()
     progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
     watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
     profile = Profile(config, workdir, first)
     pending = None  # metrics of the previous step, fetched while the next one runs
-    measuring = functools.partial(
-        watchdog.allowing, config.eval.timeout, f"measuring took over {config.eval.timeout:g} s (eval.timeout)"
-    )
-    timely = functools.partial(watchdog.allowing, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
+    seconds = config.eval.timeout
+    eval_limit = functools.partial(watchdog.time_limit, seconds, f"measuring took over {seconds:g} s (eval.timeout)")
+    seconds = config.checkpoint.timeout
+    save_limit = functools.partial(watchdog.time_limit, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
 
-    def save() -> None:
-        with timely(), preemption.finishing("a save"):
-            checkpoints.save(run)
+    def save(train_state: state.TrainState) -> None:
+        with save_limit(), preemption.defer_interrupt("a save"):
+            checkpoints.save(train_state)
 
     def finish() -> None:
-        with timely(), preemption.finishing("a save"):
+        with save_limit(), preemption.defer_interrupt("a save"):
             checkpoints.close()
 
     try:
         # Contexts exit from right to left: whatever ends the run, a save under way finishes, and SIGTERM waits.
-        with alone, notice, watchdog, contextlib.ExitStack() as end, closing(writer), progress, profile:
-            end.callback(finish)
+        with workdir_lock, notice, watchdog, contextlib.ExitStack() as cleanup, closing(writer), progress, profile:
+            cleanup.callback(finish)
             if not resumed:
-                save()
-            with measuring():
-                _measure(measurements, overdue, first, run, writer, save)
-            owed = False  # whether a checkpoint is due that has not been saved
+                save(train_state)
+            with eval_limit():
+                _measure(measurements, overdue, first, train_state, writer, save)
+            save_due = False  # whether a checkpoint is due that has not been saved
             for step in range(first + 1, config.steps + 1):
-                profile.before(step, run)
+                profile.before(step, train_state)
                 batch = next(batches)
                 if step == first + 1:
                     # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
                     # CPUs.
                     _say("compiling the train step: takes minutes at most, or seconds if it is in WORKDIR/compiled")
-                    train_step.compile(run, batch)
+                    train_step.compile(train_state, batch)
                     hosts.barrier("train step")
                     throughput.restart()
                     watchdog.restart()
-                run, scalars = train_step(run, batch)
+                train_state, scalars = train_step(train_state, batch)
                 checkpoints.check()
                 if pending:
                     _report(config, writer, throughput, progress, train_records, *pending)
@@ -158,31 +142,61 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 pending = step, scalars
                 last = step == config.steps
                 preempted = notice.reached() and not last
-                owed = owed or periodic.falls_on(step, config.checkpoint.every)
+                save_due = save_due or periodic.falls_on(step, config.checkpoint.every)
                 due = periodic.due(config, step)
-                if owed or last or preempted or due:
+                if save_due or last or preempted or due:
                     skipped = _report(config, writer, throughput, progress, train_records, *pending)
                     pending = None
                     with throughput.paused():
                         # Steps skipped in a row share one state; saving it again would push out earlier checkpoints.
                         # Measuring quality may take hours: a run that is killed meanwhile resumes from this save.
-                        if last or preempted or ((owed or "quality" in due) and not skipped):
-                            save()
-                            owed = False
+                        if last or preempted or ((save_due or "quality" in due) and not skipped):
+                            save(train_state)
+                            save_due = False
                         if preempted:
                             raise _preempted(step)
-                        with measuring():
-                            _measure(measurements, due, step, run, writer, save)
+                        with eval_limit():
+                            _measure(measurements, due, step, train_state, writer, save)
     except KeyboardInterrupt:
         step = max(saved_steps(workdir), default=0)
         raise KeyboardInterrupt(f"run the same command to resume from step {step}") from None
     _conclude(config, workdir, config.steps)
-    return run
+    return train_state
 
 
-def device_batches(config: Config, plan: state.Blueprint, source: data.Records, first: int) -> Iterator[state.Batch]:
+def _initial_state(
+    blueprint: state.Blueprint, workdir: Path
+) -> tuple[contextlib.AbstractContextManager, Checkpoints, state.TrainState, bool, dict[str, Any] | None]:
+    """(lock of the workdir, its checkpoints, state to train on, whether a checkpoint has it, report of a warm start).
+
+    The state is that of the last checkpoint, else one that starts from the weights of `config.init_from`, else a fresh
+    one. Only process 0 holds the lock. Nothing is written before the weights of a warm start have been read.
+    """
+    config, seconds = blueprint.config, blueprint.config.checkpoint.timeout
+    read_limit = functools.partial(
+        preemption.time_limit, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
+    )
+    warm_state, warm_report = None, None
+    if warm_start.due(config, workdir):
+        with read_limit():
+            warm_state, warm_report = warm_start.begin(blueprint)
+    workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    mesh_lib.cache_programs(workdir / "compiled")
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    resumed = checkpoints.latest_step() is not None
+    if resumed:
+        with read_limit():
+            train_state = checkpoints.restore(blueprint)
+    else:
+        train_state = warm_state or blueprint.init()
+    return workdir_lock, checkpoints, train_state, resumed, warm_report
+
+
+def device_batches(
+    config: Config, blueprint: state.Blueprint, source: data.Records, first: int
+) -> Iterator[state.Batch]:
     """Global batches on the mesh, after step `first`; each process reads the rows that its devices hold."""
-    rows = mesh.rows_here(plan.mesh, config.batch_size)
+    rows = mesh_lib.local_rows(blueprint.mesh, config.batch_size)
     batches = data.training_batches(
         source,
         global_batch=config.batch_size,
@@ -194,7 +208,7 @@ def device_batches(config: Config, plan: state.Blueprint, source: data.Records, 
     )
 
     def next_batch() -> state.Batch:
-        return mesh.placed(plan.mesh, config.batch_size, rows, next(batches))
+        return mesh_lib.make_global_batch(blueprint.mesh, config.batch_size, rows, next(batches))
 
     pool = ThreadPoolExecutor(1, "device_prefetch")  # one thread keeps batches in order
     try:
@@ -228,11 +242,11 @@ class Profile:
         if self._tracing:
             jax.profiler.stop_trace()
 
-    def before(self, step: int, run: state.TrainState) -> None:
+    def before(self, step: int, train_state: state.TrainState) -> None:
         """To be called before each step, with the state that the previous step returned."""
         if not self._wanted or step not in (self._start, self._stop):
             return
-        jax.block_until_ready(run)  # else the trace would contain part of a step that still runs
+        jax.block_until_ready(train_state)  # else the trace would contain part of a step that still runs
         if step == self._start:
             jax.profiler.start_trace(str(self._directory))
         else:
@@ -244,17 +258,17 @@ def _measure(
     measurements: periodic.Measurements,
     names: list[str],
     step: int,
-    run: state.TrainState,
+    train_state: state.TrainState,
     writer: metrics.Writer,
-    save: Callable[[], None],
+    save: Callable[[state.TrainState], None],
 ) -> None:
     """Take these measurements. Raises Preempted, after saving, if the run is to stop; a resumed run takes the rest."""
     if not names:
         return
     try:
-        measurements.take(names, step, run, writer)
+        measurements.take(names, step, train_state, writer)
     except Preempted:
-        save()
+        save(train_state)
         raise _preempted(step) from None
     hosts.barrier(f"measured {step}")  # process 0 works alone at the end, longer than a collective would wait for it
 
@@ -269,12 +283,12 @@ def _say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> None:
+def _introduce(config: Config, blueprint: state.Blueprint, first: int) -> None:
     if not first:
-        _say(parameter_overview.get_parameter_overview(plan.shapes.params, include_stats=False))
+        _say(parameter_overview.get_parameter_overview(blueprint.shapes.params, include_stats=False))
     _say(
-        f"mesh {dict(devices.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
-        f"{execution.described(**execution.of(plan.config.model))}; "
+        f"mesh {dict(blueprint.mesh.shape)} on {jax.devices()[0].device_kind}; batch {config.batch_size}; "
+        f"{execution.described(**execution.choices_of(blueprint.config.model))}; "
         + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"
     )
@@ -282,7 +296,7 @@ def _introduce(config: Config, plan: state.Blueprint, devices, first: int) -> No
 
 def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> int:
     """Log a finished step; returns the number of steps skipped in a row. Raises TrainingDiverged if it is too high."""
-    scalars = {name: np.asarray(value).item() for name, value in scalars.items()}
+    scalars = {name: value.item() for name, value in jax.device_get(scalars).items()}
     progress.update()
     in_a_row = scalars.pop("skipped_in_a_row")
     if in_a_row >= config.optim.max_skipped:
@@ -319,13 +333,13 @@ def _conclude(config: Config, workdir: Path, step: int, *, idle: bool = False) -
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    preemption.leave_when_asked()
+    preemption.exit_on_sigterm()
     values = flags.FLAGS
     if values.config is None or not values.workdir:
         raise UserError("--config=configs/NAME.py[:preset] and --workdir=DIR are both needed")
     config = config_lib.freeze(values.config)
     facts = {"--workdir": values.workdir, **config_fields.flatten(config)}
-    with hosts.together(facts, preemption=True):
+    with hosts.distributed_run(facts, preemption=True):
         train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
 
 

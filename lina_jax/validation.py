@@ -22,14 +22,13 @@ class Validation:
     Each process holds the examples of its devices in memory from the start.
     """
 
-    def __init__(self, plan: Blueprint, records: data.Records):
-        config, self._mesh = plan.config, plan.mesh
-        self._step = state.make_eval_step(plan)
+    def __init__(self, blueprint: Blueprint, records: data.Records):
+        config, self._mesh = blueprint.config, blueprint.mesh
+        self._step = state.make_eval_step(blueprint)
         self._count = min(config.eval.examples, len(records))
         wanted = config.eval.batch_size or min(config.batch_size, self._count)
-        parts = mesh_lib.batch_parts(plan.mesh)
-        self._batch = -(-wanted // parts) * parts
-        self._rows = mesh_lib.rows_here(plan.mesh, self._batch)
+        self._batch = mesh_lib.round_up_batch(blueprint.mesh, wanted)
+        self._rows = mesh_lib.local_rows(blueprint.mesh, self._batch)
         self._held = sorted({number for start in self._starts for number in self._numbers(start)})
         self._examples = data.fixed_examples(records, self._count, self._held)
 
@@ -46,12 +45,12 @@ class Validation:
             numbers = start + np.array(self._rows)
             given = {name: array[rows] for name, array in self._examples.items()}
             given["example"] = np.where(numbers < self._count, numbers, -1)
-            batch = mesh_lib.placed(self._mesh, self._batch, self._rows, given)
+            batch = mesh_lib.make_global_batch(self._mesh, self._batch, self._rows, given)
             examples = batch.pop("example")
             for made, params in zip(parts, weights, strict=True):
                 sums = self._step(params, frozen, batch, examples)
                 made.append(multihost_utils.process_allgather(sums, tiled=True))
-                preemption.heed()
+                preemption.raise_if_preempted()
         return [self._summary(made) for made in parts]
 
     @property
@@ -67,12 +66,12 @@ class Validation:
         total, weight = np.concatenate(parts, axis=1, dtype=np.float64)[:, : self._count]
         edges = np.linspace(0, 1, SIGMA_BINS + 1)
         overall = mean_loss(total.sum(axis=1), weight.sum(axis=1))
-        told = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
+        losses = {"loss": overall.value, "loss_standard_error": overall.standard_error} | {
             f"loss_sigma_{low:.2f}_{high:.2f}": mean_loss(*sums).value
             for low, high, *sums in zip(edges, edges[1:], total.T, weight.T, strict=False)
             if np.any(sums[1])  # else no token had a noise level in this bin
         }
-        return {name: float(f"{value:.{_DIGITS}g}") for name, value in told.items() if value is not None}
+        return {name: float(f"{value:.{_DIGITS}g}") for name, value in losses.items() if value is not None}
 
 
 def mean_loss(total: np.ndarray, weight: np.ndarray) -> Value:

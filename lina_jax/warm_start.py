@@ -51,20 +51,21 @@ def due(config: Config, workdir: Path) -> bool:
     return bool(config.init_from.path) and not saved
 
 
-def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
+def begin(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     """(a fresh state whose parameters and EMA have the arrays that the rules take, a report of what became of each).
 
-    Only these arrays are read, directly into the shardings of `plan`, whatever mesh they were saved from. Raises
+    Only these arrays are read, directly into the shardings of `blueprint`, whatever mesh they were saved from. Raises
     UserError listing every array that does not fit and every pattern that matches no array.
     """
-    asked, shapes = plan.config.init_from, flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
+    asked = blueprint.config.init_from
+    shapes = flatten_dict(blueprint.shapes.params) | flatten_dict(blueprint.shapes.frozen)
     donor = Path(asked.path).expanduser()
     theirs = _config_of(donor, asked)
     here = {path: leaf.shape for path, leaf in shapes.items()}
     decisions: dict[tuple[str, ...], Decision] = {}
 
     def choose(there: Shapes) -> Flat:
-        decisions.update(decide(asked, (plan.config.model, here), (theirs.model, there)))
+        decisions.update(decide(asked, (blueprint.config.model, here), (theirs.model, there)))
         taken = {
             path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=_placed(shapes[path], decision))
             for path, decision in decisions.items()
@@ -79,12 +80,14 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     arrays, step = checkpoints.restore_some(choose, ema=asked.ema, step=step)
     for path in [path for path in arrays if decisions[path].action == "recomputed"]:
         fit = jax.jit(regrid, static_argnums=(1, 2), out_shardings=shapes[path].sharding)
-        arrays[path] = fit(arrays[path], _grids(theirs.model), _grids(plan.config.model))
+        arrays[path] = fit(arrays[path], _grids(theirs.model), _grids(blueprint.config.model))
     if rest := sorted(shapes.keys() - arrays.keys()):
-        arrays |= plan.draw(rest)
-    parts = (flatten_dict(part) for part in (plan.shapes.params, plan.shapes.frozen))
-    run = plan.start(*(unflatten_dict({path: arrays[path] for path in part}) for part in parts))
-    differing = config_lib.differences(theirs, plan.config)
+        arrays |= blueprint.init_arrays(rest)
+    parts = (flatten_dict(part) for part in (blueprint.shapes.params, blueprint.shapes.frozen))
+    train_state = blueprint.init_from_weights(
+        *(unflatten_dict({path: arrays[path] for path in part}) for part in parts)
+    )
+    differing = config_lib.differences(theirs, blueprint.config)
     report = {
         "path": str(donor),
         "step": step,
@@ -93,7 +96,7 @@ def begin(plan: Blueprint) -> tuple[TrainState, dict[str, Any]]:
         "config": [line for line in differing if line.startswith(FUNCTION)],
         "arrays": [dataclasses.asdict(decision) for decision in decisions.values()],
     }
-    return run, report
+    return train_state, report
 
 
 def rules_of(asked: InitFromConfig) -> Rules:

@@ -52,11 +52,11 @@ class LinaJax:
 
     def train(self, kind: str) -> Callable[[], Any]:
         config = config_of(kind)
-        return benchmark_model.Training(config, mesh.of(config))
+        return benchmark_model.Training(config, mesh.from_config(config))
 
     def sample(self, kind: str) -> Callable[[], Any]:
         config = config_of(kind)
-        return benchmark_model.sampling(config, mesh.of(config), IMAGES, autoencoder=False)[0]
+        return benchmark_model.sampling(config, mesh.from_config(config), IMAGES, autoencoder=False)[0]
 
     def attention(self, kind: str) -> Callable[[], Any]:
         return benchmark_model.attention_layer(self.sizes, kind, 1, backward=True)[0]
@@ -96,7 +96,7 @@ class PyTorch:
     def sample(self, kind: str) -> Callable[[], Any]:
         config, torch = config_of(kind), self.torch
         model = self._noisy(self.lina.Lina(config.model))
-        plan = generate.schedule(config.sample, config.model.image_tokens, config.loss.shift)
+        plan = generate.schedule(config)
         label = torch.randint(config.model.num_classes, (IMAGES,))
         size = IMAGES, config.model.latent_channels, *config.model.image_grid
 

@@ -123,7 +123,7 @@ def one_device():
 
 @pytest.fixture(scope="session")
 def text_plan(tiny_text, one_device):
-    return state.blueprint(tiny_text(), one_device)
+    return state.make_blueprint(tiny_text(), one_device)
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def first_step():
 
     def step(config: Config, devices):
         assert config.optim.b1 == 0
-        plan = state.blueprint(config, devices)
+        plan = state.make_blueprint(config, devices)
         run, metrics = state.make_train_step(plan)(rough_state(plan), random_batch(config))
         return float(metrics["loss"]), jax.device_get(adam_moment(run))
 

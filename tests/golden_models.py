@@ -14,7 +14,7 @@ from golden_case import Case, by_published_names, tokens_of
 
 from lina_jax import generate, mesh, optim, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.config import Config, EmaConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
+from lina_jax.config import Config, EmaConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
 from lina_jax.models import flow, layers
 from lina_jax.models.draws import Draws
 from lina_jax.models.lina import LINA, unconditional
@@ -69,7 +69,7 @@ def load(workdir: Path, **changes) -> Imported:
     """The model of a workdir; `changes` are fields of its config that do not affect the arrays."""
     config = load_config(workdir)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     weights = Checkpoints(workdir, config.checkpoint, create=False).restore_weights(plan)[:2]
     trained, frozen = jax.device_put(weights, jax.devices()[0])
     return Imported(config.model, list(torch_layout.entries(config.model)), plan.graphdef, trained, frozen)
@@ -155,17 +155,14 @@ def sample(case: Case, given: Imported) -> None:
     config, _, graphdef, trained, frozen = given
     c, batch = case.config, case.config["batch"]
     low = c["guidance_scale"] if c["min_guidance_scale"] is None else c["min_guidance_scale"]
-    plan = generate.schedule(
-        SampleConfig(
-            steps=c["num_inference_steps"],
-            euler_steps=c["num_diffusion_steps"],
-            guidance=c["guidance_scale"],
-            guidance_min=low,
-            stages=2,
-        ),
-        config.image_tokens,
-        c["shift"],
+    settings = SampleConfig(
+        steps=c["num_inference_steps"],
+        euler_steps=c["num_diffusion_steps"],
+        guidance=c["guidance_scale"],
+        guidance_min=low,
+        stages=2,
     )
+    plan = generate.schedule(Config(model=config, loss=LossConfig(shift=c["shift"]), sample=settings))
     case.check("outputs.num_preds", plan.predicted)
     case.check("outputs.guidance", plan.guidance)
     model = nnx.merge(graphdef, trained, frozen)
@@ -206,8 +203,9 @@ def train_steps(case: Case, given: Imported) -> None:
     )  # fmt: skip
     ema = EmaConfig(decay=c["ema_decay"], every=c["ema_every"], warmup=False)
     plan = _blueprint_of(config, settings)
+    variables = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: LINA(config, rngs=nnx.Rngs(0))), nnx.Param))
+    decayed = {path: variable.get_metadata().get("decay", True) for path, variable in variables}
     for group in case.manifest["param_groups"]:
-        decayed = flatten_dict(plan.decayed)
         for key in group["params"]:
             path = next(e.path for e in table if e.key == key)
             assert decayed[path] == (group["weight_decay"] > 0), key
@@ -250,4 +248,4 @@ def train_steps(case: Case, given: Imported) -> None:
 
 
 def _blueprint_of(config: ModelConfig, settings: OptimConfig) -> state.Blueprint:
-    return state.blueprint(Config(model=config, optim=settings), mesh.build(MeshConfig(), jax.devices()[:1]))
+    return state.make_blueprint(Config(model=config, optim=settings), mesh.build(MeshConfig(), jax.devices()[:1]))

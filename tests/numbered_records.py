@@ -37,8 +37,8 @@ def open_records(*directories, num_classes=None, threads=2, **kwargs):
 
 def one(source, index, **variant):
     """A single record."""
-    arrays, notes = source.read([data.Wanted(0, index, decode.Variant(**variant))])
-    source.note(notes)
+    arrays, report = source.read([data.RowRef(0, index, decode.Variant(**variant))])
+    source.record(report)
     return {name: array[0] for name, array in arrays.items()}
 
 

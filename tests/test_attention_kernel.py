@@ -158,13 +158,15 @@ def test_a_run_does_not_begin_with_kernels_that_do_not_agree(features, reason, t
     monkeypatch.setattr(kernel_check, "SIDE", 8)
     monkeypatch.setattr(Core, "features", broken(features))
     config = tiny(model={"attention_kernel": "pallas"})
-    assert kernel_check.settled(config, one_device) == config  # without kernels, nothing is compared
+    assert kernel_check.resolve_kernel(config, one_device) == config  # without kernels, nothing is compared
     with tiles.interpreted("gpu"), pytest.raises(UserError, match=f"attention_kernel=pallas: on cpu it {reason}"):
-        kernel_check.settled(config, one_device)
-    monkeypatch.setattr(execution, "ways", lambda *_: [{"scan_layers": True, "attention_kernel": "pallas"}])
+        kernel_check.resolve_kernel(config, one_device)
+    monkeypatch.setattr(
+        execution, "scan_and_kernel_options", lambda *_: [{"scan_layers": True, "attention_kernel": "pallas"}]
+    )
     config = tiny(model={"attention_kernel": "auto"})
     with tiles.interpreted("gpu"):
-        assert kernel_check.settled(config, one_device).model.attention_kernel == "xla"
+        assert kernel_check.resolve_kernel(config, one_device).model.attention_kernel == "xla"
     assert re.search(f"attention runs in plain XLA: on cpu the kernel {reason[:20]}", caplog.text)
 
 
@@ -215,7 +217,7 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
 
     def draw(kernel, devices):
         config = tiny(model={"attention_kernel": kernel}, sample={"steps": 4, "guidance": 2.0})
-        plan = state.blueprint(config, devices)
+        plan = state.make_blueprint(config, devices)
         run = rough(plan)
         sampler = generate.make_sampler(plan, config.sample)
         pixels = sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0))

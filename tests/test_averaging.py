@@ -11,7 +11,7 @@ from lina_jax.averaging import Snapshot
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import EmaConfig
 from lina_jax.errors import UserError
-from lina_jax.workdir import write_config
+from lina_jax.workdir import load_config, write_config
 
 average = jax.jit(state.averaged, static_argnums=0)
 
@@ -89,7 +89,7 @@ def test_many_updates_are_taken_in_parts(monkeypatch):
 def run(tiny, rough, tmp_path_factory):
     """(workdir, exact EMA of decay 0.9) of a run with decay 0.8, 40 updates in 42 steps, stored every 14 steps."""
     config = tiny(ema={"decay": 0.8}, checkpoint={"keep_last": 20})
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     workdir = tmp_path_factory.mktemp("average") / "run"
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -141,3 +141,9 @@ def test_what_cannot_be_averaged_is_refused(run, tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         make(run[0], tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_without_checkpoints_has_no_mean(run, tmp_path):
+    write_config(tmp_path, load_config(run[0]))
+    with pytest.raises(UserError, match="--average=2: no checkpoint in"):
+        averaging.mean(tmp_path, 2)

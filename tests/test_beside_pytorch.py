@@ -10,7 +10,7 @@ import pytest
 from golden_case import Case
 
 from lina_jax import generate
-from lina_jax.config import ModelConfig, SampleConfig
+from lina_jax.config import Config, LossConfig, ModelConfig, SampleConfig
 
 torch = pytest.importorskip("torch")
 
@@ -55,13 +55,10 @@ def test_training_loss_and_gradients(loaded):
 def test_sampling(loaded):
     case, model = loaded("sample_c2i_cfg")
     c = case.config
-    plan = generate.schedule(
-        SampleConfig(
-            steps=c["num_inference_steps"], euler_steps=c["num_diffusion_steps"], guidance=c["guidance_scale"]
-        ),
-        model.config.image_tokens,
-        c["shift"],
+    settings = SampleConfig(
+        steps=c["num_inference_steps"], euler_steps=c["num_diffusion_steps"], guidance=c["guidance_scale"]
     )
+    plan = generate.schedule(Config(model=model.config, loss=LossConfig(shift=c["shift"]), sample=settings))
     labels, order = tensor(case["label_ids"])[: c["batch"]].long(), tensor(case["pred_order"]).long()
     case.check("outputs.latents", model.sample(labels, plan, order, tensor(case["noise"]))[:, :, None])
 

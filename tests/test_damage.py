@@ -12,7 +12,7 @@ import pytest
 
 from lina_jax import state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, UserError, ending
+from lina_jax.errors import RUN_AGAIN, UserError, exit_message
 from lina_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ):
     shutil.copytree(finished[0], tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
-    plan = state.blueprint(config, one_device)
+    plan = state.make_blueprint(config, one_device)
     damage(checkpoints.directory / "6")
     with pytest.raises(UserError, match=rf"checkpoint 6 in {checkpoints.directory} is damaged \(.*{reason}"):
         checkpoints.restore(plan, 6)
@@ -87,7 +87,7 @@ def test_damaged_checkpoints_find_a_place(other_disk, config, finished, tmp_path
     flip_a_bit(checkpoints.directory / "6")
     if other_disk:
         monkeypatch.setattr(os, "rename", refuse)
-    assert int(checkpoints.restore(state.blueprint(config, one_device)).step) == 3
+    assert int(checkpoints.restore(state.make_blueprint(config, one_device)).step) == 3
     assert (tmp_path / "run" / "damaged" / "6.0" / "params" / "_METADATA").exists()
     assert not (checkpoints.directory / "6").exists()
 
@@ -104,7 +104,7 @@ def test_what_a_killed_save_left_is_removed_by_the_run_alone(config, finished, t
     left = tmp_path / "run" / "checkpoints" / "5.orbax-checkpoint-tmp"
     (left / "params").mkdir(parents=True)
     reading = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
-    reading.restore_weights(state.blueprint(config, one_device))
+    reading.restore_weights(state.make_blueprint(config, one_device))
     reading.close()
     assert left.is_dir()
     train(dataclasses.replace(config, steps=7), tmp_path / "run")
@@ -127,8 +127,8 @@ def test_a_checkpoint_that_cannot_be_read_for_the_time_being_is_not_damaged(
             with pytest.raises(
                 UserError, match=r"checkpoint 6 in .* cannot be read \(.*Input/output error\)"
             ) as caught:
-                checkpoints.restore(state.blueprint(config, one_device))
-        assert ending(caught.value)[1] == RUN_AGAIN
+                checkpoints.restore(state.make_blueprint(config, one_device))
+        assert exit_message(caught.value)[1] == RUN_AGAIN
     assert checkpoints.steps() == [0, 3, 6]
 
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_whose_files_are_right_is_not_damaged(
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
     monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
     with pytest.raises(raised, match=message):
-        checkpoints.restore(state.blueprint(config, one_device))
+        checkpoints.restore(state.make_blueprint(config, one_device))
     assert checkpoints.steps() == [0, 3, 6]
 
 
@@ -167,7 +167,7 @@ def test_damage_to_all_checkpoints_is_one_line_and_nothing_is_moved(config, fini
     for step in checkpoints.steps():
         flip_a_bit(checkpoints.directory / str(step))
     with pytest.raises(UserError, match=r"checkpoint 6 in .*; checkpoint 0 in .* damaged .*: there is no older"):
-        checkpoints.restore(state.blueprint(config, one_device))
+        checkpoints.restore(state.make_blueprint(config, one_device))
     assert checkpoints.steps() == [0, 3, 6]
 
 
@@ -175,7 +175,7 @@ def test_sampling_reads_past_damage_and_moves_nothing(config, finished, tmp_path
     """Only the parts that are read must be intact."""
     shutil.copytree(finished[0], tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
-    plan = state.blueprint(config, one_device)
+    plan = state.make_blueprint(config, one_device)
     flip_a_bit(checkpoints.directory / "6")
     assert checkpoints.restore_weights(plan, ema=True)[2] == 6
     assert checkpoints.restore_weights(plan, ema=False)[2] == 3

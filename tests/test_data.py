@@ -24,7 +24,7 @@ from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, datas
 from PIL import Image
 
 from lina_jax import data, decode, reading, retry
-from lina_jax.errors import RUN_AGAIN, PartFailed, UserError, ending
+from lina_jax.errors import RUN_AGAIN, PartFailed, UserError, exit_message
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_storage_that_fails_asks_for_a_restart_from_a_worker_too(tmp_path, monke
     monkeypatch.setattr(reading.Split, "__getitem__", stale)
     with pytest.raises(PartFailed) as caught:
         batches(source, 1)
-    line, code = ending(pickle.loads(pickle.dumps(caught.value)))
+    line, code = exit_message(pickle.loads(pickle.dumps(caught.value)))
     assert code == RUN_AGAIN and "Stale file handle" in line
 
 
@@ -224,6 +224,11 @@ def test_fixed_examples_stand_for_all(clean):
     assert examples["image"].shape == (3, *SIZE, 3)
     with pytest.raises(UserError, match="21 examples requested, but the split has only 20"):
         data.fixed_examples(clean, COUNT + 1)
+
+
+def test_an_empty_split_is_refused(tiny_text, shapes_data):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(shapes_data))}: split 'train\[:0\]' is empty$"):
+        data.open_records(tiny_text(), "train[:0]")
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):

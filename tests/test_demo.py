@@ -30,7 +30,7 @@ def open_studio(one_device):
 
 @pytest.fixture(scope="module")
 def workdir(tiny_text, one_device, rough, save_run, tmp_path_factory):
-    plan = state.blueprint(
+    plan = state.make_blueprint(
         tiny_text(model={"text_length": 40}, log={"preview_prompts": ("x" * 41, "a dot")}), one_device
     )
     return save_run(tmp_path_factory.mktemp("run"), plan, rough(plan))
@@ -139,7 +139,7 @@ def test_examples_are_captions_that_the_model_can_read(studio):
 
 def test_classes_have_the_names_of_the_dataset(tiny, one_device, rough, save_run, open_studio, tmp_path):
     data = tiny_dataset.write(tmp_path / "data")
-    plan = state.blueprint(tiny(model={"num_classes": 2}, data={"path": str(tmp_path / "gone")}), one_device)
+    plan = state.make_blueprint(tiny(model={"num_classes": 2}, data={"path": str(tmp_path / "gone")}), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     assert open_studio(workdir).class_names == []
     with pytest.raises(UserError, match=f"--data={tmp_path}/gone: .* does not exist"):
@@ -160,7 +160,7 @@ def test_frozen_encoders_are_taken_from_where_they_are_said_to_be(
     write_phi(tmp_path / "phi")
     model = {"condition": "text", "text_encoder": "features", "text_dim": 32, "latent_channels": 4}
     config = tiny(model=model, autoencoder={"kind": "sdxl", "stride": 2, "scaling_factor": 0.2})
-    plan = state.blueprint(config, one_device)
+    plan = state.make_blueprint(config, one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     with pytest.raises(UserError, match="--autoencoder=DIR"):
         open_studio(workdir)

@@ -36,7 +36,7 @@ new MutationObserver(() => {
 
 @pytest.fixture(scope="module")
 def workdir(tiny_text, one_device, rough, save_run, tmp_path_factory):
-    plan = state.blueprint(tiny_text(log={"preview_prompts": ("a red circle",)}), one_device)
+    plan = state.make_blueprint(tiny_text(log={"preview_prompts": ("a red circle",)}), one_device)
     return save_run(tmp_path_factory.mktemp("run"), plan, dataclasses.replace(rough(plan), step=jnp.int32(7)))
 
 
@@ -171,7 +171,7 @@ def test_classes_are_chosen_by_name(tiny, one_device, rough, save_run, tmp_path,
     from lina_jax import page  # imported here, since it needs Gradio
 
     monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
-    plan = state.blueprint(tiny(model={"num_classes": 2}), one_device)
+    plan = state.make_blueprint(tiny(model={"num_classes": 2}), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
 
     def component(data: str) -> dict:

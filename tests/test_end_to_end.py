@@ -142,7 +142,7 @@ def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_dev
     for form, online in (("latents", False), ("pixels", True)):
         config = experiment(prepared / form, online=online)
         encoders = load_encoders(config, one_device)
-        plan = state.blueprint(config, one_device, encoders)
+        plan = state.make_blueprint(config, one_device, encoders)
         batch = data.fixed_examples(data.open_records(config, "train", encoders.text), config.batch_size)
         losses.append(float(state.make_train_step(plan)(plan.init(), batch)[1]["loss"]))
     # The cache is float16, whose rounding is 5e-4 of each value and averages out. Measured: 1e-6.
@@ -163,7 +163,7 @@ def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
 def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared, experiment, one_device, tmp_path):
     """Their means are decoded, and the stored reference records that they are reconstructions."""
     config = experiment(prepared / "latents", online=True)
-    plan = state.blueprint(config, one_device, load_encoders(config, one_device))
+    plan = state.make_blueprint(config, one_device, load_encoders(config, one_device))
     source = image_sources.open_images(prepared / "latents", one_device, "validation", plan)
     assert source.count == 4
     shown = np.asarray(source.batch(np.arange(4)))
@@ -176,7 +176,7 @@ def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared,
     assert np.mean(np.abs(np.asarray(again, np.int32) - shown)) < 0.5
     network = Network(inception_weights.write(tmp_path / "inception.safetensors"), one_device)
     options = {"per_device": 4, "images": False, "work": tmp_path / "work", "out": tmp_path / "reference.npz"}
-    made = reference.load(prepared / "latents", network, **options, plan=plan)
+    made = reference.load(prepared / "latents", network, **options, blueprint=plan)
     stored = reference.load(tmp_path / "reference.npz", network, **options)
     assert made.facts["reconstructed_by"] == stored.facts["reconstructed_by"] == config.autoencoder.path
     assert image_sources.npz_array(options["out"], "arr_0").shape == (20, 32, 32, 3)

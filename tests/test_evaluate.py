@@ -29,7 +29,7 @@ def test_training_names_the_command_that_makes_its_reference(
 
     def prepared(reference):
         config = tiny(eval={"images": 8, "inception": str(weights), "reference": str(reference)})
-        return quality.DrawnQuality(state.blueprint(config, one_device), None)
+        return quality.DrawnQuality(state.make_blueprint(config, one_device), None)
 
     with pytest.raises(UserError, match=f"eval.reference={shapes_data}: training needs an .npz file with mu") as error:
         prepared(shapes_data)
@@ -81,7 +81,7 @@ def test_score_json_tells_what_draws_and_nothing_else_is_read(tiny, rough, save_
     write_phi(tmp_path / "phi")
     model = {"condition": "text", "text_encoder": "features", "text_dim": 32, "latent_channels": 4}
     autoencoder = {"kind": "sdxl", "stride": 2, "scaling_factor": 0.2, "tile": 8}
-    plan = state.blueprint(tiny(model=model, autoencoder=autoencoder), one_device)
+    plan = state.make_blueprint(tiny(model=model, autoencoder=autoencoder), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
     flags = [f"--{name}={path}" for name, path in encoders.items()]
@@ -181,7 +181,7 @@ def test_a_report_has_the_class_names_of_the_data_that_is_given(
         content = io.BytesIO()
         Image.new("RGB", (8, 8)).save(content, "PNG")
         writer.write("train", image=content.getvalue(), caption="", short_caption="", label=0, key="0")
-    plan = state.blueprint(tiny(), one_device)
+    plan = state.make_blueprint(tiny(), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     options = [f"--workdir={workdir}", "--novalidation", f"--data={tmp_path / 'data'}", f"--report={tmp_path / 'page'}"]
     command = [sys.executable, "-c", EVALUATE_PRINTING_NAMES, *options]

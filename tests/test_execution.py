@@ -29,12 +29,12 @@ def of_preset(load_preset):
     return make
 
 
-def on(platform, config, chosen=execution.resolved, memory=CHIPS["h200"].memory, **held):
+def on(platform, config, chosen=execution.resolve, memory=CHIPS["h200"].memory, **held):
     """The choice for eight devices with `memory` bytes each that hold an eighth of the state each."""
     stats = {"bytes_limit": memory} if memory else None
     device = types.SimpleNamespace(platform=platform, device_kind="", process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device] * 8), shape={"fsdp": 8, "tensor": 1}, size=8)
-    return execution.of(chosen(config, mesh, **held).model)
+    return execution.choices_of(chosen(config, mesh, **held).model)
 
 
 def test_each_platform_runs_layers_in_its_way(of_preset):
@@ -43,7 +43,7 @@ def test_each_platform_runs_layers_in_its_way(of_preset):
     assert on("gpu", config) == {"remat": "none"} | UNROLLED
     assert on("cpu", config) == {"remat": "none"} | SCANNED
     assert on("gpu", config, execution.for_inference) == {"remat": "none"} | UNROLLED | {"scan_layers": True}
-    assert execution.of(execution.for_all_platforms(config).model) == {"remat": "none"} | SCANNED
+    assert execution.choices_of(execution.for_all_platforms(config).model) == {"remat": "none"} | SCANNED
 
 
 def test_what_a_config_sets_stays(of_preset):
@@ -117,11 +117,13 @@ def test_a_step_needs_room_for_its_part_of_float32_gradients(of_preset):
 def test_programs_without_gradients_have_a_way_of_their_own(tiny, one_device, monkeypatch):
     """As on GPUs, where training unrolls layers and sampling scans them; the pictures are the same."""
     inputs = {"label": np.array([0, 2], np.int32)}, np.arange(2, dtype=np.int32), np.int32(0)
-    scanned = state.blueprint(tiny(model={"scan_layers": True, "image_depth": 4}), one_device)
+    scanned = state.make_blueprint(tiny(model={"scan_layers": True, "image_depth": 4}), one_device)
     run = scanned.init()
     drawn = [np.asarray(generate.make_sampler(scanned, scanned.config.sample)(run.params, run.frozen, *inputs))]
-    monkeypatch.setattr(execution, "ways", lambda *_: [{"scan_layers": False, "attention_kernel": "xla"}])
-    mixed = state.blueprint(tiny(model={"scan_layers": None, "image_depth": 4}), one_device)
+    monkeypatch.setattr(
+        execution, "scan_and_kernel_options", lambda *_: [{"scan_layers": False, "attention_kernel": "xla"}]
+    )
+    mixed = state.make_blueprint(tiny(model={"scan_layers": None, "image_depth": 4}), one_device)
     assert not mixed.config.model.scan_layers
     assert mixed.inference_graphdef == scanned.inference_graphdef != mixed.graphdef
     drawn.append(np.asarray(generate.make_sampler(mixed, mixed.config.sample)(run.params, run.frozen, *inputs)))
@@ -132,7 +134,7 @@ def test_training_and_sampling_ask_whether_kernels_agree_first(tiny_text, tmp_pa
     def refuse(config, devices):
         raise UserError(f"asked about kernels: {config.model.attention_kernel}")
 
-    monkeypatch.setattr(kernel_check, "settled", refuse)
+    monkeypatch.setattr(kernel_check, "resolve_kernel", refuse)
     config = tiny_text()
     with pytest.raises(UserError, match="asked about kernels: auto"):
         train(config, tmp_path / "run")

@@ -98,7 +98,7 @@ def test_a_directory_is_no_file_to_write(c2i_run, tmp_path):
 def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tmp_path):
     config = tiny_text()
     write_config(tmp_path / "run", config)
-    run = rough(state.blueprint(config, mesh.holding(config.model)))
+    run = rough(state.make_blueprint(config, mesh.mesh_for_weights(config.model)))
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint)
     checkpoints.save_weights(run.params, run.frozen)
     checkpoints.close()
@@ -115,7 +115,7 @@ def tiny_run(tiny, rough, tmp_path_factory) -> Path:
     config = tiny(sample={"steps": 3, "euler_steps": 2, "stages": 1})
     workdir = tmp_path_factory.mktemp("trained") / "run"
     write_config(workdir, config)
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     for step in (1, 2, 3):
         run = rough(plan, seed=step)
@@ -177,7 +177,7 @@ def test_rotary_models_go_out_as_programs(platform, tiny, rough, save_run, tmp_p
     """Their angles, like everything else, take any number of images, also on machines with GPUs."""
     monkeypatch.setattr(sequence, "platform", lambda: platform)
     config = tiny(model={"rotary": True, "width": 32, "heads": 1}, sample={"steps": 2, "euler_steps": 1, "stages": 1})
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     convert.to_stablehlo(save_run(tmp_path / "run", plan, rough(plan)), tmp_path / "program", platforms=("cpu",))
     exported = jax.export.deserialize((tmp_path / "program" / "sample.stablehlo").read_bytes())
     weights = load_file(tmp_path / "program" / "weights.safetensors")
@@ -197,7 +197,7 @@ def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path
         text_encoder={"path": str(tmp_path / "phi")},
         sample={"steps": 2, "euler_steps": 1, "stages": 1},
     )
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     workdir = save_run(tmp_path / "run", plan, rough(plan))
     convert.to_stablehlo(workdir, tmp_path / "program")
     exported = jax.export.deserialize((tmp_path / "program" / "sample.stablehlo").read_bytes())

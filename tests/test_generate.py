@@ -26,7 +26,7 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def plan(config, one_device):
-    return state.blueprint(config, one_device)
+    return state.make_blueprint(config, one_device)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_image_does_not_depend_on_the_batch_size(draw, images):
 
 
 def test_an_image_does_not_depend_on_the_mesh(config, weights, images):
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
     params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
     labels, numbers = np.tile(LABELS, 2), np.arange(8, dtype=np.int32)
     batch = jax.device_put(({"label": labels}, numbers), mesh.sharding(plan.mesh, "batch"))
@@ -102,7 +102,7 @@ def test_an_image_does_not_depend_on_the_mesh(config, weights, images):
 
 
 def test_a_sampler_uses_all_devices(config, weights, images):
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
     params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
     sampler = sample.Sampler(plan, plan.config.sample, sample.batch_for(plan, len(LABELS)))
     assert_equal_to_rounding(sampler(params, frozen, LABELS.tolist(), seed=0), images)
@@ -125,11 +125,11 @@ def test_guidance_one_runs_the_conditional_branch_alone(draw, weights):
     assert_equal_to_rounding(alone, draw(guidance=1.0 + 1e-6, guidance_schedule="constant"))
 
 
-def test_guidance_below_one_is_none(draw):
+def test_guidance_below_one_is_none(draw, config):
     """As published: a ramp from 0 to 2 guides only in its second half."""
     none = draw(guidance=1.0, guidance_min=1.0)
     np.testing.assert_array_equal(draw(guidance=0.5, guidance_schedule="constant"), none)
-    ramp = generate.schedule(SampleConfig(steps=4, guidance=2.0, guidance_min=0.0), tokens=16, shift=1.0)
+    ramp = generate.schedule(config, SampleConfig(steps=4, guidance=2.0, guidance_min=0.0))
     assert ramp.guided
     np.testing.assert_allclose(ramp.inputs(slice(None)).guidance, [1.0, 1.0, 1.5, 2.0])
 
@@ -169,8 +169,8 @@ def test_without_annealing_every_step_has_all_euler_steps():
 
 @pytest.mark.parametrize("annealing", ["none", "linear", "cosine", "two_stage"])
 def test_every_decoding_step_denoises_to_the_end(tiny, annealing):
-    settings = dataclasses.replace(tiny().sample, steps=8, euler_steps=9, annealing_min=2, annealing=annealing)
-    plan = generate.schedule(settings, 64, 1.0)
+    settings = {"steps": 8, "euler_steps": 9, "annealing_min": 2, "annealing": annealing}
+    plan = generate.schedule(tiny(model={"image_grid": (8, 8)}, sample=settings))
     for sigmas, count in zip(plan.sigmas, plan.euler_steps, strict=True):
         assert sigmas[0] == 1
         assert np.all(np.diff(sigmas[: count + 1]) < 0)
@@ -181,10 +181,10 @@ def test_annealing_draws_another_picture(draw, images):
     assert np.mean(draw(annealing="linear", annealing_min=1) != images) > 0.1
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(16, 4), (256, 64), (64, 100)])
-def test_a_schedule_makes_every_token_once(tiny, tokens, steps):
-    plan = generate.schedule(dataclasses.replace(tiny().sample, steps=steps), tokens, 1.0)
-    assert plan.predicted.sum() == tokens
+@pytest.mark.parametrize(("side", "steps"), [(4, 4), (16, 64), (8, 100)])
+def test_a_schedule_makes_every_token_once(tiny, side, steps):
+    plan = generate.schedule(tiny(model={"image_grid": (side, side)}, sample={"steps": steps}))
+    assert plan.predicted.sum() == side**2
     assert plan.predicted.min() > 0
     assert plan.visible.tolist() == [0, *np.cumsum(plan.predicted)[:-1]]
     assert [i for part in plan.stages for i in range(part.start, part.stop)] == list(range(len(plan.predicted)))
@@ -213,7 +213,7 @@ def test_one_program_or_one_a_step_draw_the_same(plan, weights, images):
 
 
 def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(tiny, rough):
-    plan = state.blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
+    plan = state.make_blueprint(tiny(model={"dtype": "bfloat16"}), mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     run = rough(plan)
     read = flatten_dict(plan.jit(plan.sampling_params)(run.params, run.frozen))
     wide = flatten_dict(run.params)
@@ -236,7 +236,7 @@ def test_programs_of_single_steps_read_narrow_matrices_and_a_head_that_is_whole(
 
 def test_devices_draw_without_each_other(config):
     """Each device computes the unconditional image itself, and places the new tokens that it predicted."""
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4), jax.devices()[:4]))
     sampler = generate.make_sampler(plan, config.sample)
     arguments = {"label": LABELS}, NUMBERS, np.int32(0)
     place = mesh.sharding(plan.mesh, "batch")
@@ -247,7 +247,7 @@ def test_devices_draw_without_each_other(config):
 
 def test_a_picture_does_not_depend_on_the_generator_that_jax_has_by_default(draw, config, one_device, weights):
     with jax.default_prng_impl("rbg"):
-        plan = state.blueprint(config, one_device)
+        plan = state.make_blueprint(config, one_device)
         sampler = generate.make_sampler(plan, config.sample)
         images = sampler(*weights, {"label": jnp.asarray(LABELS)}, jnp.asarray(NUMBERS), jnp.int32(0))
     np.testing.assert_array_equal(images, draw())

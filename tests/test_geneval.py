@@ -26,7 +26,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def plan(tiny_text, one_device):
-    return state.blueprint(tiny_text(), one_device)
+    return state.make_blueprint(tiny_text(), one_device)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,11 @@ def test_what_is_absent_is_drawn_again_on_other_devices_in_their_way(draw, promp
         (tmp_path / "out" / name).unlink()
     kept = tmp_path / "out" / "00001" / "samples" / "0000.png"
     written = kept.stat().st_mtime_ns
-    draw(prompts, tmp_path / "out", plan=state.blueprint(tiny_text(model={"remat": "full"}), mesh.build(MeshConfig())))
+    draw(
+        prompts,
+        tmp_path / "out",
+        plan=state.make_blueprint(tiny_text(model={"remat": "full"}), mesh.build(MeshConfig())),
+    )
     assert files(tmp_path / "out") == before
     assert kept.stat().st_mtime_ns == written
 
@@ -101,7 +105,7 @@ def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
 def test_pictures_of_other_encoders_are_not_mixed(draw, prompts, tiny_text, one_device, tmp_path):
     draw(prompts[:1], tmp_path / "out", images=1)
     for group, other in (("autoencoder", {"path": "x"}), ("autoencoder", {"tile": 8}), ("text_encoder", {"path": "x"})):
-        plan = state.blueprint(tiny_text(**{group: other}), one_device)
+        plan = state.make_blueprint(tiny_text(**{group: other}), one_device)
         with pytest.raises(UserError, match=f"pictures that differ in {group}: choose another --out, or remove it"):
             draw(prompts[:1], tmp_path / "out", images=1, plan=plan)
 
@@ -166,7 +170,7 @@ def test_strips_end_with_the_picture(plan, weights):
 @pytest.mark.parametrize(("names", "told"), [(["cat", "dog", "newt"], "2: newt"), ([], "class 2")])
 def test_samples_are_those_of_the_sampler_by_class(names, told, tiny, rough, one_device, monkeypatch):
     monkeypatch.setattr(report.reading, "label_names", lambda path: names)
-    plan = state.blueprint(tiny(), one_device)
+    plan = state.make_blueprint(tiny(), one_device)
     weights = (run := rough(plan)).params, run.frozen
     rows = report.draw_samples(plan, plan.config.sample, *weights, seed=5)
     labels = list(range(len(rows.names)))

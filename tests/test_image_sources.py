@@ -98,7 +98,7 @@ def test_pictures_of_other_shares_of_the_same_datasets_are_others(tiny_text, sha
 
     def facts(path):
         config = tiny_text(data={"path": path})
-        plan = state.blueprint(config, one_device)
+        plan = state.make_blueprint(config, one_device)
         records = data.open_records(config, "train")
         return image_sources.drawn(plan, config.sample, records, 9, seed=0, facts={}).facts
 

@@ -44,7 +44,7 @@ class Named:
 
 
 def abstract_pipeline(config: Config, **index) -> published.Pipeline:
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     flat = flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     shapes = torch_layout.published_shapes(list(torch_layout.entries(config.model)), unflatten_dict(flat))
     content = published_names.transformer_config(config)

@@ -38,7 +38,7 @@ def test_stacked_layers_start_as_those_of_nnx():
 
 def test_no_layer_starts_as_the_noise_of_a_training_step(tiny, one_device):
     """Kernels and noise both increase with their random bits, so the same bits would give the same ranks."""
-    plan = state.blueprint(tiny(model={"scan_layers": True}), one_device)
+    plan = state.make_blueprint(tiny(model={"scan_layers": True}), one_device)
     weights = [leaf[0] for leaf in jax.tree.leaves(plan.init().params) if leaf.ndim > 2 and leaf[0].size > 1000]
     config = plan.config
     model = dataclasses.replace(config.model, image_grid=(16, 16))

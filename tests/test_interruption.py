@@ -51,7 +51,7 @@ def test_a_killed_process_goes_on_exactly(endless, run_module, config_file, tmp_
         result = run_module("train", options[0], f"--workdir={workdir}", f"--config.steps={steps}")
         assert result.returncode == 0, result.stderr
         checkpoints = Checkpoints(workdir, endless.checkpoint, create=False)
-        finals[name] = jax.device_get(checkpoints.restore(state.blueprint(endless, one_device), steps))
+        finals[name] = jax.device_get(checkpoints.restore(state.make_blueprint(endless, one_device), steps))
     assert identical(finals["killed"], finals["in_one_go"])
 
 
@@ -76,7 +76,7 @@ def test_sigterm_saves_and_asks_to_be_run_again(endless, run_module, config_file
         result = run_module("train", *options, f"--workdir={tmp_path / name}", f"--config.steps={saved + 2}")
         assert result.returncode == 0, result.stderr
         checkpoints = Checkpoints(tmp_path / name, endless.checkpoint, create=False)
-        finals.append(jax.device_get(checkpoints.restore(state.blueprint(endless, one_device), saved + 2)))
+        finals.append(jax.device_get(checkpoints.restore(state.make_blueprint(endless, one_device), saved + 2)))
     assert identical(*finals)
 
 
@@ -121,7 +121,7 @@ def test_sigterm_does_after_a_run_what_it_did_before():
 def test_ctrl_c_waits_once_for_what_is_being_finished(capfd):
     done = []
     for times in (1, 2):
-        with pytest.raises(KeyboardInterrupt), preemption.finishing("a save"):
+        with pytest.raises(KeyboardInterrupt), preemption.defer_interrupt("a save"):
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
             done.append(times)
@@ -136,11 +136,11 @@ from lina_jax import errors, preemption
 
 def main(argv):
     with preemption.Watchdog(0.2) as watchdog:
-        with watchdog.allowing(0.3, "a save took over 0.3 s"):
+        with watchdog.time_limit(0.3, "a save took over 0.3 s"):
             pass  # the first save
         threading.Event().wait(0.5)  # the first step compiles
         watchdog.restart()
-        with watchdog.allowing(0.0, ""):
+        with watchdog.time_limit(0.0, ""):
             threading.Event().wait(0.5)  # what takes its own time
         print("alive", file=sys.stderr)
         stalled_for_ever()
@@ -187,7 +187,7 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
 
     Of the weights it reads only the EMA, so the parameters may be lost.
     """
-    plan = state.blueprint(tiny(), one_device)
+    plan = state.make_blueprint(tiny(), one_device)
     save_run(tmp_path / "run", plan, rough(plan))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "params")
     weights = inception_weights.write(tmp_path / "inception.safetensors")

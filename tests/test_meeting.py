@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tes
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=1)
 
 def main(argv):
-    with hosts.together({}, preemption=True):
+    with hosts.distributed_run({}, preemption=True):
         work(jax.process_index())
 
 """
@@ -150,7 +150,7 @@ def work(process):
             questions += 1
             threading.Event().wait(0.01)
         print(questions, flush=True)
-        preemption.heed()
+        preemption.raise_if_preempted()
 """
 
 

@@ -159,14 +159,14 @@ def local_share(tree) -> float:
 
 @pytest.mark.parametrize("name", ["params", "ema", "mu", "nu"])
 def test_parameters_moments_and_average_are_cut_over_fsdp(name, tiny, rough, moment):
-    run = rough(state.blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=8))))
+    run = rough(state.make_blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=8))))
     tree = getattr(run, name) if name in ("params", "ema") else moment(run, name)
     # What is not sharded is small: biases, norms, gates; here 3.5 % of the parameters.
     assert local_share(tree) < 0.25
 
 
 def test_parameters_are_cut_over_tensor(tiny, rough):
-    run = rough(state.blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=2, tensor=4))))
+    run = rough(state.make_blueprint(tiny(), mesh.build(MeshConfig(data=1, fsdp=2, tensor=4))))
     assert local_share(run.params) < 0.25
 
 
@@ -186,7 +186,7 @@ def test_two_axes_on_one_mesh_axis_are_refused(names):
 def over_fsdp(tiny, batch_of):
     """(plan, compiled train step) for eight devices with the state sharded over `fsdp`."""
     config = tiny(model={"condition": "class"}, batch_size=8)
-    plan = state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
+    plan = state.make_blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
     batch = jax.device_put(batch_of(config), mesh.sharding(plan.mesh, "batch"))
     return plan, state.make_train_step(plan).lower(plan.shapes, batch).compile()
 
@@ -218,7 +218,7 @@ def test_gates_of_large_images_are_cut_as_weights_are(alone, config_of, first_st
     monkeypatch.setattr(attention, "LARGE_TABLE", 1)
     config = config_of("class")
     devices = mesh.build(MeshConfig(data=1, fsdp=4, sequence=2))
-    plan = state.blueprint(config, devices)
+    plan = state.make_blueprint(config, devices)
     gates = [leaf for path, leaf in jax.tree.leaves_with_path(plan.shapes.params) if "_scale" in str(path[-1])]
     assert gates and all(4 * math.prod(gate.sharding.shard_shape(gate.shape)) == gate.size for gate in gates)
     loss, gradient = first_step(config, devices)
@@ -228,7 +228,7 @@ def test_gates_of_large_images_are_cut_as_weights_are(alone, config_of, first_st
 
 
 def test_of_the_largest_images_nothing_large_is_whole_on_a_device(load_preset):
-    plan = state.blueprint(load_preset("t2i:4096"), mesh.build(MeshConfig(data=1, fsdp=8)))
+    plan = state.make_blueprint(load_preset("t2i:4096"), mesh.build(MeshConfig(data=1, fsdp=8)))
     arrays = [leaf for path, leaf in jax.tree.leaves_with_path(plan.shapes) if path[0].name != "frozen"]
     whole = [leaf for leaf in arrays if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
     assert mesh.device_bytes(whole) < 0.01 * mesh.device_bytes(arrays)

@@ -105,7 +105,7 @@ def test_devices_without_numbers_are_near_those_of_their_process(processes, fsdp
 )
 def test_sequence_of_zero_is_chosen_so_that_the_batch_can_be_cut(batch_size, fsdp, made, tiny):
     config = tiny(batch_size=batch_size, mesh={"fsdp": fsdp, "sequence": 0})
-    assert mesh.of(config).shape == dict.fromkeys(mesh.AXES, 1) | made
+    assert mesh.from_config(config).shape == dict.fromkeys(mesh.AXES, 1) | made
 
 
 @pytest.mark.parametrize(("sizes", "parts"), [({"fsdp": 0}, 8), ({"data": 2, "fsdp": 2}, 4)])
@@ -113,7 +113,7 @@ def test_a_batch_that_no_choice_can_cut_is_refused_by_its_size(sizes, parts, tin
     with pytest.raises(
         UserError, match=rf"accumulate=7 is not divisible by {parts} devices .*; no value of mesh.sequence fixes this"
     ):
-        mesh.of(tiny(batch_size=7, mesh={"sequence": 0} | sizes))
+        mesh.from_config(tiny(batch_size=7, mesh={"sequence": 0} | sizes))
 
 
 @pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])
@@ -159,7 +159,7 @@ def test_slices_of_tpus_are_joined_by_replicas_alone():
 def test_slices_without_replicas_are_refused_with_what_helps(sizes, tiny):
     devices = [TpuChip(i, i // 4, i // 4) for i in range(8)]
     with pytest.raises(UserError) as error:
-        mesh.of(tiny(batch_size=8, mesh=sizes), devices)
+        mesh.from_config(tiny(batch_size=8, mesh=sizes), devices)
     assert str(error.value) == "mesh.replica=1: 2 slices need a multiple of 2 (--config.mesh.replica=2)"
 
 
@@ -193,7 +193,7 @@ def test_weights_of_which_something_cannot_be_cut_are_held_by_one_device(tiny, m
     with pytest.raises(UserError, match=r"^the number of time features=256 is not divisible by 3 devices"):
         mesh.check_model(model, mesh.build(MeshConfig(data=1, fsdp=3), three))
     monkeypatch.setattr(jax, "local_devices", lambda: three)
-    assert mesh.holding(model).size == 1
+    assert mesh.mesh_for_weights(model).size == 1
 
 
 def test_a_mesh_on_the_command_line():

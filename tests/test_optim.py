@@ -32,7 +32,7 @@ def stepped(rough, batch_of):
 
 @pytest.fixture(scope="module")
 def by_muon(muon, one_device, stepped):
-    return stepped(state.blueprint(muon, one_device))
+    return stepped(state.make_blueprint(muon, one_device))
 
 
 def change(before_after, *path):
@@ -46,7 +46,7 @@ LAYER = ("encoder", "runs", "from_00")
 
 
 def test_muon_makes_queries_keys_and_values_orthogonal_each(muon, one_device, rough):
-    plan = state.blueprint(muon, one_device)
+    plan = state.make_blueprint(muon, one_device)
     run = rough(plan)
     rng = np.random.default_rng(0)
     gradient = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), run.params)
@@ -63,7 +63,9 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each(muon, one_device, ro
 
 
 def test_muon_leaves_embeddings_outputs_and_vectors_to_adamw(tiny, one_device, stepped, by_muon):
-    by_adamw = stepped(state.blueprint(tiny(optim={"b1": 0.0, "weight_decay": 0.0, "warmup_steps": 0}), one_device))
+    by_adamw = stepped(
+        state.make_blueprint(tiny(optim={"b1": 0.0, "weight_decay": 0.0, "warmup_steps": 0}), one_device)
+    )
     for path in (("patch_embed", "kernel"), ("head", "out", "kernel"), ("mask_token",), (*LAYER, "norm1", "scale")):
         np.testing.assert_allclose(change(by_muon, *path), change(by_adamw, *path), atol=1e-9, err_msg=str(path))
     path = (*LAYER, "mlp", "fc1", "kernel")
@@ -72,7 +74,7 @@ def test_muon_leaves_embeddings_outputs_and_vectors_to_adamw(tiny, one_device, s
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_spares_layer_norms_alone(name, tiny, one_device, rough):
-    plan = state.blueprint(tiny(optim={"name": name, "weight_decay": 0.5, "warmup_steps": 0}), one_device)
+    plan = state.make_blueprint(tiny(optim={"name": name, "weight_decay": 0.5, "warmup_steps": 0}), one_device)
     run = rough(plan)
     still = jax.tree.map(jnp.zeros_like, run.params)
     updates, _ = plan.optimizer.update(still, run.opt_state, run.params)
@@ -86,14 +88,14 @@ def test_weight_decay_spares_layer_norms_alone(name, tiny, one_device, rough):
 
 
 def test_muon_on_eight_devices_steps_as_on_one(muon, by_muon, stepped, error_between):
-    cut = stepped(state.blueprint(muon, mesh.build(MeshConfig(fsdp=4, tensor=2))))
+    cut = stepped(state.make_blueprint(muon, mesh.build(MeshConfig(fsdp=4, tensor=2))))
     moved, expected = (jax.tree.map(np.subtract, after, before) for before, after in (cut, by_muon))
     # Measured 6e-6: orthogonalising scales the smallest singular values, and their rounding, up a few hundred times.
     assert error_between(moved, expected) < 5e-5
 
 
 def test_the_momentum_of_muon_is_cut_over_fsdp(muon):
-    plan = state.blueprint(muon, mesh.build(MeshConfig(data=1, fsdp=8)))
+    plan = state.make_blueprint(muon, mesh.build(MeshConfig(data=1, fsdp=8)))
     momentum = plan.shapes.opt_state[1].inner_states["muon"].inner_state
     leaves = [leaf for leaf in jax.tree.leaves(momentum) if leaf.ndim > 2]
     assert leaves

@@ -156,7 +156,7 @@ for place, preset in json.loads(sys.argv[1]):
     file, name = preset.split(":")
     chosen, where = config.freeze(runpy.run_path(f"configs/{file}.py")["get_config"](name)), topology.parse(place)
     axes = dataclasses.replace(chosen.mesh, replica=where.slices)
-    shape = mesh.of(dataclasses.replace(chosen, mesh=axes), topology.devices(where)).shape
+    shape = mesh.from_config(dataclasses.replace(chosen, mesh=axes), topology.devices(where)).shape
     print(json.dumps({axis: size for axis, size in shape.items() if size > 1}))
 """
 

@@ -14,7 +14,7 @@ VARIANTS = {"classes": {}, "text": {"condition": "text"}, "rotary": {"rotary": T
 
 @pytest.fixture(scope="module")
 def narrow(tiny, one_device):
-    return lambda **model: state.blueprint(tiny(model={"dtype": "bfloat16"} | model), one_device)
+    return lambda **model: state.make_blueprint(tiny(model={"dtype": "bfloat16"} | model), one_device)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -41,7 +41,7 @@ def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_o
 
     def loss(params, frozen, batch):
         draws = draw(jax.random.key(0), jnp.arange(8), config.model, config.loss)
-        tokens, condition = state.split_batch(plan, {}, batch, None)
+        tokens, condition = state.model_inputs(plan, {}, batch, None)
         return plan.model(params, frozen).loss(tokens, condition, draws, sigmas)
 
     program = str(jax.make_jaxpr(jax.grad(loss))(plan.shapes.params, plan.shapes.frozen, batch_of(config)))
@@ -49,11 +49,11 @@ def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_o
     assert f"bf16[{len(sigmas)}," not in program
 
 
-@pytest.mark.parametrize("make", [generate.make_sampler, generate.make_strips], ids=["sampler", "strips"])
+@pytest.mark.parametrize("make", [generate.make_sampler, generate.make_progress_strips], ids=["sampler", "strips"])
 def test_loops_of_sampling_read_matrices_of_blocks_that_are_narrow_already(make, narrow):
     """Otherwise they would be cast, and gathered, in each of many Euler steps."""
     plan = narrow()
-    program = make(plan, plan.config.sample, *[3] * (make is generate.make_strips))
+    program = make(plan, plan.config.sample, *[3] * (make is generate.make_progress_strips))
     inputs = {"label": np.zeros(4, np.int32)}, np.arange(4, dtype=np.int32), np.int32(0), *program.trailing
     with jax.set_mesh(plan.mesh):
         traced = program.jitted.trace(plan.shapes.params, plan.shapes.frozen, *inputs)

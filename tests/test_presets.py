@@ -95,7 +95,7 @@ def test_the_train_step_of_a_preset_fits_together(preset, load_preset, one_devic
     """Only shapes are checked, nothing is computed. Fewer layers are enough: they are scanned and have equal shapes."""
     config = load_preset(preset)
     model = dataclasses.replace(config.model, condition_depth=1, image_depth=2, head_depth=1)
-    plan = state.blueprint(dataclasses.replace(config, model=model), one_device)
+    plan = state.make_blueprint(dataclasses.replace(config, model=model), one_device)
     size, (height, width) = config.batch_size, model.latent_size
     batch = {
         "moments": jax.ShapeDtypeStruct((size, 2 * model.latent_channels, height, width), jnp.float16),

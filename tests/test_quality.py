@@ -60,7 +60,7 @@ def source(tiny, rough, devices):
 
     def make(count):
         if count not in made:
-            plan = state.blueprint(tiny(), devices[count])
+            plan = state.make_blueprint(tiny(), devices[count])
             run = rough(plan)
             made[count] = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=3, facts={})
             made[count].weights = run.params, run.frozen
@@ -188,7 +188,7 @@ def test_a_file_of_features_that_is_cut_is_named(left, source, measure, tmp_path
 def test_what_was_done_for_other_pictures_does_not_count(
     seed, others, tiny, devices, source, measure, whole, tmp_path, capsys
 ):
-    plan = state.blueprint(tiny(**others), devices[1])
+    plan = state.make_blueprint(tiny(**others), devices[1])
     other = Killed(source(1), 30)
     other.facts = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
     with pytest.raises(KeyboardInterrupt):
@@ -335,7 +335,7 @@ def of_quality(workdir):
 def test_the_training_loop_measures_its_average(trained, devices):
     config, workdir, run = trained
     assert [row["step"] for row in of_quality(workdir)] == [2, 3]
-    plan = state.blueprint(config, devices[1])
+    plan = state.make_blueprint(config, devices[1])
     drawn_quality = quality.DrawnQuality(plan, data.open_records(config, "validation"))
     again = drawn_quality.measure(run.ema, run.frozen, step=3)
     assert of_quality(workdir)[-1]["quality/fid"] == again.told()["fid"]["value"]
@@ -380,7 +380,7 @@ def test_a_run_with_other_cadences_goes_on_with_the_same_features(tiny, weights,
 
     def facts(**changes):
         config = tiny(eval={"images": 8, "inception": str(weights)}, **changes)
-        return quality.DrawnQuality(state.blueprint(config, one_device), None)._source.facts
+        return quality.DrawnQuality(state.make_blueprint(config, one_device), None)._source.facts
 
     assert facts(steps=9, log={"every": 7}, checkpoint={"every": 2}) == facts()
     for changes in ({"optim": {"learning_rate": 0.5}}, {"sample": {"steps": 3}}, {"autoencoder": {"tile": 8}}):
@@ -407,7 +407,7 @@ def test_too_few_images_are_refused_before_any_is_drawn(tiny, weights, networks,
     np.savez(tmp_path / "with_images.npz", **statistics, arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     for name, fits in (("statistics", True), ("with_images", False)):
         config = tiny(eval={"images": 3, "inception": str(weights), "reference": str(tmp_path / f"{name}.npz")})
-        plan = state.blueprint(config, one_device)
+        plan = state.make_blueprint(config, one_device)
         if fits:
             quality.DrawnQuality(plan, None)
             continue

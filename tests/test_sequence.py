@@ -76,7 +76,7 @@ def masks_of_first_step(config) -> jax.Array:
 
 def test_pictures_are_the_same(deep, one_device, cut, rough):
     def draw(devices):
-        plan = state.blueprint(deep, devices)
+        plan = state.make_blueprint(deep, devices)
         run = rough(plan)
         sampler = generate.make_sampler(plan, deep.sample)
         return np.asarray(sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0)))
@@ -88,7 +88,7 @@ def test_pictures_are_the_same(deep, one_device, cut, rough):
 
 
 def test_devices_exchange_sums_and_edges_only(deep, cut, batch_of):
-    plan = state.blueprint(deep, cut)
+    plan = state.make_blueprint(deep, cut)
     batch = jax.device_put(batch_of(deep), mesh.sharding(cut, "batch"))
     program = state.make_train_step(plan).lower(plan.shapes, batch).compile().as_text()
     exchanged = set(

@@ -16,7 +16,7 @@ from lina_jax.models.transformer import layer_runs
 
 @pytest.fixture(scope="module")
 def plan_of(tiny, one_device):
-    return lambda **changes: state.blueprint(tiny(**changes), one_device)
+    return lambda **changes: state.make_blueprint(tiny(**changes), one_device)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
 def loss_and_gradient(plan, batch):
     """A jitted function for the training objective: ((loss, velocity), gradient), without the optimiser."""
     config = plan.config
-    tokens, condition = state.split_batch(plan, {}, batch, None)
+    tokens, condition = state.model_inputs(plan, {}, batch, None)
     draws = draw(jax.random.key(0), jnp.arange(config.batch_size), config.model, config.loss)
     sigmas = flow.training_sigmas()
 
@@ -314,7 +314,7 @@ def test_a_hybrid_learns_in_every_stack(plan_of, rough, batch_of):
 
 def test_a_save_compiles_nothing(tiny, rough, save_run, tmp_path, caplog):
     """Not for replicated arrays either: each device could write a slice, but each slice would need its own program."""
-    plan = state.blueprint(tiny(), mesh.build(MeshConfig()))
+    plan = state.make_blueprint(tiny(), mesh.build(MeshConfig()))
     run = rough(plan)
     with jax.log_compiles():
         save_run(tmp_path / "run", plan, run)

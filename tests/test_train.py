@@ -15,7 +15,7 @@ from PIL import Image
 
 from lina_jax import mesh, metrics, state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, Preempted, UserError, ending
+from lina_jax.errors import RUN_AGAIN, Preempted, UserError, exit_message
 from lina_jax.flops import training_flops
 from lina_jax.train import train
 from lina_jax.workdir import check_config, load_config, write_config
@@ -33,7 +33,7 @@ def test_a_run_resumed_equals_a_run_in_one_go(config, finished, tmp_path, identi
 
 def test_a_run_that_starts_from_weights_is_a_run(config, finished, tmp_path, identical, one_device):
     """Bit for bit, if they are those of a fresh run; the training settings that came with them do not bind it."""
-    fresh = state.blueprint(config, one_device).init()
+    fresh = state.make_blueprint(config, one_device).init()
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1.0), batch_size=4)
     write_config(tmp_path / "run", other)
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint)
@@ -57,13 +57,13 @@ def test_worker_processes_change_nothing(config, run_module, config_file, tmp_pa
         result = run_module("train", *options)
         assert result.returncode == 0, result.stderr
         checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
-        runs.append(jax.device_get(checkpoints.restore(state.blueprint(config, one_device))))
+        runs.append(jax.device_get(checkpoints.restore(state.make_blueprint(config, one_device))))
     assert identical(*runs)
 
 
 def test_training_changes_the_parameters(finished, one_device, config, identical):
     workdir, run = finished
-    first = Checkpoints(workdir, config.checkpoint, create=False).restore(state.blueprint(config, one_device), 0)
+    first = Checkpoints(workdir, config.checkpoint, create=False).restore(state.make_blueprint(config, one_device), 0)
     assert not identical(run.params, first.params)
     assert identical(run.frozen, first.frozen)
 
@@ -71,7 +71,7 @@ def test_training_changes_the_parameters(finished, one_device, config, identical
 def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
     workdir, run = finished
     other = jax.make_mesh((1, 2, 2, 1, 2), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
-    plan = state.blueprint(config, other)
+    plan = state.make_blueprint(config, other)
     restored = Checkpoints(workdir, config.checkpoint, create=False).restore(plan)
     assert identical(jax.device_get(restored), run)
     shards = restored.params["patch_embed"]["kernel"].addressable_shards
@@ -178,7 +178,7 @@ def test_what_was_due_when_sigterm_came_is_measured_when_the_run_goes_on(name, c
         signal_at(patch, name, call, signal.SIGTERM)
         with pytest.raises(Preempted, match="resume from step 3") as caught:
             train(rarely, tmp_path / "run")
-    assert ending(caught.value)[1] == RUN_AGAIN
+    assert exit_message(caught.value)[1] == RUN_AGAIN
     assert Checkpoints(tmp_path / "run", config.checkpoint, create=False).steps() == [0, 3]
     train(config, tmp_path / "run")
     assert measured(tmp_path / "run") == measured(finished[0])
@@ -228,5 +228,5 @@ def test_a_save_that_fails_names_the_place_and_spares_the_earlier_checkpoint(
     place = tmp_path / "run" / "checkpoints"
     assert line == f"error: saving step 9 to {place} failed, earlier checkpoints are intact: File too large"
     checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, create=False)
-    assert identical(jax.device_get(checkpoints.restore(state.blueprint(config, one_device))), finished[1])
+    assert identical(jax.device_get(checkpoints.restore(state.make_blueprint(config, one_device))), finished[1])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 9

@@ -37,14 +37,14 @@ def test_validation_does_not_depend_on_the_batch_size(validation_losses, at_once
 
 
 def test_validation_does_not_depend_on_the_mesh(validation_losses, at_once, tiny_text):
-    eight = state.blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
+    eight = state.make_blueprint(tiny_text(), mesh.build(MeshConfig(data=8)))
     assert validation_losses(6, eight) == at_once
 
 
 def test_validation_does_not_depend_on_how_a_run_draws(validation_losses, at_once, tiny_text, one_device):
     """Runs that repeat the head more often, or share one mask ratio per step, can therefore be compared."""
     drawn = {"repeat": 5, "mask_ratio_per": "step", "condition_dropout": 0.9}
-    assert validation_losses(6, state.blueprint(tiny_text(loss=drawn), one_device)) == at_once
+    assert validation_losses(6, state.make_blueprint(tiny_text(loss=drawn), one_device)) == at_once
 
 
 def test_parameters_and_their_average_have_losses_of_their_own(text_plan, rough):
@@ -59,9 +59,9 @@ def test_parameters_and_their_average_have_losses_of_their_own(text_plan, rough)
 def test_of_a_noise_level_without_tokens_nothing_is_told(text_plan, rough):
     config, run = text_plan.config, rough(text_plan)
     noisy = dataclasses.replace(config, loss=dataclasses.replace(config.loss, shift=1e5))
-    plan = state.blueprint(noisy, text_plan.mesh)
-    (told,) = validation.Validation(plan, data.open_records(noisy, "validation")).losses([run.params], run.frozen)
-    assert [name for name in told if "sigma" in name] == ["loss_sigma_0.75_1.00"]
+    plan = state.make_blueprint(noisy, text_plan.mesh)
+    (losses,) = validation.Validation(plan, data.open_records(noisy, "validation")).losses([run.params], run.frozen)
+    assert [name for name in losses if "sigma" in name] == ["loss_sigma_0.75_1.00"]
 
 
 def test_the_error_of_a_mean_over_tokens_is_that_over_examples():

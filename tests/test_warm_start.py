@@ -35,7 +35,7 @@ def flat(*trees):
 @pytest.fixture(scope="module")
 def donor(tiny, rough, one_device, tmp_path_factory):
     """(workdir, plan, state) of a run on one device whose EMA is not its parameters."""
-    plan = state.blueprint(tiny(), one_device)
+    plan = state.make_blueprint(tiny(), one_device)
     run = rough(plan)
     run = dataclasses.replace(run, step=run.step + 5, ema=jax.tree.map(lambda x: x + 1, run.params))
     workdir = tmp_path_factory.mktemp("donor") / "run"
@@ -49,7 +49,7 @@ def begun(tiny, donor):
 
     def begin(devices=None, changes=None, **init_from):
         config = tiny(**(changes or {}), init_from={"path": str(donor[0])} | init_from)
-        plan = state.blueprint(config, devices or mesh.build(MeshConfig(data=1, fsdp=8)))
+        plan = state.make_blueprint(config, devices or mesh.build(MeshConfig(data=1, fsdp=8)))
         return *warm_start.begin(plan), plan
 
     return begin
@@ -158,11 +158,11 @@ def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_de
     nova = tiny(
         model={"attention": "softmax", "depthwise_conv": False, "kv_gate": "none", "head_width": 16, **LARGER["model"]}
     )
-    plan = state.blueprint(nova, one_device)
+    plan = state.make_blueprint(nova, one_device)
     run = rough(plan)
     save_run(tmp_path / "nova", plan, run)
     config = tiny(init_from={"path": str(tmp_path / "nova"), "rules": "nova"})
-    begun, report = warm_start.begin(state.blueprint(config, one_device))
+    begun, report = warm_start.begin(state.make_blueprint(config, one_device))
     done, ours, theirs = actions(report), flat(begun.params, begun.frozen), flat(run.params, run.frozen)
     for name in ours:
         fits = name in theirs and theirs[name].shape == ours[name].shape
@@ -175,7 +175,7 @@ def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_de
 
 def published(config: Config):
     """((model, shapes by path), {published name of a tensor: path of its array})."""
-    plan = state.blueprint(config, mesh.holding(config.model))
+    plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     shapes = flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     keys = {entry.key: entry.path for entry in torch_layout.entries(config.model)}
     return (config.model, {path: leaf.shape for path, leaf in shapes.items()}), keys
@@ -223,7 +223,7 @@ def test_a_chain_over_resolutions_and_meshes(begun, donor, tmp_path):
 def test_a_run_that_goes_on_does_not_begin_again(tiny_text, rough, one_device, train_on_one_device, tmp_path, capsys):
     """Even if the donor is gone."""
     config = tiny_text(steps=1, eval={"every": 0, "examples": 8}, init_from={"path": str(tmp_path / "donor")})
-    plan = state.blueprint(config, one_device)
+    plan = state.make_blueprint(config, one_device)
     save_run(tmp_path / "donor", plan, rough(plan))
     train(config, tmp_path / "run")
     assert "EMA of step 0, rules all: loaded" in capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_imported_weights_are_a_donor_and_no_workdir_that_can_have_one(tiny, don
     checkpoints.save_weights(run.params, run.frozen)
     checkpoints.close()
     config = tiny(init_from={"path": str(tmp_path / "import")})
-    begun, report = warm_start.begin(state.blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8))))
+    begun, report = warm_start.begin(state.make_blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8))))
     assert identical(begun.params, run.params) and report["weights"] == "raw"
     with pytest.raises(UserError, match="holds imported weights"):
         warm_start.due(tiny(init_from={"path": str(workdir)}), tmp_path / "import")

@@ -12,6 +12,7 @@ import numpy as np
 from einops import rearrange, reduce, repeat
 from flax import nnx
 
+from lina_jax.config import AutoencoderConfig
 from lina_jax.mesh import constrain
 from lina_jax.models.attention import softmax_attention
 from lina_jax.models.initializers import uniform
@@ -299,7 +300,7 @@ def draw_latents(moments: jax.Array, noise: jax.Array) -> jax.Array:
     return mean + jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR_RANGE)) * noise.astype(jnp.float32)
 
 
-def scale(config: VaeConfig, latents: jax.Array) -> jax.Array:
+def scale(config: VaeConfig | AutoencoderConfig, latents: jax.Array) -> jax.Array:
     """Latents (..., C) of the autoencoder -> shifted and scaled, as the model sees them."""
     return (latents - config.shift_factor) * config.scaling_factor
 
