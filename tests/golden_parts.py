@@ -22,9 +22,9 @@ def gate_of(weights: dict, heads: int) -> str:
     names = {name for name in weights if "scale" in name}
     if not names:
         return "none"
-    if names == set(GATE_NAMES["head"]):
+    if names == set(GATE_NAMES["head"].values()):
         return "shared" if weights["key_scale"].shape[1] == 1 and heads > 1 else "head"
-    return next(gate for gate, expected in GATE_NAMES.items() if set(expected) == names)
+    return next(gate for gate, expected in GATE_NAMES.items() if set(expected.values()) == names)
 
 
 def attention_case(config: dict, weights: dict, softmax: bool) -> tuple[AttentionConfig, dict]:
