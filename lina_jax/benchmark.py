@@ -55,18 +55,18 @@ def attention(values: flags.FlagValues) -> Iterator[Row]:
 
 
 def train(values: flags.FlagValues) -> Iterator[Row]:
-    config, told = _config(values)
+    config, config_fields = _config(values)
     with hosts.distributed_run(config_file.given_flags()):
         for row in benchmark_model.train(config, _numbers("batches", values.batches), values.repeats):
-            yield told | row
+            yield config_fields | row
 
 
 def sample(values: flags.FlagValues) -> Iterator[Row]:
-    config, told = _config(values)
+    config, config_fields = _config(values)
     batches = _numbers("batches", values.batches)
     with hosts.distributed_run(config_file.given_flags()):
         for row in benchmark_model.sample(config, batches, values.repeats, autoencoder=values.autoencoder):
-            yield told | row
+            yield config_fields | row
 
 
 def data(values: flags.FlagValues) -> Iterator[Row]:

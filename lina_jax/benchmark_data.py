@@ -146,22 +146,22 @@ def _compare(settings: Settings, dtype: str, **sides: Callable[[], Iterator]) ->
 
 def _row(name: str, settings: Settings, dtype: str, seconds: Sequence[float]) -> Row:
     """A row for the `seconds` per batch of each run. All work is on the host, so the device is the CPU and FLOPs 0."""
-    told = dataclasses.asdict(settings)
-    del told["repeats"]
+    fields = dataclasses.asdict(settings)
+    del fields["repeats"]
     return {
         "benchmark": name,
         "device": "cpu",
         "host_cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
         "dtype": dtype,
-        "shapes": {"batch": told.pop("batch_size")},
+        "shapes": {"batch": fields.pop("batch_size")},
         "median_s": statistics.median(seconds),
         "min_s": min(seconds),
         "max_s": max(seconds),
         "runs": len(seconds),
         "records_per_s": settings.batch_size / statistics.median(seconds),
         "model_flops": 0,
-        **told,
+        **fields,
     }
 
 

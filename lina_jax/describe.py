@@ -107,7 +107,7 @@ def _workdir(path: Path, step: int | None) -> Content:
 
 
 def _plain_file(path: Path, tensors: Tensors) -> Content:
-    config, step = _told(path, tensors)
+    config, step = _config_and_step(path, tensors)
     read = functools.lru_cache(maxsize=1)(tensors.__getitem__)  # a stack is requested once for each of its layers
     kind = f"safetensors file with lina_jax's own names, weights: {tensors.metadata.get('weights')}"
     return Content(kind, config, "", step, False, _listed(tensors), read)
@@ -116,19 +116,19 @@ def _plain_file(path: Path, tensors: Tensors) -> Content:
 def _program(path: Path) -> Content:
     """An exported program: the model's arrays under the names that they have here, those of encoders in encoders/."""
     tensors = open_file(path / export_program.WEIGHTS)
-    config, step = _told(path, tensors)
-    told = read_json(path / export_program.ARGUMENTS)
+    config, step = _config_and_step(path, tensors)
+    arguments = read_json(path / export_program.ARGUMENTS)
     tensors = tensors.renamed(lambda name: name.removeprefix("params/").removeprefix("frozen/"))
     read = functools.lru_cache(maxsize=1)(tensors.__getitem__)
     program = (path / export_program.PROGRAM).read_bytes()
     digest = hashlib.sha256(program).hexdigest()[:16]
     notes = (f"{export_program.PROGRAM}: {len(program):,} bytes, SHA-256 {digest}...",)
-    notes += tuple(f"{name}: {json.dumps(value)}" for name, value in told.items())
+    notes += tuple(f"{name}: {json.dumps(value)}" for name, value in arguments.items())
     kind = f"sampling program and its weights: {tensors.metadata.get('weights')}"
     return Content(kind, config, "", step, False, _listed(tensors), read, notes)
 
 
-def _told(path: Path, tensors: Tensors) -> tuple[Config, int]:
+def _config_and_step(path: Path, tensors: Tensors) -> tuple[Config, int]:
     try:
         return config_lib.freeze(json.loads(tensors.metadata["config"])), int(tensors.metadata["step"])
     except (KeyError, ValueError) as error:

@@ -91,8 +91,9 @@ def _main(values: flags.FlagValues) -> None:
     metrics = _check(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
-    for name, directory in (("out", out), ("report", Path(values.report).expanduser() if values.report else out)):
-        places.check(name, directory)
+    places.check("out", out)
+    if values.report:
+        places.check("report", Path(values.report).expanduser())
     run = _Run(values, workdir, metrics, out) if workdir else None
     measured = run if values.inception or values.npz else None
     if values.samples_from:
@@ -116,30 +117,30 @@ def _measure(
     if run and values.scenes:
         scores, images, captions = run.scenes()
         result = {**scores, **result}
-        shown.append(("Scenes", images[:36], captions[:36]))
+        shown.append(("Scenes", images[: pictures.SHOWN], captions[: pictures.SHOWN]))
         if jax.process_index() == 0:
-            pictures.save(out / "samples.png", pictures.grid(images[:36], captions[:36]))
+            pictures.save(out / "samples.png", pictures.grid(images[: pictures.SHOWN], captions[: pictures.SHOWN]))
         _keep(out, result)
     if run and values.geneval:
         result["geneval"], *found = run.geneval()
         shown.append(("GenEval", *found))
         _keep(out, result)
     if measured:
-        found, compared = measured.quality()
+        found = measured.quality()
         if found:
-            result["quality"] = {**found.told(), "reference": compared}
+            result["quality"] = found.as_json()
             captions = run.captions(len(found.images)) if run else [""] * len(found.images)
             shown.append(("Pictures measured", found.images, captions))
     if jax.process_index() != 0:
         return
-    told = _as_json(result)
-    places.write_json(out / "score.json", told)
+    score = _as_json(result)
+    places.write_json(out / "score.json", score)
     (out / _UNFINISHED).unlink(missing_ok=True)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
     if measured:
         shutil.rmtree(out / _WORK, ignore_errors=True)  # needed only to resume after a kill
-    print(json.dumps(told, indent=2))
+    print(json.dumps(score, indent=2))
 
 
 def _keep(out: Path, result: dict[str, Any]) -> None:
@@ -183,9 +184,8 @@ def _check(values: flags.FlagValues) -> list[str]:
     if values.reference and _OF_IMAGES & set(metrics):
         reference.check_count(f"--number={values.number}", values.number, Path(values.reference).expanduser())
     if values["metrics"].present:  # by default, those are measured for which there is a reference
-        compared = Path(values.reference).expanduser() if values.reference else None
-        lacking = reference.lacking(compared, metrics)
-        for name, reason in lacking.items():
+        path = Path(values.reference).expanduser() if values.reference else None
+        for name, reason in reference.unavailable(path, metrics).items():
             raise UserError(f"--metrics={values.metrics}: {name} cannot be measured: {reason}")
     if values.npz:
         npz = Path(values.npz).expanduser()
@@ -270,15 +270,16 @@ class _Run:
     def geneval(self) -> tuple[dict[str, Any], np.ndarray, list[str]]:
         return self._geneval.draw((self._drawing, self._frozen), self._values.per_device)
 
-    def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
+    def quality(self) -> Quality | None:
+        """The quality of images that the model draws; None in processes other than 0."""
         values = self._values
         compared = self._reference() if self._reference else None
-        source = image_sources.drawn(
+        source = image_sources.generated_images(
             self._blueprint, self._settings, self._records, values.number, seed=values.seed, facts=self._origin
         )
         source.weights = self._drawing, self._frozen
         classes = self._blueprint.config.model.condition == "class"
-        found = quality.measure(
+        return quality.measure(
             source,
             self._network,
             compared,
@@ -290,7 +291,6 @@ class _Run:
             npz=Path(values.npz).expanduser() if values.npz else None,
             labels=np.arange(values.number) % self._blueprint.config.model.num_classes if classes else None,
         )
-        return found, dict(compared.facts) if compared else None
 
     def captions(self, count: int) -> list[str]:
         """Captions or class names of the first `count` images measured; empty if the model reads features."""
@@ -347,14 +347,13 @@ class _Files:
         self._count = count
         self._reference = _opened_reference(values, self._network, metrics, out, blueprint=None)
 
-    def quality(self) -> tuple[Quality | None, dict[str, Any] | None]:
-        """The quality of the images (None in processes other than 0); the reference's facts, if any."""
+    def quality(self) -> Quality | None:
+        """The quality of the images; None in processes other than 0."""
         compared = self._reference() if self._reference else None
-        found = quality.measure(
+        return quality.measure(
             self._source, self._network, compared, self._mesh, count=self._count, per_device=self._values.per_device,
             wanted=self._metrics, work=self._out / _WORK / "samples",
         )  # fmt: skip
-        return found, dict(compared.facts) if compared else None
 
 
 if __name__ == "__main__":

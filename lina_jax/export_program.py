@@ -51,14 +51,14 @@ def write_program(
     (directory / PROGRAM).write_bytes(exported.serialize())
     save_file(arrays, directory / WEIGHTS, metadata)
     (directory / WEIGHTS).chmod(0o644)  # save_file makes it unreadable for other users
-    told = {
+    described = {
         "condition": {name: [str(x.dtype), [str(n) for n in x.shape]] for name, x in condition.items()},
         "images": ["int32", ["b"]],
         "seed": ["int32", []],
         "platforms": list(platforms),
         "sample": dataclasses.asdict(blueprint.config.sample),
     }
-    (directory / ARGUMENTS).write_text(json.dumps(told, indent=2) + "\n")
+    (directory / ARGUMENTS).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _condition(blueprint: Blueprint, batch) -> dict[str, jax.ShapeDtypeStruct]:

@@ -31,7 +31,6 @@ from lina_jax.models.inception import Features
 from lina_jax.state import Tree
 
 CHUNK = 500  # images whose features are reduced and stored together
-SHOWN = 36  # first images that are kept for display
 _PORTION = 2**26  # most bytes of images that are replicated on each device at once, on their way to the hosts
 
 
@@ -41,6 +40,12 @@ class Chunk(NamedTuple):
     start: int
     features: Features  # NumPy arrays
     images: np.ndarray  # (M, H, W, 3) uint8
+
+    def split(self, size: int, images: int) -> tuple["Chunk", "Chunk"]:
+        """The first `size` features with the first `images` images, and the rest."""
+        head = Chunk(self.start, Features(*(part[:size] for part in self.features)), self.images[:images])
+        rest = Features(*(part[size:] for part in self.features))
+        return head, Chunk(self.start + size, rest, self.images[images:])
 
 
 class Network:
@@ -77,7 +82,7 @@ def _digest(weights: Tree) -> str:
     return digest.hexdigest()[:16]
 
 
-class Done:
+class ChunkStore:
     """The finished chunks of one measurement, in a directory of process 0."""
 
     def __init__(self, directory: Path | None, facts: Mapping[str, Any]):
@@ -129,22 +134,22 @@ def chunks(
     network: Network | None,
     mesh: Mesh,
     per_device: int,
-    done: Done,
+    store: ChunkStore,
     *,
     count: int,
-    kept: int = SHOWN,
-    name: str = "",
+    kept: int,
+    name: str,
 ) -> Iterator[Chunk]:
     """Yield the chunks of the first `count` images, finished ones first; processes other than 0 take part but get none.
 
     Each device works on `per_device` images at a time. The first `kept` images come with their features; without a
     network, there are only images. `name` labels the progress bar.
     """
-    first, leader = min(done.count * CHUNK, count), jax.process_index() == 0
+    first, leader = min(store.count * CHUNK, count), jax.process_index() == 0
     if leader:
         if first:
             print(f"{name}: {first} of {count} already done", file=sys.stderr)
-        yield from done
+        yield from store
     hosts.barrier("what is done is added")  # while process 0 reduced the finished chunks
     kept = min(kept, count)
     waiting = Chunk(first, Features(*[np.zeros((0, 0), np.float32)] * 3), np.zeros((0, 0, 0, 3), np.uint8))
@@ -160,16 +165,8 @@ def chunks(
                 _joined((waiting.images, images)),
             )
             while (size := min(CHUNK, count - waiting.start)) and len(waiting.features.pool) >= size:
-                pictures = max(0, min(size, kept - waiting.start))
-                chunk = Chunk(
-                    waiting.start, Features(*(part[:size] for part in waiting.features)), waiting.images[:pictures]
-                )
-                done.add(chunk)
-                waiting = Chunk(
-                    waiting.start + size,
-                    Features(*(part[size:] for part in waiting.features)),
-                    waiting.images[pictures:],
-                )
+                chunk, waiting = waiting.split(size, max(0, min(size, kept - waiting.start)))
+                store.add(chunk)
                 yield chunk
 
 

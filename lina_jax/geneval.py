@@ -25,8 +25,6 @@ from lina_jax.errors import UserError
 from lina_jax.images import cpus
 from lina_jax.state import Blueprint, Tree
 
-_SHOWN = 36
-
 
 class Prompt(NamedTuple):
     line: str  # of the benchmark's file
@@ -108,9 +106,9 @@ class Drawing:
         self._texts = [prompt.text for prompt in prompts for _ in range(images)]
         conditions = image_sources.prompts(blueprint, self._texts)
         facts = {**facts, "images": images}
-        self._source = image_sources.Drawn(blueprint, settings, conditions, len(self._texts), seed, facts)
-        told = {**self._source.facts, "prompts": [prompt.text for prompt in prompts]}
-        self._facts, self._about = json.loads(json.dumps(told)), out / "settings.json"
+        self._source = image_sources.GeneratedImages(blueprint, settings, conditions, len(self._texts), seed, facts)
+        content = {**self._source.facts, "prompts": [prompt.text for prompt in prompts]}
+        self._facts, self._about = json.loads(json.dumps(content)), out / "settings.json"
         if jax.process_index() == 0:
             self._check_earlier()
 
@@ -143,7 +141,7 @@ class Drawing:
                 bar.update(min(size, len(absent) - start))
         hosts.barrier("GenEval's pictures are there")
         result = {"folder": str(self._out), "prompts": len(self._prompts), "images_per_prompt": self._images}
-        first = list(range(0, count, self._images))[:_SHOWN]
+        first = list(range(0, count, self._images))[: pictures.SHOWN]
         shown = [np.asarray(Image.open(self._picture(number))) for number in first] if leader else []
         return result, np.array(shown, np.uint8), [self._texts[number] for number in first]
 

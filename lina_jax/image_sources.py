@@ -29,8 +29,8 @@ from lina_jax.models import vae
 from lina_jax.sources import base
 from lina_jax.state import Blueprint, Program, Tree
 
-_READERS = 16  # threads that read a folder; they mostly wait for storage
-PIXELS = ("model", "autoencoder", "text_encoder")  # groups of a config that images depend on
+_THREADS = 16  # threads that read a folder; they mostly wait for storage
+IMAGE_GROUPS = ("model", "autoencoder", "text_encoder")  # groups of a config that images depend on
 Conditions = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # image numbers (B,) -> rows of a batch's condition
 
 
@@ -47,7 +47,7 @@ class Source(Protocol):
         """The images with these numbers (B,), sharded over the mesh."""
 
 
-class Drawn:
+class GeneratedImages:
     """Images drawn by a model: image i is a function of (weights, condition i, seed, i)."""
 
     def __init__(
@@ -63,19 +63,19 @@ class Drawn:
         self.count, self._seed, self._blueprint, self._conditions = count, seed, blueprint, conditions
         self._program = generate.make_sampler(blueprint, settings)
         # A workdir and a step alone do not say which autoencoder decodes, or how.
-        made_by = {name: dataclasses.asdict(getattr(blueprint.config, name)) for name in PIXELS}
+        made_by = {name: dataclasses.asdict(getattr(blueprint.config, name)) for name in IMAGE_GROUPS}
         made_by["model"] = {k: v for k, v in made_by["model"].items() if k not in execution.FIELDS}
         self.facts = {"seed": seed, "sample": vars(settings), "shift": blueprint.config.loss.shift, **made_by, **facts}
         self.weights: tuple[Tree, Tree] = ({}, {})
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
         numbers = numbers.astype(np.int32)
-        rows = placed(self._blueprint.mesh, numbers, lambda part: {**self._conditions(part), "number": part})
+        rows = place_rows(self._blueprint.mesh, numbers, lambda part: {**self._conditions(part), "number": part})
         number = rows.pop("number")
         return self._program(*self.weights, rows, number, np.int32(self._seed))
 
 
-class Read:
+class StoredImages:
     """Images of one size that `read` returns by number, or that `decode` makes from what it returns.
 
     `shuffled` numbers them in a fixed random order: collections are often sorted by class, but the first few images,
@@ -97,11 +97,11 @@ class Read:
         self._order = np.random.default_rng(0).permutation(count) if shuffled else np.arange(count)
 
     def batch(self, numbers: np.ndarray) -> jax.Array:
-        rows = placed(self._mesh, numbers, lambda part: {"rows": self._read(self._order[part])})
+        rows = place_rows(self._mesh, numbers, lambda part: {"rows": self._read(self._order[part])})
         return self._decode(rows["rows"])
 
 
-def placed(
+def place_rows(
     mesh: Mesh, numbers: np.ndarray, read: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> dict[str, jax.Array]:
     """The arrays that `read` returns for numbers (B,), sharded by row over the mesh. Each process reads its rows."""
@@ -133,7 +133,7 @@ def prompts(blueprint: Blueprint, texts: Sequence[str]) -> Conditions:
     )
 
 
-def drawn(
+def generated_images(
     blueprint: Blueprint,
     settings: SampleConfig,
     records: Records | None,
@@ -141,7 +141,7 @@ def drawn(
     *,
     seed: int,
     facts: Mapping[str, Any],
-) -> Drawn:
+) -> GeneratedImages:
     """Images that a model draws: of all classes in turn, or of the captions of `records`.
 
     Raises UserError for a text-to-image model without records.
@@ -153,12 +153,12 @@ def drawn(
     else:
         conditions = captions_of(records, count)
         facts = {**facts, "captions": records.manifest, "mixture": records.mixture}
-    return Drawn(blueprint, settings, conditions, count, seed, facts)
+    return GeneratedImages(blueprint, settings, conditions, count, seed, facts)
 
 
 def open_images(
     path: Path, mesh: Mesh, split: str = "train", blueprint: Blueprint | None = None, *, in_order: bool = True
-) -> Read:
+) -> StoredImages:
     """Open a folder of images, an npz file (arr_0), or a split of a prepared dataset.
 
     `in_order` concerns npz files, which ADM's suite reads in their own order; all else is shuffled. The autoencoder of
@@ -174,11 +174,11 @@ def open_images(
             found = "no arr_0" if array is None else f"arr_0 is {array.shape} {array.dtype}"
             raise UserError(f"{path}: {found}, expected uint8 images (N, H, W, 3) in arr_0")
         facts = _file_facts(path, len(array))
-        return Read(mesh, len(array), lambda numbers: np.asarray(array[numbers]), facts, shuffled=not in_order)
+        return StoredImages(mesh, len(array), lambda numbers: np.asarray(array[numbers]), facts, shuffled=not in_order)
     raise UserError(f"{path}: not a folder of pictures, an .npz file or a prepared dataset")
 
 
-def _folder(path: Path, mesh: Mesh) -> Read:
+def _folder(path: Path, mesh: Mesh) -> StoredImages:
     fs, root = base.filesystem(str(path))
     sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
     found = [file for file in sorted(sizes) if file.suffix.lower().removeprefix(".") in base.IMAGES]
@@ -193,7 +193,7 @@ def _folder(path: Path, mesh: Mesh) -> Read:
         except images.BadImage as error:
             raise UserError(f"{files[number]}: {error}") from error
 
-    shape, pool = one(0).shape, ThreadPoolExecutor(_READERS)
+    shape, pool = one(0).shape, ThreadPoolExecutor(_THREADS)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         made = list(pool.map(one, numbers))
@@ -207,10 +207,10 @@ def _folder(path: Path, mesh: Mesh) -> Read:
     names = hashlib.sha256(
         "\n".join(f"{f.relative_to(root)} {sizes[f]}" for f in files).encode(errors="surrogateescape")
     )
-    return Read(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
+    return StoredImages(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
 
 
-def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) -> Read:
+def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) -> StoredImages:
     defaults = DataConfig()
     opened = reading.open_split(str(path), split, cache="", timeout=defaults.read_timeout, threads=defaults.threads)
     facts = {"dataset": str(path), "split": split, "manifest": opened.manifest}
@@ -231,12 +231,14 @@ def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) ->
     if opened.layout.moments:
         decode = _decoder(path, opened.layout.moments, blueprint)
         facts |= {"reconstructed_by": blueprint.config.autoencoder.path, "tile": blueprint.config.autoencoder.tile}
-        return Read(mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True)
+        return StoredImages(
+            mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True
+        )
     try:
         first = images.decode(bytes(example.parse(opened[0])["image"]))
     except (OSError, RuntimeError, ValueError, images.BadImage) as error:  # of the file, or of the record
         raise UserError(f"{opened.location(0)}: {error}") from error
-    return Read(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)
+    return StoredImages(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)
 
 
 def _decoder(path: Path, shape: tuple[int, int, int], blueprint: Blueprint | None) -> Program:

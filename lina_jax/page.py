@@ -68,8 +68,8 @@ def build(studio: Studio) -> gr.Blocks:
             except UserError as error:
                 yield _mistake(str(error)), gr.skip(), gr.skip()
                 return
-            for told, shown in show(studio, request, seconds):
-                yield told, shown or gr.skip(), studio.command(request)
+            for status, shown in show(studio, request, seconds):
+                yield status, shown or gr.skip(), studio.command(request)
 
         fields = [condition, seed, steps, guidance, num, pause]
         asked = button.click(lambda: "queued", None, status, queue=False, show_progress="hidden")
@@ -109,8 +109,8 @@ def show(studio: Studio, request: Request, pause: float) -> Iterator[tuple[str, 
         shown = _figures(images, progress, finished)
         shown_at = time.monotonic()
         took = shown_at - begun
-        told = f"set {progress.step} of {progress.steps}"
-        yield (f"{told}: drawn in {drawing:.1f} s" if finished else told), shown
+        status = f"set {progress.step} of {progress.steps}"
+        yield (f"{status}: drawn in {drawing:.1f} s" if finished else status), shown
         if not finished:
             time.sleep(pause)
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lina_jax import places
 
+SHOWN = 36  # the most images that commands show of many
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
 SMALLEST_SHOWN = 256  # the same for an unfinished picture
 BLANK, FRAME = (206, 206, 200), (255, 122, 26)

@@ -45,7 +45,6 @@ SOURCES = {
     "folder": (FolderSource, Fields("", "", "", "")),
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
-_PREVIEWED = 36
 _ALL_REJECTED = 1000  # this many rejects without a single good item: the input or a column must be wrong
 
 
@@ -351,7 +350,7 @@ def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:
     """Save a picture of evenly spaced records of the training split, with their captions."""
     decoders = None if settings.autoencoder else {"image": tfds.decode.SkipDecoding()}  # TFDS would need OpenCV
     stored = tfds.builder_from_directory(dataset).as_data_source("train", decoders=decoders)
-    count = min(_PREVIEWED, len(stored))
+    count = min(pictures.SHOWN, len(stored))
     rows = [stored[i * len(stored) // count] for i in range(count)]
     if settings.autoencoder:
         decoder = LatentRecorder(settings.autoencoder, "", settings.resolution, settings.batch_size, settings.dtype)

@@ -333,21 +333,21 @@ def _assume(facts: Facts, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def _require(pipeline: Pipeline, facts: Facts) -> None:
     """Raises UserError naming the fields that no source has."""
-    lacking = []
+    unknown = []
     attention = facts.get("model.attention")
     if attention is None:
-        lacking.append(
+        unknown.append(
             "model.attention (softmax and division have the same tensors, only model_index.json tells them apart)"
         )
     if attention == "hybrid" and facts.get("model.softmax_period") is None:
-        lacking.append("model.softmax_period (for model.attention=hybrid)")
+        unknown.append("model.softmax_period (for model.attention=hybrid)")
     if facts.get("model.heads") is None:
-        lacking.append("model.heads (given by gates, or by a published width in arch of config.json)")
+        unknown.append("model.heads (given by gates, or by a published width in arch of config.json)")
     for name, where in (("image_grid", "image_base_size"), ("condition_grid", "video_base_size")):
         if facts.get(f"model.{name}") is None:
-            lacking.append(f"model.{name} ({where} in config.json)")
-    if lacking:
-        raise UserError(f"{pipeline.source} is incomplete, so --config is needed for: " + "; ".join(lacking))
+            unknown.append(f"model.{name} ({where} in config.json)")
+    if unknown:
+        raise UserError(f"{pipeline.source} is incomplete, so --config is needed for: " + "; ".join(unknown))
 
 
 def _autoencoder(pipeline: Pipeline, facts: Facts, given: Config | None, problems: list[str]) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lina_jax import config as config_lib
-from lina_jax import config_fields, featurise, image_metrics, image_sources, sample
+from lina_jax import config_fields, featurise, image_metrics, image_sources, pictures, sample
 from lina_jax import reference as reference_lib
 from lina_jax.config import EvalConfig
 from lina_jax.data import Records
 from lina_jax.errors import UserError
-from lina_jax.featurise import SHOWN, Chunk, Done, Network
+from lina_jax.featurise import Chunk, ChunkStore, Network
 from lina_jax.image_metrics import GROUPS, InceptionScore, RunningCovariance, Value
 from lina_jax.image_sources import Source
 from lina_jax.reference import Reference, write_npz
@@ -31,23 +31,25 @@ class Quality:
     """The result of a measurement, in process 0."""
 
     values: Mapping[str, Value]
-    lacking: Mapping[str, str]  # metric: why it was not measured
+    not_measured: Mapping[str, str]  # metric: why it was not measured
     count: int
     images: np.ndarray  # the first few (N, H, W, 3) uint8
+    reference: Mapping[str, Any] | None  # what identifies the reference
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The result as an object for JSON."""
         values = {
             name: {kind: None if number is None else round(number, _DIGITS) for kind, number in value._asdict().items()}
             for name, value in self.values.items()
         }
-        return {**values, "images": self.count, **({"not_measured": dict(self.lacking)} if self.lacking else {})}
+        lacking = {"not_measured": dict(self.not_measured)} if self.not_measured else {}
+        return {**values, "images": self.count, **lacking, "reference": self.reference}
 
     def scalars(self) -> dict[str, float]:
         """The same for logs: 'quality/fid' and, if known, 'quality/fid_standard_error'."""
-        told = self.told()
-        scalars = {f"quality/{name}": told[name]["value"] for name in self.values}
-        errors = {f"quality/{name}_standard_error": told[name]["standard_error"] for name in self.values}
+        values = self.as_json()
+        scalars = {f"quality/{name}": values[name]["value"] for name in self.values}
+        errors = {f"quality/{name}_standard_error": values[name]["standard_error"] for name in self.values}
         return scalars | {name: error for name, error in errors.items() if error is not None}
 
 
@@ -74,8 +76,10 @@ class Collector:
             if self._features is None:
                 self._features = np.empty((self._count, pool.shape[1]), pool.dtype)
             self._features[chunk.start : chunk.start + len(pool)] = pool
-        if chunk.start < SHOWN:
-            self._images.append(chunk.images[: SHOWN - chunk.start].copy())  # a view would keep the whole chunk
+        if chunk.start < pictures.SHOWN:
+            self._images.append(
+                chunk.images[: pictures.SHOWN - chunk.start].copy()
+            )  # a view would keep the whole chunk
 
     def _to_groups(self, groups: list[RunningCovariance], start: int, rows: np.ndarray) -> None:
         """Add rows to their groups: of N images, number i is in group i * GROUPS // N."""
@@ -90,12 +94,14 @@ class Collector:
 
     def values(self, reference: Reference | None) -> tuple[dict[str, Value], dict[str, str]]:
         """(the wanted metrics that could be computed, why the others could not)."""
-        values, lacking = {}, {}
+        values, not_measured = {}, {}
         for name, groups in (("fid", self._pool), ("sfid", self._spatial)):
             if name not in self._wanted:
                 continue
             if reference is None or name not in reference.distances:
-                lacking[name] = "the reference has no statistics of these features" if reference else "no reference"
+                not_measured[name] = (
+                    "the reference has no statistics of these features" if reference else "no reference"
+                )
             else:
                 values[name] = image_metrics.jackknife(groups, reference.distances[name])
         if "inception_score" in self._wanted:
@@ -103,13 +109,13 @@ class Collector:
         if names := [name for name in ("precision", "recall") if name in self._wanted]:
             if reference is None or reference.features is None:
                 reason = "the reference has no images (arr_0)" if reference else "no reference"
-                lacking |= dict.fromkeys(names, reason)
+                not_measured |= dict.fromkeys(names, reason)
             else:
                 both = image_metrics.precision_recall(reference.features, self._features)
                 values |= {
                     name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in names
                 }
-        return values, lacking
+        return values, not_measured
 
 
 def measure(
@@ -131,21 +137,21 @@ def measure(
     `labels` (N,) if given; this needs `work`. Without a network nothing is measured. Raises UserError.
     """
     facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
-    done = Done(work, facts)
+    store = ChunkStore(work, facts)
     collector = Collector(count, wanted if network else ())
-    kept = count if npz else SHOWN
-    for chunk in featurise.chunks(source, network, mesh, per_device, done, count=count, kept=kept, name="images"):
+    kept = count if npz else pictures.SHOWN
+    for chunk in featurise.chunks(source, network, mesh, per_device, store, count=count, kept=kept, name="images"):
         collector.add(chunk)
     if jax.process_index() != 0:
         return None
-    values, lacking = collector.values(reference)
+    values, not_measured = collector.values(reference)
     images = collector.images()
     if npz:
         arrays = {} if labels is None else {"arr_1": labels}
-        write_npz(npz, arrays, {"arr_0": ((count, *images.shape[1:]), (chunk.images for chunk in done))})
+        write_npz(npz, arrays, {"arr_0": ((count, *images.shape[1:]), (chunk.images for chunk in store))})
     if network is None:
-        lacking = dict.fromkeys(METRICS, "no weights of Inception v3 (--inception)")
-    return Quality(values, lacking, count, images)
+        not_measured = dict.fromkeys(METRICS, "no weights of Inception v3 (--inception)")
+    return Quality(values, not_measured, count, images, dict(reference.facts) if reference else None)
 
 
 class DrawnQuality:
@@ -171,7 +177,7 @@ class DrawnQuality:
         fields = config_fields.flatten(blueprint.config).items()
         trained = {name: value for name, value in fields if not config_lib.free_on_resume(name)}
         facts = {"config": trained, "mesh": dict(blueprint.mesh.shape)}
-        self._source = image_sources.drawn(
+        self._source = image_sources.generated_images(
             blueprint, blueprint.config.sample, records, config.images, seed=0, facts=facts
         )
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from lina_jax import featurise, places
 from lina_jax.errors import UserError
-from lina_jax.featurise import Done, Network
+from lina_jax.featurise import ChunkStore, Network
 from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, RunningCovariance
-from lina_jax.image_sources import Read, npz_array, open_images
+from lina_jax.image_sources import StoredImages, npz_array, open_images
 from lina_jax.state import Blueprint
 
 IMAGES = 10_000  # stored with computed statistics, for precision and recall; as many as in ADM's files
@@ -44,7 +44,7 @@ def is_stored(path: Path) -> bool:
     return path.is_file() and path.suffix == ".npz" and npz_array(path, "mu") is not None
 
 
-def lacking(path: Path | None, metrics: Iterable[str]) -> dict[str, str]:
+def unavailable(path: Path | None, metrics: Iterable[str]) -> dict[str, str]:
     """Metrics that this reference (None: there is none) has no statistics or images for, and what it lacks."""
     if path and not is_stored(path):
         return {}
@@ -116,13 +116,13 @@ def load(path: Path, network: Network, **options) -> Reference:
 
 
 def _with_features(
-    reference: Reference, source: Read, network: Network, per_device: int, work: Path | None
+    reference: Reference, source: StoredImages, network: Network, per_device: int, work: Path | None
 ) -> Reference:
-    done = Done(work, {"inception": network.digest, **source.facts})
+    store = ChunkStore(work, {"inception": network.digest, **source.facts})
     found = [
         chunk.features.pool
         for chunk in featurise.chunks(
-            source, network, network.mesh, per_device, done, count=source.count, name="reference"
+            source, network, network.mesh, per_device, store, count=source.count, kept=0, name="reference"
         )
     ]
     return dataclasses.replace(reference, features=np.concatenate(found) if found else None)
@@ -148,14 +148,14 @@ def _gaussian(path: Path, arrays: Mapping[str, np.ndarray | None], mean: str, co
 
 
 def _computed(
-    source: Read, network: Network, per_device: int, work: Path | None, count: int, out: Path | None
+    source: StoredImages, network: Network, per_device: int, work: Path | None, count: int, out: Path | None
 ) -> Reference:
     facts = {"images": count, "inception": network.digest, **source.facts}
     kept = min(count, IMAGES) if out else 0
-    done = Done(work, {**facts, "kept": kept})
+    store = ChunkStore(work, {**facts, "kept": kept})
     moments, features = None, []
     for chunk in featurise.chunks(
-        source, network, network.mesh, per_device, done, count=count, kept=kept, name="reference"
+        source, network, network.mesh, per_device, store, count=count, kept=kept, name="reference"
     ):
         moments = moments or [RunningCovariance(part.shape[1]) for part in chunk.features[:2]]
         for sums, part in zip(moments, chunk.features, strict=False):
@@ -166,8 +166,8 @@ def _computed(
         return Reference(facts)
     pool, spatial = (sums.gaussian() for sums in moments)
     if out:
-        size = next(iter(done)).images.shape[1:]
-        portions = (chunk.images for chunk in itertools.takewhile(lambda chunk: chunk.start < kept, done))
+        size = next(iter(store)).images.shape[1:]
+        portions = (chunk.images for chunk in itertools.takewhile(lambda chunk: chunk.start < kept, store))
         statistics = {"mu": pool.mean, "sigma": pool.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
         statistics |= {name: np.array(facts[name]) for name in ("inception", "reconstructed_by") if name in facts}
         write_npz(out, statistics, {"arr_0": ((kept, *size), portions)})

@@ -20,7 +20,7 @@ from lina_jax import generate, pictures, places, plots, reading, sample
 from lina_jax.config import Config, SampleConfig
 from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
-from lina_jax.image_sources import placed
+from lina_jax.image_sources import place_rows
 from lina_jax.quality import METRICS
 from lina_jax.state import Blueprint, Tree
 from lina_jax.workdir import load_config
@@ -81,8 +81,8 @@ def write(
         parts += ["<h2>Loss</h2>", _embedded(curve.getvalue(), "training and validation loss against the step")]
         curve = io.BytesIO()
         if plots.quality(workdir / "metrics.jsonl", curve):
-            told = "Of pictures drawn by the EMA during training. Bands: one standard error, from these pictures alone."
-            parts += [f"<h2>Quality</h2><p>{told}</p>", _embedded(curve.getvalue(), "quality against the step")]
+            note = "Of pictures drawn by the EMA during training. Bands: one standard error, from these pictures alone."
+            parts += [f"<h2>Quality</h2><p>{note}</p>", _embedded(curve.getvalue(), "quality against the step")]
     for title, images, captions in shown:
         grid = pictures.grid(images, captions if any(captions) else None)
         parts += [f"<h2>{html.escape(title)}</h2>", _picture(grid, title)]
@@ -142,7 +142,7 @@ def decode_strips(blueprint: Blueprint, settings: SampleConfig, params: Tree, fr
         chosen = [conditions[number] for number in numbers]
         return {**sample.encode_conditions(config, chosen, blueprint.encoders.text), "number": numbers}
 
-    placed_rows = placed(blueprint.mesh, np.arange(count, dtype=np.int32), rows)
+    placed_rows = place_rows(blueprint.mesh, np.arange(count, dtype=np.int32), rows)
     numbers = placed_rows.pop("number")
     program = generate.make_progress_strips(blueprint, settings, _MOMENTS)
     made = program(params, frozen, placed_rows, numbers, np.int32(seed))

@@ -207,9 +207,9 @@ def _judged(workdir: Path) -> dict[str, Any]:
     score = json.loads((workdir / _SCORE).read_text())
     quality = score.get("quality", {})
     names = ("weights", "sample", "seed", "data", "autoencoder", "text_encoder")
-    told = {name: score[name] for name in names if name in score}
-    told |= {f"quality.{name}": quality[name] for name in ("images", "reference") if name in quality}
-    return {f"evaluation: {name}": value for name, value in told.items()}
+    settings = {name: score[name] for name in names if name in score}
+    settings |= {f"quality.{name}": quality[name] for name in ("images", "reference") if name in quality}
+    return {f"evaluation: {name}": value for name, value in settings.items()}
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -314,7 +314,7 @@ def gather(directory: Path) -> str:
     ]
     for key, group in itertools.groupby(sorted(runs, key=_size), key=_size):
         ours = list(group)
-        measures = " | ".join(_told([getattr(run, name) for run in ours]) for name in MEASURES)
+        measures = " | ".join(_mean_with_error([getattr(run, name) for run in ours]) for name in MEASURES)
         rate = f"{np.median([run.images_per_s for run in ours]):.1f}"
         lines.append(
             f"| {key[0]} | {key[1]} | {len(ours)} | {measures} | {ours[0].parameters:,} | "
@@ -335,7 +335,7 @@ def _size(run: Run) -> tuple[str, int]:
     return _variant(run), run.width
 
 
-def _told(values: Sequence[float]) -> str:
+def _mean_with_error(values: Sequence[float]) -> str:
     """Mean and, for several seeds, standard error."""
     known = [value for value in values if math.isfinite(value)]
     if not known:

@@ -100,7 +100,7 @@ def test_pictures_of_other_shares_of_the_same_datasets_are_others(tiny_text, sha
         config = tiny_text(data={"path": path})
         plan = state.make_blueprint(config, one_device)
         records = data.open_records(config, "train")
-        return image_sources.drawn(plan, config.sample, records, 9, seed=0, facts={}).facts
+        return image_sources.generated_images(plan, config.sample, records, 9, seed=0, facts={}).facts
 
     first, second = (facts(f"{shapes_data}={a},{shapes_data}={b}") for a, b in ((1, 2), (2, 1)))
     assert first != second and facts(f"{shapes_data}=2,{shapes_data}=4") == first

@@ -62,7 +62,7 @@ def source(tiny, rough, devices):
         if count not in made:
             plan = state.make_blueprint(tiny(), devices[count])
             run = rough(plan)
-            made[count] = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=3, facts={})
+            made[count] = image_sources.generated_images(plan, plan.config.sample, None, COUNT, seed=3, facts={})
             made[count].weights = run.params, run.frozen
         return made[count]
 
@@ -84,29 +84,29 @@ def whole(measure):
 
 
 def test_all_metrics_are_measured(whole):
-    told = whole.told()
-    assert set(told) == {*quality.METRICS, "images"}
+    told = whole.as_json()
+    assert set(told) == {*quality.METRICS, "images", "reference"}
     assert told["fid"]["value"] > 0 and told["fid"]["standard_error"] > 0
     assert 0 <= told["precision"]["value"] <= 1
     assert told["inception_score"]["value"] > 1
-    assert whole.images.shape == (featurise.SHOWN, 8, 8, 3)
+    assert whole.images.shape == (pictures.SHOWN, 8, 8, 3)
 
 
 def test_eight_devices_measure_what_one_does(measure, whole):
     eight = measure(8)
     np.testing.assert_array_equal(eight.images, whole.images)
-    assert eight.told() == whole.told()
+    assert eight.as_json() == whole.as_json()
     assert eight.values == whole.values  # to the bit: each device runs the same program
 
 
 def test_the_batch_size_does_not_matter(measure, whole):
     """Results agree in all reported digits; images and features are equal up to rounding."""
-    assert measure(per_device=5).told() == whole.told()
+    assert measure(per_device=5).as_json() == whole.as_json()
 
 
 def test_another_seed_matters(source, measure, whole, monkeypatch):
     monkeypatch.setattr(source(1), "_seed", 4)
-    assert measure().told() != whole.told()
+    assert measure().as_json() != whole.as_json()
 
 
 class Killed:
@@ -190,7 +190,7 @@ def test_what_was_done_for_other_pictures_does_not_count(
 ):
     plan = state.make_blueprint(tiny(**others), devices[1])
     other = Killed(source(1), 30)
-    other.facts = image_sources.drawn(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
+    other.facts = image_sources.generated_images(plan, plan.config.sample, None, COUNT, seed=seed, facts={}).facts
     with pytest.raises(KeyboardInterrupt):
         measure(of=other, work=tmp_path / "work")
     again = Killed(source(1))
@@ -219,8 +219,8 @@ def test_a_chunk_whose_writing_was_cut_off_is_not_done(tmp_path, monkeypatch):
     chunk = featurise.Chunk(0, featurise.Features(*[np.zeros((12, 1))] * 3), np.zeros((0, 8, 8, 3), np.uint8))
     monkeypatch.setattr(np, "savez", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        featurise.Done(tmp_path, {}).add(chunk)
-    assert featurise.Done(tmp_path, {}).count == 0
+        featurise.ChunkStore(tmp_path, {}).add(chunk)
+    assert featurise.ChunkStore(tmp_path, {}).count == 0
 
 
 def test_the_npz_file_is_adms_and_measures_the_same(measure, whole, networks, devices, compared, tmp_path):
@@ -252,7 +252,7 @@ def test_a_dataset_against_itself(measure, networks, devices, compared, shapes_d
     """The distances are zero, and all images are within the manifold."""
     source = image_sources.open_images(shapes_data, devices[1])
     own = quality.measure(source, networks[1], compared, devices[1], count=64, per_device=4)
-    told = own.told()
+    told = own.as_json()
     assert told["fid"]["value"] == 0 and told["sfid"]["value"] == 0
     assert told["precision"]["value"] == told["recall"]["value"] == 1
 
@@ -282,8 +282,8 @@ def test_statistics_without_images_give_distances_alone(source, networks, device
     statistics = reference.load(tmp_path / "statistics.npz", networks[1], per_device=4, work=None, images=True)
     found = quality.measure(source(1), networks[1], statistics, devices[1], count=COUNT, per_device=4)
     assert set(found.values) == {"fid", "inception_score"}
-    assert found.lacking["precision"] == "the reference has no images (arr_0)"
-    assert "no statistics" in found.lacking["sfid"]
+    assert found.not_measured["precision"] == "the reference has no images (arr_0)"
+    assert "no statistics" in found.not_measured["sfid"]
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,8 @@ def test_the_training_loop_measures_its_average(trained, devices):
     plan = state.make_blueprint(config, devices[1])
     drawn_quality = quality.DrawnQuality(plan, data.open_records(config, "validation"))
     again = drawn_quality.measure(run.ema, run.frozen, step=3)
-    assert of_quality(workdir)[-1]["quality/fid"] == again.told()["fid"]["value"]
-    assert json.loads(json.dumps(again.told()))["images"] == 28
+    assert of_quality(workdir)[-1]["quality/fid"] == again.as_json()["fid"]["value"]
+    assert json.loads(json.dumps(again.as_json()))["images"] == 28
     assert not (workdir / "measuring").exists()
 
 
@@ -353,7 +353,7 @@ def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
 ):
     """Also after the last step."""
     config, workdir, _ = trained
-    batch, made = image_sources.Drawn.batch, []
+    batch, made = image_sources.GeneratedImages.batch, []
 
     def stopped(source, numbers):
         if source.facts["step"] == step and numbers[-1] == 27:
@@ -364,11 +364,11 @@ def test_a_measurement_that_was_stopped_in_the_training_loop_goes_on(
         made.extend((source.facts["step"], number) for number in numbers.tolist())
         return batch(source, numbers)
 
-    monkeypatch.setattr(image_sources.Drawn, "batch", stopped)
+    monkeypatch.setattr(image_sources.GeneratedImages, "batch", stopped)
     with pytest.raises(error, match=f"resume from step {step}"):
         train.train(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run")[-1] == step
-    monkeypatch.setattr(image_sources.Drawn, "batch", counted)
+    monkeypatch.setattr(image_sources.GeneratedImages, "batch", counted)
     train.train(config, tmp_path / "run")
     assert min(made) == (step, 12)  # one chunk of 12 was finished; the second was being gathered when the signal came
     assert of_quality(tmp_path / "run") == of_quality(workdir)
