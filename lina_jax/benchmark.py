@@ -35,11 +35,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lina_jax import benchmark_data, benchmark_model, config_file, errors, hosts, measure
+from lina_jax import benchmark_data, benchmark_model, config_file, errors, hosts, timing
 from lina_jax import config as config_lib
 from lina_jax.config import Config
 from lina_jax.errors import UserError
-from lina_jax.measure import Row
+from lina_jax.timing import Row
 
 
 def attention(values: flags.FlagValues) -> Iterator[Row]:
@@ -128,7 +128,7 @@ def _refuse_flags_of_others(name: str, values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     values, name = flags.FLAGS, argv[1]
     _refuse_flags_of_others(name, values)
-    earlier = measure.Earlier(values.compare) if values.compare else None
+    earlier = timing.Baseline(values.compare) if values.compare else None
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries write to stdout, too (Gloo, about its connections)
     for row in COMMANDS[name].rows(values):

@@ -18,7 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image, ImageOps
 
 from lina_jax import data, decode, places, reading, records
-from lina_jax.measure import Row
+from lina_jax.timing import Row
 
 MOMENTS, TEXT_DIM, TEXT_LENGTH = (8, 32, 32), 2560, 256
 LATENTS, PICTURES = 3000, 1000

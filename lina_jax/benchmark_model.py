@@ -21,21 +21,21 @@ from lina_jax import (
     generate,
     hlo,
     kernel_check,
-    measure,
     metrics,
     programs,
     roofline,
     state,
+    timing,
     xla_flags,
 )
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
-from lina_jax.measure import Row
 from lina_jax.models import chunks, tiles
 from lina_jax.models.attention import Attention, AttentionConfig
 from lina_jax.programs import Compiled
 from lina_jax.state import Program
+from lina_jax.timing import Row
 
 Tree = Any
 
@@ -55,7 +55,7 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
 def _train(config: Config, runs: int) -> Row:
     mesh = mesh_lib.from_config(config)
     step = Training(config, mesh)
-    (timing,) = measure.in_turns({"train": step}, runs).values()
+    (took,) = timing.in_turns({"train": step}, runs).values()
     if skipped := int(step.train_state.skipped):
         raise RuntimeError(
             f"{skipped} of {int(step.train_state.step)} steps were skipped: the loss or gradient was not finite"
@@ -63,10 +63,10 @@ def _train(config: Config, runs: int) -> Row:
     needed = config.batch_size * flops.training_flops(config.model, config.loss)
     row = _named("train", config.model) | _settings(step.config, mesh)
     row["shapes"] = {"batch": config.batch_size, **_shapes(config.model), "loss_repeat": config.loss.repeat}
-    row |= timing.fields() | {"images_per_s": config.batch_size / timing.median}
-    row |= measure.efficiency(needed, timing.median, _peak(config))
+    row |= took.fields() | {"images_per_s": config.batch_size / took.median}
+    row |= timing.efficiency(needed, took.median, _peak(config))
     most = chunks.max_count(config.batch_size // config.optim.accumulate * config.model.image_tokens)
-    return row | _compiled(step.compiled, mesh.size, most) | measure.memory()
+    return row | _compiled(step.compiled, mesh.size, most) | timing.memory()
 
 
 class Training:
@@ -104,7 +104,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     config = kernel_check.resolve_kernel(config, mesh)
     resolved = execution.for_inference(config, mesh)
     call, compiled = sampling(config, mesh, images, autoencoder=autoencoder)
-    (timing,) = measure.in_turns({"sample": call}, runs).values()
+    (took,) = timing.in_turns({"sample": call}, runs).values()
     schedule = generate.schedule(config)
     row = _named("sample", config.model) | _settings(resolved, mesh)
     row["shapes"] = {
@@ -112,9 +112,9 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
         "euler_steps": config.sample.euler_steps, "guided": schedule.guided,
         "autoencoder": autoencoder and config.autoencoder.kind != "identity",
     }  # fmt: skip
-    row |= timing.fields() | {"images_per_s": images / timing.median}
-    row |= measure.efficiency(images * flops.sampling_flops(config.model, schedule), timing.median, _peak(config))
-    return row | _compiled(compiled, mesh.size, float(schedule.euler_steps.mean())) | measure.memory()
+    row |= took.fields() | {"images_per_s": images / took.median}
+    row |= timing.efficiency(images * flops.sampling_flops(config.model, schedule), took.median, _peak(config))
+    return row | _compiled(compiled, mesh.size, float(schedule.euler_steps.mean())) | timing.memory()
 
 
 def sampling(config: Config, mesh: Mesh, images: int, *, autoencoder: bool) -> tuple[Callable[[], Tree], Compiled]:
@@ -179,27 +179,27 @@ def _attention(sizes: AttentionSizes, batch: int, runs: int, *, backward: bool) 
     model, compiled, calls = sizes.model, {}, {}
     for kind in ("linear", "softmax"):
         calls[kind], compiled[kind] = attention_layer(sizes, kind, batch, backward=backward)
-    timings = measure.in_turns(calls, runs)
+    timings = timing.in_turns(calls, runs)
     needed = {
         kind: batch * (3 if backward else 1)
         * flops.attention_flops(model, sizes.tokens, softmax=kind == "softmax", conv=kind == "linear")
         for kind in calls
     }  # fmt: skip
     name = "attention" if backward else "attention_forward"
-    for kind, timing in timings.items():
+    for kind, took in timings.items():
         row = _named(name, dataclasses.replace(model, attention=kind))
-        row |= measure.machine() | {"devices": 1, "dtype": sizes.dtype}
+        row |= timing.machine() | {"devices": 1, "dtype": sizes.dtype}
         row |= {"attention_kernel": _kernel(sizes.kernel if kind == "linear" else "xla")}
         row["shapes"] = {"batch": batch, "tokens": sizes.tokens, "width": sizes.width, "heads": sizes.heads}
-        row |= timing.fields() | {"tokens_per_s": batch * sizes.tokens / timing.median}
-        row |= measure.efficiency(needed[kind], timing.median, metrics.peak_flops(Config()))
+        row |= took.fields() | {"tokens_per_s": batch * sizes.tokens / took.median}
+        row |= timing.efficiency(needed[kind], took.median, metrics.peak_flops(Config()))
         if kind == "linear":
             theirs = timings["softmax"].seconds
             row |= {
-                f"of_{name}_softmax": statistics.median(b / a for a, b in zip(timing.seconds, theirs, strict=True)),
+                f"of_{name}_softmax": statistics.median(b / a for a, b in zip(took.seconds, theirs, strict=True)),
                 f"flops_of_{name}_softmax": needed["linear"] / needed["softmax"],
             }
-        yield row | _compiled(compiled[kind], 1) | measure.memory()
+        yield row | _compiled(compiled[kind], 1) | timing.memory()
 
 
 def attention_layer(
@@ -283,7 +283,7 @@ def _named(name: str, model: ModelConfig) -> Row:
 
 
 def _settings(config: Config, mesh: Mesh) -> Row:
-    return measure.machine() | {
+    return timing.machine() | {
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "dtype": config.model.dtype,
         **execution.choices_of(config.model),

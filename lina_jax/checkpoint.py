@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 Flat = dict[tuple[str, ...], Any]  # arrays, concrete or abstract, by path
 Choice = Callable[[dict[tuple[str, ...], Shape]], Flat]
 WEIGHTS = ("params", "frozen", "ema")
-ALONE = ("params", "frozen")  # the items of imported weights
+WEIGHT_ITEMS = ("params", "frozen")  # the items of imported weights
 # Each device that holds a replica of an array writes a slice of it. Slicing smaller arrays, each with a program of its
 # own, costs more than it saves: the first save of a tiny model on eight devices took ten times as long.
 SMALLEST_SLICE_BYTES = 2**20
@@ -81,7 +81,7 @@ class Checkpoints:
 
         By default, orbax makes data files of up to 2 GB, which are in memory until they are written.
         """
-        trees = dict(zip(ALONE, (params, frozen), strict=True))
+        trees = dict(zip(WEIGHT_ITEMS, (params, frozen), strict=True))
         items = {name: ocp.args.PyTreeSave(t, ocdbt_target_data_file_size=2**26) for name, t in trees.items()}
         self._saving = 0
         with _naming_failures(self.directory, self._saving):
@@ -90,7 +90,7 @@ class Checkpoints:
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of a checkpoint's parameters and frozen arrays, from metadata alone. Raises UserError."""
         try:
-            trees = [_metadata(self.directory / str(step) / item) for item in ALONE]
+            trees = [_metadata(self.directory / str(step) / item) for item in WEIGHT_ITEMS]
         except (OSError, ValueError) as error:
             raise UserError(f"checkpoint {step} in {self.directory} is damaged ({error})") from error
         leaves = {name: leaf for tree in trees for name, leaf in flatten_dict(tree, sep="/").items()}
@@ -184,13 +184,13 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Tree], list[int]]:
         """(step, items, damaged later steps), the same in all processes. Raises UserError if there is nothing sound.
 
-        `names` are the items to read (ALONE for imported weights). `wanted` maps their metadata to the abstract arrays
-        to read: some if `partial`, else all, which must match.
+        `names` are the items to read (WEIGHT_ITEMS for imported weights). `wanted` maps their metadata to the abstract
+        arrays to read: some if `partial`, else all, which must match.
         """
         damaged: dict[int, str] = {}
         for candidate in self.candidates(step):
             try:
-                items = self._restore(candidate, ALONE if self.imported(candidate) else names, wanted, partial)
+                items = self._restore(candidate, WEIGHT_ITEMS if self.imported(candidate) else names, wanted, partial)
             except _Damaged as error:
                 damaged[candidate] = str(error)
                 continue

@@ -19,7 +19,7 @@ class Cluster(NamedTuple):
     local_devices: Sequence[int] | None = None  # None: all
 
 
-def the_cluster(
+def find_cluster(
     address: str | None, processes: int | None, process_id: int | None, timeout: float = 600.0
 ) -> Cluster | None:
     """This process's place, from the three flags or else the environment; None if it runs alone.

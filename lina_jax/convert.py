@@ -119,7 +119,7 @@ def to_torch(
     export.check_publishable(workdir)
     weights = export.load(workdir, ema=ema, step=step)
     with places.new_directory(directory) as partial:
-        export.to_torch(weights, partial, dtype, max_shard_gb * 1e9)
+        export.write_torch(weights, partial, dtype, max_shard_gb * 1e9)
     return weights
 
 
@@ -132,7 +132,7 @@ def to_safetensors(
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
     with places.new_file(file) as partial:
-        export.to_safetensors(weights, partial, dtype)
+        export.write_safetensors(weights, partial, dtype)
     return weights
 
 
@@ -194,7 +194,7 @@ def average(workdir: Path, out: Path, last: int) -> list[int]:
     return made.steps
 
 
-def ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
+def reconstruct_ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
     """Make a workdir of the EMA of another decay, estimated from checkpoints; return their steps and the fit.
 
     Raises UserError.
@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
         case "average":
             print(f"{target} holds the mean of steps {average(workdir, target, values.average)}")
         case "ema_decay":
-            steps, fit = ema(workdir, target, values.ema_decay, values.checkpoint)
+            steps, fit = reconstruct_ema(workdir, target, values.ema_decay, values.checkpoint)
             print(
                 f"{target} holds the EMA of decay {values.ema_decay} at step {steps[-1]}, from {len(steps)} "
                 f"checkpoints; its error is at most {fit.bound:.3g} times the largest change of one update or, if "

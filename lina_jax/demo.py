@@ -14,8 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from lina_jax import errors, sample
+from lina_jax.demo_session import Studio
 from lina_jax.errors import UserError
-from lina_jax.studio import Studio
 from lina_jax.workdir import load_config
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(values.workdir).expanduser()
     load_config(workdir)  # refuses what is not a training directory before anything slow starts
     try:
-        from lina_jax import page
+        from lina_jax import demo_page
     except ModuleNotFoundError as error:
         raise UserError(f"the page needs Gradio ({error}): pip install -e '.[demo]'") from error
     try:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
             text_encoder=values.text_encoder,
             mesh=values.mesh,
         )
-        page.serve(page.build(studio), door)
+        demo_page.serve(demo_page.build(studio), door)
 
 
 if __name__ == "__main__":

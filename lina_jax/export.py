@@ -72,7 +72,7 @@ def check_publishable(workdir: Path) -> None:
         )
 
 
-def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: float) -> None:
+def write_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: float) -> None:
     """Write the published layout into an empty directory: transformer/, scheduler/ and model_index.json."""
     transformer, config = directory / "transformer", weights.config
     transformer.mkdir()
@@ -111,7 +111,7 @@ def to_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: flo
     places.write_json(directory / "model_index.json", index)
 
 
-def to_safetensors(weights: Weights, path: Path, dtype: str) -> None:
+def write_safetensors(weights: Weights, path: Path, dtype: str) -> None:
     """Write all arrays, trained and frozen, to one file under the names that they have here."""
     arrays = {"/".join(name): array for name, array in sorted(weights.arrays.items())}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}

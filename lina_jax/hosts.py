@@ -26,7 +26,7 @@ from jax._src import distributed  # its key-value store, which has no public nam
 
 import lina_jax
 from lina_jax import errors, roll_call
-from lina_jax.cluster import Cluster, the_cluster
+from lina_jax.cluster import Cluster, find_cluster
 from lina_jax.errors import RUN_AGAIN, PartFailed, Preempted, UserError
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ def distributed_run(facts: Mapping[str, Any], *, preemption: bool = False) -> It
     for name in ("connect_timeout", "heartbeat_timeout"):
         if not 0 < values[name].value <= PATIENCE_S:
             raise UserError(f"--{name}={values[name].value}: expected seconds above 0, at most {PATIENCE_S}")
-    cluster = the_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
+    cluster = find_cluster(values.coordinator, values.processes, values.process_id, values.connect_timeout)
     if cluster is None:
         yield
         return

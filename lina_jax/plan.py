@@ -49,7 +49,7 @@ Report = dict[str, Any]
 ALWAYS = ("collective_bytes", "predicted_mfu", "predicted_step_s", "images_per_s")
 
 
-def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, sampling: bool = True) -> Report:
+def plan(config: Config, target: Topology, devices: Sequence[jax.Device], *, sampling: bool = True) -> Report:
     """The report, as JSON values: memory in bytes per device, times in seconds unless named otherwise.
 
     Raises UserError if the mesh does not fit the devices or the config.
@@ -57,11 +57,11 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
     mesh = mesh_lib.from_config(config, devices)
     blueprint = state.make_blueprint(config, mesh)
     report = {
-        "topology": where.name
+        "topology": target.name
         + ":"
-        + "x".join(map(str, where.shape))
-        + (f"*{where.slices}" if where.slices > 1 else ""),
-        "chips": where.chips,
+        + "x".join(map(str, target.shape))
+        + (f"*{target.slices}" if target.slices > 1 else ""),
+        "chips": target.chips,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
@@ -71,22 +71,22 @@ def plan(config: Config, where: Topology, devices: Sequence[jax.Device], *, samp
     }
     program, arguments = programs.train_step(config, mesh)
     memory = programs.state_bytes(blueprint) | {"batch": mesh_lib.device_bytes(arguments[1])}
-    report |= _compiled("train step", program, arguments, where, mesh, memory)
+    report |= _compiled("train step", program, arguments, target, mesh, memory)
     if seconds := report.get("predicted_step_s"):
         total = config.steps * seconds
         report |= {
-            "predicted_mfu": report["model_flops"] / seconds / (len(devices) * where.chip.peak_flops),
+            "predicted_mfu": report["model_flops"] / seconds / (len(devices) * target.chip.peak_flops),
             "images_per_s": config.batch_size / seconds,
             "steps": config.steps,
             "days": total / DAY,
-            "chip_hours": total / 3600 * where.chips,
+            "chip_hours": total / 3600 * target.chips,
         }
     if sampling:
-        report["sampling"] = _sampling(config, where, mesh)
+        report["sampling"] = _sampling(config, target, mesh)
     return report
 
 
-def _sampling(config: Config, where: Topology, mesh: jax.sharding.Mesh) -> Report:
+def _sampling(config: Config, target: Topology, mesh: jax.sharding.Mesh) -> Report:
     images = config.batch_size
     program, arguments = programs.sampling_step(config, mesh, images)
     weights, frozen, *inputs = arguments
@@ -97,7 +97,7 @@ def _sampling(config: Config, where: Topology, mesh: jax.sharding.Mesh) -> Repor
     }
     steps = generate.schedule(config)
     euler = float(steps.euler_steps.mean())
-    made = _compiled("sampling step", program, arguments, where, mesh, memory, unknown_trips=euler)
+    made = _compiled("sampling step", program, arguments, target, mesh, memory, unknown_trips=euler)
     made |= execution.choices_of(execution.for_inference(config, mesh).model)
     if seconds := made.pop("predicted_step_s", None):
         needed = images * flops.sampling_flops(config.model, steps)
@@ -106,7 +106,7 @@ def _sampling(config: Config, where: Topology, mesh: jax.sharding.Mesh) -> Repor
             "images": images,
             "images_per_s": images / seconds,
             "model_flops": needed,
-            "predicted_mfu": needed / seconds / (mesh.size * where.chip.peak_flops),
+            "predicted_mfu": needed / seconds / (mesh.size * target.chip.peak_flops),
         }
     return made
 
@@ -115,17 +115,17 @@ def _compiled(
     name: str,
     program,
     arguments,
-    where: Topology,
+    target: Topology,
     mesh,
     memory: Mapping[str, int],
     *,
     unknown_trips: float = 1.0,
 ) -> Report:
     """Memory, FLOPs, collectives and time of the compiled program; if it is too large to compile, by how much."""
-    print(f"compiling the {name} for {where.name} ...", file=sys.stderr, flush=True)
-    capacity = where.chip.memory
+    print(f"compiling the {name} for {target.name} ...", file=sys.stderr, flush=True)
+    capacity = target.chip.memory
     try:
-        compiled = programs.compile_program(program, arguments, topology.compiler_options(where))
+        compiled = programs.compile_program(program, arguments, topology.compiler_options(target))
     except programs.OutOfMemory as error:
         memory = {**memory, "total": error.needed, "capacity": error.capacity}
         return {"fits": False, "headroom_bytes": error.capacity - error.needed, "memory_bytes": memory}
@@ -136,9 +136,9 @@ def _compiled(
         "total": compiled.total,
         "capacity": capacity,
     }
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, mesh, unknown_trips=unknown_trips)
+    estimate = roofline.estimate(hlo.Module(compiled.text), target.chip, mesh, unknown_trips=unknown_trips)
     room = capacity - compiled.total
-    if where.chip.torus:
+    if target.chip.torus:
         room = max(room, 0)  # TPU compilers refuse what does not fit, so this fits, whatever the parts add up to
     return {
         "fits": room >= 0,
@@ -243,26 +243,26 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if values.config is None or not values.topology:
         raise UserError("--config=FILE.py[:PRESET] and --topology=CHIP:SHAPE (v5e:16x16, h200:8) are both needed")
-    where = topology.parse(values.topology)
+    target = topology.parse(values.topology)
     config = config_lib.freeze(values.config)
-    devices = topology.devices(where)
+    devices = topology.devices(target)
     if values.batch_per_chip is not None:
-        config = dataclasses.replace(config, batch_size=values.batch_per_chip * where.chips)
+        config = dataclasses.replace(config, batch_size=values.batch_per_chip * target.chips)
         config_checks.check_value("batch_size", config.batch_size)
     if values.search:
         report = search.search(
             config,
-            where,
+            target,
             devices,
-            lambda candidate: plan(candidate, where, devices, sampling=False),
+            lambda candidate: plan(candidate, target, devices, sampling=False),
             compiles=values.search_compiles,
             fixed_batch=values.batch_per_chip is not None,
         )
         if values.sampling and report["fits"]:
             best = search.recommended(config, report["recommended"], devices)
-            report["sampling"] = _sampling(best, where, mesh_lib.from_config(best, devices))
+            report["sampling"] = _sampling(best, target, mesh_lib.from_config(best, devices))
     else:
-        report = plan(config, where, devices, sampling=values.sampling)
+        report = plan(config, target, devices, sampling=values.sampling)
     text = table(report, values.detail)
     if not values.json:
         print(text)

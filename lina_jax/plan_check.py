@@ -151,10 +151,10 @@ def step_for(case: Published, devices: Sequence[jax.Device]) -> tuple[Program, t
 def compare(name: str) -> dict[str, object]:
     """Published and predicted rates of one model; the predicted one has neither FLOPs nor time of attention cores."""
     case = PUBLISHED[name]
-    where = topology.parse(case.topology)
-    program, arguments, mesh = step_for(case, topology.devices(where))
-    compiled = programs.compile_program(program, arguments, topology.compiler_options(where))
-    estimate = roofline.estimate(hlo.Module(compiled.text), where.chip, mesh)
+    target = topology.parse(case.topology)
+    program, arguments, mesh = step_for(case, topology.devices(target))
+    compiled = programs.compile_program(program, arguments, topology.compiler_options(target))
+    estimate = roofline.estimate(hlo.Module(compiled.text), target.chip, mesh)
     tflops = case.model_flops / estimate.seconds / 1e12
     return {
         "name": name,

@@ -40,7 +40,7 @@ class Candidate:
 
 def search(
     config: Config,
-    where: Topology,
+    target: Topology,
     devices: Sequence[jax.Device],
     plan: Callable[[Config], dict[str, Any]],
     *,
@@ -54,7 +54,7 @@ def search(
 
     Raises UserError if no candidate fits by estimate, and the last compiler error if the compiler accepts none.
     """
-    candidates = ranked(config, where, devices, fixed_batch=fixed_batch)
+    candidates = ranked(config, target, devices, fixed_batch=fixed_batch)
     if not candidates:
         raise UserError("--search: no mesh and remat policy fit by estimate; use more chips or fewer images per chip")
     tried, best, refusal = [], None, None
@@ -98,7 +98,7 @@ def apply(config: Config, chosen: dict[str, Any]) -> Config:
     )
 
 
-def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
+def ranked(config: Config, target: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
     """Candidates that the mesh allows and that fit by estimate, most images per second first.
 
     The estimate does not depend on the way to run layers, so that ways alternate after the stable sort: kernels have
@@ -108,12 +108,12 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
     """
     sizes = {config.batch_size}
     if not fixed_batch:  # from one image per chip up; also fewer, for images that are sharded over `sequence`
-        sizes |= {where.chips * images for images in _powers(64)}
-        sizes |= {where.chips // parts for parts in _powers(where.chips)}
-    replica = where.slices if config.mesh.replica in (1, -1) else config.mesh.replica
+        sizes |= {target.chips * images for images in _powers(64)}
+        sizes |= {target.chips // parts for parts in _powers(target.chips)}
+    replica = target.slices if config.mesh.replica in (1, -1) else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
-    ways = execution.scan_and_kernel_options(config.model, "tpu" if where.chip.torus else "gpu")
+    ways = execution.scan_and_kernel_options(config.model, "tpu" if target.chip.torus else "gpu")
     held, found, refusals = {}, [], []
     rows = _powers(config.model.image_grid[0])
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):
@@ -134,9 +134,9 @@ def ranked(config: Config, where: Topology, devices: Sequence[jax.Device], *, fi
             if (fsdp, tensor) not in held:
                 held[fsdp, tensor] = sum(programs.state_bytes(state.make_blueprint(trial, mesh)).values())
             size, images = held[fsdp, tensor], trial.batch_size / len(devices)
-            kept = _gathered_at_once(candidate, where.chip) / tensor
-            if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * where.chip.memory:
-                found.append((_seconds_an_image(trial, candidate, where, images, size), candidate))
+            kept = _gathered_at_once(candidate, target.chip) / tensor
+            if size + execution.step_bytes(trial, images, fsdp * tensor, kept) < execution.FULL * target.chip.memory:
+                found.append((_seconds_an_image(trial, candidate, target, images, size), candidate))
     if not held:
         raise UserError(f"--search: no mesh is possible: {refusals[0]}")
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
@@ -163,14 +163,14 @@ def _gathered_at_once(candidate: Candidate, chip: Chip) -> float:
     return AHEAD if candidate.fsdp > 1 and candidate.scan_layers and candidate.remat == "dots" else 0.0
 
 
-def _seconds_an_image(config: Config, candidate: Candidate, where: Topology, images: float, held: float) -> float:
+def _seconds_an_image(config: Config, candidate: Candidate, target: Topology, images: float, held: float) -> float:
     """Rough seconds per image on a device with so many images: compute, its update, and half of its communication."""
-    model, layers, chip = config.model, config.model.condition_depth + config.model.image_depth, where.chip
+    model, layers, chip = config.model, config.model.condition_depth + config.model.image_depth, target.chip
     again = execution.RECOMPUTED[candidate.remat]
     work = flops.training_flops(model, config.loss) * (1 + again) / (0.7 * chip.peak_flops)
     weights = execution.gathered_bytes(model) / candidate.tensor
-    nodes = where.slices if chip.torus else where.shape[0]
-    near = chip.torus or candidate.fsdp * candidate.sequence * candidate.tensor <= where.shape[1]
+    nodes = target.slices if chip.torus else target.shape[0]
+    near = chip.torus or candidate.fsdp * candidate.sequence * candidate.tensor <= target.shape[1]
     links = (chip.link if near else chip.slow_link) * (2 if chip.torus else 1)
     # Weights gathered in both passes and gradients scattered (3 passes over the links), or gradients all-reduced (2).
     kept = _gathered_at_once(candidate, chip) if chip.torus else 0.0

@@ -177,9 +177,9 @@ def _initial_state(
         preemption.time_limit, seconds, f"reading weights took over {seconds:g} s (checkpoint.timeout)"
     )
     warm_state, warm_report = None, None
-    if warm_start.due(config, workdir):
+    if warm_start.is_pending(config, workdir):
         with read_limit():
-            warm_state, warm_report = warm_start.begin(blueprint)
+            warm_state, warm_report = warm_start.initialise(blueprint)
     workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     mesh_lib.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)

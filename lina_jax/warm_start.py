@@ -40,7 +40,7 @@ class Decision:
     reason: str = ""
 
 
-def due(config: Config, workdir: Path) -> bool:
+def is_pending(config: Config, workdir: Path) -> bool:
     """Whether a run still has to start from init_from.path. Raises UserError if its workdir has imported weights."""
     saved = saved_checkpoints(workdir)
     if config.init_from.path and saved and all(is_imported(path) for path in saved):
@@ -51,23 +51,25 @@ def due(config: Config, workdir: Path) -> bool:
     return bool(config.init_from.path) and not saved
 
 
-def begin(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
+def initialise(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     """(a fresh state whose parameters and EMA have the arrays that the rules take, a report of what became of each).
 
     Only these arrays are read, directly into the shardings of `blueprint`, whatever mesh they were saved from. Raises
     UserError listing every array that does not fit and every pattern that matches no array.
     """
-    asked = blueprint.config.init_from
+    settings = blueprint.config.init_from
     shapes = flatten_dict(blueprint.shapes.params) | flatten_dict(blueprint.shapes.frozen)
-    donor = Path(asked.path).expanduser()
-    theirs = _config_of(donor, asked)
+    donor = Path(settings.path).expanduser()
+    theirs = _config_of(donor, settings)
     here = {path: leaf.shape for path, leaf in shapes.items()}
     decisions: dict[tuple[str, ...], Decision] = {}
 
     def choose(there: Shapes) -> Flat:
-        decisions.update(decide(asked, (blueprint.config.model, here), (theirs.model, there)))
+        decisions.update(decide(settings, (blueprint.config.model, here), (theirs.model, there)))
         taken = {
-            path: jax.ShapeDtypeStruct(decision.there, shapes[path].dtype, sharding=_placed(shapes[path], decision))
+            path: jax.ShapeDtypeStruct(
+                decision.there, shapes[path].dtype, sharding=_read_sharding(shapes[path], decision)
+            )
             for path, decision in decisions.items()
             if decision.action in ("loaded", "recomputed")
         }
@@ -76,8 +78,8 @@ def begin(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
         return taken
 
     checkpoints = Checkpoints(donor, theirs.checkpoint, create=False)
-    step = None if asked.checkpoint < 0 else asked.checkpoint
-    arrays, step = checkpoints.restore_some(choose, ema=asked.ema, step=step)
+    step = None if settings.checkpoint < 0 else settings.checkpoint
+    arrays, step = checkpoints.restore_some(choose, ema=settings.ema, step=step)
     for path in [path for path in arrays if decisions[path].action == "recomputed"]:
         fit = jax.jit(regrid, static_argnums=(1, 2), out_shardings=shapes[path].sharding)
         arrays[path] = fit(arrays[path], _grids(theirs.model), _grids(blueprint.config.model))
@@ -91,40 +93,40 @@ def begin(blueprint: Blueprint) -> tuple[TrainState, dict[str, Any]]:
     report = {
         "path": str(donor),
         "step": step,
-        "weights": checkpoints.kind(step, ema=asked.ema),
-        "rules": {"name": asked.rules, **dataclasses.asdict(rules_of(asked))},
+        "weights": checkpoints.kind(step, ema=settings.ema),
+        "rules": {"name": settings.rules, **dataclasses.asdict(rules_of(settings))},
         "config": [line for line in differing if line.startswith(FUNCTION)],
         "arrays": [dataclasses.asdict(decision) for decision in decisions.values()],
     }
     return train_state, report
 
 
-def rules_of(asked: InitFromConfig) -> Rules:
+def rules_of(settings: InitFromConfig) -> Rules:
     """The named set of rules plus the patterns in the config."""
-    own = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Rules)}
-    return init_rules.SETS[asked.rules].extended(Rules(**own))
+    own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Rules)}
+    return init_rules.SETS[settings.rules].extended(Rules(**own))
 
 
 def decide(
-    asked: InitFromConfig, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
+    settings: InitFromConfig, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
 ) -> dict[tuple[str, ...], Decision]:
     """A decision for every array of either model, by path.
 
     Raises UserError listing every array that does not fit and every pattern of the config that matches no array.
     """
-    rules, (_, here), (_, there) = rules_of(asked), ours, theirs
+    rules, (_, here), (_, there) = rules_of(settings), ours, theirs
     names = {path: "/".join(path) for path in sorted(here.keys() | there.keys())}
     unmatched = [
         f"{kind}: no array name matches {pattern!r}"
         for kind in init_rules.LISTS
-        for pattern in getattr(asked, kind)
+        for pattern in getattr(settings, kind)
         if not any(fnmatchcase(name, pattern) for name in names.values())
     ]
     decisions, misfits = {}, []
     for path, name in names.items():
-        action, reason = _asked_of(rules, name), ""
+        action, reason = _action_for(rules, name), ""
         if action in ("loaded", "recomputed"):
-            reason = _misfit(path, action, ours, theirs)
+            reason = _mismatch(path, action, ours, theirs)
             wrong = action == "recomputed" and path[-1] not in GATES
             if reason and (wrong or rules.unfit == "refuse"):
                 misfits.append(f"{name}: {reason}")
@@ -138,11 +140,11 @@ def decide(
         decisions[path] = Decision(name, action, here.get(path), there.get(path), reason)
     if unmatched or misfits:
         hint = " (list such arrays in init_from.exclude, restart or recompute, or set unfit=skip)" if misfits else ""
-        raise UserError(f"init_from.path={asked.path}: {'; '.join(unmatched + misfits)}{hint}")
+        raise UserError(f"init_from.path={settings.path}: {'; '.join(unmatched + misfits)}{hint}")
     return decisions
 
 
-def _asked_of(rules: Rules, name: str) -> str:
+def _action_for(rules: Rules, name: str) -> str:
     def fits(patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -153,7 +155,7 @@ def _asked_of(rules: Rules, name: str) -> str:
     return "recomputed" if fits(rules.recompute) else "loaded"
 
 
-def _misfit(
+def _mismatch(
     path: tuple[str, ...], action: str, ours: tuple[ModelConfig, Shapes], theirs: tuple[ModelConfig, Shapes]
 ) -> str:
     """Why our array cannot be initialised from theirs; "" if it can."""
@@ -173,7 +175,7 @@ def _misfit(
     return "" if fits else f"{there[path]} in the source, {here[path]} here{grids}"
 
 
-def _placed(ours: jax.ShapeDtypeStruct, decision: Decision) -> NamedSharding:
+def _read_sharding(ours: jax.ShapeDtypeStruct, decision: Decision) -> NamedSharding:
     """The sharding into which an array of theirs is read: ours, but gates of another grid are not sharded over rows.
 
     The mesh may not divide their number of rows.
@@ -206,21 +208,21 @@ def regrid(gate: jax.Array, there: tuple[Grid, Grid], here: tuple[Grid, Grid]) -
     return jnp.concatenate(parts, axis=1)
 
 
-def _config_of(donor: Path, asked: InitFromConfig) -> Config:
+def _config_of(donor: Path, settings: InitFromConfig) -> Config:
     if not donor.exists():
         raise UserError(
-            f"init_from.path={asked.path}: no such directory (an empty init_from.path starts from random weights)"
+            f"init_from.path={settings.path}: no such directory (an empty init_from.path starts from random weights)"
         )
     if not (donor / "config.json").is_file() or not (donor / "checkpoints").is_dir():
         raise UserError(
-            f"init_from.path={asked.path}: not a training directory with checkpoints (python -m lina_jax.convert "
+            f"init_from.path={settings.path}: not a training directory with checkpoints (python -m lina_jax.convert "
             "--from_torch=DIR --workdir=DIR creates one from released weights)"
         )
     return load_config(donor)
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report of `begin` as text: a summary, config differences, and a line for each array."""
+    """The report of `initialise` as text: a summary, config differences, and a line for each array."""
     rows, counts = [], {}
     for array in sorted(report["arrays"], key=lambda array: array["action"]):
         here, there = array["here"], array["there"]

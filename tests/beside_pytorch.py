@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the sides' process
 import numpy as np
 from absl import flags
 
-from lina_jax import benchmark_model, config_file, errors, generate, measure, mesh
+from lina_jax import benchmark_model, config_file, errors, generate, mesh, timing
 from lina_jax.benchmark_model import AttentionSizes
 from lina_jax.config import Config, freeze
 from lina_jax.errors import UserError
@@ -140,7 +140,7 @@ def call_of(side: str, what: str, tokens: int) -> Callable[[], Any]:
 
 def timed(*which, count: int) -> list[tuple[float, float]]:
     call = call_of(*which)
-    return [measure.timed(call) for _ in range(count)]
+    return [timing.timed(call) for _ in range(count)]
 
 
 def in_turns(sides: Sequence[str], what: str, tokens: int, turns: int, calls: int) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ def run(tiny, rough, tmp_path_factory):
 
 def test_an_ema_of_another_decay_becomes_a_workdir(run, tmp_path):
     workdir, exact = run
-    steps, fit = convert.ema(workdir, tmp_path / "ema", 0.9)
+    steps, fit = convert.reconstruct_ema(workdir, tmp_path / "ema", 0.9)
     assert steps == [0, 14, 28, 42]
     made, raw = export.load(tmp_path / "ema"), export.load(workdir, ema=False).arrays
     assert (made.step, made.kind) == (0, "raw")
@@ -132,9 +132,12 @@ def test_the_last_checkpoints_are_averaged(run, tmp_path):
     ("make", "message"),
     [
         (lambda run, out: convert.average(run, out, 9), r"--average=9: expected 1 to 4, the checkpoints in"),
-        (lambda run, out: convert.ema(run, out, 1.0), r"--ema_decay=1\.0: must be between 0 and 1"),
-        (lambda run, out: convert.ema(run, out, 0.9, 7), r"no checkpoint of step 7 in .*: its steps are \[0, 14,"),
-        (lambda run, out: convert.ema(run, out, 0.9, 0), r"has no updates to average"),
+        (lambda run, out: convert.reconstruct_ema(run, out, 1.0), r"--ema_decay=1\.0: must be between 0 and 1"),
+        (
+            lambda run, out: convert.reconstruct_ema(run, out, 0.9, 7),
+            r"no checkpoint of step 7 in .*: its steps are \[0, 14,",
+        ),
+        (lambda run, out: convert.reconstruct_ema(run, out, 0.9, 0), r"has no updates to average"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(run, tmp_path, make, message):

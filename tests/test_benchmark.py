@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lina_jax import benchmark_data, benchmark_model, hlo, measure, programs, roofline
+from lina_jax import benchmark_data, benchmark_model, hlo, programs, roofline, timing
 from lina_jax.errors import UserError
 from lina_jax.models import chunks, vae
 from lina_jax.models.vae import VaeConfig
@@ -99,7 +99,7 @@ def test_pictures_are_drawn_on_the_mesh_of_the_config(tiny, monkeypatch):
 
 
 def test_sides_take_turns_and_results_are_waited_for(monkeypatch):
-    monkeypatch.setattr(measure, "RUN_S", 0.0)
+    monkeypatch.setattr(timing, "RUN_S", 0.0)
     log = []
 
     class Result:
@@ -113,38 +113,38 @@ def test_sides_take_turns_and_results_are_waited_for(monkeypatch):
 
         return call
 
-    timings = measure.in_turns({"a": side("a"), "b": side("b")}, runs=2)
+    timings = timing.in_turns({"a": side("a"), "b": side("b")}, runs=2)
     assert [name for name in log if name != "wait"] == [*"aabb", *"abab"]  # a warm-up and a first timing, then the runs
     assert all(after == "wait" for name, after in itertools.pairwise([*log, "wait"]) if name != "wait")
-    assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+    assert [len(took.seconds) for took in timings.values()] == [2, 2]
 
 
 def test_seconds_are_those_of_one_call(monkeypatch):
     """However many calls a run makes to last long enough to be timed."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
-    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
 
     def call():
         now[0] += 0.125
         return np.zeros(1)
 
-    (timing,) = measure.in_turns({"a": call}, runs=2).values()
-    assert timing.calls == 3  # to fill RUN_S
-    assert list(timing.seconds) == [0.125] * 2
-    assert list(timing.cpu_seconds) == [0.25] * 2
+    (took,) = timing.in_turns({"a": call}, runs=2).values()
+    assert took.calls == 3  # to fill RUN_S
+    assert list(took.seconds) == [0.125] * 2
+    assert list(took.cpu_seconds) == [0.25] * 2
 
 
 def test_memory_of_this_process_is_told_in_bytes():
     """An interpreter with JAX loaded takes more than 50 MB and less than 1 TB."""
-    assert 50e6 < measure.memory()["host_peak_bytes"] < 1e12
+    assert 50e6 < timing.memory()["host_peak_bytes"] < 1e12
 
 
 def test_earlier_lines_match_by_what_was_measured(tmp_path):
     path = tmp_path / "rows.json"
     row = {"benchmark": "train", "config": "a.py", "shapes": {"batch": 4}, "median_s": 2.0, "mfu": 0.25}
     path.write_text(json.dumps(row) + "\n\n")
-    earlier = measure.Earlier(str(path))
+    earlier = timing.Baseline(str(path))
     assert earlier.ratios(row | {"median_s": 1.0, "images_per_s": 3.0}) == {"median_s": 0.5, "mfu": 1.0}
     for other in ({"benchmark": "sample"}, {"config": "b.py"}, {"shapes": {"batch": 8}}):
         assert earlier.ratios(row | other) is None
@@ -155,7 +155,7 @@ def test_of_earlier_lines_those_set_up_alike_count(tmp_path):
     pallas = row | {"attention_kernel": "pallas", "median_s": 1.0}
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(row) + "\n" + json.dumps(pallas))
-    earlier = measure.Earlier(str(path))
+    earlier = timing.Baseline(str(path))
     assert [earlier.ratios(now)["median_s"] for now in (row, pallas)] == [1.0, 1.0]
     assert earlier.ratios(row | {"attention_kernel": "another"}) is None  # compared with which of the two?
 
@@ -166,7 +166,7 @@ def test_of_earlier_lines_those_set_up_alike_count(tmp_path):
 def test_other_files_are_no_earlier_lines(text, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(UserError, match="expected lines that `benchmark` printed"):
-        measure.Earlier(str(tmp_path / "rows.json"))
+        timing.Baseline(str(tmp_path / "rows.json"))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import tiny_dataset
 from encoder_checkpoints import write_autoencoder, write_phi
 
 from lina_jax import mesh, pictures, state
+from lina_jax.demo_session import Studio
 from lina_jax.errors import UserError
-from lina_jax.studio import Studio
 
 PROMPT = "a red 'circle' $x"
 
@@ -187,7 +187,7 @@ def test_an_unfinished_picture_shows_what_is_made_and_frames_the_latest():
 
 def test_the_page_tells_the_time_of_drawing_alone(studio, ask, monkeypatch):
     """The clock advances by 1 s for each set drawn, by 10 s for each set decoded, and during pauses."""
-    page = pytest.importorskip("lina_jax.page", reason="needs the extra demo", exc_type=ImportError)
+    page = pytest.importorskip("lina_jax.demo_page", reason="needs the extra demo", exc_type=ImportError)
     now, drawn = [0.0], studio.draw(ask())
 
     def after(seconds, value):

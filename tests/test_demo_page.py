@@ -14,7 +14,7 @@ import pytest
 import tiny_dataset
 
 from lina_jax import mesh, state
-from lina_jax.studio import Studio
+from lina_jax.demo_session import Studio
 
 pytest.importorskip("gradio", reason="needs the extra test-demo")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra test-demo")
@@ -168,7 +168,7 @@ def test_nothing_is_asked_of_anyone_else(page, server):
 
 
 def test_classes_are_chosen_by_name(tiny, one_device, rough, save_run, tmp_path, monkeypatch):
-    from lina_jax import page  # imported here, since it needs Gradio
+    from lina_jax import demo_page as page  # imported here, since it needs Gradio
 
     monkeypatch.setattr(mesh, "build", lambda config, devices=None: one_device)
     plan = state.make_blueprint(tiny(model={"num_classes": 2}), one_device)

@@ -12,7 +12,7 @@ import pytest
 from ports import free_port
 
 from lina_jax import roll_call
-from lina_jax.cluster import Cluster, the_cluster
+from lina_jax.cluster import Cluster, find_cluster
 from lina_jax.errors import PartFailed, UserError
 
 
@@ -113,14 +113,13 @@ def environment(monkeypatch):
 def test_the_environment_says_who_takes_part(variables, cluster, environment):
     for name, value in variables.items():
         environment.setenv(name, value)
-    assert the_cluster(None, None, None) == cluster
+    assert find_cluster(None, None, None) == cluster
 
 
 def test_a_coordinator_that_has_no_name_yet_is_waited_for(environment):
     """A GKE pod has a name only once it is scheduled."""
-    program = (
-        "from lina_jax.cluster import the_cluster\nthe_cluster(None, None, None, 1)"  # import reads JAX_FORCE_TPU_INIT
-    )
+    # In a process of its own, as the import reads JAX_FORCE_TPU_INIT.
+    program = "from lina_jax.cluster import find_cluster\nfind_cluster(None, None, None, 1)"
     for name, value in MULTISLICE.items():
         environment.setenv(name, value)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -135,15 +134,15 @@ def test_pods_of_a_job_do_not_run_each_alone(environment):
     environment.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     environment.setenv("JOB_COMPLETION_INDEX", "1")
     with pytest.raises(UserError, match=r"JOB_COMPLETION_INDEX=1: .* needs the package kubernetes"):
-        the_cluster(None, None, None)
-    assert the_cluster(None, 1, None) is None
+        find_cluster(None, None, None)
+    assert find_cluster(None, 1, None) is None
 
 
 def test_flags_go_before_the_environment(environment):
     for name, value in SLURM.items():
         environment.setenv(name, value)
-    assert the_cluster(None, 1, None) is None
-    assert the_cluster("here:1", 3, 2) == Cluster("here:1", 3, 2)
+    assert find_cluster(None, 1, None) is None
+    assert find_cluster("here:1", 3, 2) == Cluster("here:1", 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +157,4 @@ def test_flags_go_before_the_environment(environment):
 )
 def test_places_that_cannot_be_are_refused(given, message, environment):
     with pytest.raises(UserError, match=message):
-        the_cluster(*given)
+        find_cluster(*given)

@@ -220,7 +220,7 @@ def test_a_benchmark_of_two_processes_makes_the_same_calls_in_both(file, start, 
     """The clock of one suggests ten times as many; it would wait forever for calls that the other does not make."""
     for process in range(2):
         (tmp_path / str(process)).mkdir()
-        longer = f"\n\nfrom lina_jax import measure\n\nmeasure.RUN_S *= {10**process}\n"
+        longer = f"\n\nfrom lina_jax import timing\n\ntiming.RUN_S *= {10**process}\n"
         (tmp_path / str(process) / file.name).write_text(file.read_text() + longer)
     flags = f"--config={file.name}", "--repeats=2"
     succeed(start("benchmark", 2, "train", *flags, cwd=lambda process: tmp_path / str(process)))

@@ -14,7 +14,7 @@ from inception_weights import write
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lina_jax import data, featurise, image_sources, mesh, quality, reference, shapes, state, train
+from lina_jax import data, featurise, image_sources, mesh, pictures, quality, reference, shapes, state, train
 from lina_jax.config import MeshConfig
 from lina_jax.errors import Preempted, UserError
 from lina_jax.featurise import Network

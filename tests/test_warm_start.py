@@ -50,7 +50,7 @@ def begun(tiny, donor):
     def begin(devices=None, changes=None, **init_from):
         config = tiny(**(changes or {}), init_from={"path": str(donor[0])} | init_from)
         plan = state.make_blueprint(config, devices or mesh.build(MeshConfig(data=1, fsdp=8)))
-        return *warm_start.begin(plan), plan
+        return *warm_start.initialise(plan), plan
 
     return begin
 
@@ -162,7 +162,7 @@ def test_a_softmax_model_with_another_head_gives_what_it_has(tiny, rough, one_de
     run = rough(plan)
     save_run(tmp_path / "nova", plan, run)
     config = tiny(init_from={"path": str(tmp_path / "nova"), "rules": "nova"})
-    begun, report = warm_start.begin(state.make_blueprint(config, one_device))
+    begun, report = warm_start.initialise(state.make_blueprint(config, one_device))
     done, ours, theirs = actions(report), flat(begun.params, begun.frozen), flat(run.params, run.frozen)
     for name in ours:
         fits = name in theirs and theirs[name].shape == ours[name].shape
@@ -274,10 +274,10 @@ def test_imported_weights_are_a_donor_and_no_workdir_that_can_have_one(tiny, don
     checkpoints.save_weights(run.params, run.frozen)
     checkpoints.close()
     config = tiny(init_from={"path": str(tmp_path / "import")})
-    begun, report = warm_start.begin(state.make_blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8))))
+    begun, report = warm_start.initialise(state.make_blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8))))
     assert identical(begun.params, run.params) and report["weights"] == "raw"
     with pytest.raises(UserError, match="holds imported weights"):
-        warm_start.due(tiny(init_from={"path": str(workdir)}), tmp_path / "import")
+        warm_start.is_pending(tiny(init_from={"path": str(workdir)}), tmp_path / "import")
 
 
 def test_the_table_tells_every_array(begun):

@@ -16,8 +16,8 @@ import numpy as np
 import uvicorn
 
 from lina_jax import pictures
+from lina_jax.demo_session import MOST_IMAGES, DrawnStep, Request, Studio
 from lina_jax.errors import UserError
-from lina_jax.studio import MOST_IMAGES, DrawnStep, Request, Studio
 
 _STYLE = """
 .drawings { display: flex; flex-wrap: wrap; gap: 14px; }

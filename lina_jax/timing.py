@@ -110,7 +110,7 @@ def efficiency(model_flops: float, seconds: float, peak: float) -> Row:
     return {"model_flops": model_flops, "model_flops_per_s": rate} | ({"mfu": rate / peak} if peak else {})
 
 
-class Earlier:
+class Baseline:
     """The rows of an earlier call."""
 
     def __init__(self, path: str):
@@ -120,7 +120,7 @@ class Earlier:
             rows = [json.loads(line) for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
             self._rows = collections.defaultdict(list)
             for row in rows:
-                self._rows[_what(row)].append(row)
+                self._rows[_row_key(row)].append(row)
                 if not all(isinstance(row.get(name) or 0, int | float) for name in COMPARED):
                     raise TypeError("a figure is no number")
         except (OSError, UnicodeDecodeError) as error:
@@ -134,7 +134,7 @@ class Earlier:
         Among several rows of the measurement, the last with the same setup counts; None if all have another. A single
         row counts whatever its setup.
         """
-        measured = self._rows.get(_what(row), [])
+        measured = self._rows.get(_row_key(row), [])
         alike = [then for then in measured if all(then.get(name) == row.get(name) for name in SETUP)]
         if not alike and len(measured) != 1:
             return None
@@ -143,6 +143,6 @@ class Earlier:
         return {name: row[name] / then[name] for name in both}
 
 
-def _what(row: Row) -> str:
+def _row_key(row: Row) -> str:
     """A key for the measurement that a row belongs to."""
     return json.dumps([row["benchmark"], row["config"], row.get("shapes")], sort_keys=True)
