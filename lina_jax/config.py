@@ -18,7 +18,6 @@ from lina_jax.config_fields import build, editable, flatten
 from lina_jax.errors import UserError
 
 TIME_FEATURES = 256  # cosines and sines that encode a time, as published
-PADDING_ROWS = 512  # of the text padding table, as published
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ MAY_BE_NEGATIVE = frozenset({
 })  # fmt: skip
 
 LONGEST_S = 1e9  # about the longest time that threads can wait
+PADDING_ROWS = 512  # of the text padding table, as published
 MOST_STEPS = 100_000  # of decoding, and of Euler in each, as schedules are arrays
 
 COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # all other numbers reach programs, which count in 32 bits
@@ -73,7 +74,6 @@ def check_value(name: str, value: Any) -> None:
 
 def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
     """Check that sizes fit each other and that variants are compatible. Raises UserError."""
-    from lina_jax.config import PADDING_ROWS  # here, because it imports this module
 
     def require(holds: bool, message: str) -> None:
         if not holds:

@@ -99,8 +99,8 @@ def _main(values: flags.FlagValues) -> None:
     if values.samples_from:
         measured = _Files(values, metrics, out)
     # Features of two evaluations in one OUT would mix.
-    alone = measured and jax.process_index() == 0
-    with places.lock("out", out / _WORK) if alone else contextlib.nullcontext():
+    keeps = measured and jax.process_index() == 0
+    with places.lock("out", out / _WORK) if keeps else contextlib.nullcontext():
         _measure(values, workdir, out, run, measured)
 
 

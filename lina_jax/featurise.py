@@ -65,8 +65,12 @@ class Network:
             return jax.tree.map(lambda part: mesh_lib.constrain(part, "batch", None), features)
 
         self._program = jax.jit(program)
-        made = jax.eval_shape(nnx.merge(graphdef, weights), jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.uint8))
-        self.widths = Features(*(part.shape[-1] for part in made))
+
+    @functools.cached_property
+    def widths(self) -> Features:
+        """The number of features of each kind."""
+        image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.uint8)
+        return Features(*(part.shape[-1] for part in jax.eval_shape(self._program, self._weights, image)))
 
     def __call__(self, images: jax.Array) -> Features:
         with jax.set_mesh(self.mesh):

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, shapes, units
+from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, rejects, shapes, units
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
 from lina_jax.shares import WHOLE, Share, resolve_share, take_gpu
@@ -45,7 +45,6 @@ SOURCES = {
     "folder": (FolderSource, Fields("", "", "", "")),
     "tfds": (TfdsSource, Fields("image", "", "", "label")),
 }
-_ALL_REJECTED = 1000  # this many rejects without a single good item: the input or a column must be wrong
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -174,7 +173,9 @@ def prepare(
             return None
         receipts = [work.receipt(number) for number in range(len(source.units))]
         totals = _totals(receipts)
-        _check_rejects(totals["rejected"], sum(receipt.items for receipt in receipts), max_reject_fraction, work.path)
+        rejects.check_fraction(
+            totals["rejected"], sum(receipt.items for receipt in receipts), max_reject_fraction, work.path
+        )
         if not totals["images"].get("train"):
             raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
         summary = {"settings": settings.recorded(), "totals": totals}
@@ -239,38 +240,6 @@ def _recorder(settings: Settings) -> Recorder:
     )
 
 
-class _RejectGuard:
-    """Counts this process's rejects, and raises UserError as soon as they are too many."""
-
-    def __init__(self, source: Source, settings: Settings, max_fraction: float, place: Path):
-        counts = [unit.count for unit in source.units]
-        self._total = None if None in counts else sum(counts)
-        self._settings, self._max_fraction, self._place = settings, max_fraction, place
-        self._rejected: collections.Counter[str] = collections.Counter()
-        self._useful = False  # whether there is any good item
-
-    def add_receipt(self, receipt: units.Receipt) -> None:
-        """Count the rejects of a finished unit."""
-        self._rejected.update(receipt.rejected)
-        self._useful = self._useful or bool(receipt.shards)
-
-    def check(self, item: Record | Reject) -> None:
-        """Count the item. Raises UserError if it is one reject too many."""
-        if not isinstance(item, Reject):
-            self._useful = True
-            return
-        self._rejected[item.reason] += 1
-        # A process sees only its own share, so it stops early only if its rejects are too many for the whole.
-        if self._total is not None:
-            _check_rejects(self._rejected, self._total, self._max_fraction, self._place)
-        elif not self._useful and self._max_fraction < 1 and self._rejected.total() >= _ALL_REJECTED:
-            columns = [f"--{name}_column={column}" for name, column in self._settings.fields._asdict().items()]
-            raise UserError(
-                f"the first {self._rejected.total()} items are all rejected: {_commonest(self._rejected)}; check "
-                f"--input and {', '.join(columns[1:])}, or continue with --max_reject_fraction=1"
-            )
-
-
 def _make_units(
     work: units.WorkDirectory,
     source: Source,
@@ -284,7 +253,7 @@ def _make_units(
     serialize = records.Serializer(recorder.features(source.label_names))
     receipts = {number: work.receipt(number) for number in set(mine) - work.missing()}
     sizes = {number: receipt.items for number, receipt in receipts.items()}
-    guard = _RejectGuard(source, settings, max_reject_fraction, work.path)
+    guard = rejects.Guard(source, settings.fields, max_reject_fraction, work.path)
     for receipt in receipts.values():
         guard.add_receipt(receipt)
     expected = _expected(source, mine, sizes)
@@ -331,19 +300,6 @@ def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
         rejected.update(receipt.rejected)
     truncated = sum(receipt.truncated for receipt in receipts)
     return {"images": dict(sorted(written.items())), "rejected": dict(rejected), "truncated_captions": truncated}
-
-
-def _check_rejects(rejected: dict[str, int], total: int, fraction: float, place: Path) -> None:
-    bad = sum(rejected.values())
-    if bad > fraction * total:
-        raise UserError(
-            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {_commonest(rejected)}; "
-            f"each is listed in {place}/units/*/rejects.jsonl"
-        )
-
-
-def _commonest(rejected: dict[str, int]) -> str:
-    return "; ".join(f"{reason} ({count})" for reason, count in collections.Counter(rejected).most_common(5))
 
 
 def contact_sheet(dataset: Path, settings: Settings, path: Path) -> None:

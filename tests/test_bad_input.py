@@ -128,7 +128,7 @@ def test_there_are_forty_kinds(tmp_path):
 
 def test_a_wrong_column_is_noticed_before_the_end(tmp_path, monkeypatch):
     """Here the number of items is unknown, and so is the number of rejects that is too many."""
-    monkeypatch.setattr("lina_jax.prepare._ALL_REJECTED", 40)
+    monkeypatch.setattr("lina_jax.rejects.ALL_REJECTED", 40)
     raw = tmp_path / "raw"
     raw.mkdir()
     for i in range(4):

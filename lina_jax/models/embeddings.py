@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lina_jax.config import PADDING_ROWS, TIME_FEATURES
+from lina_jax.config import TIME_FEATURES
+from lina_jax.config_checks import PADDING_ROWS
 from lina_jax.mesh import platform
 from lina_jax.models.initializers import normal
 from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear

@@ -164,37 +164,37 @@ def find_files(pattern: str) -> dict[str, int]:
     fs, inner = filesystem(pattern)
     try:
         if is_local(fs):
-            about = fs.glob(inner, detail=True)
-            found = {path: info["size"] for path, info in about.items() if info["type"] != "directory"}
+            found = fs.glob(inner, detail=True)
         elif has_magic(inner):
             found = _matches(fs, inner)
         else:
-            info = retry_storage(pattern, lambda: fs.info(inner))
-            found = {inner: info["size"]} if info["type"] != "directory" else {}
+            found = {inner: retry_storage(pattern, lambda: fs.info(inner))}
     except FileNotFoundError:
         found = {}
     except ValueError as error:  # a pattern like a**b
         raise UserError(f"{pattern!r} matches no file: {error}") from error
-    if not found:
-        directory = path_type(fs, inner) == "directory"
-        raise UserError(f"no file matches {pattern!r}" + directory * f", a directory; did you mean {pattern}/*?")
-    return {path if is_local(fs) else fs.unstrip_protocol(path): found[path] for path in sorted(found)}
+    if inner in found and found[inner]["type"] == "directory":
+        raise UserError(f"no file matches {pattern!r}, a directory; did you mean {pattern}/*?")
+    files = {path: about["size"] for path, about in sorted(found.items()) if about["type"] != "directory"}
+    if not files:
+        raise UserError(f"no file matches {pattern!r}")
+    return {path if is_local(fs) else fs.unstrip_protocol(path): size for path, size in files.items()}
 
 
-def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, int]:
-    """The files in a bucket that match a pattern with wildcards, with their sizes."""
+def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> dict[str, dict[str, Any]]:
+    """The files in a bucket that match a pattern with wildcards, with what is known of each."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if has_magic(part))
     depth = None if "**" in pattern else len(parts) - fixed
     wanted = re.compile(glob_translate(pattern))
-    return {path: size for path, size in _listed(fs, "/".join(parts[:fixed]), depth).items() if wanted.match(path)}
+    return {path: about for path, about in _listed(fs, "/".join(parts[:fixed]), depth).items() if wanted.match(path)}
 
 
 def files_below(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
     """All files below a directory, with their sizes; on local disks, links to directories are followed."""
     if is_local(fs):
         return dict(_local_files(root, ()))
-    return _listed(fs, root)
+    return {path: about["size"] for path, about in _listed(fs, root).items()}
 
 
 def is_hidden(relative_path: str) -> bool:
@@ -202,8 +202,8 @@ def is_hidden(relative_path: str) -> bool:
     return any(part.startswith(".") for part in relative_path.split("/"))
 
 
-def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> dict[str, int]:
-    """The files below a directory in a bucket, at most `depth` levels below it, with their sizes.
+def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
+    """The files below a directory in a bucket, at most `depth` levels below it, with what is known of each.
 
     (A directory whose listing fails is an empty one for fsspec's own `find` and `glob`.)
     """
@@ -219,7 +219,7 @@ def _listed(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) 
                 if about["type"] == "directory":
                     below.append(path)
                 else:
-                    files[path] = about["size"]
+                    files[path] = about
         level, depth = below, None if depth is None else depth - 1
     return files
 
