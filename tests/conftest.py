@@ -35,6 +35,7 @@ jax.config.update("jax_num_cpu_devices", DEVICES)  # before anything asks for a 
 COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()  # read with the first device
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell starts in the background ignore Ctrl-C
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # subprocesses would compile the package each time
 gc.disable()  # traced programs are millions of objects with little garbage: collecting once per file is enough
 
 
@@ -49,8 +50,11 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def garbage_collection():
+    """Free the programs that a file has traced; what stays is not looked at again."""
     yield
+    jax.clear_caches()
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
