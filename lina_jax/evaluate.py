@@ -168,9 +168,6 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
     if values.samples_from and (wrong := [name for name in _OF_MODELS if values[name].present]):
         raise UserError(f"--{wrong[0]} needs a model that draws: give --workdir instead of --samples_from")
-    asked = ("validation", "inception", "npz", "geneval", "scenes", "report")
-    if not any(values[name].value for name in asked):
-        raise UserError("--novalidation leaves nothing to measure: give --scenes, --inception, --npz or --geneval")
     if values["metrics"].present and not values.inception:
         raise UserError(f"--metrics={values.metrics} needs --inception=FILE (weights of Inception v3)")
     if values.geneval_rewritten and not values.geneval:

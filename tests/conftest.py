@@ -41,8 +41,10 @@ gc.disable()  # traced programs are millions of objects with little garbage: col
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """A compilation cache of this session alone: equal configs compile once, here and in subprocesses."""
-    directory = tmp_path_factory.mktemp("compiled")
+    """A compilation cache of this session alone: equal programs compile once in all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    directory.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
@@ -89,7 +91,7 @@ TINY = {
     "data": {"threads": 1, "prefetch": 2},
     "loss": {"repeat": 2},
     "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
-    "sample": {"steps": 4, "euler_steps": 3, "guidance": 2.0},
+    "sample": {"steps": 4, "euler_steps": 3, "guidance": 2.0, "stages": 2},
     "checkpoint": {"every": 3},
     "eval": {"every": 0, "examples": 6},
     "log": {"every": 1, "preview_every": 0, "preview_images": 0},
@@ -138,14 +140,20 @@ def train_on_one_device(monkeypatch, one_device):
 
 @pytest.fixture(scope="module")
 def traced_once():
-    """Share programs between runs of equal configs within a file, since tracing dominates the time of tiny runs."""
-    programs = {}
+    """Share programs between a file's runs that are trained alike, since tracing dominates the time of tiny runs."""
+    programs, default = {}, Config()
+
+    def trained(config: Config) -> Config:
+        """Without what no program depends on."""
+        steps = config.steps if config.optim.schedule == "cosine" else 0
+        others = {name: getattr(default, name) for name in ("data", "checkpoint", "eval", "log", "step_timeout")}
+        return dataclasses.replace(config, steps=steps, **others)
 
     def sharing(make):
         def shared(plan: state.Blueprint):
             if plan.encoders.weights:  # programs hold on to these arrays
                 return make(plan)
-            key = make, plan.config, plan.mesh
+            key = make, trained(plan.config), plan.mesh
             if key not in programs:
                 programs[key] = make(plan)
             return programs[key]

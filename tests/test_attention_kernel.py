@@ -192,30 +192,34 @@ def test_fixtures_hold_with_the_kernel(name, device, no_plain_path):
     assert not case.left
 
 
-@on_each_device
-def test_a_step_on_a_mesh_is_that_of_one_device(device, tiny, one_device, first_step, error_between, no_plain_path):
-    def config(kernel):
-        model = {"remat": "dots", "scan_layers": True, "mask_text_padding": True, "condition": "text"}
-        return tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0})
+@pytest.fixture(scope="module")
+def step(tiny, first_step):
+    """(kernel, devices) -> (loss, gradient) of the first step."""
+    model = {"remat": "dots", "scan_layers": True, "mask_text_padding": True, "condition": "text"}
+    return lambda kernel, devices: first_step(
+        tiny(model=model | {"attention_kernel": kernel}, optim={"b1": 0.0}), devices
+    )
 
-    want_loss, want = first_step(config("xla"), one_device)
+
+@pytest.fixture(scope="module")
+def plain_step(step, one_device):
+    return step("xla", one_device)
+
+
+@on_each_device
+def test_a_step_on_a_mesh_is_that_of_one_device(device, step, plain_step, error_between, no_plain_path):
     no_plain_path()
     with tiles.interpreted(device):
-        loss, got = first_step(config("pallas"), mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
-    assert abs(loss / want_loss - 1) < TOLERANCE
-    assert error_between(got, want) < TOLERANCE
+        loss, got = step("pallas", mesh.build(MeshConfig(data=2, sequence=2, tensor=2)))
+    assert abs(loss / plain_step[0] - 1) < TOLERANCE
+    assert error_between(got, plain_step[1]) < TOLERANCE
 
 
-@on_each_device
-def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, rough, monkeypatch):
-    """The unconditional image is a single one, sharded over no axis. The last block has few queries and no kernel."""
-    plain = attention.division_attention
+@pytest.fixture(scope="module")
+def draw(tiny, rough):
+    """(kernel, devices) -> eight pictures."""
 
-    def of_few(q, k, *others):
-        assert q.size < k.size
-        return plain(q, k, *others)
-
-    def draw(kernel, devices):
+    def pictures(kernel, devices):
         config = tiny(model={"attention_kernel": kernel}, sample={"steps": 4, "guidance": 2.0})
         plan = state.make_blueprint(config, devices)
         run = rough(plan)
@@ -223,11 +227,27 @@ def test_guided_pictures_are_the_same_on_all_devices(device, tiny, one_device, r
         pixels = sampler(run.params, run.frozen, {"label": jnp.arange(8) % 3}, jnp.arange(8), jnp.int32(0))
         return np.asarray(pixels).astype(int)
 
-    one = draw("xla", one_device)
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def plain_pictures(draw, one_device):
+    return draw("xla", one_device)
+
+
+@on_each_device
+def test_guided_pictures_are_the_same_on_all_devices(device, draw, plain_pictures, monkeypatch):
+    """The unconditional image is a single one, sharded over no axis. The last block has few queries and no kernel."""
+    plain = attention.division_attention
+
+    def of_few(q, k, *others):
+        assert q.size < k.size
+        return plain(q, k, *others)
+
     monkeypatch.setattr(attention, "division_attention", of_few)
     with tiles.interpreted(device):
         other = draw("pallas", mesh.build(MeshConfig()))
-    assert np.abs(one - other).max() <= 1  # rounding can move a value to the next of 256 levels
+    assert np.abs(plain_pictures - other).max() <= 1  # rounding can move a value to the next of 256 levels
 
 
 COMPILERS = {"v5e:2x2": "libtpu", "v5p:2x2x1": "libtpu", "v6e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
@@ -258,8 +278,11 @@ def compiled_layer(place, condition_tokens=64, **fields):
         return lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
 
 
-@pytest.mark.parametrize("place", COMPILERS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "place"),
+    # The compilers of TPUs differ in the memory of their chips: what fills it, the large layer, goes to all of them.
+    [(layer, place) for layer in LAYERS for place in COMPILERS if layer == "large" or place in ("v5e:2x2", "h200:4")],
+)
 def test_compilers_take_the_kernels(place, layer, no_plain_path):
     """Two forward kernels, two for gradients (on GPUs also the convolution's), and nothing of the plain path.
 

@@ -52,7 +52,6 @@ def test_training_names_the_command_that_makes_its_reference(
         ("--number=1", "--number=1: must be at least 2"),
         ("--metrics=fid,sfid --reference=", "--metrics=fid,sfid: fid cannot be measured: no --reference"),
         ("--metrics=fid --inception= --reference=", "--metrics=fid needs --inception=FILE"),
-        ("--novalidation --inception= --reference=", "--novalidation leaves nothing to measure"),
         ("--workdir= --samples_from=. --guidance=2", "--guidance needs a model that draws"),
         ("--study=. --report=.", "--workdir does not apply to --study"),
     ],

@@ -21,7 +21,7 @@ from lina_jax.config import CheckpointConfig
 from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
 from lina_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("train_on_one_device")
+pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
 
 
 @pytest.fixture(scope="module")

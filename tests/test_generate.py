@@ -112,7 +112,7 @@ def test_a_sampler_uses_all_devices(config, weights, images):
 
 
 def test_padded_sizes_of_the_visible_set_do_not_change_the_picture(draw, images, plan):
-    assert plan.config.sample.stages == 4
+    assert plan.config.sample.stages == 2
     assert_equal_to_rounding(draw(stages=1), images)
 
 

@@ -213,6 +213,16 @@ def work(process):
 """
 
 
+# Of the look alone: two processes may take long to connect.
+IMPATIENT = """
+look = work
+
+def work(process):
+    hosts.flags.FLAGS.connect_timeout = 1
+    look(process)
+"""
+
+
 def test_files_of_one_directory_are_waited_for(tmp_path):
     with two_processes(LOOKING, cwd=lambda process: tmp_path) as processes:
         assert ends(processes) == [("", 0), ("", 0)]
@@ -224,7 +234,7 @@ def test_directories_of_equal_names_are_told_apart(tmp_path):
         return tmp_path / str(process)
 
     said = "process 1 sees the run absent, process 0 there: all processes must work in one shared directory\n"
-    with two_processes(LOOKING, "--connect_timeout=20", cwd=own) as processes:
+    with two_processes(LOOKING + IMPATIENT, cwd=own) as processes:
         assert ends(processes) == [(f"process 1: error: {said}", 2), (f"error: {said}", 2)]
 
 

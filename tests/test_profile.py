@@ -6,7 +6,7 @@ from lina_jax import metrics
 from lina_jax.errors import UserError
 from lina_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("train_on_one_device")
+pytestmark = pytest.mark.usefixtures("train_on_one_device", "traced_once")
 
 
 def test_chosen_steps_are_profiled(tiny_text, tmp_path):
