@@ -5,9 +5,10 @@ Features arrive in chunks, in the order of the images. The distances need only t
 recall need. The groups give the standard errors of the distances, by the jackknife.
 """
 
+import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -52,10 +53,21 @@ class RunningCovariance:
         if other.count:
             self._join(other.count, other.mean, other.scatter)
 
+    def without(self, part: "RunningCovariance") -> "RunningCovariance":
+        """The same of all rows but those of `part`, which are some of them and not all."""
+        rest = copy.copy(self)
+        rest.count = self.count - part.count
+        rest.mean = self.mean + (self.mean - part.mean) * (part.count / rest.count)
+        step = part.mean - rest.mean
+        rest.scatter = self.scatter - part.scatter
+        rest.scatter -= np.outer(step * (rest.count * part.count / self.count), step)
+        return rest
+
     def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         total = self.count + count
         step = mean - self.mean
-        self.scatter = self.scatter + scatter + np.outer(step, step) * (self.count * count / total)
+        self.scatter += scatter
+        self.scatter += np.outer(step * (self.count * count / total), step)
         self.mean = self.mean + step * (count / total)
         self.count = total
 
@@ -64,14 +76,6 @@ class RunningCovariance:
         if self.count < 2:
             raise UserError(f"{self.count} images have no covariance: at least 2 are needed")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
-
-
-def total(parts: Iterable[RunningCovariance], dim: int) -> RunningCovariance:
-    """Moments of all rows of the parts together; `dim` is the width of a row."""
-    moments = RunningCovariance(dim)
-    for part in parts:
-        moments.merge(part)
-    return moments
 
 
 class Frechet:
@@ -106,11 +110,13 @@ def _without_rounding(values: np.ndarray) -> np.ndarray:
 
 def jackknife(groups: list[RunningCovariance], distance: Frechet) -> Value:
     """The distance of all rows, and its standard error from the distances that leave out one group each."""
-    dim = len(groups[0].mean)
-    whole = distance(total(groups, dim).gaussian())
+    moments = RunningCovariance(len(groups[0].mean))
+    for group in groups:
+        moments.merge(group)
+    whole = distance(moments.gaussian())
     if min(group.count for group in groups) < 2:
         return Value(whole, None)
-    without = np.array([distance(total(groups[:i] + groups[i + 1 :], dim).gaussian()) for i in range(len(groups))])
+    without = np.array([distance(moments.without(group).gaussian()) for group in groups])
     spread = np.sum(np.square(without - without.mean()))
     return Value(whole, float(np.sqrt(spread * (len(groups) - 1) / len(groups))))
 

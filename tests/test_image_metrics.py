@@ -64,6 +64,17 @@ def test_streaming_moments_are_those_of_all_rows():
     np.testing.assert_allclose(got.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-9)
 
 
+def test_rows_that_are_left_out_are_as_if_they_had_not_come():
+    rows = np.random.default_rng(0).standard_normal((1000, 5)) + 1e6
+    moments, part = RunningCovariance(5), RunningCovariance(5)
+    moments.add(rows)
+    part.add(rows[100:250])
+    kept = np.delete(rows, slice(100, 250), axis=0)
+    got = moments.without(part).gaussian()
+    np.testing.assert_allclose(got.mean, kept.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(got.covariance, np.cov(kept, rowvar=False), rtol=1e-9, atol=1e-9)
+
+
 def test_the_standard_error_is_the_spread_of_repetitions():
     """Jackknife over ten groups, against the spread of 200 repetitions; one alone is off by a quarter, 1/sqrt(18)."""
     rng, reference = np.random.default_rng(0), Frechet(gaussian(np.zeros(3), np.eye(3)))
