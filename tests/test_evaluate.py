@@ -149,6 +149,7 @@ def test_what_is_measured_before_a_failure_is_kept(run, weights, prompts, run_mo
         Image.new("RGB", (8 + (number == 4), 8), (40 * number, 0, 0)).save(shown / f"{number}.png")
     (tmp_path / "link").symlink_to(run)
     options = [f"--out={out}", f"--geneval={prompts}", f"--inception={weights}", f"--reference={shown}", "--number=4"]
+    options.append("--steps=1")
     result = run_module("evaluate", f"--workdir={run}", *options)
     assert result.returncode == 2 and "4.png is 9 x 8" in result.stderr
     assert not (out / "score.json").exists()
@@ -183,7 +184,8 @@ def test_a_report_has_the_class_names_of_the_data_that_is_given(
         writer.write("train", image=content.getvalue(), caption="", short_caption="", label=0, key="0")
     plan = state.make_blueprint(tiny(), one_device)
     workdir = save_run(tmp_path / "run", plan, rough(plan))
-    options = [f"--workdir={workdir}", "--novalidation", f"--data={tmp_path / 'data'}", f"--report={tmp_path / 'page'}"]
+    options = [f"--workdir={workdir}", "--novalidation", "--steps=1", f"--data={tmp_path / 'data'}"]
+    options.append(f"--report={tmp_path / 'page'}")
     command = [sys.executable, "-c", EVALUATE_PRINTING_NAMES, *options]
     result = subprocess.run(command, env=one_device_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

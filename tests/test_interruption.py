@@ -193,7 +193,7 @@ def test_a_killed_evaluation_goes_on(tiny, rough, save_run, shapes_data, one_dev
     weights = inception_weights.write(tmp_path / "inception.safetensors")
     options = [
         f"--workdir={tmp_path / 'run'}", f"--inception={weights}", f"--reference={shapes_data}", "--number=120",
-        "--novalidation", "--reference_number=20",
+        "--novalidation", "--reference_number=20", "--steps=1",
     ]  # fmt: skip
     command = [sys.executable, "-c", EVALUATE_IN_SMALL_CHUNKS, *options]
     process = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], env=one_device_env)

@@ -184,7 +184,7 @@ def test_two_processes_evaluate_as_one_does(two, config, start, tmp_path):
     flags = [
         f"--workdir={two}", f"--out={out}", "--scenes=2", f"--inception={weights}", f"--reference={config.data.path}",
         "--number=20", "--per_device=2", f"--geneval={tmp_path / 'prompts.jsonl'}", "--geneval_images=3",
-        f"--npz={out / 'samples.npz'}",
+        f"--npz={out / 'samples.npz'}", "--steps=1",
     ]  # fmt: skip
     report = f"--report={tmp_path / 'report'}"
     written = []
