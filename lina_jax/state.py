@@ -190,7 +190,6 @@ def make_blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None)
     return Blueprint(config, mesh, graphdef, inference_graphdef, optimizer, shapes, encoders)
 
 
-@functools.cache  # five sixths of the time to make a blueprint; searches and tests make many of the same model
 def _abstract(model: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: LINA(model, rngs=nnx.Rngs(0))), nnx.Param, Frozen)
 

@@ -6,6 +6,7 @@ import signal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import functools
 import gc
 import importlib.util
 import json
@@ -163,6 +164,7 @@ def traced_once():
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((state, "make_train_step"), (state, "make_eval_step"), (sample, "Stepper")):
             patch.setattr(owner, name, sharing(getattr(owner, name)))
+        patch.setattr(state, "_abstract", functools.cache(state._abstract))  # most of the time to make a blueprint
         yield
 
 

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from lina_jax import convert
 from lina_jax.models import tiles
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
 # The first matching prefix counts, so longer names come before their prefixes.
