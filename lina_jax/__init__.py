@@ -19,5 +19,5 @@ def interrupted_importing(signum, frame) -> None:
 _is_command = sys.argv[:1] == ["-m"] and any(word.startswith("lina_jax.") for word in sys.orig_argv)
 if _is_command:
     gc.disable()  # until errors.run: imports leave no garbage, and looking for it takes a tenth of their time
-if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, interrupted_importing)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted_importing)

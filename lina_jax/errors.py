@@ -120,7 +120,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
     # Tracing makes many objects, few of which are garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)
-    gc.enable()
+    gc.enable()  # lina_jax/__init__.py has disabled it
     # When one read of a checkpoint fails, orbax abandons the others, each of which would print long messages.
     sys.unraisablehook = _of_errors_in_callbacks
     absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)

@@ -278,11 +278,8 @@ def compiled_layer(place, condition_tokens=64, **fields):
         return lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
 
 
-@pytest.mark.parametrize(
-    ("layer", "place"),
-    # The compilers of TPUs differ in the memory of their chips: what fills it, the large layer, goes to all of them.
-    [(layer, place) for layer in LAYERS for place in COMPILERS if layer == "large" or place in ("v5e:2x2", "h200:4")],
-)
+@pytest.mark.parametrize("place", COMPILERS)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_compilers_take_the_kernels(place, layer, no_plain_path):
     """Two forward kernels, two for gradients (on GPUs also the convolution's), and nothing of the plain path.
 

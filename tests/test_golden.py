@@ -83,6 +83,7 @@ def test_golden(name, imported):
 
 # Other settings under which runs compute the same values, faster or in less memory.
 PATHS = [
+    ("transformer_c2i", {"scan_layers": False}),
     ("transformer_t2i_hires", {"scan_layers": False, "remat": "full"}),
     ("transformer_t2i", {"remat": "dots"}),
     ("transformer_variant_linear6", {"attention_kernel": "pallas", "remat": "dots"}),
