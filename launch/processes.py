@@ -48,6 +48,8 @@ class Processes:
         self.stopped = 0  # the signal that stopped this process
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, unless nohup started us
+            signal.signal(signal.SIGHUP, lambda *_: self._stop(signal.SIGTERM, None))
         signal.signal(signal.SIGALRM, self._kill)
 
     def run(self, commands: list[list[str]]) -> int:
@@ -86,7 +88,8 @@ class Processes:
         return failed
 
     def report(self, line: str) -> None:
-        print(f"{self.name}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading any longer
+            print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
     def _stop(self, number: int, _) -> None:
         self.stopped = number

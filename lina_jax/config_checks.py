@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lina_jax import init_rules
 from lina_jax.errors import UserError
 
@@ -44,6 +46,7 @@ MAY_BE_NEGATIVE = frozenset({
     "autoencoder.shift_factor", "loss.mask_ratio_mean", "init_from.checkpoint",
 })  # fmt: skip
 
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LONGEST_S = 1e9  # about the longest time that threads can wait
 PADDING_ROWS = 512  # of the text padding table, as published
 MOST_STEPS = 100_000  # of decoding, and of Euler in each, as schedules are arrays
@@ -60,6 +63,8 @@ def check_value(name: str, value: Any) -> None:
             continue
         if not math.isfinite(number):
             raise UserError(f"{name}={value!r}: must be finite")
+        if isinstance(number, float) and number and not SMALLEST <= abs(number) <= LARGEST:
+            raise UserError(f"{name}={value!r}: out of the range of float32, in which programs compute")
         if isinstance(number, int) and abs(number) >= 2**31 and not name.startswith(COUNTED_BY_HOSTS):
             raise UserError(f"{name}={value!r}: must be below 2**31")
         if name.endswith("timeout") and number > LONGEST_S:
@@ -142,8 +147,8 @@ def check_run(config: "Config") -> None:
         raise UserError(f"data.short_caption={config.data.short_caption}: must be in [0, 1]")
     _ = config.data.datasets  # raises if data.path is malformed
     for name, decay in (("optim.b1", optim.b1), ("optim.b2", optim.b2), ("ema.decay", config.ema.decay)):
-        if decay >= 1:
-            raise UserError(f"{name}={decay}: must be in [0, 1)")
+        if np.float32(decay) >= 1:
+            raise UserError(f"{name}={decay}: must be in [0, 1), also when rounded to float32")
     if config.init_from.checkpoint < -1:
         raise UserError(f"init_from.checkpoint={config.init_from.checkpoint}: must be a step, or -1 for the latest")
     if config.eval.images == 1:
@@ -159,6 +164,10 @@ def check_run(config: "Config") -> None:
     if optim.schedule == "cosine" and config.steps <= optim.warmup_steps:
         raise UserError(
             f"steps={config.steps}: a cosine schedule must be longer than optim.warmup_steps={optim.warmup_steps}"
+        )
+    if config.log.profile_steps and not config.log.profile_start:
+        raise UserError(
+            f"log.profile_steps={config.log.profile_steps}: set log.profile_start, too, to the first step to trace"
         )
     check_mesh(config.mesh)
 

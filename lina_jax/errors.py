@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -37,6 +37,25 @@ _PASSING = {
 _NO_MEMORY = re.compile("out of memory|allocat", re.IGNORECASE)
 _ON_CHIP = re.compile("vmem|smem|shared memory", re.IGNORECASE)
 _leaving = threading.Lock()
+
+
+class _Stderr:
+    """Standard error that may go away (`| head`, a closed terminal): messages are lost then, the work goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class UserError(Exception):
@@ -75,6 +94,8 @@ def exit_message(error: BaseException) -> tuple[str, int] | None:
             return f"error: {error}; run the same command again", RUN_AGAIN
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
+        case RuntimeError() if "home directory" in str(error):  # how pathlib expands ~NAME
+            return "error: a path begins with ~ and the name of a user who does not exist here", 2
     if line := exhausted(error):
         return f"error: {line}; use fewer images at once or, in training, a larger optim.accumulate", 2
     return None
@@ -117,6 +138,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
+    sys.stderr = _Stderr(sys.stderr)
     # Tracing makes many objects, few of which are garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)
@@ -141,6 +163,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     except flags.IllegalFlagValueError as error:
         exit_process(f"error: {_illegal_value(error)}", 2)
+    except flags.UnrecognizedFlagError as error:
+        without = error.flagname.startswith("config.") and "config" in flags.FLAGS and flags.FLAGS.config is None
+        reason = f"--{error.flagname} needs --config=configs/NAME.py[:preset]" if without else str(error)
+        exit_process(f"error: {reason}", 2)
     # Parsing flags evaluates the config file and its overrides, so any mistake can surface here.
     except Exception as error:
         exit_process(f"error: {error}", 2)

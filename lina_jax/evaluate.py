@@ -61,9 +61,15 @@ from lina_jax.workdir import kind_of_weights, load_config
 _WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
 _OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
 _NOT_OF_STUDIES = ("workdir", "samples_from", "out", "report", "inception", "reference", "npz", "geneval", "scenes")
+_NEEDS = {  # flags that do nothing without one of others
+    "metrics": ("inception",), "reference": ("inception",),
+    "reference_split": ("reference",), "reference_number": ("reference",),
+    "geneval_rewritten": ("geneval",), "geneval_images": ("geneval",),
+    "number": ("inception", "npz"), "per_device": ("inception", "npz", "geneval"),
+}  # fmt: skip
 _OF_MODELS = (  # flags that images made elsewhere have no use for
-    "scenes", "geneval", "npz", "raw", "checkpoint", "data", "seed", "guidance", "steps", "euler_steps", "temperature",
-    "autoencoder", "text_encoder",
+    "validation", "scenes", "geneval", "npz", "raw", "checkpoint", "data", "seed", "guidance", "steps", "euler_steps",
+    "temperature", "autoencoder", "text_encoder",
 )  # fmt: skip
 
 
@@ -168,12 +174,9 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
     if values.samples_from and (wrong := [name for name in _OF_MODELS if values[name].present]):
         raise UserError(f"--{wrong[0]} needs a model that draws: give --workdir instead of --samples_from")
-    if values["metrics"].present and not values.inception:
-        raise UserError(f"--metrics={values.metrics} needs --inception=FILE (weights of Inception v3)")
-    if values.geneval_rewritten and not values.geneval:
-        raise UserError(f"--geneval_rewritten={values.geneval_rewritten}: needs --geneval=FILE, the original prompts")
-    if values.reference and not values.inception:
-        raise UserError(f"--reference={values.reference} needs --inception=FILE (weights of Inception v3)")
+    for name, others in _NEEDS.items():
+        if values[name].present and values[name].value and not any(values[other].value for other in others):
+            raise UserError(f"--{name}={values[name].value} needs {' or '.join(f'--{other}=FILE' for other in others)}")
     least_values = {"scenes": 0, "number": 2, "per_device": 1, "reference_number": 0, "geneval_images": 1}
     for name, least in least_values.items():
         if values[name].value < least:
@@ -191,6 +194,10 @@ def _check(values: flags.FlagValues) -> list[str]:
         npz = Path(values.npz).expanduser()
         if npz.is_dir():
             raise UserError(f"--npz={npz}: is a directory, expected a file name")
+        if npz.suffix != ".npz":
+            raise UserError(f"--npz={npz}: expected a name that ends in .npz")
+        if values.reference and npz.resolve() == Path(values.reference).expanduser().resolve():
+            raise UserError(f"--npz={npz}: is the reference, which it would overwrite")
         places.check("npz", npz.parent)
     sample.check_seed(values.seed)
     return metrics

@@ -13,6 +13,7 @@ from jax import export
 from safetensors.numpy import save_file
 
 from lina_jax import mesh as mesh_lib
+from lina_jax.errors import UserError
 from lina_jax.generate import make_sampler
 from lina_jax.state import Blueprint, Tree
 
@@ -31,10 +32,14 @@ def write_program(
     """Write sample.stablehlo, weights.safetensors and arguments.json into a directory.
 
     The program is (weights, condition, image numbers (b,) int32, seed () int32) -> uint8 images (b, H, W, 3) for any b;
-    `weights` are the arrays of the file by name. The config's sampling settings are compiled in.
+    `weights` are the arrays of the file by name. The config's sampling settings are compiled in. Raises UserError for
+    weights that are not finite.
     """
     trees = {"params": params, "frozen": frozen, "encoders": blueprint.encoders.weights}
     arrays = {"/".join(path): np.asarray(array) for path, array in flatten_dict(trees).items()}
+    for name, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise UserError(f"{name} has values that are not finite")
     sampler = make_sampler(blueprint, blueprint.config.sample)
 
     def program(weights, condition, images, seed):

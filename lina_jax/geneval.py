@@ -162,7 +162,7 @@ class Drawing:
                 raise UserError(
                     f"{out} holds pictures that differ in {', '.join(differing)}: choose another --out, or remove it"
                 )
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(not places.is_partial(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files that this command did not write: choose another --out")
 
     def _make_folders(self) -> None:

@@ -204,10 +204,10 @@ def _folder(path: Path, mesh: Mesh) -> StoredImages:
                 raise UserError(f"{there}: all pictures must have the same size (lina_jax.prepare resizes them)")
         return np.stack(made)
 
-    names = hashlib.sha256(
-        "\n".join(f"{f.relative_to(root)} {sizes[f]}" for f in files).encode(errors="surrogateescape")
-    )
-    return StoredImages(mesh, len(files), read, {"folder": str(path), "files": names.hexdigest()[:16]}, shuffled=True)
+    # With the times, as pictures that are drawn anew may have the same names and sizes.
+    lines = (f"{file.relative_to(root)} {sizes[file]} {file.stat().st_mtime_ns}" for file in files)
+    state = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape"))
+    return StoredImages(mesh, len(files), read, {"folder": str(path), "files": state.hexdigest()[:16]}, shuffled=True)
 
 
 def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) -> StoredImages:

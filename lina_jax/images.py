@@ -46,7 +46,9 @@ def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
             raise BadImage(f"smaller than {min_size} pixels")
         if long > MAX_ASPECT * short:
             raise BadImage(f"one side is more than {MAX_ASPECT} times the other")
-        return _rgb(_upright(image))
+        image = _rgb(_upright(image))
+        image.info = {}  # Pillow would write color profiles and comments into each encoded copy
+        return image
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on corrupt bytes
@@ -57,7 +59,11 @@ def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation alone: Pillow's own function rewrites all EXIF data, and fails if any of it is odd."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image.load()  # TIFF files are turned here, and lose the tag
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises nearly anything on corrupt bytes; these say nothing of the pixels
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 

@@ -108,13 +108,17 @@ class Throughput:
 
 
 def rows_as_written(path: Path) -> Iterator[dict[str, float | None]]:
-    """Rows of metrics.jsonl in the order written, repeated steps included; a line cut off by a kill is left out."""
+    """Rows of metrics.jsonl in the order written, repeated steps included; a line cut off by a kill is left out.
+
+    So is any other line that is no row.
+    """
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        yield row
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
 
 
 def read_jsonl(path: Path) -> list[dict[str, float | None]]:

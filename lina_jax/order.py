@@ -51,8 +51,8 @@ class Order:
 def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Order:
     """Order of a mixture; weights may have any sum. Raises UserError if one is too small to appear in every window."""
     if min(weights) * WINDOW < sum(weights):
-        small, total = float(min(weights)), float(sum(weights))
-        raise UserError(f"weight {small:g} of {total:g}: each dataset needs at least 1/{WINDOW} of the sum")
+        share = float(min(weights) / sum(weights))
+        raise UserError(f"one dataset has {share:.2g} of the sum of weights: each needs at least 1/{WINDOW}")
     return Order(tuple(lengths), integers(weights), seed)
 
 

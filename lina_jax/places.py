@@ -92,7 +92,8 @@ def writable(directory: Path) -> bool:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write into, renamed to `path` (empty or absent) once it is complete."""
-    partial = _beside(path.absolute())
+    path = path.resolve()  # a link to a directory cannot be replaced
+    partial = _beside(path)
     try:
         partial.mkdir(parents=True)
         with _naming(path):
@@ -114,16 +115,25 @@ def own_directory(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """The path of a file to write, renamed to `path` once it is complete, replacing what was there."""
+def new_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
+    """The path of a file to write, renamed to `path` once it is complete, replacing what was there.
+
+    Without `parents`, the directory must exist.
+    """
     partial = _beside(path)
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            partial.parent.mkdir(parents=True, exist_ok=True)
         with _naming(path):
             yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a path is that of something half-written, of a writer that may have been killed."""
+    return path.match(_beside_name("*", "*"))
 
 
 def remove_partials(directory: Path) -> None:
@@ -133,12 +143,12 @@ def remove_partials(directory: Path) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, parents: bool = True) -> None:
     """Write an indented JSON file that is complete or absent, even after a power failure.
 
-    Raises OSError that names it if it cannot be written.
+    Without `parents`, the directory must exist. Raises OSError that names the file if it cannot be written.
     """
-    with new_file(path) as partial, partial.open("w") as file:
+    with new_file(path, parents=parents) as partial, partial.open("w") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -174,7 +174,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--only={','.join(unknown)}: expected one or more of {', '.join(PUBLISHED)}")
     if len(names) > 1:  # a process compiles with the flags of one kind of chip
         for name in names:
-            subprocess.run([sys.executable, "-m", "lina_jax.plan_check", f"--only={name}"], check=True)
+            if code := subprocess.run([sys.executable, "-m", "lina_jax.plan_check", f"--only={name}"]).returncode:
+                sys.exit(code)  # it has said why
         return
     print(json.dumps(compare(names[0])), flush=True)
 

@@ -13,6 +13,7 @@ of processes can share the work: each makes every N-th unit (see `units.py`), an
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,6 +84,8 @@ class Settings:
                 self._refuse(name, "--source=shapes")
         else:
             self._refuse("train", f"--source={self.source}")
+        if self.source in ("parquet", "tfds") and self.image_column == "":
+            raise UserError(f"--image_column='': --source={self.source} needs the name of a column")
         if self.source in ("webdataset", "folder"):  # the image is found by its file name
             self._refuse("image_column", f"--source={self.source}")
         if self.autoencoder:
@@ -104,6 +107,8 @@ class Settings:
             self._check_least(name, 0)
         for name in ("resolution", "train", "shard_mb", "min_size", "max_caption_bytes", "batch_size"):
             self._check_least(name, 1)
+        if self.resolution**2 > images.MAX_PIXELS:
+            raise UserError(f"--resolution={self.resolution}: more than {images.MAX_PIXELS} pixels")
         if self.quality > 100:
             raise UserError(f"--quality={self.quality}, expected 0 (PNG) or 1 to 100 (JPEG)")
         if self.dtype not in ("bfloat16", "float32"):
@@ -141,7 +146,9 @@ def prepare(
     anything else, or if more than `max_reject_fraction` of the items are rejected; `out` does not appear then, but
     finished units are kept for a retry.
     """
-    out = Path(out).expanduser().absolute()
+    out = Path(out).expanduser().resolve()
+    if os.path.ismount(out):
+        raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
     if totals := finished(out, settings):
         _meet(out)
         print(f"{out} is already prepared with these settings")
@@ -264,8 +271,8 @@ def _make_units(
         ) -> Iterator[units.SplitItem]:
             for position, item in enumerate(items):
                 progress.update()
-                guard.check(item)
                 yield split or ("validation" if position in validation else "train"), item
+                guard.check(item)  # now that it is listed
 
         for number in mine:
             if number in receipts:
@@ -276,12 +283,11 @@ def _make_units(
                 progress.total = _expected(source, mine, sizes)
                 recorder.truncated = 0
                 validation = set() if unit.split else validation_items(source, number, count, settings)
-                items = make_records(
-                    examples, recorder, settings.resolution, settings.min_size, settings.max_caption_bytes
-                )
-                split_items = assign_splits(items, unit.split, validation)
-                size = settings.shard_mb * 2**20
-                work.make(number, source.name, count, split_items, serialize, size, lambda: recorder.truncated)
+                limits = settings.resolution, settings.min_size, settings.max_caption_bytes
+                with contextlib.closing(make_records(examples, recorder, *limits)) as items:
+                    split_items = assign_splits(items, unit.split, validation)
+                    size = settings.shard_mb * 2**20
+                    work.make(number, source.name, count, split_items, serialize, size, lambda: recorder.truncated)
 
 
 def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int:
@@ -344,7 +350,10 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= values.max_reject_fraction <= 1:
         raise UserError(f"--max_reject_fraction={values.max_reject_fraction}, expected 0 to 1")
     if values.preview:
-        places.check("preview", Path(values.preview).expanduser().parent)
+        preview = Path(values.preview).expanduser()
+        if preview.is_dir():
+            raise UserError(f"--preview={values.preview}: a directory; name a PNG file")
+        places.check("preview", preview.parent)
     together = values.distributed or values.coordinator
     inapplicable = ("process_index", "process_count") if together else ("processes", "process_id")
     for name in inapplicable:
@@ -368,6 +377,9 @@ def _prepare(values: flags.FlagValues, settings: Settings, share: Share) -> None
     if totals is None or (share.index and jax.distributed.is_initialized()):  # one process reports
         return
     print(f"{values.out}: " + ", ".join(f"{count} {split} images" for split, count in totals["images"].items()))
+    if (drawn := totals["images"].get("validation", 0)) < settings.validation and settings.source != "tfds":
+        reason = "no unit of work gives more than half of its images, and rejects are not replaced"
+        print(f"{drawn} of {settings.validation} validation images: {reason}", file=sys.stderr)
     if totals["truncated_captions"]:
         print(f"captions truncated to the text encoder's length: {totals['truncated_captions']}", file=sys.stderr)
     for reason, count in totals["rejected"].items():

@@ -102,7 +102,7 @@ class Split:
                 raise OSError("the file has become shorter")
         except (OSError, RuntimeError) as error:
             # How ArrayRecord reports damage to the records themselves; anything else is due to the storage.
-            if re.search("chunk (data|header) hash mismatch", str(error)):
+            if re.search("(chunk data|chunk header|block header) hash mismatch", str(error)):
                 raise ValueError(str(error)) from error
             _readers().drop(path)
             if (number := errno_of(error)) and not isinstance(error, OSError):
@@ -138,6 +138,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     progress for `timeout` seconds is retried. `directory` may then be a URL. Raises UserError, naming the path and what
     exists, if the directory, its metadata, the split or a shard is missing.
     """
+    asked = directory
     local_copy = cache_lib.Copy(str(directory), cache, timeout=timeout) if cache else None
     if local_copy:
         directory = local_copy.copy_metadata(("dataset_info.json", "features.json"))
@@ -148,8 +149,8 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     present = set(os.listdir(directory))  # one request; one per shard would be thousands
     for name in ("dataset_info.json", "features.json"):
         if name not in present:
-            found = ", ".join(sorted(present)[:10]) or "nothing"
-            raise UserError(f"{directory} is not a TFDS dataset directory: it has no {name}; it holds {found}")
+            found = f"; it holds {', '.join(sorted(present)[:10]) or 'nothing'}"
+            raise UserError(f"{asked} is not a TFDS dataset directory: it has no {name}{'' if local_copy else found}")
     info = _info(directory)
     try:
         parts = info.splits[split].file_instructions

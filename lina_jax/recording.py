@@ -169,13 +169,15 @@ def make_records(
 
     items = iter(items)
     batches = iter(lambda: list(itertools.islice(items, recorder.batch_size)), [])
-    # Threads are enough: Pillow releases the GIL while it decodes and scales.
-    with ThreadPoolExecutor(images.cpus()) as pool:
+    pool = ThreadPoolExecutor(images.cpus())  # threads are enough: Pillow releases the GIL while it decodes and scales
+    try:
         decoding = ([pool.submit(prepared, item) for item in batch] for batch in batches)
         decoded = ([future.result() for future in batch] for batch in _ahead(decoding))
         for batch, good, work in _ahead(map(started, decoded), recorder.ahead):
             finished = iter(recorder.finish(good, work) if good else ())
             yield from (next(finished) if isinstance(item, Example) else item for item in batch)
+    finally:  # at the end, or when nobody wants the images that are still in the queue
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ahead(started: Iterable[T], count: int = 1) -> Iterator[T]:

@@ -87,7 +87,7 @@ class Shards:
         self._records = self._bytes = 0
 
     def append(self, record: bytes) -> None:
-        """Append a record. Raises UserError if it cannot be written."""
+        """Append a record. Raises OSError if it cannot be written."""
         if self._writer and (self._bytes + len(record) > self._size or self._records == SHARD_RECORDS):
             self._close()
         if not self._writer:
@@ -117,7 +117,7 @@ class Shards:
         try:
             return call(*args)
         except RuntimeError as error:  # how ArrayRecord reports a full disk
-            raise UserError(f"cannot write {self._stem.parent}: {error}") from error
+            raise OSError(f"cannot write {self._stem.parent}: {error}") from error
 
 
 def assemble(
@@ -162,7 +162,7 @@ class Writer:
         self.splits: dict[str, Shards] = {}
 
     def write(self, split: str, **record) -> None:
-        """Append one record. Raises UserError if it cannot be written."""
+        """Append one record. Raises OSError, of which `create` makes a UserError, if it cannot be written."""
         if split not in self.splits:
             self.splits[split] = Shards(self.directory / split)
         self.splits[split].append(self._serialize(record))

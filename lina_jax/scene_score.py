@@ -52,21 +52,22 @@ def detect(image: np.ndarray) -> Detection:
     objects = []
     for k, color in enumerate(colors):
         for part in _components((best == k) & (opacity[k] > 0.5)):
-            if part.mean() >= MIN_AREA:
-                # A pale object is still a whole one: the upper quartile of its opacity counts as opaque.
-                whole = np.quantile(opacity[k][part], 0.75)
-                objects.append(_recognise(np.minimum(opacity[k] / whole, 1) * _box(part), color))
+            # A pale object is still a whole one: the upper quartile of its opacity counts as opaque.
+            whole = np.quantile(opacity[k][part], 0.75)
+            objects.append(_recognise(np.minimum(opacity[k] / whole, 1) * _box(part), color))
     sized = tuple(replace(thing, size=shapes.size_word(thing.radius, len(objects))) for thing in objects)
     return Detection(sized, min(distance, key=distance.get))
 
 
 def _components(mask: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the connected parts of `mask` (H, W), each a mask itself; neighbours share an edge."""
+    """Yield the connected parts of `mask` (H, W) from MIN_AREA on, each a mask itself; neighbours share an edge."""
     from scipy import ndimage  # here, as few commands need it and it is a sixth of the package's import time
 
     labels, count = ndimage.label(mask)
+    areas = np.bincount(labels.ravel(), minlength=count + 1) / mask.size  # noise has thousands of parts
     for label in range(1, count + 1):
-        yield labels == label
+        if areas[label] >= MIN_AREA:
+            yield labels == label
 
 
 def _box(part: np.ndarray) -> np.ndarray:

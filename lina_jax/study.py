@@ -315,7 +315,8 @@ def gather(directory: Path) -> str:
     for key, group in itertools.groupby(sorted(runs, key=_size), key=_size):
         ours = list(group)
         measures = " | ".join(_mean_with_error([getattr(run, name) for run in ours]) for name in MEASURES)
-        rate = f"{np.median([run.images_per_s for run in ours]):.1f}"
+        rates = [run.images_per_s for run in ours if math.isfinite(run.images_per_s)]
+        rate = f"{np.median(rates):.1f}" if rates else "-"
         lines.append(
             f"| {key[0]} | {key[1]} | {len(ours)} | {measures} | {ours[0].parameters:,} | "
             f"{ours[0].training_flops:.3g} | {rate} |"

@@ -51,7 +51,7 @@ from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
-from lina_jax.workdir import check_config, saved_steps, write_config
+from lina_jax.workdir import check_config, check_data, saved_steps, write_config, write_data
 
 
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
@@ -72,6 +72,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
 
+    check_data(workdir, train_records.manifest, allow_changes=allow_config_change)
+
     blueprint = state.make_blueprint(kernel_check.resolve_kernel(config, mesh), mesh, encoders)
     hosts.check_same("layers", execution.choices_of(blueprint.config.model))
     measurements = periodic.Measurements(blueprint, valid_records, workdir)
@@ -84,6 +86,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         _conclude(config, workdir, first, idle=True)
         return train_state
     write_config(workdir, config)
+    write_data(workdir, train_records.manifest)
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
     if warm_report and jax.process_index() == 0:
@@ -124,7 +127,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                 _measure(measurements, overdue, first, train_state, writer, save)
             save_due = False  # whether a checkpoint is due that has not been saved
             for step in range(first + 1, config.steps + 1):
-                profile.before(step, train_state)
                 batch = next(batches)
                 if step == first + 1:
                     # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
@@ -134,6 +136,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
                     hosts.barrier("train step")
                     throughput.restart()
                     watchdog.restart()
+                profile.before(step, train_state)
                 train_state, scalars = train_step(train_state, batch)
                 checkpoints.check()
                 if pending:
@@ -230,7 +233,9 @@ class Profile:
 
     def __init__(self, config: Config, workdir: Path, first: int):
         """`first` is the step that the run resumes from, or 0."""
-        self._directory = workdir / "profile"
+        # JAX names traces by host and second: those of several processes on one host would have the same name.
+        several = jax.process_count() > 1
+        self._directory = workdir / "profile" / (f"process{jax.process_index()}" if several else "")
         self._start, self._stop = config.log.profile_start, config.log.profile_start + config.log.profile_steps
         self._wanted = first < self._start < self._stop
         self._tracing = False

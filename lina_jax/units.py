@@ -94,18 +94,28 @@ class WorkDirectory:
         partial.mkdir()
         splits: dict[str, Shards] = {}
         rejected: collections.Counter[str] = collections.Counter()
-        with (partial / "rejects.jsonl").open("w") as rejects:
-            for split, item in items:
-                if isinstance(item, Reject):
-                    rejected[item.reason] += 1
-                    rejects.write(json.dumps({"source": source, **item._asdict()}) + "\n")
-                    continue
-                if split not in splits:
-                    splits[split] = Shards(partial / split, shard_bytes)
-                splits[split].append(serialize(item))
-        shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in splits[split].finish()] for split in splits}
+        try:
+            with (partial / "rejects.jsonl").open("w") as rejects:
+                for split, item in items:
+                    if isinstance(item, Reject):
+                        rejected[item.reason] += 1
+                        rejects.write(json.dumps({"source": source, **item._asdict()}) + "\n")
+                        continue
+                    if split not in splits:
+                        splits[split] = Shards(partial / split, shard_bytes)
+                    splits[split].append(serialize(item))
+            finished = {split: shards.finish() for split, shards in splits.items()}
+        except BaseException:
+            for shard in partial.glob("*-?????"):  # it would only take space; the rejects are for the user
+                shard.unlink(missing_ok=True)
+            raise
+        made = sum(shard.records for shards in finished.values() for shard in shards) + rejected.total()
+        if made != count:
+            raise RuntimeError(f"unit {number} of {source} has {count} items, but {made} came")
+        shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in finished[split]] for split in finished}
         receipt = {"items": count, "shards": shards, "rejected": rejected, "truncated": truncated()}
-        places.write_json(partial / "receipt.json", receipt)
+        # If another process has finished the dataset meanwhile, its directory must not come back.
+        places.write_json(partial / "receipt.json", receipt, parents=False)
         try:
             partial.rename(place)
         except OSError:
@@ -137,7 +147,7 @@ class WorkDirectory:
                 for number in range(len(receipts)):
                     joined.write((self._place(number) / "rejects.jsonl").read_bytes())
             os.replace(mine / "rejects.jsonl", self.path / "rejects.jsonl")
-            places.write_json(self.path / "prepare.json", dict(summary))
+            places.write_json(self.path / "prepare.json", dict(summary), parents=False)
         self.path.rename(self.out)  # replaces an empty directory and refuses any other
         clean(self.out)
 

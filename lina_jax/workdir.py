@@ -12,6 +12,8 @@ from lina_jax import integrity, places
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 
+_DATA = "data.json"
+
 
 def is_imported(checkpoint: Path) -> bool:
     """Whether a checkpoint holds only weights."""
@@ -55,6 +57,27 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
             f"{workdir} belongs to another config: {'; '.join(changed)} "
             "(choose another --workdir, or pass --allow_config_change)"
         )
+
+
+def check_data(workdir: Path, manifest: str, *, allow_changes: bool = False) -> None:
+    """Check that a run in a workdir resumes on the records that it began with. Raises UserError unless it may not.
+
+    `manifest` identifies the training records and their order (`data.Records`).
+    """
+    path = workdir / _DATA
+    if allow_changes or not saved_checkpoints(workdir) or not path.exists():
+        return
+    if json.loads(path.read_text())["train"] != manifest:
+        raise UserError(
+            f"data.path holds other records than those that {workdir} was trained on, or the same in another order "
+            "(choose another --workdir, or pass --allow_config_change)"
+        )
+
+
+def write_data(workdir: Path, manifest: str) -> None:
+    """Write what identifies the training records of a workdir, which later runs must match."""
+    if jax.process_index() == 0:
+        places.write_json(workdir / _DATA, {"train": manifest})
 
 
 def write_config(workdir: Path, config: Config) -> None:

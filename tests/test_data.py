@@ -136,6 +136,19 @@ def test_a_broken_header_in_a_shard_costs_its_records(tmp_path):
     assert [int(one(source, i)["label"]) for i in range(COUNT)] == [*range(7), 8, *range(8, COUNT)]
 
 
+def test_a_broken_block_header_in_a_shard_costs_its_record(tmp_path):
+    """Riegeli writes 24 bytes at each multiple of 64 KiB, in the midst of whatever record is there."""
+    directory = dataset(tmp_path / "data", i7={"caption": "x" * 70_000})
+    (shard,) = directory.glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[2**16] ^= 1
+    shard.write_bytes(content)
+    source = open_records(directory)
+    got = [int(one(source, i)["label"]) for i in range(COUNT)]
+    assert source.skipped == 1
+    assert sum(label != i for i, label in enumerate(got)) == 1
+
+
 def test_a_lost_shard_ends_with_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
     directory = dataset(tmp_path / "data")

@@ -30,6 +30,9 @@ def main(argv):
         raise KeyboardInterrupt("resume from step 7")
     if flags.FLAGS.count == 6:
         raise OSError(errno.ENOSPC, "No space left on device")
+    if flags.FLAGS.count == 9:
+        import pathlib
+        pathlib.Path("~nobody-has-this-name/x").expanduser()
     if flags.FLAGS.count == 8:
         import jax
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nat length")
@@ -58,6 +61,7 @@ errors.run(main)
             "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; use fewer images at once or, "
             "in training, a larger optim.accumulate",
         ),
+        ("--count=9", 2, "error: a path begins with ~ and the name of a user who does not exist here"),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
         ("--count=0", 2, "error: --count=0: 0 is not a positive integer"),
         ("--label=cat", 2, "error: --label=cat: expected a whole number"),
@@ -69,6 +73,26 @@ errors.run(main)
 def test_an_end_is_one_line_and_a_code(argument, code, line):
     result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (code, line + "\n")
+
+
+UNREAD = """
+import os, sys
+from lina_jax import errors
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 2)
+
+def main(argv):
+    print("a line", file=sys.stderr, flush=True)
+    print("done")
+
+errors.run(main)
+"""
+
+
+def test_work_goes_on_when_nobody_reads_its_messages():
+    result = subprocess.run([sys.executable, "-c", UNREAD], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "done\n")
 
 
 UNHEARD = """

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -100,6 +101,19 @@ def test_pictures_of_another_seed_are_not_mixed(draw, prompts, tmp_path):
     (tmp_path / "mine" / "note.txt").write_text("")
     with pytest.raises(UserError, match="holds files that this command did not write"):
         draw(prompts, tmp_path / "mine")
+
+
+def test_a_run_that_was_killed_as_it_began_begins_again(draw, prompts, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(os, "replace", _killed)
+        killed.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # nor does it clean up
+        draw(prompts[:1], tmp_path / "out", images=1)
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    draw(prompts[:1], tmp_path / "out", images=1)
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_pictures_of_other_encoders_are_not_mixed(draw, prompts, tiny_text, one_device, tmp_path):

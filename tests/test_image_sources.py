@@ -26,6 +26,17 @@ def test_the_first_pictures_of_a_sorted_folder_stand_for_all(one_device, tmp_pat
     assert sorted(numbers) == [0] * 20 + [100] * 20 + [200] * 20
 
 
+def test_a_folder_drawn_anew_is_another(one_device, tmp_path):
+    """Pictures of uncompressed formats have the same size whatever they show."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.bmp")
+    before = image_sources.open_images(tmp_path, one_device).facts
+    assert image_sources.open_images(tmp_path, one_device).facts == before
+    size = (tmp_path / "0.bmp").stat().st_size
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "0.bmp")
+    assert (tmp_path / "0.bmp").stat().st_size == size
+    assert image_sources.open_images(tmp_path, one_device).facts != before
+
+
 def test_compressed_and_damaged_npz_files(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
     np.savez_compressed(tmp_path / "small.npz", arr_0=array)

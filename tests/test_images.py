@@ -30,8 +30,8 @@ def plain(mode: str, color, size=(6, 4)) -> Image.Image:
     return Image.new(mode, size, color)
 
 
-def rotated(orientation: int, odd: bool = False) -> bytes:
-    """A JPEG with an EXIF orientation and, if `odd`, a tag whose value has the wrong type."""
+def rotated(orientation: int, odd: bool = False, kind: str = "JPEG") -> bytes:
+    """An image with an EXIF orientation and, if `odd`, a tag whose value has the wrong type."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste("white", (0, 0, 16, 8))
     exif = Image.Exif()
@@ -41,7 +41,7 @@ def rotated(orientation: int, odd: bool = False) -> bytes:
         entry = struct.pack("<HHII", 0x829A, 10, 1, 38) + struct.pack("<I", 0) + struct.pack("<ii", -1, 50)
         entries = struct.pack("<H", 2) + struct.pack("<HHII", 0x0112, 3, 1, orientation)
         data = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + entry
-    return encoded(image, "JPEG", exif=data, quality=95)
+    return encoded(image, kind, exif=data, **{"quality": 95} if kind == "JPEG" else {})
 
 
 def bomb() -> bytes:
@@ -103,17 +103,29 @@ def test_kinds_that_are_refused(name):
         images.decode(data, min_size=4)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])  # Pillow turns TIFF files by itself
 @pytest.mark.parametrize("orientation", range(10))
-def test_exif_turns_the_image(orientation):
-    data = rotated(orientation)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(expected))
+def test_exif_turns_the_image(orientation, kind):
+    data = rotated(orientation, kind=kind)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(rotated(orientation, kind="PNG"))))
+    np.testing.assert_allclose(np.asarray(images.decode(data), int), np.asarray(expected), atol=1)  # JPEG rounds
 
 
 def test_odd_exif_is_no_matter():
     np.testing.assert_array_equal(
         np.asarray(images.decode(rotated(6, odd=True))), np.asarray(images.decode(rotated(6)))
     )
+    unreadable = encoded(plain("RGB", (9, 9, 9)), exif=b"no EXIF at all")
+    assert images.decode(unreadable).getpixel((0, 0)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize("quality", [0, 90])
+def test_nothing_but_pixels_is_kept(quality):
+    """Profiles and comments may be larger than the picture; Pillow refuses to read a PNG with a profile over 1 MiB."""
+    noted = encoded(NOISE.convert("RGB"), "JPEG", icc_profile=os.urandom(2**21), comment=b"remark" * 1000, quality=95)
+    bare = images.encode(images.decode(noted), quality)
+    assert not {"icc_profile", "comment"} & Image.open(io.BytesIO(bare)).info.keys()
+    assert len(bare) < 2**16
 
 
 def test_resize_keeps_the_middle_of_the_shorter_side():

@@ -93,7 +93,7 @@ def test_a_process_that_does_not_end_is_killed_with_its_children(launch, process
 
 
 @pytest.mark.parametrize(("state", "ends_with"), [("wait", {}), ("loading", {75: 143})])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
 def test_signals_reach_all_local_processes(number, code, state, ends_with, tmp_path, process):
     """They save and end; nothing restarts, since the machine or its user wants them to end.
 
@@ -108,6 +108,14 @@ def test_signals_reach_all_local_processes(number, code, state, ends_with, tmp_p
     assert launcher.returncode == code
     code = ends_with.get(code, code)
     assert sorted(lines.splitlines()) == [f"run-1: process {each} ended with {code}" for each in range(2)]
+
+
+def test_processes_end_together_when_nobody_reads_the_launchers_messages(tmp_path, process):
+    command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=["wait"], _1=[3])]
+    env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
+        launcher.stderr.close()
+        assert launcher.wait(timeout=30) == 3
 
 
 def test_gpus_are_shared_out(launch):

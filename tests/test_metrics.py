@@ -49,6 +49,11 @@ def test_mfu_is_the_share_of_what_all_devices_could(tiny, clock):
     assert rates["mfu"] == pytest.approx(rates["model_flops_per_s"] / (1e9 * jax.device_count()))
 
 
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n{"loss": 3}\n{"step": 2, "lo')
+    assert metrics.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
 def test_what_is_not_finite_is_written_as_null(tmp_path):
     """Python would write NaN, which many JSON parsers refuse."""
     writer = metrics.Writer(tmp_path)

@@ -117,6 +117,9 @@ def test_too_many_rejects_end_it_and_may_be_allowed(tmp_path):
     with pytest.raises(UserError, match=r"2 of 12 items rejected.*undecodable image: UnidentifiedImageError \(2\)"):
         prepare(tmp_path / "out", settings(pattern), max_reject_fraction=0.1)
     assert not (tmp_path / "out").exists()
+    (listed,) = (tmp_path / "out.partial" / "units").glob("*/rejects.jsonl")
+    assert len(listed.read_text().splitlines()) == 2
+    assert [path.name for path in listed.parent.iterdir()] == ["rejects.jsonl"]
     assert prepare(tmp_path / "out", settings(pattern), max_reject_fraction=0.2)["images"]["train"] == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
@@ -185,6 +188,8 @@ def test_class_names_that_changed_are_noticed(tmp_path, small_units):
         ({"text_encoder": "phi"}, "--text_encoder='phi' does not apply to pixels"),
         ({"quality": 101}, "--quality=101"),
         ({"resolution": 0}, "--resolution=0"),
+        ({"resolution": 10**11}, "--resolution=100000000000: more than 134217728 pixels"),
+        ({"image_column": ""}, "--image_column='': --source=parquet needs the name of a column"),
         ({"validation": 10}, "--validation=10 leaves none of the 10 items"),
     ],
 )
@@ -292,6 +297,31 @@ def test_places_are_looked_at_before_encoders_are_loaded(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"--out={tmp_path}: {tmp_path} cannot be written"):
         prepare(tmp_path / "out", latents)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_may_be_a_link_but_no_mount_point(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    prepare(tmp_path / "out", Settings(**SMALL))
+    assert (tmp_path / "disk" / "prepare.json").exists()
+    assert (tmp_path / "out").is_symlink()
+    with pytest.raises(UserError, match="--out=/proc: a mount point"):
+        prepare("/proc", Settings(**SMALL))
+
+
+def test_one_that_comes_too_late_leaves_nothing(tmp_path, small_units, monkeypatch):
+    """Another process finishes the dataset while this one makes a unit."""
+    inner = units.WorkDirectory.make
+
+    def make(work, number, source, count, made, *rest):
+        monkeypatch.setattr(units.WorkDirectory, "make", inner)
+        made = list(made)
+        prepare(tmp_path / "out", Settings(**SMALL))
+        inner(work, number, source, count, made, *rest)
+
+    monkeypatch.setattr(units.WorkDirectory, "make", make)
+    assert prepare(tmp_path / "out", Settings(**SMALL))["images"]["train"] == SMALL["train"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monkeypatch):

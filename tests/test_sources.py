@@ -91,6 +91,17 @@ def test_class_folders_are_labels(folder):
     assert reasons(source) == {"x.png": "not in a class folder"}
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9", b"cat ", b"a\nb"])
+def test_folders_whose_names_no_class_can_have_are_refused(tmp_path, name):
+    """TFDS keeps names as lines of UTF-8, without the spaces around them."""
+    place = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(place)
+    with open(os.path.join(place, b"0.png"), "wb") as file:
+        file.write(png())
+    with pytest.raises(UserError, match="cannot be the name of a class"):
+        FolderSource(str(tmp_path), Fields(), 100)
+
+
 def test_linked_folders_are_read(folder, tmp_path):
     """As in subsets of ImageNet. A link back to the whole folder would never end, and adds nothing."""
     (tmp_path / "elsewhere").mkdir()
@@ -342,6 +353,35 @@ def test_an_unreadable_parquet_file_is_one_reject(tmp_path):
     assert len(items(source)) == 4
     with pytest.raises(UserError, match=r"cannot read .*b.parquet"):
         ParquetSource(str(tmp_path / "b.parquet"), Fields("image", "text"), 100)
+
+
+def test_a_parquet_file_with_a_damaged_column_name_is_one_reject(tmp_path):
+    parquet(tmp_path / "a.parquet", 3)
+    parquet(tmp_path / "b.parquet", 3)
+    path = tmp_path / "b.parquet"
+    path.write_bytes(path.read_bytes().replace(b"label", b"\xffabel"))
+    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
+    assert list(reasons(source)) == ["b.parquet"]
+    assert len(items(source)) == 4
+
+
+def test_rows_that_a_damaged_parquet_file_keeps_back_are_rejects(tmp_path, monkeypatch):
+    """A few kinds of damage make Arrow deliver fewer rows than the footer promises, without an error."""
+    inner = pq.ParquetFile.iter_batches
+
+    def short(file, *args, row_groups, **options):
+        yield from (
+            batch.slice(0, 1 if row_groups == [1] else None)
+            for batch in inner(file, *args, row_groups=row_groups, **options)
+        )
+
+    parquet(tmp_path / "a.parquet", 10)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short)
+    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
+    assert reasons(source) == dict.fromkeys(
+        [f"a.parquet:{row}" for row in (5, 6, 7)], "unreadable row group: it ends early"
+    )
+    assert len(items(source)) == 10
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOENT], ids=os.strerror)

@@ -17,6 +17,7 @@ from lina_jax import mesh, metrics, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.errors import RUN_AGAIN, Preempted, UserError, exit_message
 from lina_jax.flops import training_flops
+from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 from lina_jax.workdir import check_config, load_config, write_config
 
@@ -59,6 +60,19 @@ def test_worker_processes_change_nothing(config, run_module, config_file, tmp_pa
         checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
         runs.append(jax.device_get(checkpoints.restore(state.make_blueprint(config, one_device))))
     assert identical(*runs)
+
+
+def test_a_run_resumes_on_its_own_records_alone(config, finished, shapes_data, tmp_path, capsys):
+    def train_on(path):
+        return train(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path))), workdir)
+
+    workdir, _ = finished
+    prepare(tmp_path / "other", Settings(resolution=8, train=32, validation=8))
+    with pytest.raises(UserError, match=r"data\.path holds other records than those that .* was trained on"):
+        train_on(tmp_path / "other")
+    shutil.copytree(shapes_data, tmp_path / "moved")
+    train_on(tmp_path / "moved")
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def test_training_changes_the_parameters(finished, one_device, config, identical):

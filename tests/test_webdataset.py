@@ -57,6 +57,24 @@ def test_samples_are_consecutive_members(webdataset):
     assert items(source) == [Example("a.tar:0", png(1), "s", "s", 4)]
 
 
+def test_links_are_what_they_point_to(webdataset):
+    """GNU tar writes files that share an inode as links to the first of them."""
+    out = io.BytesIO(tar(pairs("a")))
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        for name, target, kind in [
+            ("b.jpg", "a.jpg", tarfile.LNKTYPE),
+            ("b.txt", "a.txt", tarfile.SYMTYPE),
+            ("c.jpg", "absent.jpg", tarfile.LNKTYPE),
+            ("d.jpg", "d.jpg", tarfile.SYMTYPE),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+    source = webdataset(out.getvalue())
+    assert [(item.key, item.image) for item in items(source)[:2]] == [("a.tar:a", png()), ("a.tar:b", png())]
+    assert reasons(source) == dict.fromkeys(("a.tar:c", "a.tar:d"), "link without a target in tar")
+
+
 def test_several_tars_are_several_units(webdataset):
     webdataset(tar(pairs("ab")), name="b.tar")
     source = webdataset(tar(pairs("ab")), name="a.tar")

@@ -89,6 +89,10 @@ class FolderSource:
         self.label_names = tuple(sorted({path.split("/")[0] for path in sizes if "/" in path}))
         if not self.label_names:
             raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
+        for name in self.label_names:
+            # TFDS keeps the names as lines of UTF-8, and reads them without the spaces around them.
+            if name.encode(errors="replace").decode().strip() != name or "\n" in name:
+                raise UserError(f"--input={directory}: {name!r} cannot be the name of a class; rename the folder")
         number = {name: i for i, name in enumerate(self.label_names)}
         problems = {True: "", False: "not in a class folder"}
         rows = [_Row(path, {"label": number.get(path.split("/")[0])}, problems["/" in path]) for path in sizes]

@@ -58,7 +58,7 @@ class ParquetSource:
 
     def _read_group(self, file, group: int, first: int, wanted: range, path: str) -> Iterator[Example | Reject]:
         keys = {row: f"{self._short[path]}:{row}" for row in wanted}
-        row, left = first, list(wanted)
+        row, left, problem = first, list(wanted), "it ends early"
         try:
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[c for c in self._fields if c]):
                 if not left:
@@ -72,7 +72,8 @@ class ParquetSource:
             raise
         except (pa.ArrowException, OSError) as error:
             base.raise_if_storage(error)
-            yield from (Reject(keys[row], f"unreadable row group: {error}") for row in left)
+            problem = str(error)
+        yield from (Reject(keys[row], f"unreadable row group: {problem}") for row in left)
 
     def _item(self, key: str, batch: pa.RecordBatch, row: int) -> Example | Reject:
         def value(column: str):
@@ -93,7 +94,7 @@ class ParquetSource:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
         except MemoryError:
             raise
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged name of a column
             base.raise_if_storage(error)
             self._broken[path] = str(error)
             return 1

@@ -116,7 +116,7 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
         directory, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         key = f"{directory}/{stem}" if directory else stem
-        hidden = not stem or not member.isfile()
+        hidden = not stem or not (member.isfile() or member.islnk() or member.issym())
         if gap or (key != current.key and not hidden):
             if current.members:
                 yield current
@@ -157,7 +157,12 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
-        return archive.extractfile(member).read()
+        file = archive.extractfile(member)
+        if file is None:
+            raise base.Unusable("link to a directory in tar")
+        return file.read()
+    except (KeyError, RecursionError):
+        raise base.Unusable("link without a target in tar") from None
     except _UNREADABLE as error:
         base.raise_if_storage(error)
         raise base.Unusable("truncated tar member") from None
