@@ -25,6 +25,7 @@ PREFETCH_DONES = frozenset({"copy-done", "slice-done", "dynamic-slice-done"})
 _FREE = PREFETCH_DONES | frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "opt-barrier", "partition-id", "replica-id", "async-done", "domain", "add-dependency",
+    "call-start", "call-update", "call-done",  # of a TPU's SparseCore
 })  # fmt: skip
 _SLICING = frozenset({"dynamic-slice", "slice", "gather"})
 _MOVING = PREFETCH_STARTS | frozenset({
@@ -293,6 +294,11 @@ def collective_kind(instruction: Instruction) -> str | None:
     """The kind of collective (all-gather, all-reduce, ...) that an instruction is or starts, else None."""
     name = instruction.opcode.removesuffix("-start")
     return name if name in COLLECTIVES else None
+
+
+def stated_rings(instruction: Instruction) -> int:
+    """Rings, one way each, that a collective uses at the same time, where the compiler states it; else 0."""
+    return instruction.attributes.count('"phase_rings"')
 
 
 def collective_bytes(instruction: Instruction, scope: dict[str, Instruction]) -> float:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
     `fsdp` of 0 is chosen from the devices that the other axes leave. If `data` or `replica` is -1, it is the
     greatest common divisor of their number, WHOLE_TILES, and how many sequence x tensor groups a slice or node holds
-    (`nodes`); else it is all of them. `sequence` of 0 means 1, as no batch is known here.
+    (`nodes`), or half of that (`_whole_axes`); else it is all of them. `sequence` of 0 means 1, as no batch is known
+    here.
 
     Raises UserError with the arithmetic if the product of the axes is not the number of devices, `replica` does not fit
     the slices of a TPU, or the slices differ in size.
@@ -94,7 +96,22 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     node_of, others = nodes(devices), max(1, sizes["sequence"] * sizes["tensor"])
     node = node_of.count(node_of[0])
     near = 1 if node % others else node // others
-    return _mesh(sizes | {"fsdp": math.gcd(left, WHOLE_TILES, near)}, devices)
+    first = [device for device, number in zip(devices, node_of, strict=True) if number == node_of[0]]
+    return _mesh(sizes | {"fsdp": _whole_axes(math.gcd(left, WHOLE_TILES, near), first)}, devices)
+
+
+def _whole_axes(most: int, devices: Sequence[jax.Device]) -> int:
+    """`most`, or half of it if only such groups span whole axes of a 3D torus: they gather along all of them at once.
+
+    `devices` are those of one slice.
+    """
+    coords = np.array([getattr(device, "coords", ()) for device in devices])
+    extents = [len(np.unique(axis)) for axis in coords.T]
+    if min(extents, default=1) == 1:
+        return most
+    extents.append(len(devices) // math.prod(extents))  # devices of one chip
+    groups = {math.prod(axes) for count in range(1, 5) for axes in itertools.combinations(extents, count)}
+    return most // 2 if most not in groups and most // 2 in groups else most
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:

@@ -123,10 +123,12 @@ def collective_seconds(
     nodes: Sequence[int],
     chip: Chip,
     extent: Sequence[int],
+    stated: int = 0,
 ) -> float:
     """Seconds of one collective over `members` on an array of `size` bytes.
 
-    `nodes` has each member's node (`mesh.nodes`), `extent` the chips along each dimension of the slice's torus.
+    `nodes` has each member's node (`mesh.nodes`), `extent` the chips along each dimension of the slice's torus. `stated`
+    is the number of one-way rings in use (`hlo.stated_rings`); without it, each axis of the torus has its own.
 
     Within a slice or node, data travels around rings. Between them, each device exchanges its part of the array with
     its counterparts.
@@ -143,7 +145,7 @@ def collective_seconds(
         rate, latency = chip.link, GPU_LATENCY
         rings = _rings(members, chip, extent) if chip.torus else []
         if rings:
-            rate = sum(links for _, links in rings) * chip.link
+            rate = (stated or sum(links for _, links in rings)) * chip.link
             latency = HOP * max(1.0, sum(length / links for length, links in rings))
         if kind == "collective-permute":
             return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)
@@ -282,16 +284,22 @@ class _Walk:
         with a step of a collective that was started before.
         """
         opcode, inner = instruction.opcode, instruction
-        if opcode == "async-done" or (opcode.endswith("-done") and opcode.removesuffix("-done") in hlo.COLLECTIVES):
+        if opcode.endswith("-done") and opcode.removesuffix("-done") in ("async", "call", *hlo.COLLECTIVES):
             return "done", instruction.operands[0], None
-        if opcode in ("fusion", "async-start"):
-            for name in instruction.called:
+        begun = instruction
+        if opcode == "call-update":  # brings a SparseCore the operands of what a call-start has prepared
+            begun = scope[instruction.operands[0]]
+        elif opcode == "call-start" and not instruction.operands:
+            return None
+        if opcode in ("fusion", "async-start", "call-start", "call-update"):
+            for name in begun.called:
                 scope = self._module.computations[name]
                 inner = next((i for i in scope.values() if hlo.collective_kind(i)), None)
         kind = inner and hlo.collective_kind(inner)
         if not kind:
             return None
-        phase, key = ("start", instruction.name) if opcode.endswith("-start") else ("at once", instruction.name)
+        starts = opcode == "call-update" or opcode.endswith("-start")
+        phase, key = "start" if starts else "at once", instruction.name
         if opcode == "fusion" and "async_collective_fusion_config" in inner.attributes:
             key = inner.attribute("channel_id")
             phase = {"start": "start", "done": "done"}.get(instruction.name.split(".")[0].split("-")[-1], "between")
@@ -300,13 +308,14 @@ class _Walk:
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
         if kind in hlo.EXCHANGES:  # the result is one device's part
             size *= len(groups[0])
-        seconds = max(self._seconds(kind, size, group) for group in groups)  # all groups wait for the slowest
+        rings = hlo.stated_rings(inner)
+        seconds = max(self._seconds(kind, size, group, rings) for group in groups)  # all groups wait for the slowest
         axes, source, name = self._axes(groups), self._module.source(inner), instruction.name
         return phase, key, Collective(kind, axes, size, times, seconds, 0.0, source, name, self._links(groups))
 
-    def _seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
+    def _seconds(self, kind: str, size: float, group: Sequence[int], rings: int) -> float:
         members, nodes = [self._devices[i] for i in group], [self._nodes[i] for i in group]
-        return collective_seconds(kind, size, members, nodes, self._chip, self._extent)
+        return collective_seconds(kind, size, members, nodes, self._chip, self._extent, rings)
 
     def _links(self, groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
         spanned = [(len(group), len({self._nodes[i] for i in group})) for group in groups]

@@ -12,23 +12,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-TPU = (
+TPU = (  # of all kinds
     # Schedule computation while collectives are under way. The default; set explicitly as the others depend on it.
     "--xla_tpu_enable_latency_hiding_scheduler=true",
-    # Split all-gathers of weights into chains of steps within the fusions that compute meanwhile. v5e does so anyway;
-    # on v5p and v6e all of them stay synchronous without these flags. Costs 6 to 11 % more temporary memory.
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_collective_permute=true",
-    "--xla_tpu_enable_async_collective_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "--xla_tpu_overlap_compute_collective_tc=true",
-    # The same for gradient reductions. With the small default limit of on-chip memory the fusions do not compile; twice
-    # this limit exceeds what v5p has. The flags for all-reduces change nothing here, and together with all-to-alls and
-    # a Pallas kernel they gave NaN on v6e (MaxDiffusion #429).
-    "--xla_enable_async_reduce_scatter_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
-    "--xla_tpu_scoped_vmem_limit_kib=24576",
     # Do not combine the gradient reductions of several matrices: the first would wait for the last, which ends a loop
     # iteration. A stack at 128 tokens takes 3 % less time on v5p, 1 % less on v5e.
     "--xla_tpu_ars_combiner_threshold_in_bytes=1",
@@ -36,8 +24,34 @@ TPU = (
     # permutes ("windowed einsum"): three times the step time, as planned. No weight reaches this threshold of 1 GiB.
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1024",
 )
-# A v4 has 16 MiB of on-chip memory: fusions with gradient reductions do not compile, whatever the limit.
-V4 = tuple(flag for flag in TPU if "reduce_scatter" not in flag and "scoped_vmem" not in flag)
+# A v5e has no SparseCore: its core advances collectives in steps, within the fusions that compute meanwhile. libtpu
+# 0.0.50 refuses this on all other kinds, where it may give wrong results.
+V5E = (
+    *TPU,
+    "--xla_tpu_enable_async_collective_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    # The same for gradient reductions. With the small default limit of on-chip memory the fusions do not compile. The
+    # flags for all-reduces change nothing here.
+    "--xla_enable_async_reduce_scatter_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
+    "--xla_tpu_scoped_vmem_limit_kib=24576",
+)
+# Others have SparseCores, which run collectives beside the computation: around the rings of one axis of the torus, or
+# with 2d, 3d and nd of all axes that a group spans.
+SPARSE_CORE = (
+    *TPU,
+    "--xla_tpu_enable_async_collective_fusion=false",
+    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+)
+OF_TPU = {"v5e": V5E, "v5p": SPARSE_CORE, "v6e": SPARSE_CORE, "tpu7x": SPARSE_CORE}  # others: TPU
+_TPUS = {"0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x"}  # PCI device numbers, as in JAX
 GPU = (
     # As for TPUs.
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -101,13 +115,13 @@ def _not_set(options: Mapping[str, str | int]) -> dict[str, str | int]:
 
 def of_tpu(kind: str) -> tuple[str, ...]:
     """The flags for a kind of TPU, as named in `chips.CHIPS`."""
-    return V4 if kind == "v4" else TPU
+    return OF_TPU.get(kind, TPU)
 
 
 def here(accelerator: str, bus: Path = Path("/sys/bus/pci/devices")) -> tuple[str, ...]:
-    """The flags for this machine's chips, tpu or gpu. As in JAX, PCI numbers identify a v4."""
+    """The flags for this machine's chips, tpu or gpu; PCI numbers identify the kind of TPU."""
     numbers = {tuple((device / name).read_text().strip() for name in ("vendor", "device")) for device in bus.glob("*")}
-    kind = "v4" if ("0x1ae0", "0x005e") in numbers else ""
+    kind = next((kind for device, kind in _TPUS.items() if ("0x1ae0", device) in numbers), "")
     return {"tpu": of_tpu(kind), "gpu": GPU}[accelerator]
 
 

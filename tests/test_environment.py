@@ -89,9 +89,9 @@ TPUS = [name for name, chip in CHIPS.items() if chip.torus]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("flags", [xla_flags.TPU, xla_flags.V4], ids=["TPU", "V4"])
+@pytest.mark.parametrize("flags", [xla_flags.TPU, xla_flags.V5E, xla_flags.SPARSE_CORE], ids=["v4", "v5e", "others"])
 def test_libtpu_compiles_sharded_layers_with_the_flags_for_each_kind_of_tpu(flags):
-    """libtpu aborts on unknown flags, and some flags ask for more on-chip memory than some kinds have."""
+    """libtpu aborts on unknown flags, and refuses some on some kinds or for what on-chip memory they ask for."""
     kinds = [name for name in TPUS if xla_flags.of_tpu(name) == flags]
     places = [f"{name}:{'x'.join(['2', '2', '1'][: CHIPS[name].torus])}" for name in kinds]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "LIBTPU_"))}
@@ -100,14 +100,19 @@ def test_libtpu_compiles_sharded_layers_with_the_flags_for_each_kind_of_tpu(flag
     assert result.stdout.splitlines() == [f"{place} True" for place in places]
 
 
-def test_a_machine_gets_the_flags_of_its_tpus(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [("0x005e", xla_flags.TPU), ("0x0063", xla_flags.V5E), ("0x0062", xla_flags.SPARSE_CORE)],
+    ids=["v4", "v5e", "v5p"],
+)
+def test_a_machine_gets_the_flags_of_its_tpus(tmp_path, number, flags):
     assert flags_of("tpu")["LIBTPU_INIT_ARGS"].split() == list(xla_flags.TPU)
-    for name, numbers in {"a": ("0x1ae0", "0x005e"), "b": ("0x8086", "0x1237")}.items():
+    for name, numbers in {"a": ("0x1ae0", number), "b": ("0x8086", "0x1237")}.items():
         device = tmp_path / name
         device.mkdir()
-        for file, number in zip(("vendor", "device"), numbers, strict=True):
-            (device / file).write_text(number + "\n")
-    assert xla_flags.here("tpu", tmp_path) == xla_flags.V4
+        for file, text in zip(("vendor", "device"), numbers, strict=True):
+            (device / file).write_text(text + "\n")
+    assert xla_flags.here("tpu", tmp_path) == flags
     assert xla_flags.here("gpu", tmp_path) == xla_flags.GPU
 
 

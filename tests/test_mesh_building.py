@@ -1,6 +1,7 @@
 """A mesh is built from the available devices, or refused with the arithmetic."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -54,10 +55,12 @@ class TpuChip(Chip):
     platform: str = "tpu"
     device_kind: str = "TPU v5"
     core_on_chip: int = 0
+    extents: tuple[int, ...] = (2, 2, 1)
 
     @property
     def coords(self) -> tuple[int, int, int]:
-        return self.id % 2, self.id // 2 % 2, 0
+        x, y, z = self.extents
+        return self.id % x, self.id // x % y, self.id // (x * y) % z
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,19 @@ def test_nodes_of_gpus_need_no_replica_and_fsdp_stays_in_a_node(sizes):
 )
 def test_gradients_are_summed_between_nodes_where_fsdp_stays_in_them(sizes, nodes, crossing):
     assert mesh.sums_cross_nodes(mesh.build(MeshConfig(**sizes), chips(nodes, 8))) == crossing
+
+
+@pytest.mark.parametrize(
+    ("kind", "extents", "fsdp"),
+    [("v5", (4, 4, 4), 16), ("v5", (2, 2, 4), 16), ("v5", (8, 8, 16), 16), ("v5 lite", (16, 16, 1), 32)],
+)
+def test_gathers_on_a_3d_torus_go_along_whole_axes(kind, extents, fsdp):
+    devices = [TpuChip(i, 0, 0, device_kind=f"TPU {kind}", extents=extents) for i in range(math.prod(extents))]
+    groups = np.moveaxis(mesh.build(MeshConfig(fsdp=0), devices).devices, mesh.AXES.index("fsdp"), -1)
+    assert groups.shape[-1] == fsdp
+    if extents[-1] > 1:
+        spanned = [len({chip.coords[axis] for chip in groups.reshape(-1, fsdp)[0]}) for axis in range(3)]
+        assert all(size in (1, extent) for size, extent in zip(spanned, extents, strict=True))
 
 
 def test_slices_of_tpus_are_joined_by_replicas_alone():
