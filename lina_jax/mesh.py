@@ -96,8 +96,11 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     node_of, others = nodes(devices), max(1, sizes["sequence"] * sizes["tensor"])
     node = node_of.count(node_of[0])
     near = 1 if node % others else node // others
-    first = [device for device, number in zip(devices, node_of, strict=True) if number == node_of[0]]
-    return _mesh(sizes | {"fsdp": _whole_axes(math.gcd(left, WHOLE_TILES, near), first)}, devices)
+    fsdp = math.gcd(left, WHOLE_TILES, near)
+    if others == 1:
+        first = [device for device, number in zip(devices, node_of, strict=True) if number == node_of[0]]
+        fsdp = _whole_axes(fsdp, first)
+    return _mesh(sizes | {"fsdp": fsdp}, devices)
 
 
 def _whole_axes(most: int, devices: Sequence[jax.Device]) -> int:

@@ -127,8 +127,8 @@ def collective_seconds(
 ) -> float:
     """Seconds of one collective over `members` on an array of `size` bytes.
 
-    `nodes` has each member's node (`mesh.nodes`), `extent` the chips along each dimension of the slice's torus. `stated`
-    is the number of one-way rings in use (`hlo.stated_rings`); without it, each axis of the torus has its own.
+    `nodes` has each member's node (`mesh.nodes`), `extent` the chips along each dimension of the slice's torus,
+    `stated` the number of one-way rings in use (`hlo.stated_rings`); without it, each axis of the torus has its own.
 
     Within a slice or node, data travels around rings. Between them, each device exchanges its part of the array with
     its counterparts.

@@ -74,9 +74,6 @@ def devices(topology: Topology) -> list[jax.Device]:
     if chip.torus:
         _require("libtpu", topology, "pip install -e '.[tpu]'")
         os.environ.update(_TPU_ENVIRONMENT)
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join(
-            [*xla_flags.of_tpu(topology.name), os.environ.get("LIBTPU_INIT_ARGS", "")]
-        )
         name = f"{topology.name}:{'x'.join(map(str, topology.shape))}"
         options = dict(chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
         if math.prod(topology.shape) == 1:  # libtpu assumes four chips per host
@@ -94,9 +91,9 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 
 def compiler_options(topology: Topology) -> dict[str, object]:
-    """Compiler options that are needed because the device is not there."""
+    """Compiler options: those that launchers set on such devices, or that are needed because they are not there."""
     if topology.chip.torus:
-        return {}
+        return xla_flags.tpu_options(topology.name)
     # Autotuning would need the device, and without it XLA's choice of Triton tiles fails for some matmuls (jax 0.10.2).
     return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 

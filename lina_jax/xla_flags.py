@@ -107,9 +107,14 @@ def init_options(platform: str) -> dict[str, str | int]:
     return _not_set(CPU_ONCE if platform == "cpu" else {})
 
 
-def _not_set(options: Mapping[str, str | int]) -> dict[str, str | int]:
-    """The options without those that the user sets in XLA_FLAGS, which they would override."""
-    set_here = {flag.split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in GPU}
+def tpu_options(kind: str) -> dict[str, str | int]:
+    """`of_tpu` as options of a program, for a process that compiles for several kinds."""
+    return _not_set(dict(flag.removeprefix("--").split("=") for flag in of_tpu(kind)), "LIBTPU_INIT_ARGS")
+
+
+def _not_set(options: Mapping[str, str | int], variable: str = "XLA_FLAGS") -> dict[str, str | int]:
+    """The options without those that the user sets in an environment variable, which they would override."""
+    set_here = {flag.split("=")[0] for flag in os.environ.get(variable, "").split() if flag not in GPU}
     return {name: value for name, value in options.items() if f"--{name}" not in set_here}
 
 
