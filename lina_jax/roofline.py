@@ -145,7 +145,9 @@ def collective_seconds(
         rate, latency = chip.link, GPU_LATENCY
         rings = _rings(members, chip, extent) if chip.torus else []
         if rings:
-            rate = (stated or sum(links for _, links in rings)) * chip.link
+            # On a line that is not closed, rings of both directions share its links.
+            links = sum(links for _, links in rings)
+            rate = min(stated or links, links) * chip.link
             latency = HOP * max(1.0, sum(length / links for length, links in rings))
         if kind == "collective-permute":
             return size / (share * chip.link) + (HOP if chip.torus else GPU_LATENCY)

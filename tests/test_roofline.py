@@ -239,6 +239,36 @@ def test_a_collective_is_waited_for_as_far_as_computation_does_not_hide_it():
     assert beside.seconds == pytest.approx(alone.seconds)
 
 
+SPARSE_CORE = """
+%gather (x: bf16[128,1024]) -> bf16[1024,1024] {
+  %x = bf16[128,1024]{1,0} parameter(0)
+  ROOT %ag = bf16[1024,1024]{1,0} all-gather(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[1024,1024], s: bf16[128,1024]) -> bf16[1024,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  %s = bf16[128,1024]{1,0} parameter(1)
+  %begun = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+BEFORE  %running = ((bf16[128,1024]{1,0}), bf16[1024,1024]{1,0}) call-update(%begun, %s)
+BESIDE  ROOT %done = bf16[1024,1024]{1,0} call-done(%running)
+}
+"""
+
+
+def test_a_sparse_core_gathers_from_when_it_has_its_operands():
+    def estimate(before="", beside=""):
+        return roofline.estimate(
+            hlo.Module(SPARSE_CORE.replace("BEFORE", before).replace("BESIDE", beside)), CHIP, grid()
+        )
+
+    alone, before, beside = estimate(), estimate(before=PRODUCT), estimate(beside=PRODUCT)
+    (gather,) = alone.collectives
+    assert (gather.kind, gather.bytes) == ("all-gather", 2 * 2**20)
+    assert alone.seconds == alone.bound["collectives"] == gather.seconds
+    assert before.bound["collectives"] == gather.seconds
+    assert beside.seconds == pytest.approx(alone.seconds)
+
+
 PERMUTE = """
 ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {
   %p = bf16[1024,1024]{1,0} parameter(0)
@@ -313,8 +343,8 @@ def torus(*extent: int, slices: int = 1) -> list[SimpleNamespace]:
     return [SimpleNamespace(coords=place, slice_index=s) for s in range(slices) for place in places]
 
 
-def gather_seconds(members, chip: chips.Chip, extent: tuple[int, ...], kind: str = "all-gather") -> float:
-    return roofline.collective_seconds(kind, 1e9, members, [d.slice_index for d in members], chip, extent)
+def gather_seconds(members, chip: chips.Chip, extent: tuple[int, ...], kind: str = "all-gather", stated=0) -> float:
+    return roofline.collective_seconds(kind, 1e9, members, [d.slice_index for d in members], chip, extent, stated)
 
 
 def test_a_closed_ring_has_two_links_an_open_one_has_one():
@@ -326,6 +356,16 @@ def test_a_closed_ring_has_two_links_an_open_one_has_one():
     open_ = gather_seconds(torus(2, 1, 1), chip, (2, 4, 4))
     assert open_ == pytest.approx(size / 2 / (share * chip.link) + 2 * roofline.HOP)
     assert gather_seconds(ring, chip, (4, 4, 4), "all-reduce") == pytest.approx(2 * closed)
+
+
+def test_a_gather_takes_no_more_rings_than_the_compiler_states_and_the_torus_has():
+    chip, plane = CHIPS["v5p"], [d for d in torus(4, 4, 4) if d.coords[2] == 0]
+    every = gather_seconds(plane, chip, (4, 4, 4))
+    assert gather_seconds(plane, chip, (4, 4, 4), stated=4) == every
+    one_way = 1e9 * 15 / 16 / (roofline.ATTAINED["tpu"]["link"] * chip.link)
+    assert gather_seconds(plane, chip, (4, 4, 4), stated=1) - every == pytest.approx(one_way * 3 / 4)
+    small = torus(2, 2, 4)
+    assert gather_seconds(small, chip, (2, 2, 4), stated=6) == gather_seconds(small, chip, (2, 2, 4))
 
 
 @pytest.mark.parametrize(
