@@ -78,8 +78,8 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
     `fsdp` of 0 is chosen from the devices that the other axes leave. If `data` or `replica` is -1, it is the
     greatest common divisor of their number, WHOLE_TILES, and how many sequence x tensor groups a slice or node holds
-    (`nodes`), or half of that (`_whole_axes`); else it is all of them. `sequence` of 0 means 1, as no batch is known
-    here.
+    (`nodes`), or half or twice that (`_along_whole_axes`); else it is all of them. `sequence` of 0 means 1, as no batch
+    is known here.
 
     Raises UserError with the arithmetic if the product of the axes is not the number of devices, `replica` does not fit
     the slices of a TPU, or the slices differ in size.
@@ -96,25 +96,32 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
     node_of, others = nodes(devices), max(1, sizes["sequence"] * sizes["tensor"])
     node = node_of.count(node_of[0])
     near = 1 if node % others else node // others
-    fsdp = math.gcd(left, WHOLE_TILES, near)
+    limit = math.gcd(left, near)
+    fsdp = math.gcd(limit, WHOLE_TILES)
     if others == 1:
         first = [device for device, number in zip(devices, node_of, strict=True) if number == node_of[0]]
-        fsdp = _whole_axes(fsdp, first)
+        fsdp = _along_whole_axes(fsdp, limit, first)
     return _mesh(sizes | {"fsdp": fsdp}, devices)
 
 
-def _whole_axes(most: int, devices: Sequence[jax.Device]) -> int:
-    """`most`, or half of it if only such groups span whole axes of a 3D torus: they gather along all of them at once.
+def _along_whole_axes(usual: int, limit: int, devices: Sequence[jax.Device]) -> int:
+    """The size of groups that span the most whole axes of a 3D torus, each of which has rings of its own.
 
+    From half of `usual` up to it, or twice it in a plane; a divisor of `limit`. `usual`, if there is no such size.
     `devices` are those of one slice.
     """
     coords = np.array([getattr(device, "coords", ()) for device in devices])
     extents = [len(np.unique(axis)) for axis in coords.T]
     if min(extents, default=1) == 1:
-        return most
-    extents.append(len(devices) // math.prod(extents))  # devices of one chip
-    groups = {math.prod(axes) for count in range(1, 5) for axes in itertools.combinations(extents, count)}
-    return most // 2 if most not in groups and most // 2 in groups else most
+        return usual
+    if (cores := len(devices) // math.prod(extents)) > 1:
+        extents.append(cores)
+    divisible, found = math.gcd(limit, 2 * WHOLE_TILES), [(0, usual)]
+    for count in range(1, len(extents) + 1):
+        for size in map(math.prod, itertools.combinations(extents, count)):
+            if usual <= 2 * size <= (4 if count == 2 else 2) * usual and divisible % size == 0:
+                found.append((count, size))
+    return max(found)[1]
 
 
 def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:

@@ -152,7 +152,13 @@ def test_gradients_are_summed_between_nodes_where_fsdp_stays_in_them(sizes, node
 
 @pytest.mark.parametrize(
     ("kind", "extents", "fsdp"),
-    [("v5", (4, 4, 4), 16), ("v5", (2, 2, 4), 16), ("v5", (8, 8, 16), 16), ("v5 lite", (16, 16, 1), 32)],
+    [
+        ("v5", (4, 4, 4), 16),
+        ("v5", (2, 2, 4), 16),
+        ("v5", (8, 8, 16), 64),
+        ("v5", (4, 4, 8), 32),
+        ("v5 lite", (16, 16, 1), 32),
+    ],
 )
 def test_gathers_on_a_3d_torus_go_along_whole_axes(kind, extents, fsdp):
     devices = [TpuChip(i, 0, 0, device_kind=f"TPU {kind}", extents=extents) for i in range(math.prod(extents))]
