@@ -85,8 +85,8 @@ for place in sys.argv[1:]:
 
     program = jax.jit(jax.grad(loss), out_shardings=cut).lower(weights, x)
     program = program.compile(compiler_options=topology.compiler_options(where))
-    text = program.as_text()
-    print("reduce-scatter" in text, *(word for word in ("sparsecore", "async_collective_fusion_config") if word in text))
+    text, means = program.as_text(), ("sparsecore", "async_collective_fusion_config")
+    print("reduce-scatter" in text, *(word for word in means if word in text))
 """
 OVERLAPS = {"v4": "", "v5e": " async_collective_fusion_config"}  # others: " sparsecore"
 TPUS = [name for name, chip in CHIPS.items() if chip.torus]
