@@ -25,6 +25,7 @@ class Chip:
     torus: int = 0  # dimensions of a slice's torus; 0: every device of a node reaches every other
     wrap: int = 0  # a dimension forms rings only if its chips are a multiple of this (`closed`)
     platform: str = "tpu"  # for jax.experimental.topologies
+    sparse_cores: bool = False  # that run collectives beside the computation (`xla_flags.SPARSE_CORE`)
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # for get_topology_desc
 
     def closed(self, extent: Sequence[int], axis: int) -> bool:
@@ -56,11 +57,16 @@ CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(
         ("TPU v5 lite", "TPU v5e"), 197e12, 6.1e12, 15.75 * GIB, 819 * GB, 45 * GB, 3.125 * GB, torus=2, wrap=16,
     ),
-    "v5p": Chip(("TPU v5",), 459e12, 14.3e12, 95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3, wrap=4),
+    "v5p": Chip(
+        ("TPU v5",), 459e12, 14.3e12, 95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3, wrap=4, sparse_cores=True,
+    ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"), 918e12, 7.2e12, 31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, torus=2, wrap=16,
+        sparse_cores=True,
     ),
-    "tpu7x": Chip(("TPU7x",), 1153.5e12, 9e12, 94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, torus=3, wrap=4),
+    "tpu7x": Chip(
+        ("TPU7x",), 1153.5e12, 9e12, 94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, torus=3, wrap=4, sparse_cores=True,
+    ),
     "a100": Chip(("NVIDIA A100",), 312e12, 9.7e12, 73.6 * GIB, 2039 * GB, 300 * GB, 25 * GB, platform="cuda"),
     "h100": Chip(("NVIDIA H100",), 989e12, 33.5e12, 73.3 * GIB, 3350 * GB, 450 * GB, 50 * GB, platform="cuda"),
     "h200": Chip(("NVIDIA H200",), 989e12, 33.5e12, 129.2 * GIB, 4800 * GB, 450 * GB, 50 * GB, platform="cuda"),

@@ -40,7 +40,7 @@ _leaving = threading.Lock()
 
 
 class _Stderr:
-    """Standard error that may go away (`| head`, a closed terminal): messages are lost then, the work goes on."""
+    """Standard error whose reader may go away (`2> >(head)`): messages are lost then, and the work goes on."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -95,7 +95,7 @@ def exit_message(error: BaseException) -> tuple[str, int] | None:
         case KeyboardInterrupt():
             return "; ".join(["interrupted", *map(str, error.args)]), 130
         case RuntimeError() if "home directory" in str(error):  # how pathlib expands ~NAME
-            return "error: a path begins with ~ and the name of a user who does not exist here", 2
+            return "error: a path begins with ~, but there is no such home directory", 2
     if line := exhausted(error):
         return f"error: {line}; use fewer images at once or, in training, a larger optim.accumulate", 2
     return None
@@ -138,7 +138,8 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
-    sys.stderr = _Stderr(sys.stderr)
+    if sys.stderr is not None:  # as with 2>&-
+        sys.stderr = _Stderr(sys.stderr)
     # Tracing makes many objects, few of which are garbage: collections took a tenth of a run's start.
     gc.freeze()
     gc.set_threshold(100_000)
@@ -164,8 +165,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
         exit_process(f"error: {_illegal_value(error)}", 2)
     except flags.UnrecognizedFlagError as error:
-        without = error.flagname.startswith("config.") and "config" in flags.FLAGS and flags.FLAGS.config is None
-        reason = f"--{error.flagname} needs --config=configs/NAME.py[:preset]" if without else str(error)
+        reason = str(error)
+        if error.flagname.startswith("config.") and "config" in flags.FLAGS and flags.FLAGS["config"].value is None:
+            reason = f"--{error.flagname} needs --config=configs/NAME.py[:preset]"
         exit_process(f"error: {reason}", 2)
     # Parsing flags evaluates the config file and its overrides, so any mistake can surface here.
     except Exception as error:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lina_jax import config_checks, places
+from lina_jax import chips, config_checks, places
 from lina_jax.config import TIME_FEATURES, Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
@@ -41,7 +41,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 LARGE_TABLE = 2**18
 
 # The most shards of widths 1024 and 1536 that have a multiple of 16 rows each. XLA:TPU does not gather other shards but
-# sums padded copies of them (docs/planning.md).
+# sums padded copies of them, except in squares of chips with SparseCores (docs/planning.md).
 WHOLE_TILES = 32
 
 
@@ -105,21 +105,22 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def _along_whole_axes(usual: int, limit: int, devices: Sequence[jax.Device]) -> int:
-    """The size of groups that span the most whole axes of a 3D torus, each of which has rings of its own.
+    """The size of groups that span two or three whole axes of a 3D torus, around all of which SparseCores gather.
 
-    From half of `usual` up to it, or twice it in a plane; a divisor of `limit`. `usual`, if there is no such size.
+    From half of `usual` up to it, or twice it in a square; a divisor of `limit`. `usual`, if there is no such size.
     `devices` are those of one slice.
     """
-    coords = np.array([getattr(device, "coords", ()) for device in devices])
-    extents = [len(np.unique(axis)) for axis in coords.T]
-    if min(extents, default=1) == 1:
+    chip = chips.of_kind(getattr(devices[0], "device_kind", ""))
+    if chip is None or chip.torus != 3 or not chip.sparse_cores:
         return usual
+    extents = [len(np.unique(axis)) for axis in np.array([device.coords for device in devices]).T]
     if (cores := len(devices) // math.prod(extents)) > 1:
         extents.append(cores)
     divisible, found = math.gcd(limit, 2 * WHOLE_TILES), [(0, usual)]
-    for count in range(1, len(extents) + 1):
-        for size in map(math.prod, itertools.combinations(extents, count)):
-            if usual <= 2 * size <= (4 if count == 2 else 2) * usual and divisible % size == 0:
+    for count in range(2, len(extents) + 1):
+        for axes in itertools.combinations(extents, count):
+            size, square = math.prod(axes), count == 2 and axes[0] == axes[1]
+            if usual <= 2 * size <= (4 if square else 2) * usual and divisible % size == 0:
                 found.append((count, size))
     return max(found)[1]
 

@@ -172,10 +172,10 @@ def main(argv: Sequence[str]) -> None:
     names = flags.FLAGS.only or list(PUBLISHED)
     if unknown := [name for name in names if name not in PUBLISHED]:
         raise UserError(f"--only={','.join(unknown)}: expected one or more of {', '.join(PUBLISHED)}")
-    if len(names) > 1:  # a process compiles with the flags of one kind of chip
+    if len(names) > 1:  # XLA reads its flags for GPUs once per process
         for name in names:
             if code := subprocess.run([sys.executable, "-m", "lina_jax.plan_check", f"--only={name}"]).returncode:
-                sys.exit(code)  # it has said why
+                sys.exit(code if code > 0 else 128 - code)
         return
     print(json.dumps(compare(names[0])), flush=True)
 

@@ -147,12 +147,12 @@ def prepare(
     finished units are kept for a retry.
     """
     out = Path(out).expanduser().resolve()
-    if os.path.ismount(out):
-        raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
     if totals := finished(out, settings):
         _meet(out)
         print(f"{out} is already prepared with these settings")
         return totals
+    if os.path.ismount(out):
+        raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
     places.check("out", out.parent)
     if not share.index:
         places.check_renames("out", out.parent)

@@ -305,7 +305,7 @@ class _Walk:
         if opcode == "fusion" and "async_collective_fusion_config" in inner.attributes:
             key = inner.attribute("channel_id")
             phase = {"start": "start", "done": "done"}.get(instruction.name.split(".")[0].split("-")[-1], "between")
-        if any("all-reduce-scatter" in name for name in instruction.called):  # an all-reduce, sliced per device
+        if any("all-reduce-scatter" in name for name in begun.called):  # an all-reduce, sliced per device
             kind = "reduce-scatter"
         size, groups = hlo.collective_bytes(inner, scope), device_groups.of(inner, len(self._devices))
         if kind in hlo.EXCHANGES:  # the result is one device's part

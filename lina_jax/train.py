@@ -62,6 +62,8 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
     stop has saved.
     """
+    if (steps := config.log.profile_steps) and not config.log.profile_start:
+        raise UserError(f"log.profile_steps={steps}: set log.profile_start, too, to the first step to trace")
     mesh = mesh_lib.from_config(config)
     places.check("workdir", workdir)
     if jax.process_index() == 0:

@@ -105,13 +105,13 @@ class WorkDirectory:
                         splits[split] = Shards(partial / split, shard_bytes)
                     splits[split].append(serialize(item))
             finished = {split: shards.finish() for split, shards in splits.items()}
+            made = sum(shard.records for shards in finished.values() for shard in shards) + rejected.total()
+            if made != count:
+                raise RuntimeError(f"unit {number} of {source} has {count} items, but {made} came")
         except BaseException:
             for shard in partial.glob("*-?????"):  # it would only take space; the rejects are for the user
                 shard.unlink(missing_ok=True)
             raise
-        made = sum(shard.records for shards in finished.values() for shard in shards) + rejected.total()
-        if made != count:
-            raise RuntimeError(f"unit {number} of {source} has {count} items, but {made} came")
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in finished[split]] for split in finished}
         receipt = {"items": count, "shards": shards, "rejected": rejected, "truncated": truncated()}
         # If another process has finished the dataset meanwhile, its directory must not come back.

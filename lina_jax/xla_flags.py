@@ -15,6 +15,7 @@ from pathlib import Path
 TPU = (  # of all kinds
     # Schedule computation while collectives are under way. The default; set explicitly as the others depend on it.
     "--xla_tpu_enable_latency_hiding_scheduler=true",
+    # What it may move apart; the means to run it beside computation depend on the kind.
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_collective_permute=true",
     # Do not combine the gradient reductions of several matrices: the first would wait for the last, which ends a loop
@@ -38,11 +39,10 @@ V5E = (
     "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
     "--xla_tpu_scoped_vmem_limit_kib=24576",
 )
-# Others have SparseCores, which run collectives beside the computation: around the rings of one axis of the torus, or
-# with 2d, 3d and nd of all axes that a group spans.
+# v5p, v6e and TPU7x have SparseCores, which run collectives beside the computation: around the rings of one axis of the
+# torus, or with 2d, 3d and nd of all axes that a group spans. Without these flags all gathers are synchronous.
 SPARSE_CORE = (
     *TPU,
-    "--xla_tpu_enable_async_collective_fusion=false",
     "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
     "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",
     "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true",
@@ -114,7 +114,9 @@ def tpu_options(kind: str) -> dict[str, str | int]:
 
 def _not_set(options: Mapping[str, str | int], variable: str = "XLA_FLAGS") -> dict[str, str | int]:
     """The options without those that the user sets in an environment variable, which they would override."""
-    set_here = {flag.split("=")[0] for flag in os.environ.get(variable, "").split() if flag not in GPU}
+    of_launchers = {*GPU, *V5E, *SPARSE_CORE}
+    given = [flag for flag in os.environ.get(variable, "").split() if flag not in of_launchers]
+    set_here = {flag.split("=")[0].replace("--noxla_", "--xla_") for flag in given}
     return {name: value for name, value in options.items() if f"--{name}" not in set_here}
 
 

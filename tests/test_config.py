@@ -170,7 +170,6 @@ def test_datasets_may_move_and_their_shares_may_not_change(pixels):
         ("optim.learning_rate", 1e39, "optim.learning_rate=1e+39: out of the range of float32"),
         ("optim.eps", 1e-50, "optim.eps=1e-50: out of the range of float32"),
         ("optim.b2", 0.99999999, "optim.b2=0.99999999: must be in [0, 1), also when rounded to float32"),
-        ("log.profile_steps", 2, "log.profile_steps=2: set log.profile_start"),
         ("optim.learning_rate", 0.0, "optim.learning_rate=0.0: must be positive"),
         ("optim.learning_rate", -1e-3, "optim.learning_rate=-0.001: must not be negative"),
         ("batch_size", 0, "batch_size=0: must be positive"),
@@ -306,3 +305,9 @@ def test_the_command_line_says_what_is_wrong_in_one_line(run_module, tmp_path, o
     assert line.startswith("error:")
     assert message in line
     assert not workdir.exists()
+
+
+def test_an_override_without_a_config_file_says_what_is_missing(run_module, tmp_path):
+    result = run_module("train", f"--workdir={tmp_path / 'run'}", "--config.steps=5")
+    assert result.returncode == 2
+    assert result.stderr == "error: --config.steps needs --config=configs/NAME.py[:preset]\n"

@@ -105,6 +105,11 @@ def test_libtpu_compiles_sharded_layers_with_the_flags_for_each_kind_of_tpu():
     assert result.stdout.splitlines() == [f"True{OVERLAPS.get(name, ' sparsecore')}" for name in TPUS]
 
 
+def test_the_table_of_chips_and_the_flags_agree_on_sparse_cores():
+    flagged = {name for name in CHIPS if xla_flags.of_tpu(name) == xla_flags.SPARSE_CORE}
+    assert flagged == {name for name, chip in CHIPS.items() if chip.sparse_cores}
+
+
 @pytest.mark.parametrize(
     ("number", "flags"),
     [("0x005e", xla_flags.TPU), ("0x0063", xla_flags.V5E), ("0x0062", xla_flags.SPARSE_CORE)],

@@ -61,7 +61,7 @@ errors.run(main)
             "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; use fewer images at once or, "
             "in training, a larger optim.accumulate",
         ),
-        ("--count=9", 2, "error: a path begins with ~ and the name of a user who does not exist here"),
+        ("--count=9", 2, "error: a path begins with ~, but there is no such home directory"),
         ("--count=1e3", 2, "error: --count=1e3: expected a whole number"),
         ("--count=0", 2, "error: --count=0: 0 is not a positive integer"),
         ("--label=cat", 2, "error: --label=cat: expected a whole number"),
@@ -93,6 +93,9 @@ errors.run(main)
 def test_work_goes_on_when_nobody_reads_its_messages():
     result = subprocess.run([sys.executable, "-c", UNREAD], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "done\n")
+    closed = ["bash", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, UNREAD.replace("os.dup2(write, 2)", "")]
+    result = subprocess.run(closed, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "done")
 
 
 UNHEARD = """

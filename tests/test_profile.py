@@ -15,6 +15,12 @@ def test_chosen_steps_are_profiled(tiny_text, tmp_path):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
+def test_steps_to_trace_need_a_first_one(tiny_text, tmp_path):
+    with pytest.raises(UserError, match=r"log\.profile_steps=2: set log\.profile_start, too"):
+        train(tiny_text(log={"profile_steps": 2}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_trace_is_kept_whatever_ends_the_run(tiny_text, tmp_path, monkeypatch):
     """Here, a step that cannot be logged ends it."""
 

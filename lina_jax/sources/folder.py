@@ -91,7 +91,7 @@ class FolderSource:
             raise UserError(f"--input={directory}: neither class sub-folders nor metadata.jsonl or metadata.csv in it")
         for name in self.label_names:
             # TFDS keeps the names as lines of UTF-8, and reads them without the spaces around them.
-            if name.encode(errors="replace").decode().strip() != name or "\n" in name:
+            if name.encode(errors="replace").decode().strip() != name or {"\n", "\r"} & set(name):
                 raise UserError(f"--input={directory}: {name!r} cannot be the name of a class; rename the folder")
         number = {name: i for i, name in enumerate(self.label_names)}
         problems = {True: "", False: "not in a class folder"}

@@ -55,6 +55,8 @@ class ParquetSource:
                 wanted = range(max(rows.start, unit.start), min(rows.stop, unit.stop))
                 if wanted:
                     yield from self._read_group(file, group, rows.start, wanted, unit.path)
+            for row in range(max(first, unit.start), unit.stop):
+                yield Reject(f"{self._short[unit.path]}:{row}", "in no row group")
 
     def _read_group(self, file, group: int, first: int, wanted: range, path: str) -> Iterator[Example | Reject]:
         keys = {row: f"{self._short[path]}:{row}" for row in wanted}

@@ -4,9 +4,10 @@ import contextlib
 import io
 import json
 import lzma
+import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lina_jax.errors import first_line
@@ -71,18 +72,22 @@ class WebDatasetSource:
                 base.raise_if_storage((file and file.failure) or error)
                 yield 1, iter([Reject(name, f"not a tar archive: {first_line(error)}")])
                 return
-            yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample) for sample in samples)
+            files = {member.name: member for sample in samples for member in sample.members.values() if member.isfile()}
+            yield len(samples), (self._item(archive, f"{name}:{sample.key}", sample, files) for sample in samples)
 
-    def _item(self, archive: tarfile.TarFile, key: str, sample: _Sample) -> Example | Reject:
+    def _item(
+        self, archive: tarfile.TarFile, key: str, sample: _Sample, files: Mapping[str, tarfile.TarInfo]
+    ) -> Example | Reject:
         if sample.problem:
             return Reject(key, sample.problem)
         image = next((extension for extension in sample.members if extension in base.IMAGES), "")
         fields = self._fields._replace(image=image)
         wanted = {field.partition(".")[0] for field in fields} & sample.members.keys()
         try:
+            members = {extension: _target(sample.members[extension], files) for extension in wanted}
             # In the order of the archive: a step back in a compressed one would read it again from the start.
-            in_order = sorted(wanted, key=lambda extension: sample.members[extension].offset_data)
-            data = {extension: _content(archive, sample.members[extension]) for extension in in_order}
+            in_order = sorted(wanted, key=lambda extension: members[extension].offset_data)
+            data = {extension: _content(archive, members[extension]) for extension in in_order}
             values = [_value(data, field) for field in fields]
         except base.Unusable as reason:
             return Reject(key, str(reason))
@@ -116,7 +121,8 @@ def _samples(archive: tarfile.TarFile) -> Iterator[_Sample]:
         directory, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         key = f"{directory}/{stem}" if directory else stem
-        hidden = not stem or not (member.isfile() or member.islnk() or member.issym())
+        linked = extension and (member.islnk() or member.issym())
+        hidden = not stem or not (member.isfile() or linked)
         if gap or (key != current.key and not hidden):
             if current.members:
                 yield current
@@ -155,14 +161,21 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         base.raise_if_storage(error)
 
 
+def _target(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """The file that a member is or links to, as GNU tar writes files that share an inode."""
+    if member.isfile():
+        return member
+    name = member.linkname
+    if member.issym():
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), name))
+    if name not in files:
+        raise base.Unusable("link without a target in tar")
+    return files[name]
+
+
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
-        file = archive.extractfile(member)
-        if file is None:
-            raise base.Unusable("link to a directory in tar")
-        return file.read()
-    except (KeyError, RecursionError):
-        raise base.Unusable("link without a target in tar") from None
+        return archive.extractfile(member).read()
     except _UNREADABLE as error:
         base.raise_if_storage(error)
         raise base.Unusable("truncated tar member") from None
