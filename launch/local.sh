@@ -16,8 +16,9 @@
 # Each option can also be given as LINA_NAME, LINA_PROCESSES, ... in the environment.
 #
 # --coordinator, --processes and --process_id are added to the command. SIGTERM and SIGINT are passed on to all
-# processes, which then save and end. When a process ends with 75, or by a signal, all are ended and restarted (not on
-# 130 and 143, which mean that somebody stopped it). Any other failure ends all, with its code.
+# processes, which then save and end; so they do when the terminal closes, unless nohup runs this script. When a process
+# ends with 75, or by a signal, all are ended and restarted (not on 130 and 143, which mean that somebody stopped it).
+# Any other failure ends all, with its code.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
