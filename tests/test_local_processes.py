@@ -101,7 +101,10 @@ def test_signals_reach_all_local_processes(number, code, state, ends_with, tmp_p
     """
     command = ["bash", str(LAUNCH / "local.sh"), *LOCAL, "--", *process(_0=[state], _1=[state])]
     env = os.environ | {"HOME": str(tmp_path), "PYTHON": sys.executable}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if nohup runs the tests
+    launcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
+    with launcher:
         assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         launcher.send_signal(number)
         _, lines = launcher.communicate(timeout=30)
