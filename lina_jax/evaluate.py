@@ -172,10 +172,10 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: give only one of them")
     if values.samples_from and not (values.inception and values.out):
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
-    if values.samples_from and (wrong := [name for name in _OF_MODELS if _asked(values[name])]):
+    if values.samples_from and (wrong := [n for n in _OF_MODELS if values[n].present and values[n].value is not False]):
         raise UserError(f"--{wrong[0]} needs a model that draws: give --workdir instead of --samples_from")
     for name, others in _NEEDS.items():
-        if _asked(values[name]) and values[name].value and not any(values[other].value for other in others):
+        if values[name].present and values[name].value and not any(values[other].value for other in others):
             raise UserError(f"--{name}={values[name].value} needs {' or '.join(f'--{other}=FILE' for other in others)}")
     least_values = {"scenes": 0, "number": 2, "per_device": 1, "reference_number": 0, "geneval_images": 1}
     for name, least in least_values.items():
@@ -201,11 +201,6 @@ def _check(values: flags.FlagValues) -> list[str]:
         places.check("npz", npz.parent)
     sample.check_seed(values.seed)
     return metrics
-
-
-def _asked(flag: flags.Flag) -> bool:
-    """Whether a flag is given, other than as --noNAME."""
-    return flag.present and flag.value is not False
 
 
 class _Run:

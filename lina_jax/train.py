@@ -73,7 +73,6 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     train_records = data.open_records(config, config.data.train_split, encoders.text)
     valid_records = data.open_records(config, config.data.validation_split, encoders.text)
     hosts.check_same("data", {"training data": train_records.manifest, "validation data": valid_records.manifest})
-
     check_data(workdir, train_records.manifest, allow_changes=allow_config_change)
 
     blueprint = state.make_blueprint(kernel_check.resolve_kernel(config, mesh), mesh, encoders)

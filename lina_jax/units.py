@@ -114,7 +114,7 @@ class WorkDirectory:
             raise
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in finished[split]] for split in finished}
         receipt = {"items": count, "shards": shards, "rejected": rejected, "truncated": truncated()}
-        # If another process has finished the dataset meanwhile, its directory must not come back.
+        # If another process has finished the dataset meanwhile, the work directory must not come back.
         places.write_json(partial / "receipt.json", receipt, parents=False)
         try:
             partial.rename(place)

@@ -60,9 +60,10 @@ def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) 
 
 
 def check_data(workdir: Path, manifest: str, *, allow_changes: bool = False) -> None:
-    """Check that a run in a workdir resumes on the records that it began with. Raises UserError unless it may not.
+    """Check that a run in a workdir resumes on the records that it began with.
 
-    `manifest` has digests of the metadata of the training data, in order (`data.Records`).
+    `manifest` has digests of the metadata of the training data, in order (`data.Records`). Raises UserError if it has
+    changed, unless `allow_changes`.
     """
     path = workdir / _DATA
     if allow_changes or not saved_checkpoints(workdir) or not path.exists():

@@ -162,7 +162,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _target(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """The file that a member is or links to, as GNU tar writes files that share an inode."""
+    """The file that a member is or links to (GNU tar links files that share an inode). Raises base.Unusable."""
     if member.isfile():
         return member
     name = member.linkname
