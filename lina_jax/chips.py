@@ -26,6 +26,7 @@ class Chip:
     wrap: int = 0  # a dimension forms rings only if its chips are a multiple of this (`closed`)
     platform: str = "tpu"  # for jax.experimental.topologies
     sparse_cores: bool = False  # that run collectives beside the computation (`xla_flags.SPARSE_CORE`)
+    kernels: bool = False  # attention kernels are planned to be faster than XLA's matmuls (docs/performance.md)
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # for get_topology_desc
 
     def closed(self, extent: Sequence[int], axis: int) -> bool:
@@ -59,6 +60,7 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "v5p": Chip(
         ("TPU v5",), 459e12, 14.3e12, 95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, torus=3, wrap=4, sparse_cores=True,
+        kernels=True,
     ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"), 918e12, 7.2e12, 31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, torus=2, wrap=16,

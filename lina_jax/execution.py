@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lina_jax import chips
+from lina_jax.chips import Chip
 from lina_jax.config import Config, ModelConfig
 from lina_jax.models import tiles
 from lina_jax.models.draws import max_visible
@@ -23,7 +24,7 @@ RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # share of a step's FLO
 # also keeps what lies between them. WORKING: how many such arrays are live at once inside the widest block. All are for
 # the published mlp_ratio, 4.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
-# The same with kernels, fitted to plans for GPUs.
+# The same with kernels in unrolled layers, fitted to plans for GPUs. In scanned layers they save nothing on TPUs.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # share of the memory that an estimate may fill; compilers need some room
 
@@ -34,8 +35,9 @@ def resolve(config: Config, mesh: Mesh, encoders: float = 0.0) -> Config:
     `encoders`: bytes per device of frozen encoders. GPUs keep as many activations for the backward pass as are
     estimated to fit. TPUs, and GPUs whose memory is unknown, keep the results of matmuls. CPUs keep everything.
     """
-    platform = mesh.devices.flat[0].platform
-    config = _filled(config, **scan_and_kernel_options(config.model, platform)[0])
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    config = _filled(config, **scan_and_kernel_options(config.model, platform, chips.of_kind(device.device_kind))[0])
     memory = _memory(mesh) if platform == "gpu" else 0.0
     if not memory:
         return _filled(config, remat="none" if platform == "cpu" else "dots")
@@ -56,15 +58,26 @@ def for_all_platforms(config: Config) -> Config:
     return _filled(config, remat="none", **scan_and_kernel_options(config.model, "cpu")[0])
 
 
-def scan_and_kernel_options(model: ModelConfig, platform: str) -> list[dict[str, Any]]:
-    """Choices of scan_layers and attention_kernel for a platform, the best first, which keep what the model sets."""
-    channels = model.width // model.heads
-    # More float32 channels exceed the shared memory of an A100.
-    most = tiles.GPU_LANES[1] if model.dtype == "bfloat16" else tiles.GPU_LANES[1] // 2
-    kernels = ["pallas"] if platform == "gpu" and model.attention != "softmax" and channels <= most else []
-    kernels = [*kernels, "xla"] if model.attention_kernel in OPEN else [model.attention_kernel]
+def scan_and_kernel_options(model: ModelConfig, platform: str, chip: Chip | None = None) -> list[dict[str, Any]]:
+    """Choices of scan_layers and attention_kernel for a platform, the best first, which keep what the model sets.
+
+    `chip` is None if it is unknown.
+    """
+    kernels = ["pallas", "xla"] if _kernels_pay(model, platform, chip) else ["xla"]
+    if model.attention_kernel not in OPEN:
+        kernels = [model.attention_kernel]
     scan = platform != "gpu" if model.scan_layers in OPEN else model.scan_layers
     return [{"scan_layers": scan, "attention_kernel": kernel} for kernel in kernels]
+
+
+def _kernels_pay(model: ModelConfig, platform: str, chip: Chip | None) -> bool:
+    channels, bfloat16 = model.width // model.heads, model.dtype == "bfloat16"
+    if model.attention == "softmax":
+        return False
+    if platform == "gpu":  # more float32 channels exceed the shared memory of an A100
+        return channels <= (tiles.GPU_LANES[1] if bfloat16 else tiles.GPU_LANES[1] // 2)
+    # Products of more heads at once are mostly masked; those of float32 are exact, and slower than XLA's.
+    return chip is not None and chip.kernels and bfloat16 and tiles.heads_at_once(model.heads, channels) <= 4
 
 
 def policies(model: ModelConfig) -> list[str]:
@@ -108,7 +121,8 @@ def activation_bytes(config: Config, images: float) -> float:
     )
     width = model.width * size
     head = config.loss.repeat * image * model.head_width * size
-    kept, working = (KEPT, WORKING) if model.attention_kernel == "xla" else (KEPT_WITH_KERNELS, WORKING_WITH_KERNELS)
+    saving = model.attention_kernel != "xla" and not model.scan_layers
+    kept, working = (KEPT_WITH_KERNELS, WORKING_WITH_KERNELS) if saving else (KEPT, WORKING)
     blocks = sum(depth * tokens for depth, tokens in stacks) * width
     total = kept[model.remat] * (blocks + model.head_depth * head)
     alive = working * max((condition + max(image, text)) * width, head)

@@ -113,7 +113,7 @@ def ranked(config: Config, target: Topology, devices: Sequence[jax.Device], *, f
     replica = target.slices if config.mesh.replica in (1, -1) else config.mesh.replica
     widths = [n for n in _powers(len(devices)) if config.model.width % n == 0]
     policies = execution.policies(config.model)
-    ways = execution.scan_and_kernel_options(config.model, "tpu" if target.chip.torus else "gpu")
+    ways = execution.scan_and_kernel_options(config.model, "tpu" if target.chip.torus else "gpu", target.chip)
     held, found, refusals = {}, [], []
     rows = _powers(config.model.image_grid[0])
     for sequence, tensor, fsdp in itertools.product(rows, (1, 2, 4), widths):

@@ -29,10 +29,10 @@ def of_preset(load_preset):
     return make
 
 
-def on(platform, config, chosen=execution.resolve, memory=CHIPS["h200"].memory, **held):
+def on(platform, config, chosen=execution.resolve, memory=CHIPS["h200"].memory, kind="", **held):
     """The choice for eight devices with `memory` bytes each that hold an eighth of the state each."""
     stats = {"bytes_limit": memory} if memory else None
-    device = types.SimpleNamespace(platform=platform, device_kind="", process_index=0, memory_stats=lambda: stats)
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, process_index=0, memory_stats=lambda: stats)
     mesh = types.SimpleNamespace(devices=np.array([device] * 8), shape={"fsdp": 8, "tensor": 1}, size=8)
     return execution.choices_of(chosen(config, mesh, **held).model)
 
@@ -60,6 +60,15 @@ def test_what_a_config_sets_stays(of_preset):
 )
 def test_gpus_without_kernels_for_a_model_unroll_layers_without(without_kernels, of_preset):
     assert on("gpu", of_preset("t2i:256", **without_kernels))["attention_kernel"] == "xla"
+
+
+def test_of_tpus_v5p_has_kernels_where_few_heads_share_a_tile(of_preset):
+    def kernel(preset="t2i:256", kind="TPU v5", **model):
+        return on("tpu", of_preset(preset, **model), kind=kind)["attention_kernel"]
+
+    assert kernel() == kernel("imagenet256_c2i:w1024") == kernel(attention="hybrid") == "pallas"
+    others = [kernel(**SOFTMAX), kernel(dtype="float32"), kernel(heads=6, width=576)]
+    assert {*others, kernel(kind="TPU v5 lite"), kernel(kind="TPU v6 lite"), kernel(kind="TPU7x")} == {"xla"}
 
 
 def test_gpus_keep_for_the_gradient_what_fits(of_preset):

@@ -115,6 +115,7 @@ def test_ways_of_running_layers_take_turns_in_a_search(tiny):
     assert ways("h200") == [(False, "pallas"), (False, "xla")] * 2
     assert ways("h200", attention_kernel="xla", scan_layers=True) == [(True, "xla")] * 4
     assert ways("v5e") == [(True, "xla")] * 4
+    assert ways("v5p", dtype="bfloat16") == [(True, "pallas"), (True, "xla")] * 2
 
 
 def test_what_a_search_recommends_is_told_as_flags_of_training(tiny):

@@ -172,11 +172,16 @@ def over_tokens(
     return _on_tpu(function, arrays, results, heads, products, interpret)
 
 
+def heads_at_once(heads: int, width: int) -> int:
+    """The number of heads in a tile on TPUs: the fewest that fill whole registers, or all."""
+    together = LANES // math.gcd(LANES, width)
+    return together if heads % together == 0 else heads
+
+
 def _on_tpu(function, arrays: Parts, results: Parts, heads: int, products: tuple[int, int], interpret: bool) -> Parts:
     batch, length, features = arrays.tokens[0].array.shape
     dtype, width = arrays.tokens[0].array.dtype, features // heads
-    together = LANES // math.gcd(LANES, width)
-    together = together if heads % together == 0 else heads
+    together = heads_at_once(heads, width)
     tile = Tile(together, width, together * width)
     steps, groups = pl.cdiv(length, ROWS), heads // together
     kinds = sum(gates.shape[2] // heads for gates in arrays.gates)
