@@ -122,7 +122,7 @@ class DataConfig:
     """Where records come from and how they are read (docs/data.md)."""
 
     path: str = ""  # a directory or a bucket's URL; several as PATH=WEIGHT,PATH=WEIGHT
-    train_split: str = "train"  # split to train on
+    train_split: str = "train"  # split to train on, or a part of one: train[500:]
     validation_split: str = "validation"  # split of the validation losses
     short_caption: float = 0.5  # probability of using the short caption of a record that has one
     flip: bool = False  # mirror pictures left to right with probability 1/2; only for records of pixels

@@ -155,8 +155,10 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
     try:
         parts = info.splits[split].file_instructions
     except (KeyError, ValueError):
-        known = ", ".join(info.splits)
-        raise UserError(f"{directory} has no split {split!r}; its splits: {known}") from None
+        known, example = ", ".join(info.splits), f"{next(iter(info.splits), 'train')}[:500]"
+        raise UserError(
+            f"{directory} has no split {split!r}; its splits: {known}, or parts of them, such as {example!r}"
+        ) from None
     shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts]
     if local_copy:
         local_copy.copy_shards([os.path.basename(shard.path) for shard in shards], threads)
