@@ -144,6 +144,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_file.define_flag()
+    flags.declare_key_flag("config")
     flags.DEFINE_integer("repeats", 5, "runs per measurement; the median is reported", lower_bound=1)
     flags.DEFINE_string("compare", None, "output file of an earlier call; ratios to its figures are added")
     flags.DEFINE_list("batches", [], "batch sizes; default: the config's (train), 4 (sample), 1 (attention)")

@@ -239,8 +239,9 @@ class InitFromConfig:
     """The weights that a new run starts from (init_rules.py, docs/checkpoints.md).
 
     The patterns are shell patterns (* matches anything) of names of arrays, like
-    decoder/runs/from_16/attention/key_scale. They are added to those of the named rules. Of `exclude`, `include`,
-    `restart` and `recompute`, the first that matches an array decides.
+    decoder/runs/from_16/attention/key_scale. They are added to those of the named rules. Arrays that `exclude`
+    matches, or a non-empty `include` does not, are skipped. For others the first match of `restart` and `recompute`
+    decides; the rest are loaded.
     """
 
     path: str = ""  # the other run's workdir, trained or imported; "": start from random weights

@@ -5,9 +5,9 @@ python -m lina_jax.plan --config=configs/NAME.py[:preset] --topology=v5p:4x4x4 [
 
 Compiles the train step and the sampling step for the devices of the topology and prints a table: parameters, memory
 per device by kind, collectives by mesh axis, and a roofline estimate of step time and MFU. With --json, stdout is one
-JSON object and the table goes to stderr. --search tries remat policies (on GPUs with and without attention kernels),
-meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install '.[tpu]'`, for GPUs
-`'.[plan-gpu]'`. docs/planning.md explains the figures.
+JSON object and the table goes to stderr. --search tries remat policies (where kernels are the default, with and without
+them), meshes and batch sizes. A config that does not fit is an answer, not an error. Needs `pip install '.[tpu]'`, for
+GPUs `'.[plan-gpu]'`. docs/planning.md explains the figures.
 """
 
 import dataclasses
@@ -277,6 +277,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_file.define_flag()
+    flags.declare_key_flag("config")
     flags.DEFINE_string("topology", None, "CHIP:SHAPE, like v5e:16x16, v5p:4x4x4*2 (two slices), h200:8, h200:4x8")
     flags.DEFINE_integer(
         "batch_per_chip", None, "global batch, in images per chip; default: the config's", lower_bound=1

@@ -4,10 +4,11 @@ python -m lina_jax.train --config=configs/NAME.py[:preset] --workdir=DIR [--conf
 
 Run the same command again to resume from the last checkpoint. Ctrl-C stops a run, after finishing a save that is under
 way; SIGTERM makes it save and stop (exit code 75). With several processes (docs/many_hosts.md), only the first writes
-logs and pictures. WORKDIR holds config.json, checkpoints/, metrics.jsonl (a resumed run adds rows for the steps that it
-repeats), TensorBoard events/, previews/, compiled/ programs, measuring/ (features of pictures until their quality is
-known), init_from.json if the run started from other weights (config.init_from), lock (one run at a time) and, at the
-end, loss.png.
+logs and pictures. WORKDIR holds config.json, data.json (digests of the training data), checkpoints/, metrics.jsonl (a
+resumed run adds rows for the steps that it repeats), TensorBoard events/, previews/, compiled/ programs, measuring/
+(features of pictures until their quality is known), init_from.json if the run started from other weights
+(config.init_from), damaged/ checkpoints and profile/ if there are any, lock (one run at a time) and, at the end,
+loss.png.
 
 Any field of the config can be overridden, for example --config.steps=500 --config.model.width=256
 --config.model.image_grid=8,8. lina_jax/config.py says what each field means and what may change when a run resumes.

@@ -73,7 +73,7 @@ GPU = (
     "--xla_gpu_all_reduce_combine_threshold_bytes=134217728",
 )
 # The rest are not flags of a process but options of programs: of those that make gradients, or that run once.
-# On CPUs: together 1.1 times as fast (a step of configs/bench.py, 2 cores with AVX-512); no effect on sampling.
+# On CPUs: together 1.1 times as fast (a step of configs/bench.py, 2 cores with AVX-512). They slow sampling.
 CPU_TRAINING = {
     # Matmuls by Eigen, at 145 GFLOP/s instead of 125 by the default, YNNPACK.
     "xla_cpu_experimental_ynn_fusion_type": "",
