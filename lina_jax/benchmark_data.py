@@ -186,7 +186,7 @@ def _batches(source: data.Records, settings: Settings, step: int = 0) -> Iterato
 
 def _tiny_records(directory: Path) -> data.Records:
     split = reading.open_split(directory, "train")
-    return data.Records([split], [decode.Label(), decode.Moments((2, 2, 2)), decode.Caption(8)])
+    return data.Records([split], [decode.Label(), decode.Moments((2, 2, 2)), decode.Caption(16)])
 
 
 def _resident_mb() -> float:

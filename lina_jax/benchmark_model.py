@@ -89,8 +89,11 @@ class Training:
 def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bool) -> Iterator[Row]:
     """A row for each number of images: the sampler up to latents or, with the published autoencoder, to pixels.
 
-    Parameters and text features are noise; prompts are not encoded.
+    Parameters and text features are noise; prompts are not encoded. Raises UserError for an autoencoder that the model
+    does not use.
     """
+    if autoencoder and config.autoencoder.kind == "identity":
+        raise UserError("--autoencoder: this model generates pixels and needs no autoencoder")
     default = mesh_lib.round_up_batch(mesh_lib.build(config.mesh), SAMPLED)
     for images in batches or [default]:
         config_checks.check_value("batch_size", images)
@@ -110,7 +113,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,
         "euler_steps": config.sample.euler_steps, "guided": schedule.guided,
-        "autoencoder": autoencoder and config.autoencoder.kind != "identity",
+        "autoencoder": autoencoder,
     }  # fmt: skip
     row |= took.fields() | {"images_per_s": images / took.median}
     row |= timing.efficiency(images * flops.sampling_flops(config.model, schedule), took.median, _peak(config))

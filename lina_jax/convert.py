@@ -19,6 +19,7 @@ python -m lina_jax.convert --describe=PATH [--diff=OTHER]
 docs/checkpoints.md says how each part is converted. Nothing is ever overwritten, and nothing is left half-written.
 """
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -258,6 +259,7 @@ def _operation(values: flags.FlagValues) -> str:
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up, like Ctrl-C
     values = flags.FLAGS
     operation = _operation(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None

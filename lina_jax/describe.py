@@ -42,10 +42,13 @@ class Content:
 
 def open_content(path: Path) -> Content:
     """The content of a path. Raises UserError if it is in none of the formats."""
-    if (path / "checkpoints").is_dir():
-        return _workdir(path, None)
-    if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
-        return _workdir(path.parent.parent, int(path.name))
+    run, step = path, None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        run, step = path.parent.parent, int(path.name)
+    elif path.name == "checkpoints":
+        run = path.parent
+    if (run / "checkpoints").is_dir() or _is_run(run):
+        return _workdir(run, step)
     exported = path.parent if path.name in (export_program.PROGRAM, export_program.WEIGHTS) else path
     if (exported / export_program.PROGRAM).is_file():
         return _program(exported)
@@ -81,15 +84,25 @@ def _listed(tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {name: (shape, FLOATS[tensors.dtypes[name]]) for name, shape in tensors.shapes.items()}
 
 
+def _is_run(path: Path) -> bool:
+    try:
+        load_config(path)
+    except UserError:
+        return False
+    return True
+
+
 def _workdir(path: Path, step: int | None) -> Content:
     config = load_config(path)
     checkpoints = Checkpoints(path, config.checkpoint, create=False)
     if not checkpoints.steps():
         raise UserError(f"{path}: a training directory without a checkpoint")
+    steps = ", ".join(map(str, checkpoints.steps()))
+    if step not in (None, *checkpoints.steps()):
+        raise UserError(f"{path}: no checkpoint {step}; there are {steps}")
     which = "the last" if step is None else "this one"
     step = checkpoints.steps()[-1] if step is None else step
     more = "weights only" if checkpoints.imported(step) else "parameters, EMA (listed here), optimizer state"
-    steps = ", ".join(map(str, checkpoints.steps()))
 
     @functools.cache
     def arrays() -> dict[str, Any]:
@@ -190,10 +203,13 @@ def difference(path: Path, other: Path) -> str:
         if dtype != other_dtype:
             recast[f"{dtype} | {other_dtype}"].append(name)
         x, y = (np.asarray(content.read(name), np.float32) for content in (a, b))
-        if np.array_equal(x, y):
-            equal += 1
+        unequal = (x != y) & ~(np.isnan(x) & np.isnan(y))
+        if unequal.any():
+            # A NaN on one side counts as the largest difference.
+            most = np.max(np.nan_to_num(np.abs(x[unequal] - y[unequal]), nan=np.inf, posinf=np.inf))
+            differing.append((float(most), name))
         else:
-            differing.append((float(np.max(np.abs(x - y))), name))
+            equal += 1
     lines += [f"{len(names)} tensors, first {names[0]}: {said}" for said, names in recast.items()]
     differing.sort(reverse=True)
     lines += [f"{name}: values differ by up to {most:.3g}" for most, name in differing[:SHOWN]]

@@ -243,6 +243,8 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if values.config is None or not values.topology:
         raise UserError("--config=FILE.py[:PRESET] and --topology=CHIP:SHAPE (v5e:16x16, h200:8) are both needed")
+    if values["search_compiles"].present and not values.search:
+        raise UserError(f"--search_compiles={values.search_compiles}: belongs to --search, which is not given")
     target = topology.parse(values.topology)
     config = config_lib.freeze(values.config)
     devices = topology.devices(target)

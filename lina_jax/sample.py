@@ -230,8 +230,8 @@ def sample_settings(config: Config, overrides: dict[str, object]) -> SampleConfi
             raise UserError(f"--{name}={value}: expected 1 to {config_checks.MOST_STEPS}")
     for name in ("guidance", "temperature"):
         value = getattr(settings, name)
-        if not abs(value) <= np.finfo(np.float32).max or value < 0:
-            raise UserError(f"--{name}={value}: must be finite and not negative")
+        if not 0 <= value <= config_checks.LARGEST:
+            raise UserError(f"--{name}={value}: must be in [0, {config_checks.LARGEST:.3g}]")
     if settings.annealing != "none" and settings.annealing_min > settings.euler_steps:
         raise UserError(
             f"--euler_steps={settings.euler_steps}: must be at least sample.annealing_min={settings.annealing_min}"
@@ -289,20 +289,25 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed={seed}: must be in [0, 2**31)")
 
 
-def earlier_pictures(out: Path) -> list[Path]:
-    """The pictures that settings.json in `out` lists. Raises UserError if `out` has files of another origin."""
+def earlier_pictures(out: Path, count: int) -> list[Path]:
+    """The pictures that settings.json in `out` lists.
+
+    Raises UserError if `out` has files of another origin where `count` pictures are to go.
+    """
     settings = out / _SETTINGS
     if (out / "config.json").exists():
         raise UserError(f"--out={out}: this is a training directory, choose another place")
-    if not settings.exists():
-        if other := next((path for path in (out / _GRID, _picture(out, 0)) if path.exists()), None):
-            raise UserError(f"--out={out}: {other.name} is not from an earlier call, choose another place")
-        return []
-    try:
-        count = len(json.loads(settings.read_text())["conditions"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--out={out}: settings.json is not from an earlier call, choose another place") from error
-    return [_picture(out, i) for i in range(count)]
+    earlier, written = [], [_picture(out, i) for i in range(count)]
+    if settings.exists():
+        try:
+            earlier = [_picture(out, i) for i in range(len(json.loads(settings.read_text())["conditions"]))]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out={out}: settings.json is not from an earlier call, choose another place") from error
+    else:
+        written.append(out / _GRID)
+    if other := next((path for path in written if path not in earlier and path.exists()), None):
+        raise UserError(f"--out={out}: {other.name} is not from an earlier call, choose another place")
+    return earlier
 
 
 def is_grid(path: Path) -> bool:
@@ -329,8 +334,8 @@ def _main(values: flags.FlagValues) -> None:
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size}: must be at least 1")
     places.check("out", out)
-    earlier = earlier_pictures(out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
+    earlier = earlier_pictures(out, len(conditions))
     settings = settings_of_flags(config, values)
     blueprint, params, frozen, step = load(
         workdir, config, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)

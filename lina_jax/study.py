@@ -95,7 +95,8 @@ class PowerLaw(NamedTuple):
 def read(directory: Path) -> list[Run]:
     """All evaluated runs in a directory.
 
-    Raises UserError if there are none, or if they differ in their budgets or anything else but the study's choices.
+    Raises UserError if there are none, if they differ in their budgets or anything else but the study's choices, or if
+    two made the same choices.
     """
     workdirs = _workdirs(directory)
     if not workdirs:
@@ -104,6 +105,13 @@ def read(directory: Path) -> list[Run]:
     if not runs:
         raise UserError(f"--study={directory}: none of the {len(workdirs)} runs has been evaluated ({_SCORE})")
     _check_budgets(f"--study={directory}", {run.name: run.images for run in runs})
+    seen: dict[tuple, str] = {}
+    for run in runs:
+        same = seen.setdefault(tuple(getattr(run, name) for name in CHOICES), run.name)
+        if same != run.name:
+            raise UserError(
+                f"--study={directory}: {same} and {run.name} are one variant with one seed; remove one of them"
+            )
     configs = {run.name: load_config(directory / run.name) for run in runs}
     _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
     return runs
@@ -111,6 +119,12 @@ def read(directory: Path) -> list[Run]:
 
 def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> None:
     """Raise UserError unless runs of these presets of a config file, with these flags, can be compared."""
+    for flag in given:
+        name = flag.lstrip("-").removeprefix("no").partition("=")[0]
+        if name.removeprefix("config.") in _CHOSEN:
+            raise UserError(
+                f"{flag}: a study sets this field for each run; choose its values with the study's own flags"
+            )
     configs = {variant: _config(f"{path}:{variant}", given) for variant in variants}
     _check_budgets(f"--config={path}", {name: config.steps * config.batch_size for name, config in configs.items()})
     _check_recipes(f"--config={path}", configs, {name: {} for name in configs})
@@ -167,6 +181,10 @@ def _run(workdir: Path) -> Run:
         raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     if not isinstance(score, dict) or not isinstance(score.get("step"), int):
         raise UserError(f"{workdir / _SCORE} has no step: it is not a measurement of this run")
+    try:
+        loss, fid = score.get("validation", {}).get("loss_ema"), score.get("quality", {}).get("fid", {}).get("value")
+    except AttributeError as error:
+        raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
     return Run(
         name=workdir.name,
@@ -181,9 +199,9 @@ def _run(workdir: Path) -> Run:
         parameters=_parameters(config.model),
         training_flops=training_flops(config.model, config.loss) * score["step"] * config.batch_size,
         images_per_s=float(np.median(rates)) if rates else math.nan,
-        loss=_number(score.get("validation", {}).get("loss_ema")),
+        loss=_number(loss),
         scene_score=_number(score.get("overall")),
-        fid=_number(score.get("quality", {}).get("fid", {}).get("value")),
+        fid=_number(fid),
     )
 
 

@@ -134,12 +134,14 @@ def _open_indexed(index: Path, open_one: Callable[[Path], T]) -> tuple[dict[str,
 def _weight_map(index: Path) -> dict[str, str]:
     """Names of tensors -> names of their files. Raises UserError if a file is absent."""
     where = read_json(index).get("weight_map")
+    if isinstance(where, dict):
+        where = {tensor: name for tensor, name in where.items() if not tensor.endswith(COUNTER)}
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f'{index}: expected "weight_map", an object of tensor names and file names')
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index}: {len(absent)} of {len(names)} files are absent: {', '.join(absent)}")
-    return {tensor: name for tensor, name in where.items() if not tensor.endswith(COUNTER)}
+    return where
 
 
 def _check_members(index: Path, where: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]) -> None:

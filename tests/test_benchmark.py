@@ -183,6 +183,11 @@ def test_sizes_that_no_layer_has(sizes, message):
     assert message in str(error.value)
 
 
+def test_an_autoencoder_that_the_model_does_not_use_is_refused(tiny):
+    with pytest.raises(UserError, match="--autoencoder: this model generates pixels"):
+        list(benchmark_model.sample(tiny(), [8], runs=1, autoencoder=True))
+
+
 def test_a_batch_that_the_devices_cannot_share(tiny):
     with pytest.raises(UserError, match="batch 6 is not divisible by 8, the batch shards"):
         list(benchmark_model.sample(tiny(), [6], runs=1, autoencoder=False))

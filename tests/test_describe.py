@@ -74,6 +74,17 @@ def test_what_differs_is_told(place, tmp_path):
     assert said[-1] == "129 tensors in both, 128 with equal values"
 
 
+def test_values_that_are_not_finite_are_compared_too(tmp_path):
+    weights = {"a": [1.0, np.nan, np.inf], "b": [1.0, np.nan, 2.0], "c": [1.0, 2.0, 3.0]}
+    for name, b in (("one", np.nan), ("other", 0.0)):
+        weights["b"][1] = b
+        save_file(
+            {key: np.array(value, np.float32) for key, value in weights.items()}, tmp_path / f"{name}.safetensors"
+        )
+    said = describe.difference(tmp_path / "one.safetensors", tmp_path / "other.safetensors").splitlines()
+    assert said == ["b: values differ by up to inf", "3 tensors in both, 2 with equal values"]
+
+
 def test_types_that_differ_are_told_in_one_line(place, tmp_path):
     convert.to_torch(place / "run", tmp_path / "half", dtype="bfloat16")
     said = describe.difference(place / "out", tmp_path / "half").splitlines()
@@ -123,6 +134,13 @@ def test_what_cannot_be_described_is_named(place, tmp_path):
         describe.describe(tmp_path / "none")
     with pytest.raises(UserError, match="no weights; expected"):
         describe.describe(tmp_path)
+    (tmp_path / "begun").mkdir()
+    shutil.copy(place / "run" / "config.json", tmp_path / "begun")
+    for path in (tmp_path / "begun", tmp_path / "begun" / "checkpoints"):
+        with pytest.raises(UserError, match=f"^{tmp_path / 'begun'}: a training directory without a checkpoint"):
+            describe.describe(path)
+    with pytest.raises(UserError, match=f"^{place / 'run'}: no checkpoint 9; there are 0"):
+        describe.describe(place / "run" / "checkpoints" / "9")
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "0" / "params" / "_METADATA").unlink()
     with pytest.raises(UserError, match=r"checkpoint 0 in .* is damaged \(params/_METADATA is missing\)"):

@@ -69,6 +69,10 @@ VAE_MISTAKES = {
         f"/{VAE_INDEX}: 1 of 3 files are absent: diffusion_pytorch_model-00002-of-00003.safetensors",
     ),
     "empty index": (2, lambda d: replace(d, VAE_INDEX, "{}"), f'/{VAE_INDEX}: expected "weight_map", an object'),
+    "index of counters": (
+        2, lambda d: replace(d, VAE_INDEX, '{"weight_map": {"norm.num_batches_tracked": "a.safetensors"}}'),
+        f'/{VAE_INDEX}: expected "weight_map", an object',
+    ),
     "index of another": (
         2, lambda d: replace(d, VAE_INDEX, (d / VAE_INDEX).read_text().replace("conv_in.bias", "conv_in.bia")),
         f"/{VAE_INDEX}: 2 tensors are not in their files, first decoder.conv_in.bia in diffusion",

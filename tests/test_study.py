@@ -149,6 +149,11 @@ def test_only_choices_of_a_study_may_differ(model, others, told, runs_of):
         study.read(runs_of((1.0, 0, {}), (0.9, 1, model), **others))
 
 
+def test_a_variant_counts_once_for_each_seed(runs_of):
+    with pytest.raises(UserError, match="run0 and run2 are one variant with one seed"):
+        study.read(runs_of((1.0, 0, {}), (0.9, 1, {}), (0.8, 0, {})))
+
+
 def test_variants_of_all_widths_have_one_budget(widths):
     for group in widths:
         variants = [f"{name}-{w}" for name in ("division-conv-head", "subtraction-none-none", "softmax") for w in group]
@@ -164,6 +169,8 @@ def test_variants_of_all_widths_have_one_budget(widths):
             r"\(model\.\w+: .* in softmax-32, .* in softmax-768\)",
         ),
         (["--config.stesp=20"], r"softmax-32: .*stesp"),
+        (["--config.seed=0"], r"^--config.seed=0: a study sets this field"),
+        (["--noconfig.model.depthwise_conv"], r"depthwise_conv: a study sets this field"),
     ],
     ids=str,
 )
