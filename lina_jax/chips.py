@@ -26,7 +26,7 @@ class Chip:
     wrap: int = 0  # a dimension forms rings only if its chips are a multiple of this (`closed`)
     platform: str = "tpu"  # for jax.experimental.topologies
     sparse_cores: bool = False  # that run collectives beside the computation (`xla_flags.SPARSE_CORE`)
-    kernels: bool = False  # attention kernels are planned to be faster than XLA's matmuls (docs/performance.md)
+    kernels: bool = False  # TPU: attention kernels are planned to beat XLA's matmuls (docs/performance.md)
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # for get_topology_desc
 
     def closed(self, extent: Sequence[int], axis: int) -> bool:
