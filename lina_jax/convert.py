@@ -259,7 +259,7 @@ def _operation(values: flags.FlagValues) -> str:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up, like Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, like Ctrl-C
     values = flags.FLAGS
     operation = _operation(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None

@@ -42,13 +42,12 @@ class Content:
 
 def open_content(path: Path) -> Content:
     """The content of a path. Raises UserError if it is in none of the formats."""
-    run, step = path, None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        run, step = path.parent.parent, int(path.name)
-    elif path.name == "checkpoints":
-        run = path.parent
-    if (run / "checkpoints").is_dir() or _is_run(run):
-        return _workdir(run, step)
+    if (path / "checkpoints").is_dir() or _is_run(path):
+        return _workdir(path, None)
+    if path.name == "checkpoints" and _is_run(path.parent):
+        return _workdir(path.parent, None)
+    if path.name.isdigit() and path.parent.name == "checkpoints" and _is_run(path.parent.parent):
+        return _workdir(path.parent.parent, int(path.name))
     exported = path.parent if path.name in (export_program.PROGRAM, export_program.WEIGHTS) else path
     if (exported / export_program.PROGRAM).is_file():
         return _program(exported)
@@ -85,7 +84,7 @@ def _listed(tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a directory without checkpoints has the config of a run; published models have one of their own."""
+    """Whether a directory has the config of a run; published models have a config.json of another form."""
     try:
         return "checkpoint" in read_json(path / "config.json")
     except UserError:

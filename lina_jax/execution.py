@@ -24,7 +24,8 @@ RECOMPUTED = {"none": 0.0, "dots": 0.05, "full": 1 / 3}  # share of a step's FLO
 # also keeps what lies between them. WORKING: how many such arrays are live at once inside the widest block. All are for
 # the published mlp_ratio, 4.
 KEPT, WORKING = {"none": 26, "dots": 11, "full": 1}, 52
-# The same with kernels in unrolled layers, fitted to plans for GPUs. In scanned layers they save nothing on TPUs.
+# The same with kernels in unrolled layers, fitted to plans for GPUs. In scanned layers kernels save nothing on TPUs and
+# less on GPUs, which is not counted.
 KEPT_WITH_KERNELS, WORKING_WITH_KERNELS = {"none": 15, "dots": 8, "full": 1}, 26
 FULL = 0.92  # share of the memory that an estimate may fill; compilers need some room
 

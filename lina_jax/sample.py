@@ -297,17 +297,16 @@ def earlier_pictures(out: Path, count: int) -> list[Path]:
     settings = out / _SETTINGS
     if (out / "config.json").exists():
         raise UserError(f"--out={out}: this is a training directory, choose another place")
-    earlier, written = [], [_picture(out, i) for i in range(count)]
+    earlier = 0
     if settings.exists():
         try:
-            earlier = [_picture(out, i) for i in range(len(json.loads(settings.read_text())["conditions"]))]
+            earlier = len(json.loads(settings.read_text())["conditions"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out={out}: settings.json is not from an earlier call, choose another place") from error
-    else:
-        written.append(out / _GRID)
-    if other := next((path for path in written if path not in earlier and path.exists()), None):
+    added = [_picture(out, i) for i in range(earlier, count)] + [out / _GRID] * (not settings.exists())
+    if other := next((path for path in added if path.exists()), None):
         raise UserError(f"--out={out}: {other.name} is not from an earlier call, choose another place")
-    return earlier
+    return [_picture(out, i) for i in range(earlier)]
 
 
 def is_grid(path: Path) -> bool:

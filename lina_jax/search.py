@@ -101,8 +101,8 @@ def apply(config: Config, chosen: dict[str, Any]) -> Config:
 def ranked(config: Config, target: Topology, devices: Sequence[jax.Device], *, fixed_batch: bool) -> list[Candidate]:
     """Candidates that the mesh allows and that fit by estimate, most images per second first.
 
-    The estimate does not depend on the way to run layers, so that ways alternate after the stable sort: kernels have
-    not run on a device yet, and a plan without them is needed, too.
+    The estimated time does not depend on the way to run layers, so that ways alternate after the stable sort: kernels
+    have not run on a device yet, and a plan without them is needed, too.
 
     Raises UserError if the mesh allows none, with the reason for the least sharded one.
     """

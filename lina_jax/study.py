@@ -105,6 +105,8 @@ def read(directory: Path) -> list[Run]:
     if not runs:
         raise UserError(f"--study={directory}: none of the {len(workdirs)} runs has been evaluated ({_SCORE})")
     _check_budgets(f"--study={directory}", {run.name: run.images for run in runs})
+    configs = {run.name: load_config(directory / run.name) for run in runs}
+    _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
     seen: dict[tuple, str] = {}
     for run in runs:
         same = seen.setdefault(tuple(getattr(run, name) for name in CHOICES), run.name)
@@ -112,8 +114,6 @@ def read(directory: Path) -> list[Run]:
             raise UserError(
                 f"--study={directory}: {same} and {run.name} are one variant with one seed; remove one of them"
             )
-    configs = {run.name: load_config(directory / run.name) for run in runs}
-    _check_recipes(f"--study={directory}", configs, {name: _judged(directory / name) for name in configs})
     return runs
 
 
@@ -121,7 +121,7 @@ def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> 
     """Raise UserError unless runs of these presets of a config file, with these flags, can be compared."""
     for flag in given:
         name = flag.lstrip("-").removeprefix("no").partition("=")[0]
-        if name.removeprefix("config.") in _CHOSEN:
+        if flag.startswith("-") and name.startswith("config.") and name.removeprefix("config.") in _CHOSEN:
             raise UserError(
                 f"{flag}: a study sets this field for each run; choose its values with the study's own flags"
             )

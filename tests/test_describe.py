@@ -85,6 +85,13 @@ def test_values_that_are_not_finite_are_compared_too(tmp_path):
     assert said == ["b: values differ by up to inf", "3 tensors in both, 2 with equal values"]
 
 
+def test_runs_may_have_any_name(place, tmp_path):
+    for run in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "1"):
+        shutil.copytree(place / "run", run)
+        assert "training directory, steps 0" in describe.describe(run).splitlines()[0]
+        assert "this one has" in describe.describe(run / "checkpoints" / "0").splitlines()[0]
+
+
 def test_types_that_differ_are_told_in_one_line(place, tmp_path):
     convert.to_torch(place / "run", tmp_path / "half", dtype="bfloat16")
     said = describe.difference(place / "out", tmp_path / "half").splitlines()

@@ -106,6 +106,13 @@ def test_wide_numbers_and_scores_of_softmax_are_counted(of_preset):
     assert size(**SOFTMAX) > 30 * GIB > size()
 
 
+def test_kernels_are_not_expected_to_save_memory_in_scanned_layers(of_preset):
+    def size(**model):
+        return execution.activation_bytes(of_preset("t2i:256", remat="dots", **model), 8)
+
+    assert size(scan_layers=True, attention_kernel="pallas") == size(**SCANNED) > size(**UNROLLED)
+
+
 def test_micro_batches_take_turns_in_the_memory_of_one(of_preset):
     def size(accumulate):
         config = of_preset("t2i:256", **SCANNED, remat="none")

@@ -122,6 +122,13 @@ def test_a_score_that_is_of_no_step_is_named(runs_of):
         study.read(directory)
 
 
+def test_a_score_of_another_form_is_named(runs_of):
+    directory = runs_of((1.0, 0, {}))
+    (directory / "run0" / "evaluation" / "score.json").write_text('{"step": 6, "validation": []}')
+    with pytest.raises(UserError, match=r"run0/evaluation/score.json is damaged"):
+        study.read(directory)
+
+
 def test_unequal_budgets_are_refused(runs_of, tmp_path):
     with pytest.raises(UserError, match=r"unequal budgets cannot be compared \(40 images: run0; 48 images: run1"):
         study.gather(runs_of((1.0, 0, {}), (0.9, 1, {}), step=5))
