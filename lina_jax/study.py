@@ -119,9 +119,9 @@ def read(directory: Path) -> list[Run]:
 
 def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> None:
     """Raise UserError unless runs of these presets of a config file, with these flags, can be compared."""
+    chosen = {f"config.{field}" for field in _CHOSEN}
     for flag in given:
-        name = flag.lstrip("-").removeprefix("no").partition("=")[0]
-        if flag.startswith("-") and name.startswith("config.") and name.removeprefix("config.") in _CHOSEN:
+        if flag.startswith("-") and flag.lstrip("-").removeprefix("no").partition("=")[0] in chosen:
             raise UserError(
                 f"{flag}: a study sets this field for each run; choose its values with the study's own flags"
             )
