@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image, ImageOps
 
-from lina_jax import data, decode, places, reading, records
+from lina_jax import data, decode, output_files, reading, records
 from lina_jax.timing import Row
 
 MOMENTS, TEXT_DIM, TEXT_LENGTH = (8, 32, 32), 2560, 256
@@ -249,4 +249,4 @@ def _multiply(directory: Path, shards: int) -> None:
         with contextlib.suppress(FileExistsError):  # a call that was killed has left it
             os.link(first, directory / f"tiny-train.array_record-{i:05d}-of-{shards:05d}")
     split["shardLengths"] = [str(PER_SHARD)] * shards
-    places.write_json(path, info)
+    output_files.write_json(path, info)

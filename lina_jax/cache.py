@@ -17,7 +17,7 @@ from typing import NamedTuple
 import fsspec
 from tqdm import tqdm
 
-from lina_jax import places
+from lina_jax import output_files
 from lina_jax.errors import UserError
 from lina_jax.retry import Progress, storage_errors, with_retries
 
@@ -88,7 +88,7 @@ class Copy:
                 self._fetch(name, files[name].size)
                 with self._versions_lock:
                     versions[name] = files[name].version
-                    places.write_json(self._versions_file, versions)
+                    output_files.write_json(self._versions_file, versions)
 
             wanted = [name for name in names if not self._is_current(name, files[name], versions.get(name))]
             pool = concurrent.futures.ThreadPoolExecutor(threads)

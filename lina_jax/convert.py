@@ -38,7 +38,7 @@ from lina_jax import (
     execution,
     export,
     export_program,
-    places,
+    output_files,
     published,
     sample,
     state,
@@ -97,7 +97,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
         raise UserError(f"{pipeline.source}: {error}") from error
     if tensors.bad:
         raise UserError(f"{pipeline.source}: non-finite values in {', '.join(tensors.bad)}")
-    with places.new_directory(workdir) as partial:
+    with output_files.new_directory(workdir) as partial:
         _write_workdir(
             partial, config, *(unflatten_dict({path: tree[path] for path in part}) for part in (params, frozen))
         )
@@ -119,7 +119,7 @@ def to_torch(
     check_new("to_torch", directory)
     export.check_publishable(workdir)
     weights = export.load(workdir, ema=ema, step=step)
-    with places.new_directory(directory) as partial:
+    with output_files.new_directory(directory) as partial:
         export.write_torch(weights, partial, dtype, max_shard_gb * 1e9)
     return weights
 
@@ -132,7 +132,7 @@ def to_safetensors(
         raise UserError(f"--to_safetensors={file}: is a directory, expected a file name")
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
-    with places.new_file(file) as partial:
+    with output_files.new_file(file) as partial:
         export.write_safetensors(weights, partial, dtype)
     return weights
 
@@ -155,7 +155,7 @@ def check_new(flag: str, path: Path) -> None:
     """Raises UserError unless `path` is absent or an empty directory, and can be created."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"--{flag}={path}: already exists, choose another path")
-    places.check(flag, path.parent)
+    output_files.check(flag, path.parent)
 
 
 def to_stablehlo(
@@ -181,7 +181,7 @@ def to_stablehlo(
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     params, frozen, step = checkpoints.restore_weights(blueprint, ema=ema, step=step)
     kind = checkpoints.kind(step, ema=ema)
-    with places.new_directory(directory) as partial:
+    with output_files.new_directory(directory) as partial:
         metadata = export.metadata_of(config, step, kind)
         export_program.write_program(partial, blueprint, params, frozen, metadata, platforms)
     return step, kind
@@ -207,7 +207,7 @@ def reconstruct_ema(workdir: Path, out: Path, decay: float, step: int | None = N
 
 
 def _write_average(out: Path, made: averaging.Average) -> None:
-    with places.new_directory(out) as partial:
+    with output_files.new_directory(out) as partial:
         _write_workdir(partial, made.config, made.params, made.frozen)
 
 

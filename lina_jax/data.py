@@ -18,7 +18,7 @@ from typing import NamedTuple
 import grain
 from absl import logging
 
-from lina_jax import decode, example, order, reading
+from lina_jax import decode, order, reading, tf_example
 from lina_jax.config import Config
 from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
@@ -252,7 +252,9 @@ class Records:
             finally:
                 progress.check()
             try:
-                return ReadReport(bad, decode.fill(self._columns, arrays, row, example.parse(record), wanted.variant))
+                return ReadReport(
+                    bad, decode.fill(self._columns, arrays, row, tf_example.parse(record), wanted.variant)
+                )
             except Exception as error:  # image decoders raise errors of many types
                 bad.append((wanted.dataset, index, f"{split.location(index)}: {error}"))
         raise UserError(f"{len(bad)} bad records in a row, the last: {bad[-1][2]}")

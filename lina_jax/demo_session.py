@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lina_jax import example, reading, sample
 from lina_jax import mesh as mesh_lib
+from lina_jax import reading, sample, tf_example
 from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Schedule, Stepper
 
@@ -172,5 +172,5 @@ def _of_data(directory: str, split: str) -> tuple[list[str], list[str]]:
     opened, captions = reading.open_split(directory, split), []
     for number in range(min(len(opened), _EXAMPLES)):
         with contextlib.suppress(ValueError):  # a bad record
-            captions.append(str(example.parse(opened[number])["caption"] or b"", "utf-8"))
+            captions.append(str(tf_example.parse(opened[number])["caption"] or b"", "utf-8"))
     return list(reading.label_names(directory)), [caption for caption in captions if caption]

@@ -36,8 +36,8 @@ from lina_jax import (
     hosts,
     image_sources,
     integrity,
+    output_files,
     pictures,
-    places,
     preemption,
     quality,
     reference,
@@ -97,16 +97,16 @@ def _main(values: flags.FlagValues) -> None:
     metrics = _check(values)
     workdir = Path(values.workdir).expanduser() if values.workdir else None
     out = Path(values.out).expanduser() if values.out else workdir / "evaluation"
-    places.check("out", out)
+    output_files.check("out", out)
     if values.report:
-        places.check("report", Path(values.report).expanduser())
+        output_files.check("report", Path(values.report).expanduser())
     run = _Run(values, workdir, metrics, out) if workdir else None
     measured = run if values.inception or values.npz else None
     if values.samples_from:
         measured = _Files(values, metrics, out)
     # Features of two evaluations in one OUT would mix.
     keeps = measured and jax.process_index() == 0
-    with places.lock("out", out / _WORK) if keeps else contextlib.nullcontext():
+    with output_files.lock("out", out / _WORK) if keeps else contextlib.nullcontext():
         _measure(values, workdir, out, run, measured)
 
 
@@ -140,7 +140,7 @@ def _measure(
     if jax.process_index() != 0:
         return
     score = _as_json(result)
-    places.write_json(out / "score.json", score)
+    output_files.write_json(out / "score.json", score)
     (out / _UNFINISHED).unlink(missing_ok=True)
     if values.report:
         report.write(Path(values.report).expanduser(), workdir, result, shown, rows)
@@ -152,7 +152,7 @@ def _measure(
 def _keep(out: Path, result: dict[str, Any]) -> None:
     """Write the results so far."""
     if jax.process_index() == 0:
-        places.write_json(out / _UNFINISHED, _as_json(result))
+        output_files.write_json(out / _UNFINISHED, _as_json(result))
 
 
 def _as_json(value: Any) -> Any:
@@ -198,7 +198,7 @@ def _check(values: flags.FlagValues) -> list[str]:
             raise UserError(f"--npz={npz}: expected a name that ends in .npz")
         if values.reference and npz.resolve() == Path(values.reference).expanduser().resolve():
             raise UserError(f"--npz={npz}: is the reference, which it would overwrite")
-        places.check("npz", npz.parent)
+        output_files.check("npz", npz.parent)
     sample.check_seed(values.seed)
     return metrics
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lina_jax import mesh as mesh_lib
-from lina_jax import places, published_names, state, torch_layout
+from lina_jax import output_files, published_names, state, torch_layout
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
@@ -76,7 +76,7 @@ def write_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: 
     """Write the published layout into an empty directory: transformer/, scheduler/ and model_index.json."""
     transformer, config = directory / "transformer", weights.config
     transformer.mkdir()
-    places.write_json(transformer / "config.json", published_names.transformer_config(config))
+    output_files.write_json(transformer / "config.json", published_names.transformer_config(config))
     table = {entry.key: entry for entry in torch_layout.entries(config.model)}
     shapes = {key: entry.published_shape(weights.arrays[entry.path].shape) for key, entry in table.items()}
     metadata = {"format": "pt", **weights.metadata}
@@ -93,7 +93,7 @@ def write_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: 
     if len(shards) > 1:
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * FLOATS[DTYPES[dtype]].itemsize
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        places.write_json(
+        output_files.write_json(
             transformer / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
         )
     scheduler = {
@@ -102,13 +102,13 @@ def write_torch(weights: Weights, directory: Path, dtype: str, max_shard_bytes: 
         "shift": config.loss.shift,
     }
     (directory / "scheduler").mkdir()
-    places.write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    output_files.write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "NOVAC2IPipeline" if config.model.condition == "class" else "NOVAPipeline",
         "transformer": [published_names.module_of(config.model), "NOVATransformer3DModel"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
-    places.write_json(directory / "model_index.json", index)
+    output_files.write_json(directory / "model_index.json", index)
 
 
 def write_safetensors(weights: Weights, path: Path, dtype: str) -> None:

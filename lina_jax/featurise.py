@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lina_jax import hosts, places, preemption, progress
+from lina_jax import hosts, output_files, preemption, progress
 from lina_jax import mesh as mesh_lib
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
@@ -108,7 +108,7 @@ class ChunkStore:
             print(f"{directory} is from another evaluation, which did not finish: replacing it", file=sys.stderr)
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with places.new_file(about) as partial:
+        with output_files.new_file(about) as partial:
             partial.write_text(facts)
         while self._file(self.count).exists():
             self.count += 1
@@ -128,7 +128,7 @@ class ChunkStore:
 
     def add(self, chunk: Chunk) -> None:
         if self._directory:
-            with places.new_file(self._file(chunk.start // CHUNK)) as partial, partial.open("wb") as file:
+            with output_files.new_file(self._file(chunk.start // CHUNK)) as partial, partial.open("wb") as file:
                 np.savez(file, **chunk.features._asdict(), images=chunk.images)
             self.count += 1
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from lina_jax import hosts, image_sources, pictures, places, progress, sample
+from lina_jax import hosts, image_sources, output_files, pictures, progress, sample
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, SampleConfig
 from lina_jax.errors import UserError
@@ -162,13 +162,13 @@ class Drawing:
                 raise UserError(
                     f"{out} holds pictures that differ in {', '.join(differing)}: choose another --out, or remove it"
                 )
-        elif out.exists() and any(not places.is_partial(path) for path in out.iterdir()):
+        elif out.exists() and any(not output_files.is_partial(path) for path in out.iterdir()):
             raise UserError(f"{out} holds files that this command did not write: choose another --out")
 
     def _make_folders(self) -> None:
         """Make the folders, and write settings.json and the metadata of each prompt."""
         self._out.mkdir(parents=True, exist_ok=True)
-        places.write_json(self._about, self._facts)
+        output_files.write_json(self._about, self._facts)
         for number, prompt in enumerate(self._prompts):
             folder = self._out / f"{number:05d}"
             (folder / "samples").mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
-from lina_jax import data, example, execution, generate, images, reading, sample
+from lina_jax import data, execution, generate, images, reading, sample, tf_example
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, DataConfig, SampleConfig
 from lina_jax.data import Records
@@ -235,7 +235,7 @@ def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) ->
             mesh, len(opened), reader("moments", Moments(opened.layout.moments)), facts, decode, shuffled=True
         )
     try:
-        first = images.decode(bytes(example.parse(opened[0])["image"]))
+        first = images.decode(bytes(tf_example.parse(opened[0])["image"]))
     except (OSError, RuntimeError, ValueError, images.BadImage) as error:  # of the file, or of the record
         raise UserError(f"{opened.location(0)}: {error}") from error
     return StoredImages(mesh, len(opened), reader("image", Pixels(first.size[::-1])), facts, shuffled=True)

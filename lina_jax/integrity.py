@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lina_jax import places
+from lina_jax import output_files
 
 DIGESTS = "digests.json"
 _PIECE = 2**24
@@ -24,7 +24,7 @@ def record(folder: Path) -> None:
     paths = [path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file()]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
-    places.write_json(folder / DIGESTS, dict(sorted(digests.items())))
+    output_files.write_json(folder / DIGESTS, dict(sorted(digests.items())))
 
 
 def saved_items(folder: Path) -> set[str]:

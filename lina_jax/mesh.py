@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lina_jax import chips, config_checks, places
+from lina_jax import chips, config_checks, output_files
 from lina_jax.config import TIME_FEATURES, Config, MeshConfig, ModelConfig
 from lina_jax.errors import UserError
 
@@ -249,7 +249,7 @@ def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
 
 def cache_programs(directory: Path) -> None:
     """Cache compiled programs in a directory, if it is writable, so that the next start does not compile them again."""
-    if jax.config.jax_compilation_cache_dir is None and places.writable(directory):
+    if jax.config.jax_compilation_cache_dir is None and output_files.writable(directory):
         jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

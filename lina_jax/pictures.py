@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lina_jax import places
+from lina_jax import output_files
 
 SHOWN = 36  # the most images that commands show of many
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
@@ -40,7 +40,7 @@ def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int
 
 def save(path: Path, image: np.ndarray) -> None:
     """Write a PNG."""
-    with places.new_file(path) as partial:
+    with output_files.new_file(path) as partial:
         partial.write_bytes(png(image))
 
 

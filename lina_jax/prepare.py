@@ -7,7 +7,7 @@ python -m lina_jax.prepare --source=webdataset --input='gs://BUCKET/*.tar' --out
 
 `out` becomes a TFDS dataset directory (see `records.py`) with two more files: `prepare.json` (settings and totals) and
 `rejects.jsonl` (one line per rejected item). With --autoencoder the records hold latents, otherwise pixels. Any number
-of processes can share the work: each makes every N-th unit (see `units.py`), and the last to finish (with
+of processes can share the work: each makes every N-th unit (see `work_units.py`), and the last to finish (with
 --distributed, process 0) assembles the dataset. If it is killed at any point, the same command continues the work. The
 `validation` images are drawn evenly over the collection by `seed`; rejects among them are not replaced.
 """
@@ -29,7 +29,19 @@ import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from lina_jax import config_file, errors, hosts, images, pictures, places, preemption, records, rejects, shapes, units
+from lina_jax import (
+    config_file,
+    errors,
+    hosts,
+    images,
+    output_files,
+    pictures,
+    preemption,
+    records,
+    rejects,
+    shapes,
+    work_units,
+)
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
 from lina_jax.shares import WHOLE, Share, resolve_share, take_gpu
@@ -153,15 +165,15 @@ def prepare(
         return totals
     if os.path.ismount(out):
         raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
-    places.check("out", out.parent)
+    output_files.check("out", out.parent)
     if not share.index:
-        places.check_renames("out", out.parent)
+        output_files.check_renames("out", out.parent)
     recorder = _recorder(settings)
     source = open_source(settings, recorder)
     try:
         if share.index:  # process 0 creates the work directory first, so that the others can check that they see it
             _meet(out)
-        work = units.WorkDirectory(out, settings.recorded(), source)
+        work = work_units.WorkDirectory(out, settings.recorded(), source)
         if not share.index:
             _meet(out)
         if totals := finished(out, settings):  # by others, while this process was loading encoders
@@ -196,7 +208,7 @@ def prepare(
 
 def _meet(out: Path) -> None:
     """Under jax.distributed, wait for all processes. Raises UserError unless all see `out` at the same stage."""
-    hosts.check_shared("--out", lambda: units.stage(out))
+    hosts.check_shared("--out", lambda: work_units.stage(out))
 
 
 def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
@@ -208,8 +220,8 @@ def finished(out: Path, settings: Settings) -> dict[str, Any] | None:
             f"--out={out} exists and is not a dataset made by lina_jax.prepare: choose another or remove it"
         )
     summary = json.loads((out / "prepare.json").read_text())
-    units.compare(summary["settings"], settings.recorded(), f"--out={out} holds a dataset with other settings")
-    units.clean(out)
+    work_units.compare(summary["settings"], settings.recorded(), f"--out={out} holds a dataset with other settings")
+    work_units.clean(out)
     return summary["totals"]
 
 
@@ -248,7 +260,7 @@ def _recorder(settings: Settings) -> Recorder:
 
 
 def _make_units(
-    work: units.WorkDirectory,
+    work: work_units.WorkDirectory,
     source: Source,
     recorder: Recorder,
     settings: Settings,
@@ -268,7 +280,7 @@ def _make_units(
 
         def assign_splits(
             items: Iterable[Record | Reject], split: str | None, validation: Set[int]
-        ) -> Iterator[units.SplitItem]:
+        ) -> Iterator[work_units.SplitItem]:
             for position, item in enumerate(items):
                 progress.update()
                 yield split or ("validation" if position in validation else "train"), item
@@ -298,7 +310,7 @@ def _expected(source: Source, mine: Iterable[int], sizes: dict[int, int]) -> int
     return sum(known_sizes) + (len(unit_sizes) - len(known_sizes)) * mean
 
 
-def _totals(receipts: Sequence[units.Receipt]) -> dict[str, Any]:
+def _totals(receipts: Sequence[work_units.Receipt]) -> dict[str, Any]:
     written: collections.Counter[str] = collections.Counter()
     rejected: collections.Counter[str] = collections.Counter()
     for receipt in receipts:
@@ -353,7 +365,7 @@ def main(argv: Sequence[str]) -> None:
         preview = Path(values.preview).expanduser()
         if preview.is_dir():
             raise UserError(f"--preview={values.preview}: a directory; name a PNG file")
-        places.check("preview", preview.parent)
+        output_files.check("preview", preview.parent)
     together = values.distributed or values.coordinator
     inapplicable = ("process_index", "process_count") if together else ("processes", "process_id")
     for name in inapplicable:

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from lina_jax import places
+from lina_jax import output_files
 from lina_jax.errors import UserError
 
 SHARD_BYTES = 256 * 2**20
@@ -146,7 +146,7 @@ def assemble(
         )
     info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": described}
     # Each process writes its own files, so that none is half-written when another process renames the directory.
-    with places.own_directory(directory) as own:
+    with output_files.own_directory(directory) as own:
         features.save_config(str(own))
         (own / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
         for path in own.iterdir():
@@ -173,7 +173,7 @@ def create(directory: str | Path, name: str, features: tfds.features.FeaturesDic
     """Write a dataset; `directory` appears, complete, at the end of the block, or not at all if the block raises."""
     directory = Path(directory).expanduser().absolute()
     try:
-        with places.new_directory(directory) as partial:
+        with output_files.new_directory(directory) as partial:
             writer = Writer(partial, features)
             yield writer
             assemble(partial, name, features, {split: shards.finish() for split, shards in writer.splits.items()})

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lina_jax import featurise, places
+from lina_jax import featurise, output_files
 from lina_jax.errors import UserError
 from lina_jax.featurise import ChunkStore, Network
 from lina_jax.image_metrics import NEIGHBOURS, Frechet, Gaussian, RunningCovariance
@@ -179,7 +179,7 @@ def write_npz(
 ) -> None:
     """Write an npz file of arrays, and of uint8 images given as (shape, portions), which are never all in memory."""
     with (
-        places.new_file(path) as partial,
+        output_files.new_file(path) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for name, (shape, portions) in images.items():

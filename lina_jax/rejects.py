@@ -6,7 +6,7 @@ from pathlib import Path
 from lina_jax.errors import UserError
 from lina_jax.recording import Record
 from lina_jax.sources.base import Fields, Reject, Source
-from lina_jax.units import Receipt
+from lina_jax.work_units import Receipt
 
 ALL_REJECTED = 1000  # this many rejects without a single good item: the input or a column must be wrong
 

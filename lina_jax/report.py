@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import lina_jax
-from lina_jax import generate, pictures, places, plots, reading, sample
+from lina_jax import generate, output_files, pictures, plots, reading, sample
 from lina_jax.config import Config, SampleConfig
 from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
@@ -96,7 +96,7 @@ def write(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    with places.new_file(directory / "index.html") as partial:
+    with output_files.new_file(directory / "index.html") as partial:
         partial.write_text(page, encoding="utf-8")
 
 

@@ -30,8 +30,8 @@ from lina_jax import (
     hosts,
     kernel_check,
     metrics,
+    output_files,
     pictures,
-    places,
     preemption,
     progress,
     state,
@@ -332,7 +332,7 @@ def _main(values: flags.FlagValues) -> None:
     check_seed(values.seed)
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size}: must be at least 1")
-    places.check("out", out)
+    output_files.check("out", out)
     conditions = requested(config, values.prompt, values.prompts_file, values.label, values.num)
     earlier = earlier_pictures(out, len(conditions))
     settings = settings_of_flags(config, values)
@@ -354,7 +354,7 @@ def _main(values: flags.FlagValues) -> None:
     # In this order, a call that is killed never leaves a picture beside settings that it was not drawn with.
     for old in (*earlier, out / _GRID):
         old.unlink(missing_ok=True)
-    places.write_json(out / _SETTINGS, record)
+    output_files.write_json(out / _SETTINGS, record)
     for i, image in enumerate(images):
         pictures.save(_picture(out, i), image)
     shown = [str(condition) for condition in conditions[:_GRID_PICTURES]]

@@ -26,7 +26,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from lina_jax import config as config_lib
-from lina_jax import config_fields, config_file, errors, places, plots
+from lina_jax import config_fields, config_file, errors, output_files, plots
 from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
@@ -310,7 +310,7 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(ticker.StrMethodFormatter("{x:.3g}"))
     both[0].set_ylabel("validation loss (EMA)")
-    with places.new_file(picture) as partial:
+    with output_files.new_file(picture) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
     return laws
@@ -364,7 +364,7 @@ def _mean_with_error(values: Sequence[float]) -> str:
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with places.new_file(path) as partial, partial.open("w", newline="") as file:
+    with output_files.new_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -39,8 +39,8 @@ from lina_jax import (
     hosts,
     kernel_check,
     metrics,
+    output_files,
     periodic,
-    places,
     plots,
     preemption,
     sample,
@@ -66,9 +66,9 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     if (steps := config.log.profile_steps) and not config.log.profile_start:
         raise UserError(f"log.profile_steps={steps}: set log.profile_start, too, to the first step to trace")
     mesh = mesh_lib.from_config(config)
-    places.check("workdir", workdir)
+    output_files.check("workdir", workdir)
     if jax.process_index() == 0:
-        places.check_renames("workdir", workdir)
+        output_files.check_renames("workdir", workdir)
     check_config(workdir, config, allow_changes=allow_config_change)
     encoders = load_encoders(config, mesh)
     train_records = data.open_records(config, config.data.train_split, encoders.text)
@@ -92,7 +92,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     written = workdir / "config.json"
     hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
     if warm_report and jax.process_index() == 0:
-        places.write_json(workdir / "init_from.json", warm_report)
+        output_files.write_json(workdir / "init_from.json", warm_report)
         print(warm_start.table(warm_report), file=sys.stderr)
     _introduce(config, blueprint, first)
     if config.log.preview_images and (missing := sample.missing_encoder(config)):
@@ -185,7 +185,7 @@ def _initial_state(
     if warm_start.is_pending(config, workdir):
         with read_limit():
             warm_state, warm_report = warm_start.initialise(blueprint)
-    workdir_lock = places.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    workdir_lock = output_files.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     mesh_lib.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
@@ -330,7 +330,7 @@ def _conclude(config: Config, workdir: Path, step: int, *, idle: bool = False) -
     if jax.process_index() != 0:
         return
     if step == config.steps:
-        with places.new_file(workdir / "loss.png") as partial:
+        with output_files.new_file(workdir / "loss.png") as partial:
             plots.losses(workdir / "metrics.jsonl", partial)
     if idle:
         print(f"{workdir} is already at step {step}, steps={config.steps}: nothing to do", file=sys.stderr)

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 
 from lina_jax import config as config_lib
-from lina_jax import integrity, places
+from lina_jax import integrity, output_files
 from lina_jax.config import Config
 from lina_jax.errors import UserError
 
@@ -78,14 +78,14 @@ def check_data(workdir: Path, manifest: str, *, allow_changes: bool = False) -> 
 def write_data(workdir: Path, manifest: str) -> None:
     """Write what identifies the training records of a workdir, which later runs must match."""
     if jax.process_index() == 0:
-        places.write_json(workdir / _DATA, {"train": manifest})
+        output_files.write_json(workdir / _DATA, {"train": manifest})
 
 
 def write_config(workdir: Path, config: Config) -> None:
     """Write the config of a workdir, which later runs must match."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        places.write_json(workdir / "config.json", dataclasses.asdict(config))
+        output_files.write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
 def load_config(workdir: Path) -> Config:

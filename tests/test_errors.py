@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lina_jax import places
+from lina_jax import output_files
 from lina_jax.errors import UserError
 
 PROGRAM = """
@@ -150,16 +150,16 @@ def test_the_package_tells_its_commands():
 
 
 def test_a_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, monkeypatch):
-    places.check("out", tmp_path / "new" / "deep")
+    output_files.check("out", tmp_path / "new" / "deep")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=rf"^--out={path}: {tmp_path}/file is not a directory"):
-            places.check("out", path)
+            output_files.check("out", path)
     with pytest.raises(UserError, match=r"^--out=gs:/bucket/run: a URL; mount the bucket"):
-        places.check("out", Path("gs://bucket/run"))
+        output_files.check("out", Path("gs://bucket/run"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match=rf"^--out={tmp_path}/new: {tmp_path} cannot be written"):
-        places.check("out", tmp_path / "new")
+        output_files.check("out", tmp_path / "new")
 
 
 def test_a_json_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -167,5 +167,5 @@ def test_a_json_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *names: order.append("named") or replace(*names))
-    places.write_json(tmp_path / "a.json", {"steps": 9})
+    output_files.write_json(tmp_path / "a.json", {"steps": 9})
     assert order == [(tmp_path / "a.json").stat().st_size, "named"]

@@ -13,7 +13,7 @@ from encoder_checkpoints import write_autoencoder, write_phi
 from inception_weights import write
 from PIL import Image
 
-from lina_jax import places, quality, records, state
+from lina_jax import output_files, quality, records, state
 from lina_jax.errors import UserError
 
 
@@ -142,7 +142,7 @@ def test_two_evaluations_do_not_share_a_directory(weights, run_module, tmp_path)
     for number, name in enumerate(("a.png", "b.tif", "c.bmp")):
         Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(pictures / name)
     options = [f"--samples_from={pictures}", f"--inception={weights}", f"--out={tmp_path / 'out'}"]
-    with places.lock("out", tmp_path / "out" / ".measuring"):
+    with output_files.lock("out", tmp_path / "out" / ".measuring"):
         result = run_module("evaluate", *options)
     assert result.returncode == 2 and "another run is using it" in result.stderr
     result = run_module("evaluate", *options)

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lina_jax import integrity, metrics, places, state
+from lina_jax import integrity, metrics, output_files, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import CheckpointConfig
 from lina_jax.errors import RUN_AGAIN, TrainingDiverged, UserError
@@ -202,7 +202,7 @@ def test_a_save_that_is_overtaken_by_the_next_has_its_digests(tmp_path, monkeypa
 
 def test_a_workdir_has_one_run_at_a_time(tiny_text, run_module, config_file, tmp_path):
     file, workdir = config_file(tiny_text(steps=1)), tmp_path / "run"
-    with places.lock("workdir", workdir):
+    with output_files.lock("workdir", workdir):
         result = run_module("train", f"--config={file}", f"--workdir={workdir}")
     assert result.returncode == 2 and [path.name for path in workdir.iterdir()] == ["lock"]
     said = f"another run is using it (process {os.getpid()} on {socket.gethostname()}); if that run is gone, remove"

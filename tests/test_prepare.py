@@ -16,7 +16,7 @@ import test_webdataset
 from PIL import Image
 from test_prepare_units import SMALL
 
-from lina_jax import example, reading, records
+from lina_jax import reading, records, tf_example
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
 
@@ -55,7 +55,7 @@ def settings(pattern, **changes):
 
 def read(directory, split):
     source = reading.open_split(directory, split)
-    rows = (example.parse(source[i]) for i in range(len(source)))
+    rows = (tf_example.parse(source[i]) for i in range(len(source)))
     return [{name: v if isinstance(v, int) else bytes(v) for name, v in row.items()} for row in rows]
 
 

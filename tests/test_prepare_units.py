@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import test_webdataset
 
-from lina_jax import records, units
+from lina_jax import records, work_units
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
 
@@ -44,17 +44,17 @@ def test_units_may_be_made_by_several_processes(tmp_path, small_units, capsys):
 
 def test_one_that_comes_too_late_leaves_nothing(tmp_path, small_units, monkeypatch):
     """Another process finishes the dataset while this one makes a unit."""
-    inner = units.WorkDirectory.make
+    inner = work_units.WorkDirectory.make
 
     def make(*args):
         def truncated():  # asked for when a unit is complete but for its receipt
-            monkeypatch.setattr(units.WorkDirectory, "make", inner)
+            monkeypatch.setattr(work_units.WorkDirectory, "make", inner)
             prepare(tmp_path / "out", Settings(**SMALL))
             return 0
 
         inner(*args[:-1], truncated)
 
-    monkeypatch.setattr(units.WorkDirectory, "make", make)
+    monkeypatch.setattr(work_units.WorkDirectory, "make", make)
     assert prepare(tmp_path / "out", Settings(**SMALL))["images"]["train"] == SMALL["train"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -62,19 +62,19 @@ def test_one_that_comes_too_late_leaves_nothing(tmp_path, small_units, monkeypat
 def test_two_that_make_the_same_unit_leave_it_whole(tmp_path, small_units, monkeypatch):
     """The second starts and ends while the first is still at work."""
     prepare(tmp_path / "one", Settings(**SMALL))
-    inner = units.WorkDirectory.make
+    inner = work_units.WorkDirectory.make
 
     def make(work, number, source, items, made, *rest):
         def slowly():
             for i, record in enumerate(made):
                 if i == 1 and number == 0:
-                    monkeypatch.setattr(units.WorkDirectory, "make", inner)
+                    monkeypatch.setattr(work_units.WorkDirectory, "make", inner)
                     assert prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2)) is None
                 yield record
 
         inner(work, number, source, items, slowly(), *rest)
 
-    monkeypatch.setattr(units.WorkDirectory, "make", make)
+    monkeypatch.setattr(work_units.WorkDirectory, "make", make)
     assert prepare(tmp_path / "out", Settings(**SMALL), share=Share(0, 2)) is None
     prepare(tmp_path / "out", Settings(**SMALL), share=Share(1, 2))
     assert contents(tmp_path / "out") == contents(tmp_path / "one")

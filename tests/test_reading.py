@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from tiny_dataset import captions, png, write
 
-from lina_jax import cache, example, reading, records, retry
+from lina_jax import cache, reading, records, retry, tf_example
 from lina_jax.errors import UserError
 
 
 def keys(split: reading.Split) -> list[bytes]:
-    return [bytes(example.parse(split[i])["key"]) for i in range(len(split))]
+    return [bytes(tf_example.parse(split[i])["key"]) for i in range(len(split))]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def sharded(tmp_path, monkeypatch):
 
 
 def test_fields_of_pixels(tmp_path):
-    fields = example.parse(reading.open_split(write(tmp_path / "tiny"), "train")[0])
+    fields = tf_example.parse(reading.open_split(write(tmp_path / "tiny"), "train")[0])
     assert {name: v if isinstance(v, int) else bytes(v) for name, v in fields.items()} == {
         "image": png(0), "caption": "nº 0".encode(), "short_caption": b"", "label": -1, "key": b"file:0",
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_fields_of_latents(tmp_path):
         )
     split = reading.open_split(tmp_path / "tiny", "train")
     assert split.layout == reading.RecordLayout((4, 2, 3), 7)
-    fields = example.parse(split[0])
+    fields = tf_example.parse(split[0])
     assert bytes(fields["moments"]) == moments.tobytes()
     assert bytes(fields["text"]) == text.tobytes()
     assert bytes(fields["short_text"]) == b""
@@ -57,11 +57,11 @@ def test_fields_of_latents(tmp_path):
 @pytest.mark.parametrize("broken", [b"\x0a", b"\x0a\x05abc", b"no example", b"\x0a\x02\x0a\x00"])
 def test_other_bytes_are_no_example(broken):
     with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
-        example.parse(broken)
+        tf_example.parse(broken)
 
 
 def test_labels_need_no_names(tmp_path):
-    assert example.parse(reading.open_split(write(tmp_path / "tiny", label_names=()), "train")[2])["label"] == 1
+    assert tf_example.parse(reading.open_split(write(tmp_path / "tiny", label_names=()), "train")[2])["label"] == 1
 
 
 def test_shards_make_one_sequence(sharded):

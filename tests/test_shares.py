@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from lina_jax import hosts, units
+from lina_jax import hosts, work_units
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
 from lina_jax.shares import resolve_share, take_gpu
@@ -99,5 +99,5 @@ def test_units_that_do_not_appear_are_an_error(tmp_path, joined):
 
 def test_process_0_alone_assembles(tmp_path, joined, monkeypatch):
     assert prepare(tmp_path / "out", SMALL, share=Share(0, 1))
-    monkeypatch.setattr(units.WorkDirectory, "assemble", lambda *_: pytest.fail("another one assembled"))
+    monkeypatch.setattr(work_units.WorkDirectory, "assemble", lambda *_: pytest.fail("another one assembled"))
     assert prepare(tmp_path / "other", SMALL, share=Share(1, 1)) is None

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from lina_jax import places, records
+from lina_jax import output_files, records
 from lina_jax.errors import UserError
 from lina_jax.records import Shard, Shards
 from lina_jax.sources.base import Reject, Source
@@ -57,7 +57,7 @@ class WorkDirectory:
                 raise UserError(f"{source.name} has changed since {self.path} was started: remove that directory")
         else:
             self._units.mkdir(parents=True, exist_ok=True)
-            places.write_json(begun, dict(settings) | {"collection": collection})
+            output_files.write_json(begun, dict(settings) | {"collection": collection})
 
     def missing(self) -> set[int]:
         """The numbers of the unfinished units. Raises OSError if the work directory is gone."""
@@ -115,7 +115,7 @@ class WorkDirectory:
         shards = {split: [(Path(s.path).name, s.records, s.bytes) for s in finished[split]] for split in finished}
         receipt = {"items": count, "shards": shards, "rejected": rejected, "truncated": truncated()}
         # If another process has finished the dataset meanwhile, the work directory must not come back.
-        places.write_json(partial / "receipt.json", receipt, parents=False)
+        output_files.write_json(partial / "receipt.json", receipt, parents=False)
         try:
             partial.rename(place)
         except OSError:
@@ -139,7 +139,7 @@ class WorkDirectory:
             split: [shard for receipt in receipts for shard in receipt.shards.get(split, ())]
             for split in dict.fromkeys(split for receipt in receipts for split in receipt.shards)
         }
-        with places.own_directory(self.path) as mine:
+        with output_files.own_directory(self.path) as mine:
             if "validation" in splits:  # each unit has only a few records of it
                 splits["validation"] = _joined(splits["validation"], mine / "validation")
             records.assemble(self.path, name, features, splits)
@@ -147,7 +147,7 @@ class WorkDirectory:
                 for number in range(len(receipts)):
                     joined.write((self._place(number) / "rejects.jsonl").read_bytes())
             os.replace(mine / "rejects.jsonl", self.path / "rejects.jsonl")
-            places.write_json(self.path / "prepare.json", dict(summary), parents=False)
+            output_files.write_json(self.path / "prepare.json", dict(summary), parents=False)
         self.path.rename(self.out)  # replaces an empty directory and refuses any other
         clean(self.out)
 
@@ -174,7 +174,7 @@ def clean(out: Path) -> None:
     """Remove leftovers of the work from a finished dataset."""
     shutil.rmtree(out / "units", ignore_errors=True)
     (out / _SETTINGS).unlink(missing_ok=True)
-    places.remove_partials(out)
+    output_files.remove_partials(out)
 
 
 def compare(there: Mapping[str, Any], wanted: Mapping[str, Any], message: str) -> None:
