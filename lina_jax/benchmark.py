@@ -35,7 +35,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lina_jax import benchmark_data, benchmark_model, config_file, errors, hosts, timing
+from lina_jax import benchmark_data, benchmark_model, config_file, entry, hosts, timing
 from lina_jax import config as config_lib
 from lina_jax.config import Config
 from lina_jax.errors import UserError
@@ -163,4 +163,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("memory_batches", 10_000, "batches during which memory use is watched", lower_bound=10)
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
-    errors.run(main, commands=tuple(COMMANDS))
+    entry.run(main, commands=tuple(COMMANDS))

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lina_jax import errors, hosts, integrity
 from lina_jax.config import CheckpointConfig
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import TransientFailure, UserError
 from lina_jax.state import Blueprint, TrainState, Tree
 from lina_jax.workdir import is_imported, kind_of_weights, saved_steps
 
@@ -159,7 +159,7 @@ class Checkpoints:
         return int(items["progress"]["updates"])
 
     def check(self) -> None:
-        """Raises UserError or PartFailed if the last save has failed; does not wait for one that is under way."""
+        """Raises UserError or TransientFailure if the last save has failed; does not wait for one that is under way."""
         if self._under_way and not self._manager.is_saving_in_progress():
             self._under_way = False
             self.wait()  # only this raises an error of the saving thread
@@ -313,7 +313,7 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         what = "saving" if step is None else f"saving step {step}"
         said = f"{what} to {directory} failed, earlier checkpoints are intact: {line}"
         if jax.process_count() > 1 and not (system or isinstance(error, OSError)):
-            raise PartFailed(said) from error  # probably the failure of another process
+            raise TransientFailure(said) from error  # probably the failure of another process
         raise UserError(said) from system or error
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax._src.clusters import ClusterEnv  # its rules for pods, Kubernetes, SLURM and Open MPI have no public name
 
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import TransientFailure, UserError
 
 
 class Cluster(NamedTuple):
@@ -24,7 +24,7 @@ def find_cluster(
 ) -> Cluster | None:
     """This process's place, from the three flags or else the environment; None if it runs alone.
 
-    Raises UserError, and PartFailed if the environment may have the answer later.
+    Raises UserError, and TransientFailure if the environment may have the answer later.
     """
     given = f"--coordinator={address} --processes={processes} --process_id={process_id}"
     if processes == 1:
@@ -52,7 +52,7 @@ def _detected(timeout: float) -> Cluster | None:
     except Exception as error:  # metadata servers, Kubernetes: each raises its own
         # A server that does not answer (errors of requests are OSErrors), or a machine that has no name yet.
         if isinstance(error, OSError) or "recognize coordinator address" in str(error):
-            raise PartFailed(f"cannot tell yet which process this is: {error}") from error
+            raise TransientFailure(f"cannot tell yet which process this is: {error}") from error
         raise UserError(
             f"cannot tell from the environment which process this is ({error}): give --coordinator=HOST:PORT, "
             "--processes and --process_id, or --processes=1"

@@ -34,7 +34,7 @@ from lina_jax import (
     config_file,
     describe,
     encoders,
-    errors,
+    entry,
     execution,
     export,
     export_program,
@@ -321,4 +321,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("checkpoint", None, "step to export, or of the EMA; default: the latest")
     flags.DEFINE_enum("dtype", "float32", sorted(export.DTYPES), "dtype of exported weights")
     flags.DEFINE_float("max_shard_gb", 5.0, "maximum size of a --to_torch file, in 10^9 bytes")
-    errors.run(main)
+    entry.run(main)

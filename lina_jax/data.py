@@ -22,7 +22,7 @@ from lina_jax import decode, order, reading, tf_example
 from lina_jax.config import Config
 from lina_jax.decode import Arrays, Variant
 from lina_jax.encoders import TextEncoder
-from lina_jax.errors import PartFailed, UserError, storage_failed
+from lina_jax.errors import TransientFailure, UserError, storage_failed
 from lina_jax.reading import Split
 from lina_jax.retry import Progress, with_retries
 
@@ -188,8 +188,8 @@ class Records:
     def read(self, wanted: Sequence[RowRef], batches: int = 1) -> tuple[Arrays, ReadReport]:
         """Read the rows of one batch; `batches` such calls run at the same time and share the threads.
 
-        Raises PartFailed if storage fails in a way that may pass, and UserError if it fails otherwise or too many bad
-        records follow each other. The message names shard and record.
+        Raises TransientFailure if storage fails in a way that may pass, and UserError if it fails otherwise or too many
+        bad records follow each other. The message names shard and record.
         """
         arrays = decode.empty(self._columns, len(wanted))
         read_rows = functools.partial(self._read_rows, arrays, wanted)
@@ -230,7 +230,7 @@ class Records:
             with_retries(read_rest, self._timeout)
         except (OSError, RuntimeError) as error:
             # Decided here, because an error loses its cause on the way out of a worker process.
-            kind = PartFailed if storage_failed(error) else UserError
+            kind = TransientFailure if storage_failed(error) else UserError
             raise kind(f"cannot read {error.at}: {error}") from error
         return list(finished.values())
 
@@ -306,7 +306,7 @@ def training_batches(
     `prefetch` batches are kept ready, by threads of this process or, if `workers` > 0, by so many processes with
     threads of their own. Every epoch has its own order, and may end within a batch.
 
-    Raises PartFailed if a signal killed a worker (SIGKILL, as on a host that is out of memory).
+    Raises TransientFailure if a signal killed a worker (SIGKILL, as on a host that is out of memory).
     """
     ahead = 1 if workers else prefetch
     # Up to `ahead` blocks at once (each takes memory), ideally one per thread: threads that share a block wait for each
@@ -348,7 +348,7 @@ def _recording(records: Records, batches: Iterator[tuple[Arrays, ReadReport]]) -
             yield arrays
     except RuntimeError as error:  # from grain, which names the exit code: negative for a signal
         if killed := re.search(r"Worker process .* exit code -(\d+)", str(error)):
-            raise PartFailed(f"a data-loading process was killed by signal {killed[1]}") from None
+            raise TransientFailure(f"a data-loading process was killed by signal {killed[1]}") from None
         raise
 
 

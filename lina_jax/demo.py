@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lina_jax import errors, sample
+from lina_jax import entry, sample
 from lina_jax.demo_session import Studio
 from lina_jax.errors import UserError
 from lina_jax.workdir import load_config
@@ -55,4 +55,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("host", "localhost", "address to listen on; 0.0.0.0: all interfaces")
     flags.DEFINE_integer("port", 7860, "port; 0: any free port")
     flags.DEFINE_integer("batch_size", 1, "images drawn at once; above 1, each new number of images is compiled")
-    errors.run(main)
+    entry.run(main)

@@ -31,7 +31,7 @@ from absl import flags
 from lina_jax import (
     config_file,
     data,
-    errors,
+    entry,
     geneval,
     hosts,
     image_sources,
@@ -388,4 +388,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "directory for the results; default: WORKDIR/evaluation")
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
-    errors.run(main)
+    entry.run(main)

@@ -25,9 +25,9 @@ from absl import flags
 from jax._src import distributed  # its key-value store, which has no public name
 
 import lina_jax
-from lina_jax import errors, roll_call
+from lina_jax import entry, errors, roll_call
 from lina_jax.cluster import Cluster, find_cluster
-from lina_jax.errors import RUN_AGAIN, PartFailed, Preempted, UserError
+from lina_jax.errors import RUN_AGAIN, Preempted, TransientFailure, UserError
 
 T = TypeVar("T")
 _END = "lina_jax/end"  # key of the reason why the run ended: [process, line, exit code]
@@ -82,7 +82,7 @@ def distributed_run(facts: Mapping[str, Any], *, preemption: bool = False) -> It
             # Collectives fail at once when a process is gone. By the end of this time, `_follow` or `_aborted` knows
             # which one it was, and whether it gave a reason.
             time.sleep(1.5 * values.heartbeat_timeout + _FAREWELL_S)
-            error = PartFailed(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
+            error = TransientFailure(f"JAX's runtime failed in process {cluster.process_id}: {reason}")
         _end_all(cluster, error)
     _disconnect(follower)
     if preempted:
@@ -224,7 +224,7 @@ def _connect(cluster: Cluster, timeout: float, heartbeat: int, preemption: bool)
     except ValueError as error:
         raise UserError(f"cannot start jax.distributed at {cluster.address}: {error}") from error
     except RuntimeError as error:  # a process that answered the roll call is gone
-        raise PartFailed(f"cannot start jax.distributed at {cluster.address}: {error}") from error
+        raise TransientFailure(f"cannot start jax.distributed at {cluster.address}: {error}") from error
 
 
 def _disconnect(follower: threading.Thread) -> None:
@@ -241,7 +241,7 @@ def _aborted(signum: int) -> None:
     if _said is not None:  # the others have left already
         os._exit(_said)
     faulthandler.dump_traceback()
-    errors.exit_process(
+    entry.exit_process(
         "error: JAX's runtime ended this process, as it does when another process is gone (the reason is above); "
         "run the same command again",
         RUN_AGAIN,
@@ -284,7 +284,7 @@ def _leave_knowingly(cluster: Cluster, line: str, code: int) -> NoReturn:
             while len(client.key_value_dir_get(_SEEN)) < cluster.processes and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    errors.exit_process(line, code, farewell)
+    entry.exit_process(line, code, farewell)
 
 
 def _code() -> str:

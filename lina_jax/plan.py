@@ -24,7 +24,7 @@ from lina_jax import config as config_lib
 from lina_jax import (
     config_checks,
     config_file,
-    errors,
+    entry,
     execution,
     flops,
     generate,
@@ -289,4 +289,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("detail", 0, "number of costliest collectives and instructions to list", lower_bound=0)
     flags.DEFINE_bool("search", False, "compare remat policies, kernels, meshes and batch sizes, and recommend")
     flags.DEFINE_integer("search_compiles", 6, "maximum number of programs that a search compiles", lower_bound=1)
-    errors.run(main)
+    entry.run(main)

@@ -18,7 +18,7 @@ import optax
 from absl import flags
 from jax.sharding import PartitionSpec as P
 
-from lina_jax import errors, hlo, programs, roofline, topology
+from lina_jax import entry, hlo, programs, roofline, topology
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
@@ -182,4 +182,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("only", [], f"models to check, of {', '.join(PUBLISHED)}; default: all")
-    errors.run(main)
+    entry.run(main)

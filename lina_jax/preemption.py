@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from lina_jax import errors
+from lina_jax import entry, errors
 
 
 def exit_on_sigterm() -> None:
@@ -24,8 +24,8 @@ def exit_on_sigterm() -> None:
 
 def _leave(signum, frame) -> None:
     del signum, frame
-    if not errors.leaving():  # the interrupted thread may be in `errors.exit_process` itself
-        errors.exit_process("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
+    if not entry.leaving():  # the interrupted thread may be in `entry.exit_process` itself
+        entry.exit_process("preempted, with nothing to save; run the same command again", errors.RUN_AGAIN)
 
 
 class Notice:
@@ -153,7 +153,7 @@ class Watchdog:
                 left = None if self._deadline is None else self._deadline - time.monotonic()
                 if left is not None and left <= 0:
                     faulthandler.dump_traceback()
-                    errors.exit_process(
+                    entry.exit_process(
                         f"error: {self._otherwise}; the stacks of all threads are above; run the same command again",
                         errors.RUN_AGAIN,
                     )

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from lina_jax import (
     config_file,
-    errors,
+    entry,
     hosts,
     images,
     output_files,
@@ -404,4 +404,4 @@ if __name__ == "__main__":
     define_flags()
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
-    errors.run(main)
+    entry.run(main)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection
 
 from lina_jax.cluster import Cluster
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import TransientFailure, UserError
 
 _GREETING = "lina_jax"
 WAKE_S = 0.5  # how often a process that waits checks for signals
@@ -19,8 +19,8 @@ _PATIENCE_S = 5.0  # how long to wait for a caller that sends nothing
 def hold(cluster: Cluster, timeout: float) -> None:
     """Wait until all processes have called, for up to `timeout` seconds.
 
-    Raises, in all that did, PartFailed that names the missing ones (a late machine is not a mistake of the user), and
-    UserError if numbers of processes do not fit.
+    Raises, in all that did, TransientFailure that names the missing ones (a late machine is not a mistake of the user),
+    and UserError if numbers of processes do not fit.
     """
     deadline = time.monotonic() + timeout
     if cluster.process_id == 0:
@@ -32,7 +32,7 @@ def hold(cluster: Cluster, timeout: float) -> None:
 def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
     port = int(cluster.address.rpartition(":")[2])
     callers, here = [], {}  # everyone who called; those who are waiting, by number
-    mistake: UserError | PartFailed | None = None
+    mistake: UserError | TransientFailure | None = None
     with contextlib.ExitStack() as present:
         try:
             server = present.enter_context(_listen(port))
@@ -62,7 +62,7 @@ def _call(cluster: Cluster, deadline: float, timeout: float) -> None:
         missing = set(range(1, cluster.processes)) - here.keys()
         if missing and not mistake:
             absent = f"{_listed(missing)} of {cluster.processes}"
-            mistake = PartFailed(f"{absent} did not connect within {timeout:g} s (--connect_timeout)")
+            mistake = TransientFailure(f"{absent} did not connect within {timeout:g} s (--connect_timeout)")
         verdict = [type(mistake).__name__, str(mistake)] if mistake else []
         for caller in callers:
             with contextlib.suppress(OSError):
@@ -98,11 +98,11 @@ def _answer(cluster: Cluster, deadline: float, timeout: float) -> None:
         else:
             if greeting == _GREETING and verdict:
                 kind, reason = verdict
-                raise {"UserError": UserError, "PartFailed": PartFailed}[kind](reason)
+                raise {"UserError": UserError, "TransientFailure": TransientFailure}[kind](reason)
             if greeting == _GREETING:
                 return
         time.sleep(0.1)  # process 0 has not started yet
-    raise PartFailed(
+    raise TransientFailure(
         f"process 0 cannot be reached at {cluster.address} within {timeout:g} s (--connect_timeout): {reason}"
     )
 

@@ -26,7 +26,7 @@ from lina_jax import (
     config_file,
     decode,
     encoders,
-    errors,
+    entry,
     hosts,
     kernel_check,
     metrics,
@@ -375,4 +375,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "directory for the pictures")
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
-    errors.run(main)
+    entry.run(main)

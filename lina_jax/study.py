@@ -26,7 +26,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from lina_jax import config as config_lib
-from lina_jax import config_fields, config_file, errors, output_files, plots
+from lina_jax import config_fields, config_file, entry, output_files, plots
 from lina_jax.config import Config, ModelConfig
 from lina_jax.errors import UserError
 from lina_jax.flops import training_flops
@@ -380,4 +380,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", None, "file whose presets are the variants", required=True)
     flags.DEFINE_list("variants", None, "presets to compare", required=True)
     flags.DEFINE_multi_string("flag", [], "a training flag that all runs share")
-    errors.run(main)
+    entry.run(main)

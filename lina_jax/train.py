@@ -34,7 +34,7 @@ from lina_jax import (
     config_fields,
     config_file,
     data,
-    errors,
+    entry,
     execution,
     hosts,
     kernel_check,
@@ -357,4 +357,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("allow_config_change", False, "continue in a workdir that was trained with another config")
     hosts.define_flags()
     flags.adopt_module_key_flags(hosts)  # listed by --help
-    errors.run(main)
+    entry.run(main)

@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the sides' process
 import numpy as np
 from absl import flags
 
-from lina_jax import benchmark_model, config_file, errors, generate, mesh, timing
+from lina_jax import benchmark_model, config_file, entry, generate, mesh, timing
 from lina_jax.benchmark_model import AttentionSizes
 from lina_jax.config import Config, freeze
 from lina_jax.errors import UserError
@@ -191,4 +191,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("turns", 6, "of each side", lower_bound=1)
     flags.DEFINE_integer("calls", 3, "of a turn that count", lower_bound=1)
     flags.DEFINE_integer("tokens", 320, "of `attention`")
-    errors.run(main, commands=WHAT)
+    entry.run(main, commands=WHAT)

@@ -24,7 +24,7 @@ from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, datas
 from PIL import Image
 
 from lina_jax import data, decode, reading, retry
-from lina_jax.errors import RUN_AGAIN, PartFailed, UserError, exit_message
+from lina_jax.errors import RUN_AGAIN, TransientFailure, UserError, exit_message
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_storage_that_fails_asks_for_a_restart_from_a_worker_too(tmp_path, monke
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0)
     source = open_records(dataset(tmp_path / "data"))
     monkeypatch.setattr(reading.Split, "__getitem__", stale)
-    with pytest.raises(PartFailed) as caught:
+    with pytest.raises(TransientFailure) as caught:
         batches(source, 1)
     line, code = exit_message(pickle.loads(pickle.dumps(caught.value)))
     assert code == RUN_AGAIN and "Stale file handle" in line
@@ -264,7 +264,7 @@ def test_a_worker_that_was_killed_is_no_bug_but_asks_for_a_restart(tmp_path):
     next(running)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(PartFailed, match="a data-loading process was killed by signal 9"):
+    with pytest.raises(TransientFailure, match="a data-loading process was killed by signal 9"):
         while True:
             next(running)
 

@@ -13,7 +13,7 @@ from lina_jax.errors import UserError
 PROGRAM = """
 import errno
 from absl import flags
-from lina_jax import errors
+from lina_jax import entry, errors
 flags.DEFINE_integer("count", 1, "", lower_bound=1)
 flags.DEFINE_multi_integer("label", [], "")
 flags.DEFINE_float("share", 1.0, "")
@@ -42,7 +42,7 @@ def main(argv):
         except OSError as error:
             raise errors.UserError("cannot read a.arrayrecord") from error
 
-errors.run(main)
+entry.run(main)
 """
 
 
@@ -77,7 +77,7 @@ def test_an_end_is_one_line_and_a_code(argument, code, line):
 
 UNREAD = """
 import os, sys
-from lina_jax import errors
+from lina_jax import entry
 read, write = os.pipe()
 os.close(read)
 os.dup2(write, 2)
@@ -86,7 +86,7 @@ def main(argv):
     print("a line", file=sys.stderr, flush=True)
     print("done")
 
-errors.run(main)
+entry.run(main)
 """
 
 
@@ -100,7 +100,7 @@ def test_work_goes_on_when_nobody_reads_its_messages():
 
 UNHEARD = """
 import signal, threading
-from lina_jax import errors
+from lina_jax import entry
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 
@@ -112,7 +112,7 @@ def main(argv):
     Finalized()
     threading.Event().wait(300)
 
-errors.run(main)
+entry.run(main)
 """
 
 

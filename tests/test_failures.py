@@ -61,7 +61,7 @@ def test_training_that_waits_for_batches_in_vain_is_ended(tiny_text, tmp_path, m
 
     said, ended, batches = [], threading.Event(), importlib.import_module("lina_jax.train").device_batches
     monkeypatch.setattr("lina_jax.train.device_batches", stopping)
-    monkeypatch.setattr("lina_jax.errors.exit_process", leave)
+    monkeypatch.setattr("lina_jax.entry.exit_process", leave)
     with pytest.raises(Ended):
         train(tiny_text(step_timeout=0.5), tmp_path / "run")
     line, code = said[0]
@@ -100,7 +100,7 @@ def test_a_save_that_does_not_end_is_ended(stuck, tiny_text, tmp_path, monkeypat
 
     said, ended, whole = [], threading.Event(), integrity.record
     monkeypatch.setattr(integrity, "record", record)
-    monkeypatch.setattr("lina_jax.errors.exit_process", leave)
+    monkeypatch.setattr("lina_jax.entry.exit_process", leave)
     train(tiny_text(steps=2, checkpoint={"every": 1, "timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
     assert code == RUN_AGAIN and line.startswith(
@@ -122,7 +122,7 @@ def test_measuring_that_does_not_end_is_ended(tiny_text, tmp_path, monkeypatch):
 
     said, ended = [], threading.Event()
     monkeypatch.setattr("lina_jax.periodic.Measurements.take", take)
-    monkeypatch.setattr("lina_jax.errors.exit_process", leave)
+    monkeypatch.setattr("lina_jax.entry.exit_process", leave)
     train(tiny_text(steps=1, eval={"timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
     assert code == RUN_AGAIN and line.startswith("error: measuring took over 0.5 s (eval.timeout)")
@@ -142,7 +142,7 @@ def test_a_checkpoint_that_cannot_be_read_in_time_ends_the_run(tiny_text, tmp_pa
     train(tiny_text(steps=1), tmp_path / "run")
     said, ended, whole = [], threading.Event(), Checkpoints.restore
     monkeypatch.setattr(Checkpoints, "restore", restore)
-    monkeypatch.setattr("lina_jax.errors.exit_process", leave)
+    monkeypatch.setattr("lina_jax.entry.exit_process", leave)
     train(tiny_text(steps=1, checkpoint={"timeout": 0.5}), tmp_path / "run")
     line, code = said[0]
     assert code == RUN_AGAIN and line.startswith("error: reading weights took over 0.5 s (checkpoint.timeout)")

@@ -13,7 +13,7 @@ from ports import free_port
 
 from lina_jax import roll_call
 from lina_jax.cluster import Cluster, find_cluster
-from lina_jax.errors import PartFailed, UserError
+from lina_jax.errors import TransientFailure, UserError
 
 
 def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[int, str]:
@@ -24,7 +24,7 @@ def answers(port: int, *ids: int, count: int = 4, timeout: float = 1.0) -> dict[
         try:
             roll_call.hold(Cluster(f"localhost:{port}", count, process), timeout)
             said[number] = ""
-        except (UserError, PartFailed) as error:
+        except (UserError, TransientFailure) as error:
             said[number] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=take_part, args=place) for place in enumerate(ids)]
@@ -42,7 +42,7 @@ def test_a_roll_call_with_all_is_silent():
 
 
 def test_missing_processes_are_named_in_all_that_came():
-    line = "PartFailed: processes 1, 3 of 4 did not connect within 1 s (--connect_timeout)"
+    line = "TransientFailure: processes 1, 3 of 4 did not connect within 1 s (--connect_timeout)"
     assert set(answers(free_port(), 2, 0).values()) == {line}
 
 
@@ -50,7 +50,7 @@ def test_without_process_0_its_address_is_named():
     port = free_port()
     (line,) = answers(port, 1).values()
     assert line.startswith(
-        f"PartFailed: process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)"
+        f"TransientFailure: process 0 cannot be reached at localhost:{port} within 1 s (--connect_timeout)"
     )
 
 
@@ -124,7 +124,7 @@ def test_a_coordinator_that_has_no_name_yet_is_waited_for(environment):
         environment.setenv(name, value)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("lina_jax.errors.PartFailed: cannot tell yet which process this is: ")
+    assert last.startswith("lina_jax.errors.TransientFailure: cannot tell yet which process this is: ")
     assert "run-slice-job-0-0" in last
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lina_jax import checkpoint, metrics, periodic, preemption, state
 from lina_jax.checkpoint import Checkpoints
-from lina_jax.errors import RUN_AGAIN, PartFailed, UserError
+from lina_jax.errors import RUN_AGAIN, TransientFailure, UserError
 
 DEADLINE_S = 240  # for a subprocess to get somewhere
 
@@ -132,7 +132,7 @@ def test_ctrl_c_waits_once_for_what_is_being_finished(capfd):
 
 STALLED = """
 import sys, threading
-from lina_jax import errors, preemption
+from lina_jax import entry, preemption
 
 def main(argv):
     with preemption.Watchdog(0.2) as watchdog:
@@ -148,7 +148,7 @@ def main(argv):
 def stalled_for_ever():
     threading.Event().wait()
 
-errors.run(main)
+entry.run(main)
 """
 
 
@@ -166,7 +166,7 @@ def test_a_save_that_another_process_left_is_no_failure_of_the_disk(monkeypatch,
     lost = jax.errors.JaxRuntimeError("UNAVAILABLE: the following tasks are unhealthy")
     with pytest.raises(jax.errors.JaxRuntimeError, match="unhealthy"), checkpoint._naming_failures(tmp_path):
         raise TimeoutError("Timed out while waiting for a barrier.") from lost
-    part = pytest.raises(PartFailed, match="failed, earlier checkpoints are intact: UNKNOWN: Gloo")
+    part = pytest.raises(TransientFailure, match="failed, earlier checkpoints are intact: UNKNOWN: Gloo")
     with part, checkpoint._naming_failures(tmp_path):
         raise ValueError("UNKNOWN: Gloo AllGather failed")
     whole = pytest.raises(UserError, match="failed, earlier checkpoints are intact: No space left")

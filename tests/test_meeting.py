@@ -17,7 +17,7 @@ from lina_jax.errors import RUN_AGAIN
 PROGRAM = """
 import functools, os, pathlib, signal, sys, threading
 import jax
-from lina_jax import errors, hosts, preemption
+from lina_jax import entry, errors, hosts, preemption
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 # Ends that wait for each other must not rest on the patience of JAX's runtime.
@@ -30,7 +30,7 @@ def main(argv):
 """
 START = """
 hosts.define_flags()
-errors.run(main)
+entry.run(main)
 """
 
 
