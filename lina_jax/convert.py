@@ -33,6 +33,7 @@ from lina_jax import (
     averaging,
     config_file,
     describe,
+    drawing,
     encoders,
     entry,
     execution,
@@ -40,7 +41,6 @@ from lina_jax import (
     export_program,
     output_files,
     published,
-    sample,
     state,
     torch_layout,
 )
@@ -175,7 +175,7 @@ def to_stablehlo(
     if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
         raise UserError(f"--platforms={','.join(platforms)}: expected some of {', '.join(export_program.PLATFORMS)}")
     check_new("to_stablehlo", directory)
-    config = sample.drawable_config(workdir, autoencoder, text_encoder)
+    config = drawing.drawable_config(workdir, autoencoder, text_encoder)
     one = mesh_lib.build(MeshConfig(), jax.local_devices()[:1])
     blueprint = state.make_blueprint(execution.for_all_platforms(config), one, encoders.load_encoders(config, one))
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
@@ -269,7 +269,7 @@ def main(argv: Sequence[str]) -> None:
         case "from_torch":
             given = config_lib.freeze(values.config) if values.config is not None else None
             config = from_torch(target, workdir, given)
-            missing = sample.missing_encoder(config)
+            missing = drawing.missing_encoder(config)
             print(f"{workdir} holds the weights of {target}" + (f"; it cannot draw yet: {missing}" if missing else ""))
         case "to_torch":
             weights = to_torch(workdir, target, **which, dtype=values.dtype, max_shard_gb=values.max_shard_gb)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lina_jax import entry, sample
+from lina_jax import drawing, entry
 from lina_jax.demo_session import Studio
 from lina_jax.errors import UserError
 from lina_jax.workdir import load_config
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sample.define_weights_flags()
-    flags.adopt_module_key_flags(sample)  # listed by --help
+    drawing.define_weights_flags()
+    flags.adopt_module_key_flags(drawing)  # listed by --help
     flags.DEFINE_string("data", "", "dataset with class names and captions; default: the config's, if it is there")
     flags.DEFINE_string("host", "localhost", "address to listen on; 0.0.0.0: all interfaces")
     flags.DEFINE_integer("port", 7860, "port; 0: any free port")

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lina_jax import drawing, reading, tf_example
 from lina_jax import mesh as mesh_lib
-from lina_jax import reading, sample, tf_example
 from lina_jax.errors import UserError
 from lina_jax.generate import DecodingState, Schedule, Stepper
 
@@ -58,8 +58,8 @@ class Studio:
         """`data` provides class names and captions. Raises UserError if there is no model, or it cannot draw."""
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: must be at least 1")
-        config = sample.drawable_config(workdir, autoencoder, text_encoder)
-        self._blueprint, self._params, self._frozen, self.checkpoint = sample.load(
+        config = drawing.drawable_config(workdir, autoencoder, text_encoder)
+        self._blueprint, self._params, self._frozen, self.checkpoint = drawing.load(
             workdir, config, ema=ema, step=checkpoint, mesh_config=mesh_lib.parse(mesh)
         )
         self.config, self._batch_size, self._stepper = self._blueprint.config, batch_size, Stepper(self._blueprint)
@@ -81,20 +81,20 @@ class Studio:
         seed, steps, num = (_whole(*pair) for pair in (("seed", seed), ("steps", steps), ("num", num)))
         if guidance is None:
             raise UserError("--guidance: expected a number")
-        sample.check_seed(seed)
+        drawing.check_seed(seed)
         if num > MOST_IMAGES:
             raise UserError(f"--num={num}: at most {MOST_IMAGES} pictures at once on this page")
         tokens = self.config.model.image_tokens
         if steps > tokens:
             raise UserError(f"--steps={steps}: at most {tokens}, one for each token of a picture")
-        sample.sample_settings(self.config, {"steps": steps, "guidance": float(guidance)})
-        sample.check_num(num)
+        drawing.sample_settings(self.config, {"steps": steps, "guidance": float(guidance)})
+        drawing.check_num(num)
         if self.config.model.condition == "class":
             condition = _whole("label", condition)
-            sample.encode_conditions(self.config, [condition])
+            drawing.encode_conditions(self.config, [condition])
         else:
             condition = condition or ""
-            sample.check_prompt(self.config, condition)
+            drawing.check_prompt(self.config, condition)
         return Request(condition, seed, steps, float(guidance), num)
 
     def command(self, request: Request) -> str:
@@ -108,10 +108,10 @@ class Studio:
         words = [f"--{name}={value}" for name, value in given.items()]
         return shlex.join(["python", "-m", "lina_jax.sample", *words[:-1], *self._weights, words[-1]])
 
-    def sampler(self, request: Request) -> sample.Sampler:
-        settings = sample.sample_settings(self.config, {"steps": request.steps, "guidance": request.guidance})
-        batch_size = sample.batch_for(self._blueprint, request.num, self._batch_size)
-        return sample.Sampler(self._blueprint, settings, batch_size, self._stepper)
+    def sampler(self, request: Request) -> drawing.Sampler:
+        settings = drawing.sample_settings(self.config, {"steps": request.steps, "guidance": request.guidance})
+        batch_size = drawing.batch_for(self._blueprint, request.num, self._batch_size)
+        return drawing.Sampler(self._blueprint, settings, batch_size, self._stepper)
 
     def ready(self, request: Request) -> bool:
         """Whether all programs for this request are compiled."""
@@ -139,18 +139,18 @@ class Studio:
         made = [np.asarray(self._stepper.pixels(state)) for state in drawn.states]
         return np.concatenate(made)[: len(drawn.sets)]
 
-    def _batches(self, sampler: sample.Sampler, request: Request) -> list[Iterator[DecodingState]]:
+    def _batches(self, sampler: drawing.Sampler, request: Request) -> list[Iterator[DecodingState]]:
         return sampler.batches(self._params, self._frozen, [request.condition] * request.num, request.seed)
 
     def _readable(self, prompt: str) -> bool:
         try:
-            sample.check_prompt(self.config, prompt)
+            drawing.check_prompt(self.config, prompt)
         except UserError:
             return False
         return True
 
 
-def _shapes(sampler: sample.Sampler) -> tuple:
+def _shapes(sampler: drawing.Sampler) -> tuple:
     """The shapes that programs are compiled for, as a key."""
     steps = sampler.schedule
     return sampler.batch_size, steps.sigmas.shape[1], *map(steps.shape, steps.stages)

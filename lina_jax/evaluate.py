@@ -31,6 +31,7 @@ from absl import flags
 from lina_jax import (
     config_file,
     data,
+    drawing,
     entry,
     geneval,
     hosts,
@@ -42,7 +43,6 @@ from lina_jax import (
     quality,
     reference,
     report,
-    sample,
     scene_score,
     shapes,
     study,
@@ -199,7 +199,7 @@ def _check(values: flags.FlagValues) -> list[str]:
         if values.reference and npz.resolve() == Path(values.reference).expanduser().resolve():
             raise UserError(f"--npz={npz}: is the reference, which it would overwrite")
         output_files.check("npz", npz.parent)
-    sample.check_seed(values.seed)
+    drawing.check_seed(values.seed)
     return metrics
 
 
@@ -210,10 +210,10 @@ class _Run:
         """Load and check everything, so that mistakes raise UserError before hours are spent on measuring."""
         self._values, self._workdir, self._metrics, self._out = values, workdir, metrics, out
         loaded = load_config(workdir)
-        self._settings = sample.settings_of_flags(loaded, values)
+        self._settings = drawing.settings_of_flags(loaded, values)
         draws = values.scenes or values.geneval or values.npz or values.inception or values.report
-        loaded = sample.with_encoders(loaded, values.autoencoder, values.text_encoder)
-        missing = sample.missing_encoder(loaded)
+        loaded = drawing.with_encoders(loaded, values.autoencoder, values.text_encoder)
+        missing = drawing.missing_encoder(loaded)
         if missing and draws:
             raise UserError(missing)
         if values.scenes and (loaded.model.condition != "text" or len(set(loaded.model.image_grid)) > 1):
@@ -223,7 +223,7 @@ class _Run:
         prompts = []
         if values.geneval:
             prompts = geneval.read_prompts(Path(values.geneval).expanduser(), values.geneval_rewritten, loaded)
-        blueprint, self._drawing, self._frozen, self.step = sample.load(
+        blueprint, self._drawing, self._frozen, self.step = drawing.load(
             workdir, loaded, ema=not values.raw, step=values.checkpoint, mesh_config=mesh_lib.parse(values.mesh)
         )
         checkpoint = workdir / "checkpoints" / str(self.step)
@@ -271,7 +271,7 @@ class _Run:
 
     def scenes(self) -> tuple[dict, np.ndarray, list[str]]:
         count = self._values.scenes
-        sampler = sample.Sampler(self._blueprint, self._settings, sample.batch_for(self._blueprint, count))
+        sampler = drawing.Sampler(self._blueprint, self._settings, drawing.batch_for(self._blueprint, count))
         return scene_scores(sampler, self._drawing, self._frozen, count, self._values.seed)
 
     def geneval(self) -> tuple[dict[str, Any], np.ndarray, list[str]]:
@@ -364,9 +364,9 @@ class _Files:
 
 
 if __name__ == "__main__":
-    sample.define_weights_flags()
-    sample.define_settings_flags()
-    flags.adopt_module_key_flags(sample)  # listed by --help
+    drawing.define_weights_flags()
+    drawing.define_settings_flags()
+    flags.adopt_module_key_flags(drawing)  # listed by --help
     flags.DEFINE_string("data", None, "dataset whose validation split is used; default: the config's")
     flags.DEFINE_bool("validation", True, "measure the validation loss, which needs the dataset")
     flags.DEFINE_integer("scenes", 0, "number of captions of the shapes grammar to draw and judge")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from lina_jax import hosts, image_sources, output_files, pictures, progress, sample
+from lina_jax import drawing, hosts, image_sources, output_files, pictures, progress
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, SampleConfig
 from lina_jax.errors import UserError
@@ -53,7 +53,7 @@ def read_prompts(path: Path, rewritten: str | None, config: Config) -> list[Prom
             raise UserError(f"--geneval_rewritten={rewritten}: {len(texts)} prompts, {path} has {len(lines)}")
     for (number, _), text in zip(drawn, texts, strict=True):
         try:
-            sample.check_prompt(config, text)
+            drawing.check_prompt(config, text)
         except UserError as error:
             raise UserError(f"{where}, line {number}: {error}") from error
     return [Prompt(line, text) for (_, line), text in zip(lines, texts, strict=True)]

@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
-from lina_jax import data, execution, generate, images, reading, sample, tf_example
+from lina_jax import data, drawing, execution, generate, images, reading, sample, tf_example
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, DataConfig, SampleConfig
 from lina_jax.data import Records
@@ -128,7 +128,7 @@ def captions_of(records: Records, count: int) -> Conditions:
 
 def prompts(blueprint: Blueprint, texts: Sequence[str]) -> Conditions:
     """Image i has text i."""
-    return lambda numbers: sample.encode_conditions(
+    return lambda numbers: drawing.encode_conditions(
         blueprint.config, [texts[number] for number in numbers], blueprint.encoders.text
     )
 

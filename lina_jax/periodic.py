@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lina_jax import hosts, metrics, quality, sample, state
+from lina_jax import drawing, hosts, metrics, previews, quality, state
 from lina_jax.config import Config
 from lina_jax.data import Records
 from lina_jax.validation import Validation
@@ -25,7 +25,7 @@ def due(config: Config, step: int) -> list[str]:
     cadences = {"validation": config.eval.every}
     if config.eval.images:
         cadences["quality"] = config.eval.images_every
-    if config.log.preview_images and not sample.missing_encoder(config):
+    if config.log.preview_images and not drawing.missing_encoder(config):
         cadences["previews"] = config.log.preview_every
     if not 0 < step <= config.steps:
         return []
@@ -54,7 +54,7 @@ def _missing(config: Config, workdir: Path, step: int) -> list[str]:
     if not names:
         return []
     recorded = _recorded(workdir / "metrics.jsonl", step)
-    if sample.preview_path(workdir, step).exists():
+    if previews.preview_path(workdir, step).exists():
         recorded.add("previews")
     # Process 0 writes the records; the others may not see them.
     missing = multihost_utils.broadcast_one_to_all(np.array([name not in recorded for name in names]))
@@ -84,8 +84,8 @@ class Measurements:
         self._blueprint, self._work = blueprint, _features(workdir)
         self._validation = Validation(blueprint, records)
         self._quality = quality.DrawnQuality(blueprint, records) if config.eval.images else None
-        draws = config.log.preview_images and not sample.missing_encoder(config)
-        self._previews = sample.Previews(blueprint, workdir) if draws else None
+        draws = config.log.preview_images and not drawing.missing_encoder(config)
+        self._previews = previews.Previews(blueprint, workdir) if draws else None
 
     def take(self, names: Collection[str], step: int, train_state: state.TrainState, writer: metrics.Writer) -> None:
         """Take these measurements, in all processes, and record each as soon as it is known."""

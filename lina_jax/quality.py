@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lina_jax import config as config_lib
-from lina_jax import config_fields, featurise, image_metrics, image_sources, pictures, sample
+from lina_jax import config_fields, drawing, featurise, image_metrics, image_sources, pictures
 from lina_jax import reference as reference_lib
 from lina_jax.config import EvalConfig
 from lina_jax.data import Records
@@ -160,7 +160,7 @@ class DrawnQuality:
     def __init__(self, blueprint: Blueprint, records: Records | None):
         """The settings are those of `config.eval`. Raises UserError if something cannot be read or drawn."""
         config = blueprint.config.eval
-        if missing := sample.missing_encoder(blueprint.config):
+        if missing := drawing.missing_encoder(blueprint.config):
             raise UserError(f"eval.images={config.images}: {missing}")
         self._blueprint, self._config = blueprint, config
         path = Path(config.reference).expanduser()

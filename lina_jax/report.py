@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import lina_jax
-from lina_jax import generate, output_files, pictures, plots, reading, sample
+from lina_jax import drawing, generate, output_files, pictures, plots, previews, reading
 from lina_jax.config import Config, SampleConfig
 from lina_jax.config_fields import flatten
 from lina_jax.errors import UserError
@@ -110,7 +110,7 @@ def conditions_of(config: Config, count: int) -> tuple[list, list[str]]:
     """
     model = config.model
     if model.condition == "text":
-        given = sample.preview_prompts(config)
+        given = previews.preview_prompts(config)
         texts = [given[i % len(given)] for i in range(count)]
         return texts, texts
     try:
@@ -126,7 +126,7 @@ def draw_samples(blueprint: Blueprint, settings: SampleConfig, params: Tree, fro
     config = blueprint.config
     distinct = config.model.num_classes if config.model.condition == "class" else len(config.log.preview_prompts)
     conditions, names = conditions_of(config, min(_CONDITIONS, max(1, distinct)))
-    sampler = sample.Sampler(blueprint, settings, sample.batch_for(blueprint, len(conditions) * _EACH))
+    sampler = drawing.Sampler(blueprint, settings, drawing.batch_for(blueprint, len(conditions) * _EACH))
     images = sampler(params, frozen, [condition for condition in conditions for _ in range(_EACH)], seed)
     about = "The first classes or preview prompts. Each picture has its own noise and order; none was hand-picked."
     return Rows("Samples", about, images.reshape(-1, _EACH, *images.shape[1:]), names)
@@ -135,12 +135,12 @@ def draw_samples(blueprint: Blueprint, settings: SampleConfig, params: Tree, fro
 def decode_strips(blueprint: Blueprint, settings: SampleConfig, params: Tree, frozen: Tree, seed: int) -> Rows:
     """Images of the first conditions as they are decoded."""
     config = blueprint.config
-    count = sample.batch_for(blueprint, _STRIPS)
+    count = drawing.batch_for(blueprint, _STRIPS)
     conditions, names = conditions_of(config, count)
 
     def rows(numbers: np.ndarray) -> Mapping[str, np.ndarray]:
         chosen = [conditions[number] for number in numbers]
-        return {**sample.encode_conditions(config, chosen, blueprint.encoders.text), "number": numbers}
+        return {**drawing.encode_conditions(config, chosen, blueprint.encoders.text), "number": numbers}
 
     placed_rows = place_rows(blueprint.mesh, np.arange(count, dtype=np.int32), rows)
     numbers = placed_rows.pop("number")

@@ -34,6 +34,7 @@ from lina_jax import (
     config_fields,
     config_file,
     data,
+    drawing,
     entry,
     execution,
     hosts,
@@ -43,7 +44,6 @@ from lina_jax import (
     periodic,
     plots,
     preemption,
-    sample,
     state,
     warm_start,
 )
@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
         output_files.write_json(workdir / "init_from.json", warm_report)
         print(warm_start.table(warm_report), file=sys.stderr)
     _introduce(config, blueprint, first)
-    if config.log.preview_images and (missing := sample.missing_encoder(config)):
+    if config.log.preview_images and (missing := drawing.missing_encoder(config)):
         _say(f"no previews: {missing}")
 
     writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)

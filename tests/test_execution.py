@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from lina_jax import execution, generate, kernel_check, sample, state
+from lina_jax import drawing, execution, generate, kernel_check, state
 from lina_jax.chips import CHIPS
 from lina_jax.errors import UserError
 from lina_jax.train import train
@@ -157,4 +157,4 @@ def test_training_and_sampling_ask_whether_kernels_agree_first(tiny_text, tmp_pa
     assert not (tmp_path / "run" / "config.json").exists()
     write_config(tmp_path / "imported", config)
     with pytest.raises(UserError, match="asked about kernels: auto"):
-        sample.load(tmp_path / "imported")
+        drawing.load(tmp_path / "imported")

@@ -17,7 +17,7 @@ from pipelines import WEIGHTS, change_weights, write_pipeline
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from lina_jax import convert, describe, export, mesh, sample, state
+from lina_jax import convert, describe, drawing, export, mesh, state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import freeze
 from lina_jax.errors import UserError
@@ -163,8 +163,8 @@ def test_a_sampling_program_runs_without_the_package(tiny_run, program, tmp_path
     command = [sys.executable, "-c", RUN_PROGRAM, str(program)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    plan, params, frozen, _ = sample.load(tiny_run, ema=False)
-    ours = sample.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
+    plan, params, frozen, _ = drawing.load(tiny_run, ema=False)
+    ours = drawing.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
     theirs = np.load(tmp_path / "images.npy")
     assert theirs.shape == ours.shape and theirs.std() > 10
     # Programs for one batch size and for any batch size round differently: a value near an integer may be truncated to
@@ -183,8 +183,8 @@ def test_rotary_models_go_out_as_programs(platform, tiny, rough, save_run, tmp_p
     weights = load_file(tmp_path / "program" / "weights.safetensors")
     labels, numbers = np.array([0, 2, 1], np.int32), np.arange(3, dtype=np.int32)
     theirs = np.asarray(exported.call(weights, {"label": labels}, numbers, np.int32(7)))
-    plan, params, frozen, _ = sample.load(tmp_path / "run")
-    ours = sample.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
+    plan, params, frozen, _ = drawing.load(tmp_path / "run")
+    ours = drawing.Sampler(plan, plan.config.sample, 8)(params, frozen, [0, 2, 1], seed=7)
     assert np.max(np.abs(theirs.astype(int) - ours)) <= 1  # as above
 
 
@@ -202,11 +202,11 @@ def test_encoders_are_part_of_a_sampling_program(tiny, rough, save_run, tmp_path
     convert.to_stablehlo(workdir, tmp_path / "program")
     exported = jax.export.deserialize((tmp_path / "program" / "sample.stablehlo").read_bytes())
     prompts = ["a large red circle", "two green triangles"]
-    plan, params, frozen, _ = sample.load(workdir)
-    condition = sample.encode_conditions(config, prompts, plan.encoders.text)
+    plan, params, frozen, _ = drawing.load(workdir)
+    condition = drawing.encode_conditions(config, prompts, plan.encoders.text)
     weights = load_file(tmp_path / "program" / "weights.safetensors")
     theirs = exported.call(weights, condition, np.arange(2, dtype=np.int32), np.int32(7))
-    ours = sample.Sampler(plan, config.sample, 8)(params, frozen, prompts, seed=7)
+    ours = drawing.Sampler(plan, config.sample, 8)(params, frozen, prompts, seed=7)
     assert ours.std() > 10
     assert np.max(np.abs(np.asarray(theirs).astype(int) - ours)) <= 1 and np.mean(theirs != ours) < 0.01
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from lina_jax import generate, hlo, mesh, programs, roofline, sample, state
+from lina_jax import drawing, generate, hlo, mesh, programs, roofline, state
 from lina_jax.config import MeshConfig, SampleConfig
 from lina_jax.models import flow
 
@@ -104,7 +104,7 @@ def test_an_image_does_not_depend_on_the_mesh(config, weights, images):
 def test_a_sampler_uses_all_devices(config, weights, images):
     plan = state.make_blueprint(config, mesh.build(MeshConfig(data=4, fsdp=2)))
     params, frozen = jax.device_put(weights, (plan.shardings.params, plan.shardings.frozen))
-    sampler = sample.Sampler(plan, plan.config.sample, sample.batch_for(plan, len(LABELS)))
+    sampler = drawing.Sampler(plan, plan.config.sample, drawing.batch_for(plan, len(LABELS)))
     assert_equal_to_rounding(sampler(params, frozen, LABELS.tolist(), seed=0), images)
     ((last,),) = (collections.deque(b, maxlen=1) for b in sampler.batches(params, frozen, LABELS.tolist(), seed=0))
     assert len(last.tokens.sharding.device_set) == 8
@@ -199,7 +199,7 @@ def test_orders_are_permutations_of_their_own(tiny):
 
 def test_many_images_are_drawn_in_batches_of_one_size(plan, weights, draw):
     """Six images through a program with a batch size of four are the same as each drawn by its number."""
-    made = sample.Sampler(plan, plan.config.sample, 4)(*weights, [0, 1, 2, 1, 0, 2], seed=0)
+    made = drawing.Sampler(plan, plan.config.sample, 4)(*weights, [0, 1, 2, 1, 0, 2], seed=0)
     assert made.shape == (6, 8, 8, 3)
     np.testing.assert_array_equal(made[4:], draw(labels=[0, 2, 0, 0], numbers=[4, 5, 6, 7])[:2])
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import geneval, mesh, report, sample, state
+from lina_jax import drawing, geneval, mesh, report, state
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
 from lina_jax.workdir import write_config
@@ -73,7 +73,7 @@ def test_pictures_are_those_of_the_sampler(draw, prompts, plan, weights, tmp_pat
     """Image k of prompt i has number 2 i + k of the seed."""
     draw(prompts, tmp_path / "out", seed=5)
     texts = [prompt.text for prompt in prompts for _ in range(2)]
-    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, texts, seed=5)
+    images = drawing.Sampler(plan, plan.config.sample, 4)(*weights, texts, seed=5)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/00001/samples/0001.png")), images[3])
 
 
@@ -175,7 +175,7 @@ def test_rewritten_prompts_are_drawn_and_the_metadata_stays(plan, tmp_path):
 def test_strips_end_with_the_picture(plan, weights):
     rows = report.decode_strips(plan, plan.config.sample, *weights, seed=0)
     assert rows.images.shape[:1] + rows.images.shape[2:] == (4, 8, 8, 3) and rows.names == ["a picture"] * 4
-    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, rows.names, seed=0)
+    images = drawing.Sampler(plan, plan.config.sample, 4)(*weights, rows.names, seed=0)
     np.testing.assert_array_equal(rows.images[:, -1], images)
     empty = [np.mean(np.all(moment == 127, axis=-1)) for moment in rows.images.swapaxes(0, 1)]  # zero tokens are gray
     assert empty[0] > 0.5 and empty == sorted(empty, reverse=True) and empty[-1] < 0.1
@@ -189,7 +189,7 @@ def test_samples_are_those_of_the_sampler_by_class(names, told, tiny, rough, one
     rows = report.draw_samples(plan, plan.config.sample, *weights, seed=5)
     labels = list(range(len(rows.names)))
     assert rows.images.shape[:2] == (min(8, plan.config.model.num_classes), 4) and rows.names[2] == told
-    images = sample.Sampler(plan, plan.config.sample, 4)(*weights, [label for label in labels for _ in range(4)], 5)
+    images = drawing.Sampler(plan, plan.config.sample, 4)(*weights, [label for label in labels for _ in range(4)], 5)
     np.testing.assert_array_equal(rows.images.reshape(images.shape), images)
 
 

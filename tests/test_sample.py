@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lina_jax import sample
+from lina_jax import drawing, sample
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.encoders import Tokens
 from lina_jax.errors import UserError
@@ -72,10 +72,10 @@ def test_a_prompt_that_is_cut_is_named(tiny_text, caplog):
         return Tokens(np.zeros((len(prompts), 3), np.int32), np.full(len(prompts), 3), np.array([False, True]))
 
     config = tiny_text(model={"text_encoder": "features"})
-    sample.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
+    drawing.encode_conditions(config, ["short", "too long for it"], SimpleNamespace(tokenize=tokenize))
     assert caplog.messages == ["only the first 3 tokens of prompt 'too long for it' are read"]
     caplog.clear()
-    sample.encode_conditions(tiny_text(model={"text_length": 8}), ["a circle", "a square, too"])
+    drawing.encode_conditions(tiny_text(model={"text_length": 8}), ["a circle", "a square, too"])
     assert caplog.messages == ["only the first 8 bytes of prompt 'a square, too' are read"]
 
 
@@ -90,15 +90,15 @@ def test_sample_refuses_a_label_for_a_text_model(run_module, workdir, tmp_path):
 def test_guidance_that_is_given_is_not_exceeded_on_the_way_to_it(tiny):
     """So 1 means no guidance, whatever the ramp of a config begins with."""
     config = tiny(sample={"guidance": 5.0, "guidance_min": 3.0})
-    assert sample.sample_settings(config, {"guidance": 1.0}).guidance_min == 1.0
-    assert sample.sample_settings(config, {"guidance": 4.0}).guidance_min == 3.0
+    assert drawing.sample_settings(config, {"guidance": 1.0}).guidance_min == 1.0
+    assert drawing.sample_settings(config, {"guidance": 4.0}).guidance_min == 3.0
 
 
 @pytest.mark.parametrize("name", ["steps", "euler_steps"])
 @pytest.mark.parametrize("value", [0, 10**12])
 def test_steps_that_cannot_be_made_are_refused(tiny, name, value):
     with pytest.raises(UserError, match=f"--{name}={value}: expected 1 to 100000"):
-        sample.sample_settings(tiny(), {name: value})
+        drawing.sample_settings(tiny(), {name: value})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_prompts_are_read_from_a_file_of_lines(tiny_text, tmp_path):
 @pytest.mark.parametrize("encoder", ["autoencoder", "text_encoder"])
 def test_an_encoder_that_the_model_does_not_use_is_refused(tiny_text, encoder):
     with pytest.raises(UserError, match=f"--{encoder}=somewhere: this model"):
-        sample.with_encoders(tiny_text(), **{"autoencoder": "", "text_encoder": "", encoder: "somewhere"})
+        drawing.with_encoders(tiny_text(), **{"autoencoder": "", "text_encoder": "", encoder: "somewhere"})
 
 
 def test_a_training_directory_takes_no_pictures(tmp_path):
@@ -159,21 +159,21 @@ def test_a_training_directory_takes_no_pictures(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, -1.0])
 def test_the_setting_that_is_wrong_is_named_alone(tiny, name, value):
     with pytest.raises(UserError, match=rf"^--{name}={re.escape(str(value))}: must be in \[0, 3.4e\+38\]$"):
-        sample.sample_settings(tiny(), {name: value})
+        drawing.sample_settings(tiny(), {name: value})
 
 
 @pytest.mark.parametrize("label", [-1, 4])
 def test_classes_that_do_not_exist_are_refused(tiny, label):
     with pytest.raises(UserError, match=f"label {label}: expected 0 to 2"):
-        sample.encode_conditions(tiny(), [label])
+        drawing.encode_conditions(tiny(), [label])
 
 
 def test_load_takes_the_average_or_the_parameters(text_plan, tmp_path, rough, save_run, identical):
     run = rough(text_plan)
     run = dataclasses.replace(run, ema=jax.tree.map(lambda x: x + 1, run.params))
     save_run(tmp_path, text_plan, run)
-    assert identical(sample.load(tmp_path)[1], run.ema)
-    assert identical(sample.load(tmp_path, ema=False)[1], run.params)
+    assert identical(drawing.load(tmp_path)[1], run.ema)
+    assert identical(drawing.load(tmp_path, ema=False)[1], run.params)
 
 
 def test_imported_weights_are_not_called_an_average(text_plan, rough, run_module, tmp_path):
@@ -190,4 +190,4 @@ def test_imported_weights_are_not_called_an_average(text_plan, rough, run_module
 
 def test_a_checkpoint_that_is_not_there_is_named(workdir):
     with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: its steps are \[7\]"):
-        sample.load(workdir, step=3)
+        drawing.load(workdir, step=3)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lina_jax import data, evaluate, mesh, sample, state, validation
+from lina_jax import data, drawing, evaluate, mesh, state, validation
 from lina_jax.config import MeshConfig
 
 
@@ -78,7 +78,7 @@ def test_the_error_of_a_mean_over_tokens_is_that_over_examples():
 def test_scenes_are_scored_by_category(text_plan, rough):
     """The images of an untrained model are arbitrary; test_scene_score checks that the judge is right."""
     run = rough(text_plan)
-    sampler = sample.Sampler(text_plan, text_plan.config.sample, 4)
+    sampler = drawing.Sampler(text_plan, text_plan.config.sample, 4)
     scores, images, captions = evaluate.scene_scores(sampler, run.ema, run.frozen, 8, seed=0)
     assert images.shape == (8, 8, 8, 3)
     assert len(captions) == 8
