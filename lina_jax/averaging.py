@@ -21,6 +21,7 @@ from lina_jax import mesh as mesh_lib
 from lina_jax import state
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig
+from lina_jax.ema import ema_decay
 from lina_jax.errors import UserError
 from lina_jax.state import Tree
 from lina_jax.workdir import load_config
@@ -148,5 +149,5 @@ def _cumulated(
 
 def _kept(config: EmaConfig, updates: int) -> np.ndarray:
     """Logarithm of the EMA's weight of the initial parameters after n updates, n from 0 on."""
-    decays = np.asarray(state.ema_decay(config, jnp.arange(1, updates + 1)), np.float64)
+    decays = np.asarray(ema_decay(config, jnp.arange(1, updates + 1)), np.float64)
     return np.concatenate([[0.0], np.cumsum(np.log(np.maximum(decays, 1e-300)))])

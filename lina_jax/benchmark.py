@@ -55,9 +55,12 @@ def attention(values: flags.FlagValues) -> Iterator[Row]:
 
 
 def train(values: flags.FlagValues) -> Iterator[Row]:
+    batches = _numbers("batches", values.batches)
+    if batches and values.config is not None:
+        values.config.batch_size = batches[0]  # else mistakes would be told of a batch that is not measured
     config, config_fields = _config(values)
     with hosts.distributed_run(config_file.given_flags()):
-        for row in benchmark_model.train(config, _numbers("batches", values.batches), values.repeats):
+        for row in benchmark_model.train(config, batches, values.repeats):
             yield config_fields | row
 
 

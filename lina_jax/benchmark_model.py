@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from lina_jax import (
     config_checks,
+    decoding_schedule,
     errors,
     execution,
     flops,
-    generate,
     hlo,
     kernel_check,
     metrics,
@@ -108,7 +108,7 @@ def _sample(config: Config, images: int, runs: int, autoencoder: bool) -> Row:
     resolved = execution.for_inference(config, mesh)
     call, compiled = sampling(config, mesh, images, autoencoder=autoencoder)
     (took,) = timing.in_turns({"sample": call}, runs).values()
-    schedule = generate.schedule(config)
+    schedule = decoding_schedule.make_schedule(config)
     row = _named("sample", config.model) | _settings(resolved, mesh)
     row["shapes"] = {
         "batch": images, **_shapes(config.model), "steps": config.sample.steps,

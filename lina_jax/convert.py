@@ -127,9 +127,12 @@ def to_torch(
 def to_safetensors(
     workdir: Path, file: Path, *, ema: bool = True, step: int | None = None, dtype: str = "float32"
 ) -> export.Weights:
-    """Write a workdir's weights to one file and return them. Raises UserError."""
-    if file.is_dir():
-        raise UserError(f"--to_safetensors={file}: is a directory, expected a file name")
+    """Write a workdir's weights to one file and return them.
+
+    Raises UserError if the file exists, or its name does not end in .safetensors, by which readers know the format.
+    """
+    if file.suffix != ".safetensors":
+        raise UserError(f"--to_safetensors={file}: expected a name that ends in .safetensors")
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
     with output_files.new_file(file) as partial:

@@ -12,8 +12,9 @@ import numpy as np
 
 from lina_jax import drawing, reading, tf_example
 from lina_jax import mesh as mesh_lib
+from lina_jax.decoding_schedule import Schedule
 from lina_jax.errors import UserError
-from lina_jax.generate import DecodingState, Schedule, Stepper
+from lina_jax.generate import DecodingState, Stepper
 
 MOST_IMAGES = 64  # per request
 _EXAMPLES = 6

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from lina_jax import config_checks, decode, encoders, kernel_check, preemption, progress, state
+from lina_jax import config_checks, decode, encoders, kernel_check, platforms, preemption, progress, state
 from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, SampleConfig, TextEncoderConfig
@@ -99,7 +99,7 @@ def load(
     device draws images of its own. Raises UserError if the model cannot be sharded over the mesh.
     """
     config = dataclasses.replace(config or load_config(workdir), mesh=mesh_config or mesh_lib.parse(""))
-    mesh_lib.cache_programs(workdir / "compiled")
+    platforms.cache_programs(workdir / "compiled")
     mesh = mesh_lib.build(config.mesh)
     mesh_lib.check_model(config.model, mesh)
     config = kernel_check.resolve_kernel(config, mesh)

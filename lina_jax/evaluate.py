@@ -59,18 +59,18 @@ from lina_jax.workdir import kind_of_weights, load_config
 # In OUT until the end, in case the process is killed: finished features, and the results so far. score.json is written
 # only when it is complete.
 _WORK, _UNFINISHED = ".measuring", "score.unfinished.json"
-_OF_IMAGES = {"precision", "recall"}  # metrics that compare single images
-_NOT_OF_STUDIES = ("workdir", "samples_from", "out", "report", "inception", "reference", "npz", "geneval", "scenes")
+_METRICS_OF_SINGLE_IMAGES = {"precision", "recall"}
 _NEEDS = {  # flags that do nothing without one of these
     "metrics": ("inception",), "reference": ("inception",),
     "reference_split": ("reference",), "reference_number": ("reference",),
     "geneval_rewritten": ("geneval",), "geneval_images": ("geneval",),
     "number": ("inception", "npz"), "per_device": ("inception", "npz", "geneval"),
 }  # fmt: skip
-_OF_MODELS = (  # flags that images made elsewhere have no use for
+_MODEL_FLAGS = (  # flags that images made elsewhere have no use for
     "validation", "scenes", "geneval", "npz", "raw", "checkpoint", "data", "seed", "guidance", "steps", "euler_steps",
     "temperature", "autoencoder", "text_encoder",
 )  # fmt: skip
+_FLAGS_EXCLUDED_BY_STUDY = ("workdir", "samples_from", "out", "report", "inception", "mesh", *_MODEL_FLAGS, *_NEEDS)
 
 
 def scene_scores(sampler, params: Tree, frozen: Tree, count: int, seed: int) -> tuple[dict, np.ndarray, list[str]]:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _main(values: flags.FlagValues) -> None:
     if values.study:
-        if wrong := [name for name in _NOT_OF_STUDIES if values[name].present]:
+        if wrong := [name for name in _FLAGS_EXCLUDED_BY_STUDY if values[name].present]:
             raise UserError(f"--{wrong[0]} does not apply to --study")
         if jax.process_index() == 0:
             print(study.gather(Path(values.study).expanduser()))
@@ -172,7 +172,8 @@ def _check(values: flags.FlagValues) -> list[str]:
         raise UserError(f"--samples_from={values.samples_from} --workdir={values.workdir}: give only one of them")
     if values.samples_from and not (values.inception and values.out):
         raise UserError("--samples_from needs --inception=FILE (weights of Inception v3) and --out=DIR")
-    if values.samples_from and (wrong := [n for n in _OF_MODELS if values[n].present and values[n].value is not False]):
+    wrong = [name for name in _MODEL_FLAGS if values[name].present and values[name].value is not False]
+    if values.samples_from and wrong:
         raise UserError(f"--{wrong[0]} needs a model that draws: give --workdir instead of --samples_from")
     for name, others in _NEEDS.items():
         if values[name].present and values[name].value and not any(values[other].value for other in others):
@@ -184,7 +185,7 @@ def _check(values: flags.FlagValues) -> list[str]:
     for name in ("inception", "reference", "samples_from"):
         if values[name].value and not Path(values[name].value).expanduser().exists():
             raise UserError(f"--{name}={values[name].value}: no such file or directory")
-    if values.reference and _OF_IMAGES & set(metrics):
+    if values.reference and _METRICS_OF_SINGLE_IMAGES & set(metrics):
         reference.check_count(f"--number={values.number}", values.number, Path(values.reference).expanduser())
     if values["metrics"].present:  # by default, those are measured for which there is a reference
         path = Path(values.reference).expanduser() if values.reference else None
@@ -326,7 +327,7 @@ def _opened_reference(
         network,
         per_device=values.per_device,
         work=out / _WORK / "reference",
-        images=bool(_OF_IMAGES & set(metrics)),
+        images=bool(_METRICS_OF_SINGLE_IMAGES & set(metrics)),
         split=values.reference_split,
         count=values.reference_number,
         out=out / "reference.npz",
@@ -348,7 +349,7 @@ class _Files:
             raise UserError(f"--number={count}: {values.samples_from} has {self._source.count} images")
         if count < 2:
             raise UserError(f"--samples_from={values.samples_from}: {count} images; at least 2 are needed")
-        if values.reference and _OF_IMAGES & set(metrics):
+        if values.reference and _METRICS_OF_SINGLE_IMAGES & set(metrics):
             named = f"--samples_from={values.samples_from}: {count} images"
             reference.check_count(named, count, Path(values.reference).expanduser())
         self._count = count

@@ -22,11 +22,10 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lina_jax import hosts, output_files, preemption, progress
+from lina_jax import hosts, inception_weights, output_files, preemption, progress
 from lina_jax import mesh as mesh_lib
 from lina_jax.errors import UserError
 from lina_jax.image_sources import Source
-from lina_jax.models import inception
 from lina_jax.models.inception import Features
 from lina_jax.state import Tree
 
@@ -52,7 +51,7 @@ class Network:
     """Inception v3 with weights from a file, replicated on every device of a mesh."""
 
     def __init__(self, path: Path, mesh: Mesh):
-        graphdef, weights = inception.load(path)
+        graphdef, weights = inception_weights.load(path)
         whole = mesh_lib.sharding(mesh)
         self._weights = jax.tree.map(
             lambda array: jax.make_array_from_callback(array.shape, whole, array.__getitem__), weights

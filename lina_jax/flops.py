@@ -8,12 +8,9 @@ features, are left out. The MFU of training logs, plans and benchmarks uses thes
 """
 
 import math
-from typing import TYPE_CHECKING
 
 from lina_jax.config import LossConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from lina_jax.generate import Schedule
+from lina_jax.decoding_schedule import Schedule
 
 
 def attention_flops(model: ModelConfig, tokens: int, *, softmax: bool, conv: bool, read: int | None = None) -> int:
@@ -84,7 +81,7 @@ def training_flops(model: ModelConfig, loss: LossConfig) -> float:
     return 3 * forward_flops(model, loss)
 
 
-def sampling_flops(model: ModelConfig, schedule: "Schedule") -> float:
+def sampling_flops(model: ModelConfig, schedule: Schedule) -> float:
     """One image, without the autoencoder and without the unconditional condition, which all images of a call share."""
     branches = 2 if schedule.guided else 1
     total = condition_flops(model)

@@ -1,6 +1,5 @@
 """Set-by-set decoding, as one compiled program from conditions to images or one per step (paper section 3.1)."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,85 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lina_jax.config import Config, ModelConfig, SampleConfig
+from lina_jax.config import ModelConfig, SampleConfig
+from lina_jax.decoding_schedule import Schedule, StepInputs, StepShape, make_schedule
 from lina_jax.mesh import constrain
 from lina_jax.models import flow, vae
 from lina_jax.models.draws import root_key
 from lina_jax.models.layers import gather_tokens, unpatchify
 from lina_jax.models.lina import LINA, Condition, unconditional
 from lina_jax.state import Blueprint, Program, Tree
-
-
-class StepInputs(NamedTuple):
-    """The values of one decoding step, or of K steps along a first axis."""
-
-    visible: np.ndarray | jax.Array  # () or (K,) number of tokens that exist before it
-    predicted: np.ndarray | jax.Array  # () or (K,) number of tokens that it draws
-    guidance: np.ndarray | jax.Array  # () or (K,), at least 1, which means none
-    euler_steps: np.ndarray | jax.Array  # () or (K,)
-    sigmas: np.ndarray | jax.Array  # (E + 1,) or (K, E + 1) noise levels of its Euler steps
-
-
-class StepShape(NamedTuple):
-    """What a step's program is compiled for."""
-
-    visible: int  # the most tokens that exist before it
-    predicted: int  # the most tokens that it draws
-    guided: bool
-    euler_steps: int | None  # None if they differ between the steps that share the program
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """What each of K decoding steps does, known before anything runs."""
-
-    visible: np.ndarray  # (K,) number of tokens that exist before the step
-    predicted: np.ndarray  # (K,) number of tokens that it draws
-    guidance: np.ndarray  # (K,)
-    euler_steps: np.ndarray  # (K,)
-    sigmas: np.ndarray  # (K, E + 1) noise levels of its Euler steps, padded with zeros
-    stages: tuple[slice, ...]  # groups of steps, each with one padded size
-    temperature: float
-
-    @property
-    def guided(self) -> bool:
-        return bool(np.any(self.guidance > 1))
-
-    def inputs(self, steps: slice | int) -> StepInputs:
-        guidance = np.maximum(self.guidance, 1)  # below 1 means none, as published
-        return StepInputs(self.visible[steps], self.predicted[steps], guidance[steps], self.euler_steps[steps],
-                          self.sigmas[steps])  # fmt: skip
-
-    def shape(self, stage: slice) -> StepShape:
-        euler = np.unique(self.euler_steps[stage])
-        return StepShape(
-            int(self.visible[stage].max()),
-            int(self.predicted[stage].max()),
-            self.guided,
-            int(euler[0]) if len(euler) == 1 else None,
-        )
-
-
-def schedule(config: Config, sample: SampleConfig | None = None) -> Schedule:
-    """The schedule of a model's images, without steps that draw none; `sample`: settings to use, not the config's."""
-    sample = sample or config.sample
-    predicted = flow.cosine_schedule(config.model.image_tokens, sample.steps)
-    predicted = predicted[predicted > 0]
-    steps = len(predicted)
-    euler = flow.annealed_steps(sample.annealing, steps, sample.euler_steps, sample.annealing_min)
-    sigmas = np.zeros((steps, int(euler.max()) + 1), np.float32)
-    for row, count in zip(sigmas, euler, strict=True):
-        row[: count + 1] = flow.euler_sigmas(count, config.loss.shift)
-    groups = np.array_split(np.arange(steps), min(sample.stages, steps))
-    return Schedule(
-        visible=np.cumsum(predicted) - predicted,
-        predicted=predicted,
-        guidance=flow.guidance_schedule(sample.guidance_schedule, sample.guidance_min, sample.guidance, steps),
-        euler_steps=euler,
-        sigmas=sigmas,
-        stages=tuple(slice(int(g[0]), int(g[-1]) + 1) for g in groups),
-        temperature=sample.temperature,
-    )
 
 
 class DecodingInputs(NamedTuple):
@@ -143,20 +71,20 @@ def advance(
     return jnp.where(drawn_now[..., None], gather_tokens(denoised, jnp.clip(offset, 0, shape.predicted - 1)), tokens)
 
 
-def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, steps: Schedule) -> jax.Array:
+def decode(model: LINA, condition: Condition, order: jax.Array, noise: jax.Array, schedule: Schedule) -> jax.Array:
     """Image tokens (B, N, p*p*C); `order` and `noise` as in `DecodingInputs`, but the noise without temperature.
 
     After step i, but the last, the image is where(argsort(order) < visible[i + 1], tokens, 0).
     """
-    decoding_inputs = prepare(model, condition, order, steps.temperature * noise, guided=steps.guided)
+    decoding_inputs = prepare(model, condition, order, schedule.temperature * noise, guided=schedule.guided)
     tokens = jnp.zeros_like(noise)
 
     def step(shape, tokens, inputs):
         return advance(model, tokens, decoding_inputs, inputs, shape), None
 
-    for stage in steps.stages:
-        inputs = jax.tree.map(jnp.asarray, steps.inputs(stage))
-        tokens, _ = jax.lax.scan(functools.partial(step, steps.shape(stage)), tokens, inputs)
+    for stage in schedule.stages:
+        inputs = jax.tree.map(jnp.asarray, schedule.inputs(stage))
+        tokens, _ = jax.lax.scan(functools.partial(step, schedule.shape(stage)), tokens, inputs)
     return tokens
 
 
@@ -184,7 +112,8 @@ def to_pixels(tokens: jax.Array, blueprint: Blueprint, weights: Tree) -> jax.Arr
     """Tokens (B, N, p*p*C) -> uint8 images (B, H, W, 3): decoded, scaled, clamped, truncated."""
     model = blueprint.config.model
     latents = unpatchify(tokens.astype(jnp.float32), model.image_grid, model.patch_size)
-    return vae.to_uint8(blueprint.encoders.pixels(weights, latents))
+    pixels = vae.to_uint8(blueprint.encoders.pixels(weights, latents))
+    return constrain(pixels, "batch", None, None, None)  # whole images, also where their tokens are sharded
 
 
 def make_sampler(blueprint: Blueprint, sample: SampleConfig) -> Program:
@@ -192,12 +121,12 @@ def make_sampler(blueprint: Blueprint, sample: SampleConfig) -> Program:
 
     The condition is as in a training batch; if the blueprint has a frozen text encoder, `text` may be token ids.
     """
-    steps = schedule(blueprint.config, sample)
+    schedule = make_schedule(blueprint.config, sample)
 
     def program(params, frozen, condition, images, seed, weights):
         condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
         model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
-        return to_pixels(decode(model, condition, order, noise, steps), blueprint, weights)
+        return to_pixels(decode(model, condition, order, noise, schedule), blueprint, weights)
 
     return blueprint.jit(program, blueprint.encoders.weights)
 
@@ -237,18 +166,18 @@ class Stepper:
         self._pixels = blueprint.jit(lambda tokens, weights: to_pixels(tokens, blueprint, weights), weights)
 
     def schedule(self, sample: SampleConfig) -> Schedule:
-        return schedule(self._config, sample)
+        return make_schedule(self._config, sample)
 
     def __call__(
-        self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, steps: Schedule
+        self, params: Tree, frozen: Tree, condition: dict, images: np.ndarray, seed: int, schedule: Schedule
     ) -> Iterator[DecodingState]:
         """The states of the images with these numbers (B,), one per step; the last holds the finished images."""
-        which = images.astype(np.int32), np.int32(seed), np.float32(steps.temperature)
-        tokens, decoding_inputs, params = self._begin(steps.guided, params, frozen, condition, *which)
-        for stage in steps.stages:
-            shape = steps.shape(stage)
+        which = images.astype(np.int32), np.int32(seed), np.float32(schedule.temperature)
+        tokens, decoding_inputs, params = self._begin(schedule.guided, params, frozen, condition, *which)
+        for stage in schedule.stages:
+            shape = schedule.shape(stage)
             for i in range(stage.start, stage.stop):
-                tokens = self._step(shape, params, frozen, tokens, decoding_inputs, steps.inputs(i))
+                tokens = self._step(shape, params, frozen, tokens, decoding_inputs, schedule.inputs(i))
                 yield DecodingState(i + 1, tokens, decoding_inputs.rank)
 
     def pixels(self, state: DecodingState) -> jax.Array:
@@ -261,14 +190,14 @@ def make_progress_strips(blueprint: Blueprint, sample: SampleConfig, shown: int)
 
     S is at most `shown`: the first step, evenly spaced ones, and the last. Tokens not drawn yet are zero.
     """
-    steps = schedule(blueprint.config, sample)
-    at = np.unique(np.linspace(0, len(steps.predicted) - 1, shown).round().astype(int))
-    counts = jnp.asarray((steps.visible + steps.predicted)[at])
+    schedule = make_schedule(blueprint.config, sample)
+    at = np.unique(np.linspace(0, len(schedule.predicted) - 1, shown).round().astype(int))
+    counts = jnp.asarray((schedule.visible + schedule.predicted)[at])
 
     def program(params, frozen, condition, images, seed, weights):
         condition, order, noise = _sampling_inputs(blueprint, weights, condition, images, seed)
         model = blueprint.inference(blueprint.sampling_params(params, frozen), frozen)
-        tokens = decode(model, condition, order, noise, steps)
+        tokens = decode(model, condition, order, noise, schedule)
         rank = jnp.argsort(order, axis=1)[..., None]
         return jax.lax.map(lambda count: to_pixels(jnp.where(rank < count, tokens, 0), blueprint, weights), counts)
 

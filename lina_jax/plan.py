@@ -22,12 +22,11 @@ from absl import flags
 
 from lina_jax import config as config_lib
 from lina_jax import (
-    config_checks,
     config_file,
+    decoding_schedule,
     entry,
     execution,
     flops,
-    generate,
     hlo,
     programs,
     roofline,
@@ -95,7 +94,7 @@ def _sampling(config: Config, target: Topology, mesh: jax.sharding.Mesh) -> Repo
         "autoencoder": mesh_lib.device_bytes(program.trailing),
         "batch": mesh_lib.device_bytes(inputs),
     }
-    steps = generate.schedule(config)
+    steps = decoding_schedule.make_schedule(config)
     euler = float(steps.euler_steps.mean())
     made = _compiled("sampling step", program, arguments, target, mesh, memory, unknown_trips=euler)
     made |= execution.choices_of(execution.for_inference(config, mesh).model)
@@ -246,11 +245,10 @@ def main(argv: Sequence[str]) -> None:
     if values["search_compiles"].present and not values.search:
         raise UserError(f"--search_compiles={values.search_compiles}: belongs to --search, which is not given")
     target = topology.parse(values.topology)
+    if values.batch_per_chip is not None:
+        values.config.batch_size = values.batch_per_chip * target.chips
     config = config_lib.freeze(values.config)
     devices = topology.devices(target)
-    if values.batch_per_chip is not None:
-        config = dataclasses.replace(config, batch_size=values.batch_per_chip * target.chips)
-        config_checks.check_value("batch_size", config.batch_size)
     if values.search:
         report = search.search(
             config,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lina_jax import encoders, generate, state
+from lina_jax import encoders, generate, state, training_step
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config
 from lina_jax.encoders import Autoencoder, Encoders
@@ -50,7 +50,7 @@ class Compiled:
 def train_step(config: Config, mesh: Mesh) -> tuple[Program, tuple]:
     """The step and its abstract arguments: the state, and a batch of cached latents and text features."""
     blueprint = state.make_blueprint(config, mesh)
-    return state.make_train_step(blueprint), (blueprint.shapes, batch(config, mesh))
+    return training_step.make_train_step(blueprint), (blueprint.shapes, batch(config, mesh))
 
 
 def sampling_step(config: Config, mesh: Mesh, images: int, *, autoencoder: bool = True) -> tuple[Program, tuple]:

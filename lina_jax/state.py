@@ -1,4 +1,4 @@
-"""The state of a run, and the training step that updates it."""
+"""The state of a run, what is known about it before any array exists, and how it begins."""
 
 import dataclasses
 import functools
@@ -9,29 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lina_jax import execution, optim, xla_flags
 from lina_jax import mesh as mesh_lib
-from lina_jax.config import Config, EmaConfig, ModelConfig
+from lina_jax.config import Config, ModelConfig
 from lina_jax.encoders import Encoders
 from lina_jax.mesh import constrain, gathered
-from lina_jax.models import flow, vae
-from lina_jax.models.draws import draw, latent_noise, root_key
+from lina_jax.models.draws import root_key
 from lina_jax.models.initializers import Keys
-from lina_jax.models.layers import Frozen, over_variables, patchify
-from lina_jax.models.lina import LINA, Condition, drop_conditions
-from lina_jax.models.transformer import copy_per_image, gather_unstacked, overlap_grad_reduction
+from lina_jax.models.layers import Frozen, over_variables
+from lina_jax.models.lina import LINA, Condition
 
 Tree = Any
-Path = tuple[str, ...]  # the path of an array in a tree
+KeyPath = tuple[str, ...]  # the path of an array in a tree
 # A global batch of B examples, by name: moments (B, 2C, h, w) float16 or image (B, H, W, 3) uint8; label (B,) int32, or
 # text_length (B,) int32 and text: UTF-8 bytes (B, L) uint8, token ids (B, L) int32 or features (B, L, D) float16.
 Batch = dict[str, jax.Array]
-SIGMA_BINS = 4  # equal bins of sigma in which validation reports its loss
 INITIAL, VALIDATION = np.uint32(2**32 - 2), np.uint32(2**32 - 1)  # keys that no training step has
 
 
@@ -45,14 +41,14 @@ class TrainState:
     `skipped_in_a_row` counts those since the last update.
     """
 
-    step: jax.Array
+    step: jax.Array  # () int32, like the three other counters
     updates: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
-    params: Tree
-    frozen: Tree
-    opt_state: Tree
-    ema: Tree
+    params: Tree  # float32
+    frozen: Tree  # float32: arrays of the model that are not trained
+    opt_state: Tree  # optax's; moments are sharded like their parameters
+    ema: Tree  # like params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Blueprint:
         """
         dtype = jnp.dtype(self.config.model.dtype)
 
-        def narrow(path: Path, variable: nnx.Variable) -> jax.Array:
+        def narrow(path: KeyPath, variable: nnx.Variable) -> jax.Array:
             value, metadata = variable.get_value(), variable.get_metadata()
             if value.ndim == len(metadata["axes"]) or "matrix" not in metadata:
                 return value
@@ -112,7 +108,7 @@ class Blueprint:
         make = functools.partial(_initial_state, self.config, self.optimizer)
         return self._once(make, self.shardings, key_of(self.config, INITIAL))
 
-    def init_arrays(self, paths: Collection[Path]) -> dict[Path, jax.Array]:
+    def init_arrays(self, paths: Collection[KeyPath]) -> dict[KeyPath, jax.Array]:
         """Only these arrays of a fresh state, trained or frozen; the others are not created."""
         shapes = flatten_dict(self.shapes.params) | flatten_dict(self.shapes.frozen)
 
@@ -164,7 +160,7 @@ class Program:
 def make_blueprint(config: Config, mesh: Mesh, encoders: Encoders | None = None) -> Blueprint:
     """The blueprint of a run; its config says how layers run (`execution.resolve`).
 
-    `encoders` are the frozen ones of a run that trains from pixels or captions, or draws pictures.
+    `encoders` are the frozen autoencoder and text encoder, of runs that train on pixels or captions, or draw images.
     """
     encoders = encoders or Encoders()
     inference = execution.for_inference(config, mesh)
@@ -237,169 +233,3 @@ def fresh_state(params: Tree, frozen: Tree, optimizer: optax.GradientTransformat
     return TrainState(
         zero(), zero(), zero(), zero(), params, frozen, optimizer.init(params), jax.tree.map(jnp.copy, params)
     )
-
-
-def model_inputs(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Callable) -> tuple[jax.Array, Condition]:
-    """Data tokens (B, N, p*p*C) float32 in the space that is learned (latents or pixels), and the condition.
-
-    Latents are drawn anew in each step: `noise_of(shape)` gives their noise (B, *shape). `weights` are those of the
-    blueprint's encoders, for batches that have pixels or token ids instead of moments or features.
-    """
-    config = blueprint.config
-    if "moments" in batch:
-        moments = rearrange(batch["moments"], "b c h w -> b h w c")
-    else:
-        moments = blueprint.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
-    if config.autoencoder.kind == "identity":
-        data = moments
-    else:
-        *size, channels = moments.shape[1:]
-        data = vae.scale(config.autoencoder, vae.draw_latents(moments, noise_of((*size, channels // 2))))
-    tokens = patchify(data, config.model.patch_size)
-    return constrain(tokens, "batch", "tokens", None), blueprint.condition(weights, batch)
-
-
-def make_train_step(blueprint: Blueprint) -> Program:
-    """The jitted step (state, batch) -> (state, metrics): one global batch, one update. Donates the state.
-
-    A step with a non-finite loss or gradient makes no update.
-    """
-    config, optimizer = blueprint.config, blueprint.optimizer
-    sigmas = flow.training_sigmas(config.loss.shift)
-    schedule = optim.learning_rate(config.optim, config.steps)
-    # Not for hybrids, whose runs of equal layers are short.
-    unrolled = not config.model.scan_layers and config.model.attention != "hybrid"
-    overlap = unrolled and mesh_lib.sums_cross_nodes(blueprint.mesh)
-    platform = blueprint.mesh.devices.flat[0].platform
-
-    def loss_of(params, frozen, tokens, condition, draws, weight):
-        model = copy_per_image(gather_unstacked(blueprint.model(params, frozen)), len(tokens))
-        condition = drop_conditions(config.model, condition, draws.drop)
-        with overlap_grad_reduction(overlap):
-            return model.loss(tokens, condition, draws, sigmas) / weight
-
-    def step(state: TrainState, batch: Batch, weights: Tree):
-        key = key_of(config, state.step)
-        examples = jnp.arange(config.batch_size)
-        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
-        draws = draw(key, examples, config.model, config.loss)
-        # The mean is over the masked tokens of the whole batch, however many micro-batches it is split into.
-        weight = config.loss.repeat * jnp.sum(draws.mask, dtype=jnp.float32) + 1e-5
-        loss_and_grad = jax.value_and_grad(loss_of)
-        if config.optim.accumulate == 1:
-            loss, grads = loss_and_grad(state.params, state.frozen, tokens, condition, draws, weight)
-        else:
-            loss, grads = _accumulated(loss_and_grad, config, state, (tokens, condition, draws), weight)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        rate = schedule(state.updates)
-        state = _select_or_cond(finite, functools.partial(apply_gradients, config.ema, optimizer), _skip, state, grads)
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
-        }
-        return dataclasses.replace(state, step=state.step + 1), metrics
-
-    return blueprint.jit(
-        step,
-        blueprint.encoders.weights,
-        donate_argnums=0,
-        out_shardings=(blueprint.shardings, None),
-        compiler_options=xla_flags.training_options(platform, overlap_grad_reduction=overlap),
-    )
-
-
-def _select_or_cond(condition: jax.Array, function: Callable, other: Callable, *args) -> Tree:
-    """function(*args) if the condition holds, else other(*args).
-
-    This is a branch, except on GPUs, where the host would wait for the condition. GPUs select each element instead,
-    which costs nothing, as an update reads the old values anyway; on CPUs it would move a tenth more bytes.
-    """
-    if mesh_lib.platform() == "gpu":
-        return jax.tree.map(functools.partial(jnp.where, condition), function(*args), other(*args))
-    return jax.lax.cond(condition, function, other, *args)
-
-
-def _accumulated(
-    loss_and_grad: Callable, config: Config, state: TrainState, inputs: tuple, weight: jax.Array
-) -> tuple[jax.Array, Tree]:
-    """(loss (), gradients like the parameters), summed over the micro-batches.
-
-    `inputs` are those of the whole batch: tokens (B, N, p*p*C), condition (each array (B, ...)) and `Draws`. `weight`
-    () is that of the whole batch, too.
-    """
-    parts = config.optim.accumulate
-    tokens, condition, draws = inputs
-    axis = dataclasses.replace(jax.tree.map(lambda _: 0, draws), timestep=1, noise=1)
-
-    def cut(x, batch_axis=0):
-        # A micro-batch takes every parts-th example, so that examples stay on their devices.
-        before, after = x.shape[:batch_axis], x.shape[batch_axis + 1 :]
-        return jnp.moveaxis(x.reshape(*before, -1, parts, *after), batch_axis + 1, 0)
-
-    micro = (cut(tokens), jax.tree.map(cut, condition), jax.tree.map(cut, draws, axis))
-
-    def add(total, inputs):
-        return jax.tree.map(jnp.add, total, loss_and_grad(state.params, state.frozen, *inputs, weight)), None
-
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    return jax.lax.scan(add, start, micro)[0]
-
-
-def apply_gradients(ema_config: EmaConfig, optimizer, state: TrainState, grads: Tree) -> TrainState:
-    """The state after one update of parameters, moments and EMA."""
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
-    updates = state.updates + 1
-    return dataclasses.replace(
-        state,
-        updates=updates,
-        skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
-        params=params,
-        opt_state=opt_state,
-        ema=averaged(ema_config, state.ema, params, updates),
-    )
-
-
-def _skip(state: TrainState, grads: Tree) -> TrainState:
-    del grads
-    return dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
-
-
-def averaged(config: EmaConfig, ema: Tree, params: Tree, updates: jax.Array) -> Tree:
-    """The EMA after `updates` updates, the last of which gave `params`."""
-    decay = ema_decay(config, updates)
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
-
-
-def ema_decay(config: EmaConfig, updates: jax.Array) -> jax.Array:
-    """The share of itself that the EMA keeps at each of these update numbers, counted from 1."""
-    decay = jnp.minimum(config.decay, (1 + updates) / (10 + updates)) if config.warmup else jnp.float32(config.decay)
-    return jnp.where(updates % config.every == 0, decay, 1.0)
-
-
-def make_eval_step(blueprint: Blueprint) -> Program:
-    """(params, frozen, batch, examples (B,)) -> masked loss and number of masked tokens, each summed by bin of sigma.
-
-    Both sums are (B, SIGMA_BINS). The draws depend on (seed, example) alone: they are the same for every checkpoint.
-    Examples with a negative number are padding.
-    """
-    config = blueprint.config
-    sigmas = flow.training_sigmas(config.loss.shift)
-    loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
-
-    def step(params, frozen, batch, examples, weights):
-        key = key_of(config, VALIDATION)
-        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
-        draws = draw(key, examples, config.model, loss_config)
-        losses = blueprint.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
-        weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
-        level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
-        bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
-        sums = jnp.einsum("rbn,rbnl->bl", losses, bins, precision=jax.lax.Precision.HIGHEST)
-        return sums, jnp.sum(bins, axis=(0, 2))
-
-    return blueprint.jit(step, blueprint.encoders.weights)

@@ -119,12 +119,10 @@ def read(directory: Path) -> list[Run]:
 
 def check_variants(path: str, variants: Sequence[str], given: Sequence[str]) -> None:
     """Raise UserError unless runs of these presets of a config file, with these flags, can be compared."""
-    chosen = {f"config.{field}" for field in _CHOSEN}
+    chosen = {"config", "workdir", *(f"config.{field}" for field in _CHOSEN)}
     for flag in given:
         if flag.startswith("-") and flag.lstrip("-").removeprefix("no").partition("=")[0] in chosen:
-            raise UserError(
-                f"{flag}: a study sets this field for each run; choose its values with the study's own flags"
-            )
+            raise UserError(f"{flag}: a study sets this for each run; choose its values with the study's own flags")
     configs = {variant: _config(f"{path}:{variant}", given) for variant in variants}
     _check_budgets(f"--config={path}", {name: config.steps * config.batch_size for name, config in configs.items()})
     _check_recipes(f"--config={path}", configs, {name: {} for name in configs})
@@ -183,7 +181,8 @@ def _run(workdir: Path) -> Run:
         raise UserError(f"{workdir / _SCORE} has no step: it is not a measurement of this run")
     try:
         loss, fid = score.get("validation", {}).get("loss_ema"), score.get("quality", {}).get("fid", {}).get("value")
-    except AttributeError as error:
+        loss, scene_score, fid = _number(loss), _number(score.get("overall")), _number(fid)
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{workdir / _SCORE} is damaged: {error}") from error
     rates = [row["images_per_s"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("images_per_s")]
     return Run(
@@ -199,15 +198,15 @@ def _run(workdir: Path) -> Run:
         parameters=_parameters(config.model),
         training_flops=training_flops(config.model, config.loss) * score["step"] * config.batch_size,
         images_per_s=float(np.median(rates)) if rates else math.nan,
-        loss=_number(loss),
-        scene_score=_number(score.get("overall")),
-        fid=_number(fid),
+        loss=loss,
+        scene_score=scene_score,
+        fid=fid,
     )
 
 
 def _number(value: float | None) -> float:
     """A number from JSON, where null means that it was not measured, or was not finite."""
-    return math.nan if value is None else value
+    return math.nan if value is None else float(value)
 
 
 def _recipe(config: Config) -> dict[str, Any]:
@@ -306,7 +305,8 @@ def plot(runs: Sequence[Run], picture: Path) -> dict[str, PowerLaw]:
             line.set_label(label)
         axes.set(xscale="log", yscale="log", xlabel=title)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        if axes.lines:  # else no run has a validation loss
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(ticker.StrMethodFormatter("{x:.3g}"))
     both[0].set_ylabel("validation loss (EMA)")

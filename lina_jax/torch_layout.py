@@ -16,7 +16,7 @@ from lina_jax.models.text import PhiConfig
 from lina_jax.models.transformer import layer_runs
 from lina_jax.models.vae import VaeConfig
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 Tree = dict[str, Any]
 
 
@@ -25,7 +25,7 @@ class Entry:
     """One published tensor: its array in our tree, the layer and part of the array that it fills, its layout."""
 
     key: str
-    path: Path
+    path: KeyPath
     layout: str = "same"
     layer: int | None = None
     part: tuple[int, slice] | None = None  # (axis, slice), for tensors that we store as one array
@@ -77,29 +77,31 @@ class Entry:
         return view.reshape(-1) if self.layout == "flat" else view
 
 
-def linear(key: str, path: Path, layer: int | None = None, layout: str = "linear", patch: int = 1) -> Iterator[Entry]:
+def linear(
+    key: str, path: KeyPath, layer: int | None = None, layout: str = "linear", patch: int = 1
+) -> Iterator[Entry]:
     yield Entry(f"{key}.weight", (*path, "kernel"), layout, layer, patch=patch)
     yield Entry(f"{key}.bias", (*path, "bias"), "flat", layer)
 
 
-def joined(key: str, path: Path, parts: Mapping[str, slice], layer: int | None = None) -> Iterator[Entry]:
+def joined(key: str, path: KeyPath, parts: Mapping[str, slice], layer: int | None = None) -> Iterator[Entry]:
     """Published linear maps key.PART that are slices of one of ours."""
     for name, where in parts.items():
         yield Entry(f"{key}.{name}.weight", (*path, "kernel"), "linear", layer, (1, where))
         yield Entry(f"{key}.{name}.bias", (*path, "bias"), "flat", layer, (0, where))
 
 
-def norm(key: str, path: Path, layer: int | None = None) -> Iterator[Entry]:
+def norm(key: str, path: KeyPath, layer: int | None = None) -> Iterator[Entry]:
     yield Entry(f"{key}.weight", (*path, "scale"), "same", layer)
     yield Entry(f"{key}.bias", (*path, "bias"), "same", layer)
 
 
-def mlp(key: str, path: Path, layer: int | None = None, names: tuple[str, str] = ("fc1", "fc2")) -> Iterator[Entry]:
+def mlp(key: str, path: KeyPath, layer: int | None = None, names: tuple[str, str] = ("fc1", "fc2")) -> Iterator[Entry]:
     for theirs, ours in zip(names, ("fc1", "fc2"), strict=True):
         yield from linear(f"{key}.{theirs}", (*path, ours), layer)
 
 
-def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: bool, gate: str) -> Iterator[Entry]:
+def attention(key: str, path: KeyPath, layer: int | None, *, split_q: bool, conv: bool, gate: str) -> Iterator[Entry]:
     """One attention layer; with `split_q`, as in the subtraction variants, q is separate from k and v."""
     if split_q:
         yield from joined(key, (*path, "qkv"), {"q": slice(0, 1), "kv": slice(1, 3)}, layer)
@@ -116,25 +118,25 @@ def attention(key: str, path: Path, layer: int | None, *, split_q: bool, conv: b
         yield from linear(f"{key}.value_gate", (*path, "value_gate"), layer)
 
 
-def block(key: str, path: Path, layer: int | None, **variant) -> Iterator[Entry]:
+def block(key: str, path: KeyPath, layer: int | None, **variant) -> Iterator[Entry]:
     yield from norm(f"{key}.norm1", (*path, "norm1"), layer)
     yield from attention(f"{key}.attn", (*path, "attention"), layer, **variant)
     yield from norm(f"{key}.norm2", (*path, "norm2"), layer)
     yield from mlp(f"{key}.mlp", (*path, "mlp"), layer)
 
 
-def diffusion_block(key: str, path: Path, layer: int | None = None) -> Iterator[Entry]:
+def diffusion_block(key: str, path: KeyPath, layer: int | None = None) -> Iterator[Entry]:
     yield from linear(f"{key}.norm1.proj", (*path, "norm1", "proj"), layer)
     yield from mlp(f"{key}.proj", (*path, "mlp"), layer)
     yield from norm(f"{key}.norm2", (*path, "norm2"), layer)
 
 
-def time_condition(key: str, path: Path) -> Iterator[Entry]:
+def time_condition(key: str, path: KeyPath) -> Iterator[Entry]:
     yield from mlp(f"{key}timestep_proj", (*path, "time_mlp"))
     yield from mlp(f"{key}condition_proj", (*path, "condition_mlp"))
 
 
-def diffusion_head(key: str, path: Path, depth: int, patch: int) -> Iterator[Entry]:
+def diffusion_head(key: str, path: KeyPath, depth: int, patch: int) -> Iterator[Entry]:
     yield from linear(f"{key}patch_embed.proj", (*path, "patch_embed"), layout="patches", patch=patch)
     yield from time_condition(f"{key}time_cond_embed.", (*path, "embed"))
     for i in range(depth):
@@ -143,17 +145,17 @@ def diffusion_head(key: str, path: Path, depth: int, patch: int) -> Iterator[Ent
     yield from linear(f"{key}head", (*path, "out"))
 
 
-def time_embed(key: str, path: Path) -> Iterator[Entry]:
+def time_embed(key: str, path: KeyPath) -> Iterator[Entry]:
     yield from mlp(f"{key}time_proj", (*path, "mlp"), names=("0", "2"))
     yield from norm(f"{key}norm", (*path, "norm"))
 
 
-def label_embed(key: str, path: Path) -> Iterator[Entry]:
+def label_embed(key: str, path: KeyPath) -> Iterator[Entry]:
     yield Entry(f"{key}weight", (*path, "table"))
     yield from norm(f"{key}norm", (*path, "norm"))
 
 
-def text_embed(key: str, path: Path) -> Iterator[Entry]:
+def text_embed(key: str, path: KeyPath) -> Iterator[Entry]:
     yield Entry(f"{key}weight", (*path, "padding"))
     yield from linear(f"{key}proj", (*path, "proj"))
     yield from norm(f"{key}norm", (*path, "norm"))
@@ -211,12 +213,12 @@ def phi(config: PhiConfig) -> Iterator[Entry]:
     yield from norm("model.final_layernorm", ("norm",))
 
 
-def convolution(key: str, path: Path) -> Iterator[Entry]:
+def convolution(key: str, path: KeyPath) -> Iterator[Entry]:
     yield Entry(f"{key}.weight", (*path, "kernel"), "convolution")
     yield Entry(f"{key}.bias", (*path, "bias"))
 
 
-def residual_block(key: str, path: Path, shortcut: bool = False) -> Iterator[Entry]:
+def residual_block(key: str, path: KeyPath, shortcut: bool = False) -> Iterator[Entry]:
     for i in "12":
         yield from norm(f"{key}.norm{i}", (*path, f"norm{i}"))
         yield from convolution(f"{key}.conv{i}", (*path, f"conv{i}"))
@@ -224,7 +226,7 @@ def residual_block(key: str, path: Path, shortcut: bool = False) -> Iterator[Ent
         yield from convolution(f"{key}.conv_shortcut", (*path, "shortcut"))
 
 
-def spatial_attention(key: str, path: Path) -> Iterator[Entry]:
+def spatial_attention(key: str, path: KeyPath) -> Iterator[Entry]:
     yield from norm(f"{key}.group_norm", (*path, "norm"))
     yield from joined(key, (*path, "qkv"), thirds("to_q", "to_k", "to_v"))
     yield from linear(f"{key}.to_out.0", (*path, "proj"))
@@ -272,7 +274,7 @@ def from_torch(
     table: list[Entry],
     tensors: Mapping[str, np.ndarray],
     shapes: Tree,
-    place: Callable[[Path, np.ndarray], Any] = lambda path, array: array,
+    place: Callable[[KeyPath, np.ndarray], Any] = lambda path, array: array,
 ) -> Tree:
     """Our tree of arrays with the given shapes and dtypes, filled from published tensors.
 

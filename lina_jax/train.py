@@ -15,6 +15,7 @@ Any field of the config can be overridden, for example --config.steps=500 --conf
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections import deque
@@ -42,9 +43,12 @@ from lina_jax import (
     metrics,
     output_files,
     periodic,
+    platforms,
     plots,
     preemption,
+    profiling,
     state,
+    training_step,
     warm_start,
 )
 from lina_jax import mesh as mesh_lib
@@ -63,6 +67,105 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     `optim.max_skipped` steps in a row with a non-finite loss or gradient, and Preempted once a run that was asked to
     stop has saved.
     """
+    run = _set_up(config, workdir, allow_config_change)
+    train_state, checkpoints, first = run.state, run.checkpoints, int(run.state.step)
+    if first >= config.steps and not run.overdue:
+        checkpoints.close()
+        _conclude(config, workdir, first, idle=True)
+        return train_state
+    _introduce(config, workdir, run)
+
+    writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
+    train_step = training_step.make_train_step(run.blueprint)
+    batches = device_batches(config, run.blueprint, run.records, first)
+    hidden = jax.process_index() != 0 or not sys.stderr.isatty()
+    progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
+    watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
+    profile = profiling.Profile(config, workdir, first)
+    pending = None  # metrics of the previous step, fetched while the next one runs
+    report = functools.partial(_report, config, writer, throughput, progress, run.records)
+
+    def limit(what: str, field: str, seconds: float) -> contextlib.AbstractContextManager:
+        return watchdog.time_limit(seconds, f"{what} took over {seconds:g} s ({field})")
+
+    limit_save = functools.partial(limit, "a save", "checkpoint.timeout", config.checkpoint.timeout)
+    limit_measuring = functools.partial(limit, "measuring", "eval.timeout", config.eval.timeout)
+
+    def save(train_state: state.TrainState) -> None:
+        with limit_save(), preemption.defer_interrupt("a save"):
+            checkpoints.save(train_state)
+
+    def finish() -> None:
+        with limit_save(), preemption.defer_interrupt("a save"):
+            checkpoints.close()
+
+    try:
+        # Contexts exit from right to left: whatever ends the run, a save under way finishes, and SIGTERM waits.
+        with run.lock, notice, watchdog, contextlib.ExitStack() as cleanup, closing(writer), progress, profile:
+            cleanup.callback(finish)
+            if not run.resumed:
+                save(train_state)
+            with limit_measuring():
+                _measure(run.measurements, run.overdue, first, train_state, writer, save)
+            save_due = False  # whether a checkpoint is due that has not been saved
+            for step in range(first + 1, config.steps + 1):
+                batch = next(batches)
+                if step == first + 1:
+                    # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
+                    # CPUs.
+                    _say("compiling the train step: takes minutes at most, or seconds if it is in WORKDIR/compiled")
+                    train_step.compile(train_state, batch)
+                    hosts.barrier("train step")
+                    throughput.restart()
+                    watchdog.restart()
+                profile.before(step, train_state)
+                train_state, scalars = train_step(train_state, batch)
+                checkpoints.check()
+                if pending:
+                    report(*pending)
+                    watchdog.restart()
+                pending = step, scalars
+                last = step == config.steps
+                preempted = notice.reached() and not last
+                save_due = save_due or periodic.falls_on(step, config.checkpoint.every)
+                due = periodic.due(config, step)
+                if save_due or last or preempted or due:
+                    skipped = report(*pending)
+                    pending = None
+                    with throughput.paused():
+                        # Steps skipped in a row share one state; saving it again would push out earlier checkpoints.
+                        # Measuring quality may take hours: a run that is killed meanwhile resumes from this save.
+                        if last or preempted or ((save_due or "quality" in due) and not skipped):
+                            save(train_state)
+                            save_due = False
+                        if preempted:
+                            raise _preempted(step)
+                        with limit_measuring():
+                            _measure(run.measurements, due, step, train_state, writer, save)
+    except KeyboardInterrupt:
+        step = max(saved_steps(workdir), default=0)
+        raise KeyboardInterrupt(f"run the same command to resume from step {step}") from None
+    _conclude(config, workdir, config.steps)
+    return train_state
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that is ready to begin."""
+
+    blueprint: state.Blueprint
+    records: data.Records  # of the training split
+    measurements: periodic.Measurements
+    overdue: list[str]  # measurements that were due at the state's step, but are not recorded
+    lock: contextlib.AbstractContextManager  # of the workdir, held by process 0
+    checkpoints: Checkpoints
+    state: state.TrainState  # to train on
+    resumed: bool  # whether a checkpoint has the state
+    warm_report: dict[str, Any] | None  # which arrays came from where, if the run starts from other weights
+
+
+def _set_up(config: Config, workdir: Path, allow_config_change: bool) -> _Run:
+    """Check everything, open the data, and restore or start the state; see `train` for the errors raised."""
     if (steps := config.log.profile_steps) and not config.log.profile_start:
         raise UserError(f"log.profile_steps={steps}: set log.profile_start, too, to the first step to trace")
     mesh = mesh_lib.from_config(config)
@@ -80,96 +183,12 @@ def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -
     hosts.check_same("layers", execution.choices_of(blueprint.config.model))
     measurements = periodic.Measurements(blueprint, valid_records, workdir)
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
-    workdir_lock, checkpoints, train_state, resumed, warm_report = _initial_state(blueprint, workdir)
-    first = int(train_state.step)
-    overdue = periodic.overdue(config, workdir, first)
-    if first >= config.steps and not overdue:
-        checkpoints.close()
-        _conclude(config, workdir, first, idle=True)
-        return train_state
-    write_config(workdir, config)
-    write_data(workdir, train_records.manifest)
-    written = workdir / "config.json"
-    hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
-    if warm_report and jax.process_index() == 0:
-        output_files.write_json(workdir / "init_from.json", warm_report)
-        print(warm_start.table(warm_report), file=sys.stderr)
-    _introduce(config, blueprint, first)
-    if config.log.preview_images and (missing := drawing.missing_encoder(config)):
-        _say(f"no previews: {missing}")
-
-    writer, throughput = metrics.Writer(workdir), metrics.Throughput(config, first)
-    train_step = state.make_train_step(blueprint)
-    batches = device_batches(config, blueprint, train_records, first)
-    hidden = jax.process_index() != 0 or not sys.stderr.isatty()
-    progress = tqdm(total=config.steps, initial=first, unit="step", disable=hidden)
-    watchdog, notice = preemption.Watchdog(config.step_timeout), preemption.Notice()
-    profile = Profile(config, workdir, first)
-    pending = None  # metrics of the previous step, fetched while the next one runs
-    seconds = config.eval.timeout
-    eval_limit = functools.partial(watchdog.time_limit, seconds, f"measuring took over {seconds:g} s (eval.timeout)")
-    seconds = config.checkpoint.timeout
-    save_limit = functools.partial(watchdog.time_limit, seconds, f"a save took over {seconds:g} s (checkpoint.timeout)")
-
-    def save(train_state: state.TrainState) -> None:
-        with save_limit(), preemption.defer_interrupt("a save"):
-            checkpoints.save(train_state)
-
-    def finish() -> None:
-        with save_limit(), preemption.defer_interrupt("a save"):
-            checkpoints.close()
-
-    try:
-        # Contexts exit from right to left: whatever ends the run, a save under way finishes, and SIGTERM waits.
-        with workdir_lock, notice, watchdog, contextlib.ExitStack() as cleanup, closing(writer), progress, profile:
-            cleanup.callback(finish)
-            if not resumed:
-                save(train_state)
-            with eval_limit():
-                _measure(measurements, overdue, first, train_state, writer, save)
-            save_due = False  # whether a checkpoint is due that has not been saved
-            for step in range(first + 1, config.steps + 1):
-                batch = next(batches)
-                if step == first + 1:
-                    # Without the barrier, a process that compiles faster would wait in a collective: at most 30 s on
-                    # CPUs.
-                    _say("compiling the train step: takes minutes at most, or seconds if it is in WORKDIR/compiled")
-                    train_step.compile(train_state, batch)
-                    hosts.barrier("train step")
-                    throughput.restart()
-                    watchdog.restart()
-                profile.before(step, train_state)
-                train_state, scalars = train_step(train_state, batch)
-                checkpoints.check()
-                if pending:
-                    _report(config, writer, throughput, progress, train_records, *pending)
-                    watchdog.restart()
-                pending = step, scalars
-                last = step == config.steps
-                preempted = notice.reached() and not last
-                save_due = save_due or periodic.falls_on(step, config.checkpoint.every)
-                due = periodic.due(config, step)
-                if save_due or last or preempted or due:
-                    skipped = _report(config, writer, throughput, progress, train_records, *pending)
-                    pending = None
-                    with throughput.paused():
-                        # Steps skipped in a row share one state; saving it again would push out earlier checkpoints.
-                        # Measuring quality may take hours: a run that is killed meanwhile resumes from this save.
-                        if last or preempted or ((save_due or "quality" in due) and not skipped):
-                            save(train_state)
-                            save_due = False
-                        if preempted:
-                            raise _preempted(step)
-                        with eval_limit():
-                            _measure(measurements, due, step, train_state, writer, save)
-    except KeyboardInterrupt:
-        step = max(saved_steps(workdir), default=0)
-        raise KeyboardInterrupt(f"run the same command to resume from step {step}") from None
-    _conclude(config, workdir, config.steps)
-    return train_state
+    lock, checkpoints, train_state, resumed, warm_report = _restore_or_start(blueprint, workdir)
+    overdue = periodic.overdue(config, workdir, int(train_state.step))
+    return _Run(blueprint, train_records, measurements, overdue, lock, checkpoints, train_state, resumed, warm_report)
 
 
-def _initial_state(
+def _restore_or_start(
     blueprint: state.Blueprint, workdir: Path
 ) -> tuple[contextlib.AbstractContextManager, Checkpoints, state.TrainState, bool, dict[str, Any] | None]:
     """(lock of the workdir, its checkpoints, state to train on, whether a checkpoint has it, report of a warm start).
@@ -186,7 +205,7 @@ def _initial_state(
         with read_limit():
             warm_state, warm_report = warm_start.initialise(blueprint)
     workdir_lock = output_files.lock("workdir", workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    mesh_lib.cache_programs(workdir / "compiled")
+    platforms.cache_programs(workdir / "compiled")
     checkpoints = Checkpoints(workdir, config.checkpoint)
     resumed = checkpoints.latest_step() is not None
     if resumed:
@@ -226,41 +245,6 @@ def device_batches(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Profile:
-    """Traces `log.profile_steps` steps, starting with `log.profile_start`, into WORKDIR/profile.
-
-    A context manager: the trace is kept whatever ends the run meanwhile. A run that resumes within these steps traces
-    nothing.
-    """
-
-    def __init__(self, config: Config, workdir: Path, first: int):
-        """`first` is the step that the run resumes from, or 0."""
-        # JAX names traces by host and second: those of several processes on one host would have the same name.
-        several = jax.process_count() > 1
-        self._directory = workdir / "profile" / (f"process{jax.process_index()}" if several else "")
-        self._start, self._stop = config.log.profile_start, config.log.profile_start + config.log.profile_steps
-        self._wanted = first < self._start < self._stop
-        self._tracing = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self._tracing:
-            jax.profiler.stop_trace()
-
-    def before(self, step: int, train_state: state.TrainState) -> None:
-        """To be called before each step, with the state that the previous step returned."""
-        if not self._wanted or step not in (self._start, self._stop):
-            return
-        jax.block_until_ready(train_state)  # else the trace would contain part of a step that still runs
-        if step == self._start:
-            jax.profiler.start_trace(str(self._directory))
-        else:
-            jax.profiler.stop_trace()
-        self._tracing = step == self._start
-
-
 def _measure(
     measurements: periodic.Measurements,
     names: list[str],
@@ -290,7 +274,16 @@ def _say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def _introduce(config: Config, blueprint: state.Blueprint, first: int) -> None:
+def _introduce(config: Config, workdir: Path, run: _Run) -> None:
+    """Write what a workdir holds besides checkpoints and logs, and print what is about to be trained, and how."""
+    write_config(workdir, config)
+    write_data(workdir, run.records.manifest)
+    written = workdir / "config.json"
+    hosts.check_shared(str(written), lambda: "there" if written.exists() else "absent")
+    if run.warm_report and jax.process_index() == 0:
+        output_files.write_json(workdir / "init_from.json", run.warm_report)
+        print(warm_start.table(run.warm_report), file=sys.stderr)
+    blueprint, first = run.blueprint, int(run.state.step)
     if not first:
         _say(parameter_overview.get_parameter_overview(blueprint.shapes.params, include_stats=False))
     _say(
@@ -299,6 +292,8 @@ def _introduce(config: Config, blueprint: state.Blueprint, first: int) -> None:
         + (f"resuming from step {first}" if first else "starting")
         + f" to step {config.steps}"
     )
+    if config.log.preview_images and (missing := drawing.missing_encoder(config)):
+        _say(f"no previews: {missing}")
 
 
 def _report(config: Config, writer, throughput, progress, source: data.Records, step: int, scalars) -> int:

@@ -1,16 +1,24 @@
 """Validation losses, on examples that a run does not train on."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lina_jax import data, preemption, state
+from lina_jax import data, preemption
 from lina_jax import mesh as mesh_lib
 from lina_jax.image_metrics import Value
-from lina_jax.state import SIGMA_BINS, Blueprint, Tree
+from lina_jax.models import flow
+from lina_jax.models.draws import draw, latent_noise
+from lina_jax.state import VALIDATION, Blueprint, Program, Tree, key_of
+from lina_jax.training_step import model_inputs
 
+SIGMA_BINS = 4  # equal bins of sigma in which the loss is reported
 # Significant digits of reported validation losses. The order of sums within a batch depends on the number of devices,
 # which changes a loss by 1e-7 of itself.
 _DIGITS = 5
@@ -24,7 +32,7 @@ class Validation:
 
     def __init__(self, blueprint: Blueprint, records: data.Records):
         config, self._mesh = blueprint.config, blueprint.mesh
-        self._step = state.make_eval_step(blueprint)
+        self._step = make_eval_step(blueprint)
         self._count = min(config.eval.examples, len(records))
         wanted = config.eval.batch_size or min(config.batch_size, self._count)
         self._batch = mesh_lib.round_up_batch(blueprint.mesh, wanted)
@@ -72,6 +80,30 @@ class Validation:
             if np.any(sums[1])  # else no token had a noise level in this bin
         }
         return {name: float(f"{value:.{_DIGITS}g}") for name, value in losses.items() if value is not None}
+
+
+def make_eval_step(blueprint: Blueprint) -> Program:
+    """(params, frozen, batch, examples (B,)) -> masked loss and number of masked tokens, each summed by bin of sigma.
+
+    Both sums are (B, SIGMA_BINS). The draws depend on (seed, example) alone: they are the same for every checkpoint.
+    Examples with a negative number are padding.
+    """
+    config = blueprint.config
+    sigmas = flow.training_sigmas(config.loss.shift)
+    loss_config = dataclasses.replace(config.loss, condition_dropout=0.0, repeat=1, mask_ratio_per="example")
+
+    def step(params, frozen, batch, examples, weights):
+        key = key_of(config, VALIDATION)
+        tokens, condition = model_inputs(blueprint, weights, batch, functools.partial(latent_noise, key, examples))
+        draws = draw(key, examples, config.model, loss_config)
+        losses = blueprint.inference(params, frozen).token_losses(tokens, condition, draws, sigmas)
+        weight = (draws.mask & (examples >= 0)[:, None]).astype(jnp.float32)
+        level = jnp.clip((jnp.asarray(sigmas)[draws.timestep] * SIGMA_BINS).astype(jnp.int32), 0, SIGMA_BINS - 1)
+        bins = jax.nn.one_hot(level, SIGMA_BINS) * weight[None, ..., None]
+        sums = jnp.einsum("rbn,rbnl->bl", losses, bins, precision=jax.lax.Precision.HIGHEST)
+        return sums, jnp.sum(bins, axis=(0, 2))
+
+    return blueprint.jit(step, blueprint.encoders.weights)
 
 
 def mean_loss(total: np.ndarray, weight: np.ndarray) -> Value:

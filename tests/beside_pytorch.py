@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the sides' process
 import numpy as np
 from absl import flags
 
-from lina_jax import benchmark_model, config_file, entry, generate, mesh, timing
+from lina_jax import benchmark_model, config_file, decoding_schedule, entry, mesh, timing
 from lina_jax.benchmark_model import AttentionSizes
 from lina_jax.config import Config, freeze
 from lina_jax.errors import UserError
@@ -96,7 +96,7 @@ class PyTorch:
     def sample(self, kind: str) -> Callable[[], Any]:
         config, torch = config_of(kind), self.torch
         model = self._noisy(self.lina.Lina(config.model))
-        plan = generate.schedule(config)
+        plan = decoding_schedule.make_schedule(config)
         label = torch.randint(config.model.num_classes, (IMAGES,))
         size = IMAGES, config.model.latent_channels, *config.model.image_grid
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from lina_jax import drawing, mesh, state
+from lina_jax import drawing, mesh, state, training_step, validation
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig, default, freeze
 from lina_jax.prepare import Settings, prepare
@@ -162,7 +162,7 @@ def traced_once():
         return shared
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((state, "make_train_step"), (state, "make_eval_step"), (drawing, "Stepper")):
+        for owner, name in ((training_step, "make_train_step"), (validation, "make_eval_step"), (drawing, "Stepper")):
             patch.setattr(owner, name, sharing(getattr(owner, name)))
         patch.setattr(state, "_abstract", functools.cache(state._abstract))  # most of the time to make a blueprint
         yield
@@ -222,7 +222,7 @@ def first_step():
     def step(config: Config, devices):
         assert config.optim.b1 == 0
         plan = state.make_blueprint(config, devices)
-        run, metrics = state.make_train_step(plan)(rough_state(plan), random_batch(config))
+        run, metrics = training_step.make_train_step(plan)(rough_state(plan), random_batch(config))
         return float(metrics["loss"]), jax.device_get(adam_moment(run))
 
     return step

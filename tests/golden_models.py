@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_case import Case, by_published_names, tokens_of
 
-from lina_jax import generate, mesh, optim, published_names, state, torch_layout
+from lina_jax import decoding_schedule, generate, mesh, optim, published_names, state, torch_layout, training_step
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, EmaConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, SampleConfig
 from lina_jax.models import flow, layers
@@ -162,7 +162,7 @@ def sample(case: Case, given: Imported) -> None:
         guidance_min=low,
         stages=2,
     )
-    plan = generate.schedule(Config(model=config, loss=LossConfig(shift=c["shift"]), sample=settings))
+    plan = decoding_schedule.make_schedule(Config(model=config, loss=LossConfig(shift=c["shift"]), sample=settings))
     case.check("outputs.num_preds", plan.predicted)
     case.check("outputs.guidance", plan.guidance)
     model = nnx.merge(graphdef, trained, frozen)
@@ -226,7 +226,7 @@ def train_steps(case: Case, given: Imported) -> None:
     @jax.jit
     def update(run, tokens, condition, draws):
         loss, grads = jax.value_and_grad(objective)(run.params, tokens, condition, draws)
-        return loss, state.apply_gradients(ema, plan.optimizer, run, grads)
+        return loss, training_step.apply_gradients(ema, plan.optimizer, run, grads)
 
     run, losses = state.fresh_state(trained, frozen, plan.optimizer), []
     for s in range(c["steps"] + 1):  # the last recorded loss follows all updates

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from golden_case import Case, loaded, module, tokens_of
 
-from lina_jax import torch_layout
+from lina_jax import decoding_schedule, torch_layout
 from lina_jax.models import embeddings, flow, head, layers
 from lina_jax.models.attention import GATE_NAMES, Attention, AttentionConfig
 from lina_jax.models.transformer import Block
@@ -223,7 +223,7 @@ def rope(case: Case) -> None:
 
 def num_preds(case: Case) -> None:
     for tokens, steps in case.config["combos"]:
-        predicted = flow.cosine_schedule(tokens, steps)
+        predicted = decoding_schedule.tokens_per_step(tokens, steps)
         case.check(f"outputs.n{tokens}_k{steps}", predicted)
         case.check(f"outputs.n{tokens}_k{steps}.positive", predicted[predicted > 0])
 

@@ -25,6 +25,6 @@ def random_weights(thin: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write(path, thin: int = 32, seed: int = 0):
-    """Write a safetensors file that `inception.load` reads; returns its path."""
+    """Write a safetensors file that `inception_weights.load` reads; returns its path."""
     save_file(random_weights(thin, seed), path)
     return path

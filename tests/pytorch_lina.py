@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lina_jax.config import LossConfig, ModelConfig
-from lina_jax.generate import Schedule
+from lina_jax.decoding_schedule import Schedule
 
 EPS = 1e-6
 

@@ -10,10 +10,11 @@ from lina_jax import averaging, convert, export, mesh, state
 from lina_jax.averaging import Snapshot
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import EmaConfig
+from lina_jax.ema import averaged
 from lina_jax.errors import UserError
 from lina_jax.workdir import load_config, write_config
 
-average = jax.jit(state.averaged, static_argnums=0)
+average = jax.jit(averaged, static_argnums=0)
 
 
 def walk(kind: str, updates: int, numbers: int = 64) -> np.ndarray:

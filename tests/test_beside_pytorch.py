@@ -9,7 +9,7 @@ import golden_models
 import pytest
 from golden_case import Case
 
-from lina_jax import generate
+from lina_jax import decoding_schedule
 from lina_jax.config import Config, LossConfig, ModelConfig, SampleConfig
 
 torch = pytest.importorskip("torch")
@@ -58,7 +58,9 @@ def test_sampling(loaded):
     settings = SampleConfig(
         steps=c["num_inference_steps"], euler_steps=c["num_diffusion_steps"], guidance=c["guidance_scale"]
     )
-    plan = generate.schedule(Config(model=model.config, loss=LossConfig(shift=c["shift"]), sample=settings))
+    plan = decoding_schedule.make_schedule(
+        Config(model=model.config, loss=LossConfig(shift=c["shift"]), sample=settings)
+    )
     labels, order = tensor(case["label_ids"])[: c["batch"]].long(), tensor(case["pred_order"]).long()
     case.check("outputs.latents", model.sample(labels, plan, order, tensor(case["noise"]))[:, :, None])
 

@@ -90,9 +90,10 @@ def test_places_of_this_machine_stay_here(tiny):
     assert freeze(json.loads(metadata["config"])).eval.inception == "inception.pth"
 
 
-def test_a_directory_is_no_file_to_write(c2i_run, tmp_path):
-    with pytest.raises(UserError, match="is a directory, expected a file name"):
-        convert.to_safetensors(c2i_run, tmp_path)
+def test_a_weight_file_has_the_name_that_readers_expect(c2i_run, tmp_path):
+    with pytest.raises(UserError, match=r"weights.bin: expected a name that ends in .safetensors"):
+        convert.to_safetensors(c2i_run, tmp_path / "weights.bin")
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tmp_path):

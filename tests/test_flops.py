@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lina_jax import flops, generate, hlo, programs, roofline
+from lina_jax import decoding_schedule, flops, hlo, programs, roofline
 from lina_jax.config import LossConfig, ModelConfig
 from lina_jax.models import chunks
 
@@ -42,7 +42,7 @@ def test_of_training(variant, tiny, one_device):
 
 def test_of_sampling(tiny, one_device):
     config = tiny(model=SIZES, sample={"steps": 3, "stages": 3, "euler_steps": 6, "guidance": 2.0})
-    schedule = generate.schedule(config)
+    schedule = decoding_schedule.make_schedule(config)
     found = compiled_flops(*programs.sampling_step(config, one_device, 8), unknown_trips=6)
     assert found == pytest.approx(8 * flops.sampling_flops(config.model, schedule), rel=0.01)
 
@@ -66,5 +66,5 @@ def test_of_one_attention_layer():
 def test_a_picture_of_1024_pixels_costs_less_than_by_the_paper_s_sampler(load_preset):
     """The paper's takes 1.81e15, since its last block computes all tokens; ours computes only those of the step."""
     config = load_preset("t2i:1024")
-    schedule = generate.schedule(config)
+    schedule = decoding_schedule.make_schedule(config)
     assert flops.sampling_flops(config.model, schedule) == pytest.approx(1.746e15, rel=0.001)

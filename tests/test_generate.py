@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from lina_jax import drawing, generate, hlo, mesh, programs, roofline, state
+from lina_jax import decoding_schedule, drawing, generate, hlo, mesh, programs, roofline, state
 from lina_jax.config import MeshConfig, SampleConfig
-from lina_jax.models import flow
 
 LABELS = np.array([0, 1, 2, 1], np.int32)
 NUMBERS = np.arange(4, dtype=np.int32)
@@ -129,7 +128,7 @@ def test_guidance_below_one_is_none(draw, config):
     """As published: a ramp from 0 to 2 guides only in its second half."""
     none = draw(guidance=1.0, guidance_min=1.0)
     np.testing.assert_array_equal(draw(guidance=0.5, guidance_schedule="constant"), none)
-    ramp = generate.schedule(config, SampleConfig(steps=4, guidance=2.0, guidance_min=0.0))
+    ramp = decoding_schedule.make_schedule(config, SampleConfig(steps=4, guidance=2.0, guidance_min=0.0))
     assert ramp.guided
     np.testing.assert_allclose(ramp.inputs(slice(None)).guidance, [1.0, 1.0, 1.5, 2.0])
 
@@ -153,24 +152,24 @@ def test_any_other_temperature_has_noise(draw):
 def test_linear_annealing_of_euler_steps_is_the_published_rule(steps, most, least):
     """In floating point, as published: over 46 steps from 50 to 5, exact ratios would give the 20th step one more."""
     published = [int((steps - 1 - i) / (steps - 1) * (most - least) + least) for i in range(steps)]
-    assert flow.annealed_steps("linear", steps, most, least).tolist() == published
+    assert decoding_schedule.annealed_steps("linear", steps, most, least).tolist() == published
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
 def test_annealing_falls_from_most_to_least(kind):
-    steps = flow.annealed_steps(kind, 16, 25, 5)
+    steps = decoding_schedule.annealed_steps(kind, 16, 25, 5)
     assert (steps[0], steps[-1]) == (25, 5)
     assert np.all(np.diff(steps) <= 0)
 
 
 def test_without_annealing_every_step_has_all_euler_steps():
-    assert flow.annealed_steps("none", 4, 25, 5).tolist() == [25] * 4
+    assert decoding_schedule.annealed_steps("none", 4, 25, 5).tolist() == [25] * 4
 
 
 @pytest.mark.parametrize("annealing", ["none", "linear", "cosine", "two_stage"])
 def test_every_decoding_step_denoises_to_the_end(tiny, annealing):
     settings = {"steps": 8, "euler_steps": 9, "annealing_min": 2, "annealing": annealing}
-    plan = generate.schedule(tiny(model={"image_grid": (8, 8)}, sample=settings))
+    plan = decoding_schedule.make_schedule(tiny(model={"image_grid": (8, 8)}, sample=settings))
     for sigmas, count in zip(plan.sigmas, plan.euler_steps, strict=True):
         assert sigmas[0] == 1
         assert np.all(np.diff(sigmas[: count + 1]) < 0)
@@ -183,7 +182,7 @@ def test_annealing_draws_another_picture(draw, images):
 
 @pytest.mark.parametrize(("side", "steps"), [(4, 4), (16, 64), (8, 100)])
 def test_a_schedule_makes_every_token_once(tiny, side, steps):
-    plan = generate.schedule(tiny(model={"image_grid": (side, side)}, sample={"steps": steps}))
+    plan = decoding_schedule.make_schedule(tiny(model={"image_grid": (side, side)}, sample={"steps": steps}))
     assert plan.predicted.sum() == side**2
     assert plan.predicted.min() > 0
     assert plan.visible.tolist() == [0, *np.cumsum(plan.predicted)[:-1]]

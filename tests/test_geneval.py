@@ -87,7 +87,7 @@ def test_what_is_absent_is_drawn_again_on_other_devices_in_their_way(draw, promp
     draw(
         prompts,
         tmp_path / "out",
-        plan=state.make_blueprint(tiny_text(model={"remat": "full"}), mesh.build(MeshConfig())),
+        plan=state.make_blueprint(tiny_text(model={"remat": "full"}), mesh.build(MeshConfig(sequence=2))),
     )
     assert files(tmp_path / "out") == before
     assert kept.stat().st_mtime_ns == written

@@ -8,6 +8,7 @@ from flax import nnx
 from inception_weights import random_weights, write
 from safetensors.numpy import save_file
 
+from lina_jax import inception_weights as weight_files
 from lina_jax.errors import UserError
 from lina_jax.models import inception
 
@@ -17,7 +18,7 @@ def images(count, height, width):
 
 
 def features(path, pixels):
-    graphdef, weights = inception.load(path)
+    graphdef, weights = weight_files.load(path)
     return jax.jit(lambda weights, pixels: nnx.merge(graphdef, weights)(pixels))(weights, pixels)
 
 
@@ -85,6 +86,6 @@ def test_files_that_are_not_the_network_are_named(tmp_path):
     weights["fc.weight"] = weights["fc.weight"][:1000]
     save_file(weights, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"Mixed_6d.branch1x1.bn.bias is absent; fc.weight is \(1000, 64\), expected"):
-        inception.load(tmp_path / "other.safetensors")
+        weight_files.load(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="no such file; expected the FID weights"):
-        inception.load(tmp_path / "absent.pth")
+        weight_files.load(tmp_path / "absent.pth")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from lina_jax import hlo, mesh, state
+from lina_jax import hlo, mesh, platforms, state, training_step
 from lina_jax.config import MeshConfig
 from lina_jax.models import attention
 from lina_jax.models.attention import AttentionConfig
@@ -188,7 +188,7 @@ def over_fsdp(tiny, batch_of):
     config = tiny(model={"condition": "class"}, batch_size=8)
     plan = state.make_blueprint(config, mesh.build(MeshConfig(data=1, fsdp=8)))
     batch = jax.device_put(batch_of(config), mesh.sharding(plan.mesh, "batch"))
-    return plan, state.make_train_step(plan).lower(plan.shapes, batch).compile()
+    return plan, training_step.make_train_step(plan).lower(plan.shapes, batch).compile()
 
 
 def test_a_step_writes_the_state_where_it_was(over_fsdp):
@@ -252,11 +252,11 @@ def test_constrain_does_nothing_without_a_mesh():
 
 def test_a_platform_is_chosen_when_tracing_or_where_an_export_runs():
     def either(x):
-        return mesh.by_platform(x, cpu=lambda x: x + 1, default=lambda x: x - 1)
+        return platforms.by_platform(x, cpu=lambda x: x + 1, default=lambda x: x - 1)
 
     x = np.float32(1)
     assert "platform_index" not in str(jax.make_jaxpr(either)(x))
-    with mesh.portable(True):
+    with platforms.portable(True):
         exported = jax.export.export(jax.jit(either), platforms=("cpu", "tpu"))(x)
     assert exported.call(x) == 2
     assert "add" in exported.mlir_module() and "subtract" in exported.mlir_module()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import mesh, optim, state
+from lina_jax import mesh, optim, state, training_step
 from lina_jax.config import MeshConfig, OptimConfig
 
 
@@ -24,7 +24,7 @@ def stepped(rough, batch_of):
     def step(plan):
         run = rough(plan)
         before = jax.device_get(run.params)
-        run, _ = state.make_train_step(plan)(run, batch_of(plan.config))
+        run, _ = training_step.make_train_step(plan)(run, batch_of(plan.config))
         return before, jax.device_get(run.params)
 
     return step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import generate, state
+from lina_jax import generate, state, training_step
 from lina_jax.models import flow
 from lina_jax.models.draws import draw
 
@@ -41,7 +41,7 @@ def test_the_table_of_times_is_in_float32_and_so_is_its_gradient(narrow, batch_o
 
     def loss(params, frozen, batch):
         draws = draw(jax.random.key(0), jnp.arange(8), config.model, config.loss)
-        tokens, condition = state.model_inputs(plan, {}, batch, None)
+        tokens, condition = training_step.model_inputs(plan, {}, batch, None)
         return plan.model(params, frozen).loss(tokens, condition, draws, sigmas)
 
     program = str(jax.make_jaxpr(jax.grad(loss))(plan.shapes.params, plan.shapes.frozen, batch_of(config)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lina_jax import state
+from lina_jax import state, training_step
 from lina_jax.config import ModelConfig
 from lina_jax.models.layers import Frozen
 from lina_jax.models.lina import LINA
@@ -103,6 +103,6 @@ def test_the_train_step_of_a_preset_fits_together(preset, load_preset, one_devic
         "text": jax.ShapeDtypeStruct((size, model.text_length, model.text_dim), jnp.float16),
         "text_length": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    after, metrics = state.make_train_step(plan).lower(plan.shapes, batch).out_info
+    after, metrics = training_step.make_train_step(plan).lower(plan.shapes, batch).out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), plan.shapes)
     assert metrics["loss"].shape == ()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import generate, hlo, mesh, programs, state
+from lina_jax import generate, hlo, mesh, programs, state, training_step
 from lina_jax.config import MeshConfig
 from lina_jax.models import sequence
 
@@ -90,7 +90,7 @@ def test_pictures_are_the_same(deep, one_device, cut, rough):
 def test_devices_exchange_sums_and_edges_only(deep, cut, batch_of):
     plan = state.make_blueprint(deep, cut)
     batch = jax.device_put(batch_of(deep), mesh.sharding(cut, "batch"))
-    program = state.make_train_step(plan).lower(plan.shapes, batch).compile().as_text()
+    program = training_step.make_train_step(plan).lower(plan.shapes, batch).compile().as_text()
     exchanged = set(
         re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program)
     )

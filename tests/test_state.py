@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lina_jax import mesh, state
+from lina_jax import mesh, platforms, state, training_step
 from lina_jax.config import EmaConfig, LossConfig, MeshConfig, ModelConfig
+from lina_jax.ema import averaged
 from lina_jax.models import flow
 from lina_jax.models.draws import draw, latent_noise, max_visible, visible_count
 from lina_jax.models.transformer import layer_runs
@@ -26,14 +27,14 @@ def plan(plan_of):
 
 @pytest.fixture(scope="module")
 def train_step(plan):
-    return state.make_train_step(plan)
+    return training_step.make_train_step(plan)
 
 
 def test_accumulation_changes_nothing(plan, plan_of, train_step, rough, batch_of, moment, error_between):
     batch = batch_of(plan.config)
     whole, metrics = train_step(rough(plan), batch)
     parts = plan_of(optim={"b1": 0.0, "accumulate": 4})
-    run, metrics_of_parts = state.make_train_step(parts)(rough(parts), batch)
+    run, metrics_of_parts = training_step.make_train_step(parts)(rough(parts), batch)
     # Another order of summation: measured 1e-7 (loss) and 2.3e-7 (gradient).
     np.testing.assert_allclose(metrics_of_parts["loss"], metrics["loss"], rtol=1e-6)
     assert error_between(moment(run), moment(whole)) < 3e-6
@@ -46,7 +47,7 @@ def test_accumulation_changes_nothing(plan, plan_of, train_step, rough, batch_of
 def test_sums_between_nodes_end_in_time_where_layers_are_unrolled(changes, barriers, plan_of, batch_of, monkeypatch):
     monkeypatch.setattr(mesh, "sums_cross_nodes", lambda _: True)
     plan = plan_of(model={"image_depth": 8, "condition_depth": 1, "scan_layers": False, "remat": "none"} | changes)
-    program = state.make_train_step(plan).lower(plan.shapes, batch_of(plan.config)).as_text()
+    program = training_step.make_train_step(plan).lower(plan.shapes, batch_of(plan.config)).as_text()
     assert program.count("optimization_barrier") == barriers  # each half has four layers
 
 
@@ -82,8 +83,8 @@ def test_a_non_finite_step_changes_nothing_but_counters(
 
 def test_gpus_skip_a_step_without_a_branch(plan, poisoned, batch_of, identical, monkeypatch):
     """The host would wait for one. (The program is traced for a GPU, and runs on a CPU.)"""
-    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
-    step, batch = state.make_train_step(plan), batch_of(plan.config)
+    monkeypatch.setattr(platforms, "platform", lambda: "gpu")
+    step, batch = training_step.make_train_step(plan), batch_of(plan.config)
     assert "stablehlo.case" not in step.lower(plan.shapes, batch).as_text()
     before = jax.device_get(poisoned())
     after, _ = step(poisoned(), batch)
@@ -119,13 +120,13 @@ def test_average_with_warmup():
     config = EmaConfig(decay=0.5, every=1, warmup=True)
     # (1 + n) / (10 + n) after n updates: 2/11, 3/12, ..., and never more than 0.5.
     for n, decay in ((1, 2 / 11), (2, 3 / 12), (7, 8 / 17), (8, 0.5), (1000, 0.5)):
-        assert state.averaged(config, jnp.float32(1.0), jnp.float32(0.0), jnp.int32(n)) == pytest.approx(decay)
+        assert averaged(config, jnp.float32(1.0), jnp.float32(0.0), jnp.int32(n)) == pytest.approx(decay)
 
 
 def test_average_as_published():
     config = EmaConfig(decay=0.99, every=100, warmup=False)
     for n, kept in ((1, 1.0), (99, 1.0), (100, 0.99), (101, 1.0), (200, 0.99)):
-        assert state.averaged(config, jnp.float32(1.0), jnp.float32(0.0), jnp.int32(n)) == pytest.approx(kept)
+        assert averaged(config, jnp.float32(1.0), jnp.float32(0.0), jnp.int32(n)) == pytest.approx(kept)
 
 
 def test_draws_of_an_example_do_not_depend_on_its_company(tiny, identical):
@@ -213,7 +214,7 @@ def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
 def loss_and_gradient(plan, batch):
     """A jitted function for the training objective: ((loss, velocity), gradient), without the optimiser."""
     config = plan.config
-    tokens, condition = state.model_inputs(plan, {}, batch, None)
+    tokens, condition = training_step.model_inputs(plan, {}, batch, None)
     draws = draw(jax.random.key(0), jnp.arange(config.batch_size), config.model, config.loss)
     sigmas = flow.training_sigmas()
 

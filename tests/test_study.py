@@ -176,8 +176,9 @@ def test_variants_of_all_widths_have_one_budget(widths):
             r"\(model\.\w+: .* in softmax-32, .* in softmax-768\)",
         ),
         (["--config.stesp=20"], r"softmax-32: .*stesp"),
-        (["--config.seed=0"], r"^--config.seed=0: a study sets this field"),
-        (["--noconfig.model.depthwise_conv"], r"depthwise_conv: a study sets this field"),
+        (["--config.seed=0"], r"^--config.seed=0: a study sets this for each run"),
+        (["--workdir=elsewhere"], r"^--workdir=elsewhere: a study sets this for each run"),
+        (["--noconfig.model.depthwise_conv"], r"depthwise_conv: a study sets this for each run"),
     ],
     ids=str,
 )

@@ -169,7 +169,7 @@ def signal_at(patch, name, call, number):
     patch.setattr(kind, method, counted)
 
 
-@pytest.mark.parametrize("name", ["validation.Validation.both", "sample.Previews.draw"])
+@pytest.mark.parametrize("name", ["validation.Validation.both", "previews.Previews.draw"])
 @pytest.mark.parametrize("call", [1, 2], ids=["midway", "at the end"])
 def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_path, identical, name, call):
     """They are cut off after the saves of steps 3 and 6; what was already recorded is not measured again."""
@@ -183,7 +183,7 @@ def test_measurements_that_were_cut_off_are_made_up_for(config, finished, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("metrics.Writer.scalars", 2), ("validation.Validation.losses", 1), ("sample.Previews.draw", 1)],
+    [("metrics.Writer.scalars", 2), ("validation.Validation.losses", 1), ("previews.Previews.draw", 1)],
     ids=["in_step_3", "validation", "previews"],
 )
 def test_what_was_due_when_sigterm_came_is_measured_when_the_run_goes_on(name, call, config, finished, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from lina_jax import mesh, state, torch_layout, warm_start
+from lina_jax import mesh, state, torch_layout, validation, warm_start
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, InitFromConfig, MeshConfig
 from lina_jax.errors import UserError
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_donor(begun, donor, batch_of):
     def loss(plan, params, frozen):
         examples = np.arange(plan.config.batch_size)
         batch = jax.device_put(batch_of(plan.config), mesh.sharding(plan.mesh, "batch"))
-        return np.asarray(state.make_eval_step(plan)(params, frozen, batch, examples)[0]).sum()
+        return np.asarray(validation.make_eval_step(plan)(params, frozen, batch, examples)[0]).sum()
 
     run, _, plan = begun(mesh.build(MeshConfig(data=2, fsdp=2, tensor=2)))
     np.testing.assert_allclose(

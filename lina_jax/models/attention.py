@@ -14,11 +14,12 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lina_jax.mesh import LARGE_TABLE, by_platform, constrain, one_cpu, platform, portable
+from lina_jax.mesh import LARGE_TABLE, constrain
 from lina_jax.models import attention_kernel, sequence, tiles
 from lina_jax.models.convolution import depthwise_convolution
 from lina_jax.models.initializers import uniform
 from lina_jax.models.layers import Linear, broadcast_f32_grad, multiply_f32_grad, rotate
+from lina_jax.platforms import by_platform, one_cpu, platform, portable
 
 RELU_EPS = 1e-6  # keeps q . k positive where every ReLU output is zero
 NORMALIZER_EPS = 1e-6

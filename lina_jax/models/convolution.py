@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from lina_jax.mesh import by_platform
 from lina_jax.models import sequence
 from lina_jax.models.tiles import bytes_of, cost_metadata
+from lina_jax.platforms import by_platform
 
 # For one GPU program: tokens and channels that it sums at a time, and the most tokens of an image that it takes.
 GPU_TILE, GPU_LANES, GPU_TOKENS = 128, 32, 256

@@ -7,9 +7,9 @@ from flax import nnx
 
 from lina_jax.config import TIME_FEATURES
 from lina_jax.config_checks import PADDING_ROWS
-from lina_jax.mesh import platform
 from lina_jax.models.initializers import normal
 from lina_jax.models.layers import MLP, Frozen, LayerNorm, Linear
+from lina_jax.platforms import platform
 
 WORD_LENGTH = 16  # bytes; a longer word is read as several
 WORD_TAPS = 5  # of the convolutions over words

@@ -42,29 +42,3 @@ def euler_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
 def euler_step(x: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array) -> jax.Array:
     """x at `next_sigma`, from x at `sigma` along the velocity there; x and velocity have one shape."""
     return x + (next_sigma - sigma) * velocity
-
-
-def cosine_schedule(tokens: int, steps: int) -> np.ndarray:
-    """Tokens predicted at each of `steps` decoding steps (steps,), int32; sums to `tokens`, may hold zeros."""
-    left = np.round(np.cos(np.pi / 2 * np.arange(steps + 1) / steps) * tokens).astype(np.int32)
-    return left[:-1] - left[1:]
-
-
-def guidance_schedule(kind: str, low: float, high: float, steps: int) -> np.ndarray:
-    """Guidance of each decoding step (steps,): constant `high`, or low + (high - low) (i + 1) / steps."""
-    if kind == "constant":
-        return np.full(steps, high, np.float32)
-    return (low + (high - low) * np.arange(1, steps + 1) / steps).astype(np.float32)
-
-
-def annealed_steps(kind: str, steps: int, most: int, least: int) -> np.ndarray:
-    """Euler steps of each decoding step (steps,), int32: fewer for later tokens (DiSA, arXiv 2505.20297)."""
-    left = np.arange(steps)[::-1] / (steps - 1) if steps > 1 else np.ones(1)
-    factor = {
-        "none": np.ones(steps),
-        "linear": left,
-        "cosine": 0.5 * (1 - np.cos(np.pi * left)) + 1e-12,  # so that rounding costs exact ratios no step
-        "two_stage": (left >= 0.5).astype(float),
-    }[kind]
-    # Rounded as in the published code, which computes int((K - 1 - i) / (K - 1) * (most - least) + least).
-    return (factor * (most - least) + least).astype(np.int32)

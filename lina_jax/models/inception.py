@@ -2,11 +2,9 @@
 
 It differs from the published architecture in its resize (without half-pixel centers), in average pools that exclude the
 padding, and in the max pool of its last block. Layers are named as in the PyTorch ports (pytorch-fid, torch-fidelity),
-whose weight files `load` reads. Weights are never trained.
+whose weight files `inception_weights.load` reads. Weights are never trained.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,14 +13,12 @@ import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 
-from lina_jax import torch_files
-from lina_jax.errors import UserError
 from lina_jax.models.layers import Frozen
 
 SIDE = 299  # pixels, height and width of the network's input
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, for sFID
 CLASSES = 1008
-_NORM_EPS = 1e-3
+NORM_EPS = 1e-3
 # Full float32 matmuls: TPUs round factors to bfloat16 by default, which changes the distance between two covariances.
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -250,53 +246,3 @@ def _average_pool(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
 
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1)))
-
-
-def load(path: Path) -> tuple[nnx.GraphDef, dict]:
-    """The network of a safetensors or .pth file, and its weights as NumPy arrays.
-
-    Raises UserError if the file is absent, or if tensors are absent or have other shapes; it names the first three.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; expected the FID weights of Inception v3 as the PyTorch ports have them "
-            "(pt_inception-2015-12-05-6726825d.pth), or the same tensors as safetensors"
-        )
-    tensors = torch_files.open_file(path) if path.suffix == ".safetensors" else torch_files.open_bin(path)
-    first = tensors.shapes.get("Conv2d_1a_3x3.conv.weight", (0,))[0]
-    thin = 32 // first if first in (1, 2, 4, 8, 16, 32) else 1
-    table = layers(thin)
-    _check(path, table, thin, tensors)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Inception(thin)))
-    weights = {"convs": {name: _conv(name, tensors) for name in table}}
-    weights["classes"] = np.asarray(tensors["fc.weight"], np.float32).T
-    return graphdef, weights
-
-
-def _conv(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    weight, bias, mean, variance = (
-        np.asarray(tensors[f"{name}.bn.{part}"], np.float64)
-        for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = weight / np.sqrt(variance + _NORM_EPS)
-    return {
-        "kernel": rearrange(np.asarray(tensors[f"{name}.conv.weight"], np.float32), "o i h w -> h w i o"),
-        "scale": scale.astype(np.float32),
-        "shift": (bias - mean * scale).astype(np.float32),
-    }
-
-
-def _check(path: Path, table: Mapping[str, Layer], thin: int, tensors) -> None:
-    """Raise UserError unless all tensors are present in their shapes; others (the classes' bias) are ignored."""
-    wanted = {"fc.weight": (CLASSES, 2048 // thin)}
-    for name, layer in table.items():
-        wanted[f"{name}.conv.weight"] = (layer.outputs, layer.inputs, *layer.size)
-        norm = ("weight", "bias", "running_mean", "running_var")
-        wanted |= {f"{name}.bn.{part}": (layer.outputs,) for part in norm}
-    absent = [name for name in wanted if name not in tensors]
-    wrong = [n for n in wanted if n in tensors and tensors.shapes[n] != wanted[n]]
-    faults = [f"{name} is absent" for name in absent]
-    faults += [f"{name} is {tensors.shapes[name]}, expected {wanted[name]}" for name in wrong]
-    if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{path}: not the FID weights of Inception v3: {'; '.join(faults[:3])}{more}")

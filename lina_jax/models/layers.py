@@ -16,8 +16,8 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from lina_jax.mesh import one_cpu
 from lina_jax.models.initializers import uniform
+from lina_jax.platforms import one_cpu
 
 NORM_EPS = 1e-5
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from lina_jax.config import ModelConfig
-from lina_jax.mesh import constrain, one_cpu
+from lina_jax.mesh import constrain
 from lina_jax.models import chunks, flow, sequence
 from lina_jax.models.attention import AttentionConfig
 from lina_jax.models.draws import Draws
@@ -30,6 +30,7 @@ from lina_jax.models.layers import (
     rotary_angles,
 )
 from lina_jax.models.transformer import Transformer
+from lina_jax.platforms import one_cpu
 
 Condition = dict[str, jax.Array]
 

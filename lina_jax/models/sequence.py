@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from lina_jax.mesh import batch_parts, platform, portable
+from lina_jax.mesh import batch_parts
 from lina_jax.models.layers import gather_tokens
+from lina_jax.platforms import platform, portable
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lina_jax.errors import UserError
-from lina_jax.mesh import batch_parts, platform, portable, spec
+from lina_jax.mesh import batch_parts, spec
+from lina_jax.platforms import platform, portable
 
 LANES, ROW_MULTIPLE = 128, 16  # lanes and rows of a TPU's registers, in bfloat16
 ROWS = 256  # most tokens in a tile on TPUs; twice as many take four times as long to compile

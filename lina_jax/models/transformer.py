@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lina_jax.mesh import RULES, batch_parts, constrain, gathered, loops_gather_late
+from lina_jax.mesh import RULES, batch_parts, constrain, gathered
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Select
 from lina_jax.models.initializers import Keys
 from lina_jax.models.layers import MLP, LayerNorm, gelu, over_variables
+from lina_jax.platforms import loops_gather_late
 
 
 class Block(nnx.Module):
