@@ -62,6 +62,7 @@ def run(main: Callable[[Sequence[str]], None], commands: Sequence[str] = ()) -> 
             raise
         return 0
 
+    absl_logging.use_absl_handler()  # while it still finds the handler of libraries, which would print warnings again
     if sys.stderr is not None:  # as with 2>&-
         sys.stderr = _Stderr(sys.stderr)
     # Tracing makes many objects, few of which are garbage: collections took a tenth of a run's start.

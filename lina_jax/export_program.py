@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from lina_jax.errors import UserError
 from lina_jax.generate import make_sampler
+from lina_jax.platforms import portable
 from lina_jax.state import Blueprint, Tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -50,7 +51,7 @@ def write_program(
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     condition = _condition(blueprint, batch)
     arguments = (shapes, condition, _int32(batch), _int32())
-    with jax.set_mesh(blueprint.mesh), platforms.portable(True):
+    with jax.set_mesh(blueprint.mesh), portable(True):
         exported = export.export(jax.jit(program), platforms=platforms)(*arguments)
     (directory / PROGRAM).write_bytes(exported.serialize())
     save_file(arrays, directory / WEIGHTS, metadata)

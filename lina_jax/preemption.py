@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and runs that stall: both end in a way that lets them be run again."""
+"""Preemption and stalls: a run that is asked to stop, or whose step hangs, ends so that the same command resumes it."""
 
 import contextlib
 import faulthandler
@@ -20,6 +20,12 @@ def exit_on_sigterm() -> None:
     If jax.distributed starts with preemption, its runtime takes over the signal.
     """
     signal.signal(signal.SIGTERM, _leave)
+
+
+def ignore_sigterm() -> None:
+    """From here on, SIGTERM does not end this process: its work is done. Not where jax.distributed has the signal."""
+    if not jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _leave(signum, frame) -> None:

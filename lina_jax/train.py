@@ -56,7 +56,7 @@ from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import Preempted, TrainingDiverged, UserError
-from lina_jax.workdir import check_config, check_data, saved_steps, write_config, write_data
+from lina_jax.workdir import check_config, check_data, saved_steps, set_aside_logs, write_config, write_data
 
 
 def train(config: Config, workdir: Path, *, allow_config_change: bool = False) -> state.TrainState:
@@ -276,6 +276,8 @@ def _say(line: str) -> None:
 
 def _introduce(config: Config, workdir: Path, run: _Run) -> None:
     """Write what a workdir holds besides checkpoints and logs, and print what is about to be trained, and how."""
+    if not run.resumed:
+        set_aside_logs(workdir)
     write_config(workdir, config)
     write_data(workdir, run.records.manifest)
     written = workdir / "config.json"
@@ -343,6 +345,7 @@ def main(argv: Sequence[str]) -> None:
     facts = {"--workdir": values.workdir, **config_fields.flatten(config)}
     with hosts.distributed_run(facts, preemption=True):
         train(config, Path(values.workdir).expanduser(), allow_config_change=values.allow_config_change)
+        preemption.ignore_sigterm()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The config of a training directory, and a list of its checkpoints."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lina_jax import config as config_lib
 from lina_jax import integrity, output_files
 from lina_jax.config import Config
 from lina_jax.errors import UserError
+from lina_jax.metrics import rows_as_written
 
 _DATA = "data.json"
 
@@ -73,6 +75,16 @@ def check_data(workdir: Path, manifest: str, *, allow_changes: bool = False) -> 
             f"data.path holds other records than those that {workdir} was trained on, or the same in another order "
             "(choose another --workdir, or pass --allow_config_change)"
         )
+
+
+def set_aside_logs(workdir: Path) -> None:
+    """Move logs and previews of an earlier run, of which no checkpoint is left, to WORKDIR/earlier/0, 1, ..."""
+    if jax.process_index() == 0 and any(rows_as_written(workdir / "metrics.jsonl")):
+        place = next(path for i in itertools.count() if not (path := workdir / "earlier" / str(i)).exists())
+        place.mkdir(parents=True)
+        for name in ("metrics.jsonl", "previews", "events"):
+            if (workdir / name).exists():
+                (workdir / name).rename(place / name)
 
 
 def write_data(workdir: Path, manifest: str) -> None:

@@ -98,6 +98,25 @@ def test_work_goes_on_when_nobody_reads_its_messages():
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "done")
 
 
+WARNING = """
+import logging
+from absl import logging as absl_logging
+from lina_jax import entry
+
+def main(argv):
+    absl_logging.warning("a warning")
+
+logging.basicConfig()  # as importing orbax does
+entry.run(main)
+"""
+
+
+def test_a_warning_is_one_line_whatever_libraries_have_set_up():
+    result = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True, timeout=60)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 0 and line.endswith("a warning")
+
+
 UNHEARD = """
 import signal, threading
 from lina_jax import entry

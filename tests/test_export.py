@@ -39,7 +39,7 @@ def test_places_that_are_taken_or_closed_are_refused(c2i_run, tmp_path, monkeypa
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     for write in (convert.to_torch, convert.to_safetensors, convert.to_stablehlo):
         with pytest.raises(UserError, match="cannot be written"):
-            write(c2i_run, tmp_path / "out")
+            write(c2i_run, tmp_path / "out.safetensors")
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
@@ -237,7 +237,7 @@ def test_platforms_that_do_not_exist_are_refused(tiny_run, tmp_path):
 def test_a_disk_that_fills_up_is_one_line(operation, c2i_run, run_module, tmp_path):
     """Files may not grow beyond 100 KiB. The error names the place, and nothing is left there."""
     result = run_module(
-        "convert", f"--workdir={c2i_run}", *f"{operation}={tmp_path / 'out'}".split(),
+        "convert", f"--workdir={c2i_run}", *f"{operation}={tmp_path / 'out.safetensors'}".split(),
         prefix=("bash", "-c", 'ulimit -f 100 && exec "$@"', "bash"),
     )  # fmt: skip
     (line,) = result.stderr.splitlines()

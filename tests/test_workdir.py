@@ -8,8 +8,9 @@ import pytest
 
 from lina_jax.config import MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.metrics import read_jsonl
 from lina_jax.train import train
-from lina_jax.workdir import check_config, load_config, write_config
+from lina_jax.workdir import check_config, load_config, set_aside_logs, write_config
 
 pytestmark = pytest.mark.usefixtures("train_on_one_device")
 
@@ -67,6 +68,18 @@ def test_what_is_missing_of_an_earlier_run_is_told(config, tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text("{}")
     check_config(tmp_path, config)
     assert "none of its checkpoints: starting over" in caplog.text
+
+
+def test_logs_of_a_run_without_checkpoints_do_not_mix_with_those_of_the_next(tmp_path):
+    for run in range(2):
+        set_aside_logs(tmp_path)
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {run}}}\n')
+        (tmp_path / "previews").mkdir()
+    set_aside_logs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+    rows = [read_jsonl(tmp_path / "earlier" / str(run) / "metrics.jsonl") for run in range(2)]
+    assert rows == [[{"step": 1, "loss": run}] for run in range(2)]
+    assert (tmp_path / "earlier" / "1" / "previews").is_dir()
 
 
 def test_a_directory_without_config_is_no_workdir(tmp_path):
