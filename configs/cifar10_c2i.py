@@ -10,7 +10,9 @@ image.
 Expected: training loss of `tiny` 0.80, 0.40, 0.33, 0.31, 0.30, 0.27 (means of 100 steps each, the first 600 steps, with
 --config.seed=0); `w384` has not been measured yet.
 
-Data:     python -m lina_jax.prepare --source=parquet --input='CIFAR/*.parquet' --out=data/cifar10 --validation=1000
+Data:     hf download uoft-cs/cifar10 --repo-type dataset --local-dir CIFAR
+          python -m lina_jax.prepare --source=parquet --input='CIFAR/plain_text/train-*.parquet' --image_column=img \
+              --caption_column= --out=data/cifar10 --validation=1000
 Command:  python -m lina_jax.train --config=configs/cifar10_c2i.py:tiny --workdir=runs/cifar10
 """
 
