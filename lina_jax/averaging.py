@@ -65,7 +65,10 @@ class Fit:
 
 
 def mean(workdir: Path, last: int) -> Average:
-    """The mean of the parameters of the last `last` checkpoints. Raises UserError."""
+    """The mean of the parameters of the last `last` checkpoints.
+
+    Raises UserError unless 1 <= last <= the number of checkpoints.
+    """
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, create=False)
     steps = checkpoints.steps()
@@ -81,7 +84,7 @@ def mean(workdir: Path, last: int) -> Average:
 def ema(workdir: Path, decay: float, step: int | None = None) -> tuple[Average, Fit]:
     """The EMA that the run would have had with another ema.decay, estimated from all checkpoints up to a step.
 
-    Raises UserError.
+    Raises UserError unless 0 < decay < 1 and the checkpoints hold updates to average.
     """
     if not 0 < decay < 1:
         raise UserError(f"--ema_decay={decay}: must be between 0 and 1")

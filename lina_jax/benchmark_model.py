@@ -46,7 +46,7 @@ def train(config: Config, batches: Sequence[int], runs: int) -> Iterator[Row]:
     """A row for each global batch size: the train step on cached latents and text features, which are noise here."""
     for size in batches or [config.batch_size]:
         config_checks.check_value("batch_size", size)
-        with _that_fits(size):
+        with _out_of_memory_as_user_error(size):
             config = dataclasses.replace(config, batch_size=size)
             config_checks.check_run(config)
             yield _train(config, runs)
@@ -97,7 +97,7 @@ def sample(config: Config, batches: Sequence[int], runs: int, *, autoencoder: bo
     default = mesh_lib.round_up_batch(mesh_lib.build(config.mesh), SAMPLED)
     for images in batches or [default]:
         config_checks.check_value("batch_size", images)
-        with _that_fits(images):
+        with _out_of_memory_as_user_error(images):
             yield _sample(config, images, runs, autoencoder)
 
 
@@ -173,7 +173,7 @@ def attention(sizes: AttentionSizes, batches: Sequence[int], runs: int) -> Itera
     """
     kernel_check.check(sizes.model)
     for batch in batches or [1]:
-        with _that_fits(batch):
+        with _out_of_memory_as_user_error(batch):
             yield from _attention(sizes, batch, runs, backward=False)
             yield from _attention(sizes, batch, runs, backward=True)
 
@@ -332,7 +332,7 @@ def _mesh_for(config: Config, batch: int) -> Mesh:
 
 
 @contextlib.contextmanager
-def _that_fits(batch: int) -> Iterator[None]:
+def _out_of_memory_as_user_error(batch: int) -> Iterator[None]:
     """Raises UserError if a program does not fit into the devices' memory."""
     try:
         yield

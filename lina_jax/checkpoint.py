@@ -88,7 +88,10 @@ class Checkpoints:
             self._manager.save(0, args=ocp.args.Composite(**items))
 
     def describe_weights(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and dtypes of a checkpoint's parameters and frozen arrays, from metadata alone. Raises UserError."""
+        """Shapes and dtypes of a checkpoint's parameters and frozen arrays, from metadata alone.
+
+        Raises UserError if the metadata is damaged.
+        """
         try:
             trees = [_metadata(self.directory / str(step) / item) for item in WEIGHT_ITEMS]
         except (OSError, ValueError) as error:
@@ -223,7 +226,7 @@ class Checkpoints:
             cause = error
             while cause.__cause__:
                 cause = cause.__cause__
-            cause = _of_the_system(cause) or cause
+            cause = _os_error_in(cause) or cause
             reason = errors.first_line(cause).split(" [")[0][:200]  # brackets say how it was read
             if errors.storage_failed(cause):
                 raise UserError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from cause
@@ -308,7 +311,7 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         reason = error.__cause__ if isinstance(error, TimeoutError) else error
         if isinstance(reason, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             raise reason from None
-        system = _of_the_system(error)
+        system = _os_error_in(error)
         line = system.strerror if system else errors.first_line(error)
         what = "saving" if step is None else f"saving step {step}"
         said = f"{what} to {directory} failed, earlier checkpoints are intact: {line}"
@@ -317,7 +320,7 @@ def _naming_failures(directory: Path, step: int | None = None) -> Iterator[None]
         raise UserError(said) from system or error
 
 
-def _of_the_system(error: BaseException) -> OSError | None:
+def _os_error_in(error: BaseException) -> OSError | None:
     """The operating system's error in a message of tensorstore, after place and operation; None if absent."""
     first = str(error).strip().partition("\n")[0]
     number = re.search(r" \[os_error_code='?(\d+)", first)

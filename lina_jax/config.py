@@ -44,7 +44,7 @@ class ModelConfig:
     head_width: int = 768  # channels of the diffusion head
     head_depth: int = 6  # blocks of the diffusion head
     attention: str = "linear"  # linear | softmax | hybrid
-    softmax_period: int = 8  # hybrid: layer i is softmax when i % period == period - 1
+    softmax_period: int = 8  # hybrid: every so many blocks are softmax blocks (see `hybrid_period`)
     normalization: str = "division"  # division | subtraction: of linear attention
     depthwise_conv: bool = True  # add a depthwise convolution to the linear attention of the decoder half
     conv_kernel: int = 5  # side of that convolution's kernel; odd
@@ -64,6 +64,11 @@ class ModelConfig:
     def halves(self) -> tuple[int, int]:
         """Number of blocks of the encoder half and of the decoder half, which gets the extra block of an odd depth."""
         return self.image_depth // 2, self.image_depth - self.image_depth // 2
+
+    @property
+    def hybrid_period(self) -> int:
+        """Of hybrid attention: block i is a softmax block if i % period == period - 1. 0: attention is not hybrid."""
+        return self.softmax_period if self.attention == "hybrid" else 0
 
     @property
     def image_tokens(self) -> int:
@@ -308,7 +313,7 @@ class Config:
     log: LogConfig = LogConfig()
 
 
-# Fields that may change when a run resumes. All others change the function, the optimiser or the data order.
+# Fields that may change when a run resumes. All others change the function, the optimizer or the data order.
 FREE_ON_RESUME = (
     "steps", "mesh", "checkpoint", "eval", "log", "sample", "data.path", "data.threads", "data.prefetch",
     "data.workers", "data.device_prefetch", "data.read_timeout", "data.cache", "data.validation_split",
@@ -337,7 +342,7 @@ def differences(old: Config, new: Config) -> list[str]:
     """'model.width: 768 -> 1024' for each field that a resumed run must not change."""
     before, after = flatten(old), flatten(new)
     changed = [n for n in after if before[n] != after[n] and not free_on_resume(n)]
-    # A cosine schedule ends at `steps`, which makes the number of steps part of the optimiser.
+    # A cosine schedule ends at `steps`, which makes the number of steps part of the optimizer.
     if new.optim.schedule == "cosine" and old.steps != new.steps:
         changed.append("steps")
     # Datasets may move, but their shares must not change.

@@ -55,7 +55,7 @@ COUNTED_BY_HOSTS = ("checkpoint.", "eval.", "log.")  # all other numbers reach p
 
 
 def check_value(name: str, value: Any) -> None:
-    """Check a single field, by its full name. Raises UserError."""
+    """Raises UserError unless a single field, by its full name, has an allowed value."""
     if name in CHOICES and value not in CHOICES[name]:
         raise UserError(f"{name}={value!r}: expected one of {', '.join(CHOICES[name])}")
     for number in value if isinstance(value, tuple) else (value,):
@@ -79,7 +79,7 @@ def check_value(name: str, value: Any) -> None:
 
 
 def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
-    """Check that sizes fit each other and that variants are compatible. Raises UserError."""
+    """Raises UserError unless sizes fit each other and variants are compatible."""
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -132,7 +132,7 @@ def check_model(model: "ModelConfig", autoencoder: "AutoencoderConfig") -> None:
 
 
 def check_run(config: "Config") -> None:
-    """Check the settings of training and sampling. Raises UserError."""
+    """Raises UserError unless the settings of training and sampling fit each other."""
     loss, optim = config.loss, config.optim
     if not 0 <= loss.condition_dropout < 1:
         raise UserError(f"loss.condition_dropout={loss.condition_dropout}: must be in [0, 1)")
@@ -176,7 +176,7 @@ def check_mesh(mesh: "MeshConfig") -> None:
 
 
 def check_micro_batches(config: "Config") -> None:
-    """Check that the batch divides into micro-batches; also for a batch chosen after the config. Raises UserError."""
+    """Raises UserError unless the batch divides into micro-batches; also for a batch chosen after the config."""
     accumulate = config.optim.accumulate
     if config.batch_size % accumulate:
         raise UserError(f"batch_size={config.batch_size} is not divisible by optim.accumulate={accumulate}")

@@ -113,7 +113,10 @@ def to_torch(
     dtype: str = "float32",
     max_shard_gb: float = 5.0,
 ) -> export.Weights:
-    """Write a workdir's weights in the published layout (docs/checkpoints.md) and return them. Raises UserError."""
+    """Write a workdir's weights in the published layout (docs/checkpoints.md) and return them.
+
+    Raises UserError if `directory` is taken, the layout has no such model, or `dtype` cannot hold a value.
+    """
     if not max_shard_gb > 0:
         raise UserError(f"--max_shard_gb={max_shard_gb}: must be positive")
     check_new("to_torch", directory)
@@ -173,7 +176,9 @@ def to_stablehlo(
 ) -> tuple[int, str]:
     """Export the sampling program with a workdir's weights and its encoders; return their (step, kind).
 
-    `autoencoder` and `text_encoder` are directories that replace those of the config. Raises UserError.
+    `autoencoder` and `text_encoder` are directories that replace those of the config.
+
+    Raises UserError if `directory` is taken, a platform is unknown, or an encoder is missing.
     """
     if not platforms or not set(platforms) <= set(export_program.PLATFORMS):
         raise UserError(f"--platforms={','.join(platforms)}: expected some of {', '.join(export_program.PLATFORMS)}")
@@ -191,7 +196,10 @@ def to_stablehlo(
 
 
 def average(workdir: Path, out: Path, last: int) -> list[int]:
-    """Make a workdir of the mean of the last checkpoints' parameters; return their steps. Raises UserError."""
+    """Make a workdir of the mean of the last checkpoints' parameters; return their steps.
+
+    Raises UserError if `out` is taken, and as `averaging.mean` does.
+    """
     check_new("out", out)
     made = averaging.mean(workdir, last)
     _write_average(out, made)
@@ -201,7 +209,7 @@ def average(workdir: Path, out: Path, last: int) -> list[int]:
 def reconstruct_ema(workdir: Path, out: Path, decay: float, step: int | None = None) -> tuple[list[int], averaging.Fit]:
     """Make a workdir of the EMA of another decay, estimated from checkpoints; return their steps and the fit.
 
-    Raises UserError.
+    Raises UserError if `out` is taken, and as `averaging.ema` does.
     """
     check_new("out", out)
     made, fit = averaging.ema(workdir, decay, step)

@@ -65,7 +65,9 @@ class Studio:
         )
         self.config, self._batch_size, self._stepper = self._blueprint.config, batch_size, Stepper(self._blueprint)
         try:
-            self.class_names, captions = _of_data(data or config.data.datasets[0][0], config.data.validation_split)
+            self.class_names, captions = _class_names_and_captions(
+                data or config.data.datasets[0][0], config.data.validation_split
+            )
         except (UserError, OSError, RuntimeError) as error:
             if data:
                 raise UserError(f"--data={data}: {error}") from error
@@ -168,7 +170,7 @@ def _whole(name: str, value: object) -> int:
     return int(value)
 
 
-def _of_data(directory: str, split: str) -> tuple[list[str], list[str]]:
+def _class_names_and_captions(directory: str, split: str) -> tuple[list[str], list[str]]:
     """(class names, some captions) of a dataset. Raises UserError, OSError or RuntimeError if it cannot be read."""
     opened, captions = reading.open_split(directory, split), []
     for number in range(min(len(opened), _EXAMPLES)):

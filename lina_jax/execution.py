@@ -1,4 +1,4 @@
-"""How layers run: choices for what a config leaves open, by what plans best on its devices, and their memory.
+"""How layers run: what a config leaves open (remat, scan, kernels) as it plans fastest on its devices, and its memory.
 
 Remat, scans and kernels change nothing beyond rounding, so a run may resume with other choices.
 """

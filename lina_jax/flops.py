@@ -31,9 +31,8 @@ def stack_flops(
     """Blocks first .. first + depth - 1 over `tokens` tokens of an image; the last outputs `read` (None: all)."""
     total = 0
     for i in range(first, first + depth):
-        softmax = model.attention == "softmax" or (
-            model.attention == "hybrid" and i % model.softmax_period == model.softmax_period - 1
-        )
+        period = model.hybrid_period
+        softmax = model.attention == "softmax" or (period > 0 and i % period == period - 1)
         wanted = read if i == first + depth - 1 else None
         total += attention_flops(model, tokens, softmax=softmax, conv=conv and not softmax, read=wanted)
         total += 2 * (tokens if wanted is None else wanted) * 2 * model.mlp_ratio * model.width**2

@@ -242,7 +242,10 @@ def _dataset(path: Path, mesh: Mesh, split: str, blueprint: Blueprint | None) ->
 
 
 def _decoder(path: Path, shape: tuple[int, int, int], blueprint: Blueprint | None) -> Program:
-    """The program moments (B, 2C, h, w) -> uint8 images (B, H, W, 3), decoded from the means. Raises UserError."""
+    """The program moments (B, 2C, h, w) -> uint8 images (B, H, W, 3), decoded from the means.
+
+    Raises UserError unless the blueprint has an autoencoder with C channels.
+    """
     if blueprint is None or blueprint.encoders.autoencoder is None:
         raise UserError(
             f"{path} holds latents: they are decoded as --reference with --workdir, by that run's autoencoder "
@@ -265,7 +268,10 @@ def _file_facts(path: Path, count: int) -> dict[str, Any]:
 
 
 def npz_array(path: Path, name: str) -> np.ndarray | None:
-    """An array of an npz file, memory-mapped unless it is compressed; None if absent. Raises UserError."""
+    """An array of an npz file, memory-mapped unless it is compressed; None if absent.
+
+    Raises UserError if the file is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if f"{name}.npy" not in archive.namelist():

@@ -75,10 +75,9 @@ def from_config(config: Config, devices: Sequence[jax.Device] | None = None) -> 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; neighbours in the mesh are neighbours in the machine.
 
-    `fsdp` of 0 is chosen from the devices that the other axes leave. If `data` or `replica` is -1, it is the
-    greatest common divisor of their number, WHOLE_TILES, and how many sequence x tensor groups a slice or node holds
-    (`nodes`), or half or twice that (`_along_whole_axes`); else it is all of them. `sequence` of 0 means 1, as no batch
-    is known here.
+    `fsdp` of 0 is chosen: all devices that the other axes leave, if neither `data` nor `replica` is -1. Else it is the
+    greatest common divisor of that number, WHOLE_TILES, and the sequence x tensor groups in a slice or node (`nodes`),
+    which `_along_whole_axes` may halve or double. `sequence` of 0 means 1, as no batch is known here.
 
     Raises UserError with the arithmetic if the product of the axes is not the number of devices, `replica` does not fit
     the slices of a TPU, or the slices differ in size.
@@ -104,10 +103,10 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def _along_whole_axes(usual: int, limit: int, devices: Sequence[jax.Device]) -> int:
-    """The size of groups that span two or three whole axes of a 3D torus, around all of which SparseCores gather.
+    """`usual`, or a size near it whose groups fill whole axes of a 3D torus, as SparseCores gather along all of them.
 
-    From half of `usual` up to it, or twice it in a square; a divisor of `limit`. `usual`, if there is no such size.
-    `devices` are those of one slice.
+    Near is from half of `usual` up to it, in a square up to twice it. The size divides `limit`; more axes win, then
+    larger groups. `devices` are those of one slice.
     """
     chip = chips.of_kind(getattr(devices[0], "device_kind", ""))
     if chip is None or chip.torus != 3 or not chip.sparse_cores:
@@ -228,7 +227,7 @@ def _product(sizes: dict[str, int]) -> str:
 
 
 def parse(text: str, devices: Sequence[jax.Device] | None = None) -> MeshConfig:
-    """The config of 'fsdp=2,sequence=4'. Raises UserError.
+    """The config of 'fsdp=2,sequence=4'. Raises UserError for any other form, or sizes that no mesh has.
 
     Other axes have their defaults, except `replica`: it is the number of slices, each of which draws its own images.
     """

@@ -61,7 +61,10 @@ class Pipeline:
 
 
 def open_pipeline(path: Path) -> Pipeline:
-    """Open a pipeline directory, its `transformer/`, or a bare file of weights. Raises UserError."""
+    """Open a pipeline directory, its `transformer/`, or a bare file of weights.
+
+    Raises UserError if it is none of these, is damaged, or has our own names of arrays.
+    """
     if path.is_file():
         opened = {".safetensors": open_file, ".bin": open_bin}.get(path.suffix)
         if not opened:

@@ -134,7 +134,8 @@ def measure(
     """Measure the first `count` images of a source; returns None in processes other than 0.
 
     `work` keeps finished chunks, from which a later call resumes. The images are written to `npz` in ADM's format, with
-    `labels` (N,) if given; this needs `work`. Without a network nothing is measured. Raises UserError.
+    `labels` (N,) if given; this needs `work`. Without a network nothing is measured.
+    Raises UserError if the images are not of one size.
     """
     facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
     store = ChunkStore(work, facts)

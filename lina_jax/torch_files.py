@@ -101,7 +101,10 @@ def open_tensors(directory: Path) -> Tensors:
 
 
 def open_weights(directory: Path) -> "Tensors | Pickled":
-    """All tensors of a model directory, from .bin files if there are no safetensors. Raises UserError."""
+    """All tensors of a model directory, from .bin files if there are no safetensors.
+
+    Raises UserError if it has neither, or they are damaged, incomplete or not as their index says.
+    """
     if any(directory.glob("*.safetensors*")):
         return open_tensors(directory)
     if single := [path for name in BIN_FILES if (path := directory / name).is_file()]:
@@ -199,7 +202,10 @@ class Pickled(Mapping[str, np.ndarray]):
 
 
 def open_bin(path: Path) -> Pickled:
-    """A PyTorch state dict, read without running any code that the file may contain. Raises UserError."""
+    """A PyTorch state dict, read without running any code that the file may contain.
+
+    Raises UserError without PyTorch, and for a file that is damaged or holds anything but named tensors.
+    """
     return Pickled(path, _load_bin(path))
 
 

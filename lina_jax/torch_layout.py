@@ -168,7 +168,6 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     variant = {"split_q": linear_kind and c.normalization == "subtraction", "conv": False, "gate": "none"}
     gated = {**variant, "conv": c.depthwise_conv, "gate": c.kv_gate}
     softmax = {"split_q": False, "conv": False, "gate": "none"}
-    period = c.softmax_period if c.attention == "hybrid" else 0
 
     yield from linear(
         "video_encoder.patch_embed.proj", ("video_patch_embed",), layout="patches", patch=2 * c.patch_size
@@ -178,7 +177,7 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
         ("image_encoder", "encoder", 0, encoders, variant),
         ("image_encoder", "decoder", encoders, decoders, gated),
     ):
-        for name, is_softmax, layers in layer_runs(first, depth, period):
+        for name, is_softmax, layers in layer_runs(first, depth, c.hybrid_period):
             for layer in layers:
                 chosen = softmax if is_softmax else kind
                 yield from block(f"{theirs}.blocks.{layer}", (ours, "runs", name), layer - layers[0], **chosen)

@@ -40,7 +40,7 @@ def saved_steps(workdir: Path) -> list[int]:
 def check_config(workdir: Path, config: Config, *, allow_changes: bool = False) -> None:
     """Check that a run with this config may resume in a workdir.
 
-    Unless `allow_changes`, raises UserError that names each field that changes the function, the optimiser or the data
+    Unless `allow_changes`, raises UserError that names each field that changes the function, the optimizer or the data
     order (for imported weights that are not trained yet: only the function). Warns if parts of an earlier run are
     missing.
     """

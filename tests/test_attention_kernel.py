@@ -47,7 +47,7 @@ def kernels(core, q, k, v, gates, bias):
 
 def plain(core, q, k, v, gates, bias):
     q, k, v = (x + row.reshape(len(x), 1, *x.shape[2:]) for x, row in zip((q, k, v), bias.swapaxes(0, 1), strict=True))
-    order = attention.order()
+    order = attention.layout()
     q, k, v = (rearrange(x, f"b n h d -> b {order} d") for x in (q, k, v))
     gates = rearrange(gates, f"b n g h -> g b {order} 1")
     q, k = jax.nn.relu(q) + core.relu_eps, jax.nn.relu(k) + core.relu_eps

@@ -67,7 +67,7 @@ def test_another_decay_is_as_near_as_is_said(kind, own, decay, share):
         assert np.linalg.norm(made - exact) <= 1.2 * fit.share * np.linalg.norm(exact - path[-1])
 
 
-def test_what_is_stored_is_found():
+def test_stored_emas_are_reproduced_exactly():
     """The run's own decay gives the last EMA; with every update stored, any decay is exact."""
     snapshots = [Snapshot(n, n, ema) for n in (0, 50, 100) for ema in (False, True)]
     fit = averaging.fit(OWN, OWN, snapshots)

@@ -23,14 +23,14 @@ def printed(result) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_data_from_the_command_line(run_module, tmp_path):
+def test_a_part_of_the_data_benchmark_prints_all_promised_fields(run_module, tmp_path):
     (row,) = printed(run_module("benchmark", "data", f"--out={tmp_path}", "--parts=memory", "--memory_batches=21"))
     assert row.keys() >= FIELDS | {"records_per_s"}
     assert len(row["mb_by_tenth"]) == 11
     assert (row["benchmark"], row["runs"], row["batches"], row["threads"]) == ("memory", 9, 21, 2)
 
 
-def test_comparisons_and_startup(tmp_path, monkeypatch):
+def test_reading_is_measured_beside_raw_reads_and_starts(tmp_path, monkeypatch):
     for name, value in {"LATENTS": 8, "PICTURES": 8, "MANY": 8 * benchmark_data.PER_SHARD}.items():
         monkeypatch.setattr(benchmark_data, name, value)
     settings = benchmark_data.Settings(seconds=0.05, repeats=1, batch_size=4, threads=2, prefetch=2, memory_batches=20)

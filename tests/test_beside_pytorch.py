@@ -52,7 +52,7 @@ def test_training_loss_and_gradients(loaded):
         case.check(f"grads.{key}", grads[key])
 
 
-def test_sampling(loaded):
+def test_pytorch_samples_the_recorded_latents(loaded):
     case, model = loaded("sample_c2i_cfg")
     c = case.config
     settings = SampleConfig(
@@ -65,7 +65,7 @@ def test_sampling(loaded):
     case.check("outputs.latents", model.sample(labels, plan, order, tensor(case["noise"]))[:, :, None])
 
 
-def test_softmax_attention():
+def test_pytorch_softmax_attention_is_the_recorded_one():
     case = Case("attn_softmax")
     layer = pytorch_lina.Attention(
         ModelConfig(width=case.config["dim"], heads=case.config["num_heads"], attention="softmax"), True

@@ -25,7 +25,7 @@ def summed(limits):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])  # of three chunks none, one, two and all run
-def test_value_and_gradient(share, arrays):
+def test_value_and_gradient_are_those_of_the_plain_sum(share, arrays):
     weights, rows, numbers = arrays
     chosen = numbers < share
     function = summed(numbers)

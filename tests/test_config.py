@@ -260,7 +260,7 @@ def test_only_one_mesh_axis_is_inferred(pixels):
         freeze(change(pixels, mesh={"data": -1, "fsdp": -1}))
 
 
-def test_differences_lists_what_changes_the_function_the_optimiser_or_the_data_order(pixels):
+def test_differences_lists_what_changes_the_function_the_optimizer_or_the_data_order(pixels):
     old = freeze(pixels)
     for name, value in (
         ("seed", 4), ("batch_size", 8), ("model.width", 96), ("model.dtype", "float32"), ("loss.repeat", 1),

@@ -98,7 +98,7 @@ def test_parameters_are_held_in_the_dtype_asked_for_and_norms_in_float32(vae_dir
     ],
     ids=str,
 )
-def test_scale_and_shift(tmp_path, given, scaling, shift):
+def test_scale_and_shift_come_from_the_files_and_are_applied(tmp_path, given, scaling, shift):
     write_autoencoder(tmp_path, **given)
     described, params = load_autoencoder(tmp_path, dtype="float32")
     assert (described.config.scaling_factor, described.config.shift_factor) == (scaling, shift)

@@ -33,14 +33,14 @@ def compiled_flops(program, arguments, unknown_trips: float = 1.0) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_of_training(variant, tiny, one_device):
+def test_training_flops_are_those_that_the_compiler_counts(variant, tiny, one_device):
     config = tiny(batch_size=128, model=SIZES | VARIANTS[variant], loss=MASKS)
     tokens = 128 * config.model.image_tokens
     found = compiled_flops(*programs.train_step(config, one_device), unknown_trips=chunks.max_count(tokens))
     assert found == pytest.approx(128 * flops.training_flops(config.model, config.loss), rel=0.01)
 
 
-def test_of_sampling(tiny, one_device):
+def test_sampling_flops_are_those_that_the_compiler_counts(tiny, one_device):
     config = tiny(model=SIZES, sample={"steps": 3, "stages": 3, "euler_steps": 6, "guidance": 2.0})
     schedule = decoding_schedule.make_schedule(config)
     found = compiled_flops(*programs.sampling_step(config, one_device, 8), unknown_trips=6)
@@ -55,7 +55,7 @@ def test_a_mask_ratio_may_be_all_but_fixed(tiny):
     assert flops.training_flops(model, fixed) == pytest.approx(flops.training_flops(model, near), rel=1e-3)
 
 
-def test_of_one_attention_layer():
+def test_linear_attention_takes_two_fifths_of_the_flops_of_softmax_at_5120_tokens():
     """At 5,120 tokens, width 1536 and 16 heads, the module alone has 0.39 of the FLOPs of softmax attention."""
     model = ModelConfig(width=1536, heads=16, image_grid=(64, 64), condition_grid=(32, 32))
     linear = flops.attention_flops(model, 5120, softmax=False, conv=True)

@@ -33,7 +33,7 @@ def convolution_of_gpus(rows, kernel):
 
 def state(k, v):
     """The state of linear attention from keys and values (B, H, N, d), computed in the current order of axes."""
-    return attention._outer_sum(*(rearrange(a, f"b h n d -> b {attention.order()} d") for a in (k, v))).astype(k.dtype)
+    return attention._outer_sum(*(rearrange(a, f"b h n d -> b {attention.layout()} d") for a in (k, v))).astype(k.dtype)
 
 
 def plain_state(k, v):
@@ -58,7 +58,7 @@ CASES = {
 def case(request, monkeypatch):
     name, _, order = request.param.partition(", ")
     if name == "state":
-        monkeypatch.setattr(attention, "order", lambda: order)
+        monkeypatch.setattr(attention, "layout", lambda: order)
     return CASES[request.param]
 
 

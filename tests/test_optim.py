@@ -1,4 +1,4 @@
-"""The optimisers: Muon updates matrices, AdamW the rest; clipping and the schedule."""
+"""The optimizers: Muon updates matrices, AdamW the rest; clipping and the schedule."""
 
 import math
 

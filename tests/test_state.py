@@ -212,7 +212,7 @@ def test_a_ratio_that_rounds_up_has_no_more_than_the_bound(tiny):
 
 
 def loss_and_gradient(plan, batch):
-    """A jitted function for the training objective: ((loss, velocity), gradient), without the optimiser."""
+    """A jitted function for the training objective: ((loss, velocity), gradient), without the optimizer."""
     config = plan.config
     tokens, condition = training_step.model_inputs(plan, {}, batch, None)
     draws = draw(jax.random.key(0), jnp.arange(config.batch_size), config.model, config.loss)

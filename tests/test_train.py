@@ -92,7 +92,7 @@ def test_a_checkpoint_restores_on_another_mesh(config, finished, identical):
     assert shards[0].data.size * 2 == restored.params["patch_embed"]["kernel"].size
 
 
-def test_kept_checkpoints(finished, config):
+def test_the_first_and_the_due_checkpoints_are_kept(finished, config):
     assert Checkpoints(finished[0], config.checkpoint, create=False).steps() == [0, 3, 6]
 
 
@@ -103,7 +103,7 @@ def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
     assert Checkpoints(tmp_path / "run", settings, create=False).steps() == [0, 2, 4, 5]
 
 
-def test_what_a_run_reports(finished, config):
+def test_a_logged_step_has_all_promised_scalars(finished, config):
     rows = metrics.read_jsonl(finished[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     promised = {

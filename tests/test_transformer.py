@@ -28,7 +28,7 @@ def test_blocks_follow_each_other_by_their_numbers():
 @pytest.mark.parametrize("normalization", ["division", "subtraction"])
 @pytest.mark.parametrize("gate", ["none", "head", "shared", "decoupled", "dynamic"])
 def test_heads_or_tokens_first_is_the_same(gate, normalization, monkeypatch):
-    """CPUs use one order of axes, accelerators the other: `attention.order`."""
+    """CPUs use one order of axes, accelerators the other: `attention.layout`."""
     config = AttentionConfig(
         WIDTH, 4, normalization=normalization, gate=gate, conv_kernel=3, condition_tokens=4, grid=(3, 3)
     )
@@ -38,7 +38,7 @@ def test_heads_or_tokens_first_is_the_same(gate, normalization, monkeypatch):
     valid = jnp.arange(config.tokens) < jnp.array([[13], [9]])
     found = []
     for order in ("h n", "n h"):
-        monkeypatch.setattr(attention, "order", lambda order=order: order)
+        monkeypatch.setattr(attention, "layout", lambda order=order: order)
 
         def loss(params, x):
             return jnp.sum(jnp.sin(nnx.merge(graph, params)(x, valid=valid)) * valid[..., None])

@@ -150,13 +150,13 @@ class Attention(nnx.Module):
 
         k and v (B, N, H, d), gates (1 or B, N, H or 1), valid (B, N) or None.
         """
-        q, k, v = (rearrange(a, f"b n h d -> b {order()} d") for a in (q, k, v))
-        gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {order()}") for g in gates))
+        q, k, v = (rearrange(a, f"b n h d -> b {layout()} d") for a in (q, k, v))
+        gates = Gates(*(g if g is None else rearrange(g, f"b n h -> b {layout()}") for g in gates))
         q, k = (jax.nn.relu(a) + self._relu_eps for a in (q, k))
         k_normalizer = None if gates.normalizer is None else _apply_gate(k, gates.normalizer)
         core = division_attention if self.config.normalization == "division" else subtraction_attention
         out = core(q, _apply_gate(k, gates.key), k_normalizer, _apply_gate(v, gates.value), valid)
-        return rearrange(out, f"b {order()} d -> b n h d")
+        return rearrange(out, f"b {layout()} d -> b n h d")
 
     @property
     def _relu_eps(self) -> float:
@@ -211,7 +211,7 @@ class Gates(NamedTuple):
 
     key: jax.Array | None = None
     value: jax.Array | None = None
-    normalizer: jax.Array | None = None  # of keys in the normaliser, if it differs from `key`
+    normalizer: jax.Array | None = None  # of keys in the normalizer, if it differs from `key`
 
 
 # For each kind of learned gates, their parameters, by their fields in `Gates`.
@@ -224,8 +224,8 @@ GATE_NAMES = {
 }
 
 
-def order() -> str:
-    """Order of the head and token axes in the operands of linear attention: "h n" on CPUs, else "n h".
+def layout() -> str:
+    """How the operands of linear attention, written (B, H, N, d) below, lie in memory: "h n" on CPUs, else "n h".
 
     Unless heads come first, XLA:CPU copies each operand, element by element. The compilers for TPUs and GPUs choose
     layouts themselves; with heads first, planned step times are longer (a stack on a v5e by 2 %, t2i 256 on h200:8
@@ -235,17 +235,17 @@ def order() -> str:
 
 
 def _token_axis() -> int:
-    return 1 + order().split().index("n")
+    return 1 + layout().split().index("n")
 
 
 def _apply_gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """x (B, `order`, d) times gate (.., `order`), whose H may be 1."""
+    """x (B, H, N, d) times gate (.., H, N), whose H may be 1; both in `layout`."""
     return x if gate is None else multiply_f32_grad(x, gate[..., None])
 
 
 def _einsum_f32(pattern: str, *arrays: jax.Array) -> jax.Array:
-    """Einsum accumulated in float32; "..." stands for `order`. Accelerators multiply in the first array's dtype."""
-    pattern = pattern.replace("...", order())
+    """Einsum of arrays in `layout`, accumulated in float32. Accelerators multiply in the first array's dtype."""
+    pattern = pattern.replace("h n", layout())
 
     def product(first, *others):
         others = (a.astype(first.dtype) for a in others)
@@ -260,18 +260,18 @@ def _einsum_f32(pattern: str, *arrays: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _outer_sum(k: jax.Array, v: jax.Array) -> jax.Array:
-    """The sum over tokens of k v^T, float32: (B, `order`, d), (B, `order`, e) -> (B, H, d, e).
+    """The sum over tokens of k v^T, float32: (B, H, N, d), (B, H, N, e) -> (B, H, d, e).
 
     Its gradients have the layout of the arguments. JAX's own, (B, H, d, N), would have to be transposed.
     """
-    return _einsum_f32("b ... d, b ... e -> b h d e", k, v)
+    return _einsum_f32("b h n d, b h n e -> b h d e", k, v)
 
 
 def _outer_sum_gradient(arrays, gradient):
     k, v = arrays
     return (
-        _einsum_f32("b ... e, b h d e -> b ... d", v, gradient).astype(k.dtype),
-        _einsum_f32("b ... d, b h d e -> b ... e", k, gradient).astype(v.dtype),
+        _einsum_f32("b h n e, b h d e -> b h n d", v, gradient).astype(k.dtype),
+        _einsum_f32("b h n d, b h d e -> b h n e", k, gradient).astype(v.dtype),
     )
 
 
@@ -279,40 +279,41 @@ _outer_sum.defvjp(lambda k, v: (_outer_sum(k, v), (k, v)), _outer_sum_gradient)
 
 
 def _token_sum(x: jax.Array) -> jax.Array:
-    """The sum over tokens, float32: (B, `order`, d) -> (B, H, d)."""
+    """The sum over tokens, float32: (B, H, N, d) -> (B, H, d)."""
     if one_cpu():  # a matmul with ones, as in layers._sum_to_shape
-        return _einsum_f32("b ... d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
+        return _einsum_f32("b h n d, n -> b h d", x, jnp.ones(x.shape[_token_axis()], x.dtype))
     return jnp.sum(x, axis=_token_axis(), dtype=jnp.float32)
 
 
 def _read_state(q: jax.Array, state: jax.Array) -> jax.Array:
-    """Queries times a state, float32: (B, `order`, d), (B, H, d, e) -> (B, `order`, e)."""
-    return _einsum_f32("b ... d, b h d e -> b ... e", q, state)
+    """Queries times a state, float32: (B, H, N, d), (B, H, d, e) -> (B, H, N, e)."""
+    return _einsum_f32("b h n d, b h d e -> b h n e", q, state)
 
 
 def _along(q: jax.Array, mean: jax.Array) -> jax.Array:
-    """q . mean, float32: (B, `order`, d), (B, H, d) -> (B, `order`)."""
-    return _einsum_f32("b ... d, b h d -> b ...", q, mean)
+    """q . mean, float32: (B, H, N, d), (B, H, d) -> (B, H, N)."""
+    return _einsum_f32("b h n d, b h d -> b h n", q, mean)
 
 
 def _present(valid: jax.Array | None, k: jax.Array) -> tuple[jax.Array | float, jax.Array | None]:
     """1 / (number of tokens), to scale a (B, H, d) sum, and a factor that zeroes absent tokens.
 
-    The factor broadcasts against (B, `order`, d); it is None if all tokens exist.
+    The factor broadcasts against (B, H, N, d); it is None if all tokens exist.
     """
-    tokens = _token_axis()
-    share = sequence.share(valid, k.shape[tokens])
+    share = sequence.share(valid, k.shape[_token_axis()])
     if valid is None:
         return share, None
-    heads, channels = 3 - tokens, 3
-    return share[:, None, None], jnp.expand_dims(valid, (heads, channels)).astype(k.dtype)
+    factor = rearrange(valid, f"b n -> b {layout().replace('h', '1')} 1")
+    return share[:, None, None], factor.astype(k.dtype)
 
 
-def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
+def division_attention(
+    q: jax.Array, k: jax.Array, k_normalizer: jax.Array | None, v: jax.Array, valid: jax.Array | None = None
+) -> jax.Array:
     """o_n = q_n (mean k v^T) / (q_n . mean k' + eps), where k' is `k_normalizer`, or k if that is None.
 
-    All arrays are (B, `order`, d) and hold the tokens of one shard; means are over all shards. Only the decoupled gate
-    has a k' of its own.
+    All arrays are (B, H, N, d) in `layout` and hold the tokens of one shard, of which `valid` (B, N) marks those that
+    exist; means are over all shards. Only the decoupled gate has a k' of its own.
     """
     scale, present = _present(valid, k)
     if present is not None:
@@ -325,7 +326,9 @@ def division_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     return (_read_state(q, state.astype(q.dtype)) / normalizer[..., None]).astype(q.dtype)
 
 
-def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
+def subtraction_attention(
+    q: jax.Array, k: jax.Array, k_normalizer: jax.Array | None, v: jax.Array, valid: jax.Array | None = None
+) -> jax.Array:
     """o_n = s q_n (mean k v^T) + (1 - s q_n . mean k') mean v, s = d ** -0.5; otherwise like `division_attention`."""
     scale, present = _present(valid, k)
     if present is not None:
@@ -340,7 +343,7 @@ def subtraction_attention(q, k, k_normalizer, v, valid=None) -> jax.Array:
     return (_read_state(q, state.astype(q.dtype)) + weight[..., None] * mean_v).astype(q.dtype)
 
 
-def softmax_attention(q, k, v, valid=None) -> jax.Array:
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None = None) -> jax.Array:
     """softmax(q k^T / sqrt d) v. All (B, N, H, d)."""
     mask = None if valid is None else valid[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)

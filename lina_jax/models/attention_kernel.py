@@ -1,6 +1,6 @@
 """Kernels for the core of linear attention; they read and write each array once, in the layout of the projections.
 
-Without them, XLA runs small matmuls for each head of the core (feature map, gates, state, normaliser) and copies
+Without them, XLA runs small matmuls for each head of the core (feature map, gates, state, normalizer) and copies
 queries, keys and values between token order and head order. The kernels are passes over tokens (see `tiles`):
 
     summarize   k, v, gates -> state = mean k v^T of each head, mean k (with subtraction also mean v)
@@ -58,7 +58,7 @@ def linear_attention(
     """`attention.division_attention` (or subtraction), including biases, feature maps and gates.
 
     `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3, H d) of them. `bias` (1 or B, 3, H d) is not
-    added to them yet. `gates` are those of keys, of values and, if it differs, of keys in the normaliser, each
+    added to them yet. `gates` are those of keys, of values and, if it differs, of keys in the normalizer, each
     (1 or B, N, H or 1) or None. `valid` is (B, N) or None. Returns (B, N, H d).
 
     Raises UserError for heads that are too wide for GPUs.
@@ -96,7 +96,7 @@ def attend(core: Core, projected: tuple[jax.Array, ...], bias: jax.Array, gates:
     """Attention of one shard's queries to the keys and values of all shards: (B, N, H d).
 
     `projected` is q, k and v, each (B, N, H d), or one array (B, N, 3 H d). `bias` is (B, 3, H d) float32. `gates`
-    (B, N, g H) are those of keys in the state, of values and, if it differs, of keys in the normaliser. `share`
+    (B, N, g H) are those of keys in the state, of values and, if it differs, of keys in the normalizer. `share`
     (B, 1, H d) is the weight of a token in a mean; it gets no gradient.
     """
     return _attend(core, projected, bias, gates, share)[0]
@@ -181,7 +181,7 @@ def _with_bias(tokens: Sequence[jax.Array], bias: Sequence[jax.Array]) -> list[j
 
 
 def _gated_keys_values(core: Core, k: jax.Array, v: jax.Array, inputs: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys in the state, keys in the normaliser, values."""
+    """Keys in the state, keys in the normalizer, values."""
     dtype, (key, value, *normalizer) = inputs.tokens[0].dtype, inputs.gates
     features = core.features(k)
     keys = (features * key).astype(dtype)
@@ -219,7 +219,7 @@ def _read_gradient(core: Core, tile: Tile, inputs: Parts) -> Parts:
 
 
 def _recompute_read(core: Core, tile: Tile, inputs: Parts) -> tuple[jax.Array, ...]:
-    """q with its bias, the output, features of queries, the state as a square matrix, the normaliser."""
+    """q with its bias, the output, features of queries, the state as a square matrix, the normalizer."""
     dtype, (bias, state, mean_k, *mean_v) = inputs.tokens[0].dtype, inputs.summaries
     (q,) = _with_bias(inputs.tokens[:1], (bias,))
     queries = (core.features(q) * _scale(core, tile)).astype(dtype)

@@ -42,12 +42,12 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
         return jnp.tensordot(x, kernel, contracted)
     rows = x.reshape(-1, math.prod(kernel.shape[:contracted]))
     matrix = kernel.reshape(rows.shape[-1], -1)
-    y = _of_few_rows(rows, matrix) if len(rows) < min(matrix.shape) else rows @ matrix
+    y = _matmul_few_rows(rows, matrix) if len(rows) < min(matrix.shape) else rows @ matrix
     return y.reshape(*x.shape[: x.ndim - contracted], *kernel.shape[contracted:])
 
 
 @jax.custom_vjp
-def _of_few_rows(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+def _matmul_few_rows(rows: jax.Array, matrix: jax.Array) -> jax.Array:
     """rows @ matrix. The gradient of rows is computed in columns, or XLA:CPU would transpose the whole matrix."""
     return rows @ matrix
 
@@ -60,7 +60,7 @@ def _few_rows_gradient(arrays: tuple[jax.Array, jax.Array], gradient: jax.Array)
 
 
 # The product is written out so that remat policies see it.
-_of_few_rows.defvjp(lambda rows, matrix: (rows @ matrix, (rows, matrix)), _few_rows_gradient)
+_matmul_few_rows.defvjp(lambda rows, matrix: (rows @ matrix, (rows, matrix)), _few_rows_gradient)
 
 
 def broadcast_f32_grad(vector: jax.Array, tokens: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:

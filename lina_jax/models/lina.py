@@ -55,15 +55,13 @@ class LINA(nnx.Module):
         if c.attention != "softmax":
             gated = dataclasses.replace(plain, conv_kernel=c.conv_kernel if c.depthwise_conv else 0, gate=c.kv_gate)
 
-        period = c.softmax_period if c.attention == "hybrid" else 0
-
         def stack(kind, depth, first=0):
             return Transformer(
                 kind,
                 depth,
                 c.mlp_ratio,
                 first=first,
-                softmax_period=period,
+                softmax_period=c.hybrid_period,
                 remat=c.remat,
                 scan=c.scan_layers,
                 rngs=rngs,
