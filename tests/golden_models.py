@@ -228,16 +228,16 @@ def train_steps(case: Case, given: Imported) -> None:
         loss, grads = jax.value_and_grad(objective)(run.params, tokens, condition, draws)
         return loss, training_step.apply_gradients(ema, plan.optimizer, run, grads)
 
-    run, losses = state.fresh_state(trained, frozen, plan.optimizer), []
-    for s in range(c["steps"] + 1):  # the last recorded loss follows all updates
-        prefix = f"step{s}."
+    run, losses = jax.device_put(state.fresh_state(trained, frozen, plan.optimizer), plan.shardings), []
+    prefixes = [f"step{s}." for s in range(c["steps"] + 1)]  # the last recorded loss follows all updates
+    capacity = max(case[f"{prefix}prev_ids"].shape[1] for prefix in prefixes)  # one program, as in training
+    for s, prefix in enumerate(prefixes):
         tokens = tokens_of(case[f"{prefix}x"], config.patch_size)
-        inputs = tokens, condition_of(case, config, c["batch"], prefix), draws_of(case, c["loss_repeat"], prefix)
-        if s < c["steps"]:
-            loss, run = update(run, *inputs)
-        else:
-            loss = jax.jit(objective)(run.params, *inputs)
+        draws = dataclasses.replace(draws_of(case, c["loss_repeat"], prefix), max_visible=capacity)
+        loss, updated = update(run, tokens, condition_of(case, config, c["batch"], prefix), draws)
         losses.append(loss)
+        if s < c["steps"]:
+            run = updated
     case.check("outputs.losses", losses)
     flat_frozen = flatten_dict(frozen)
     for kind, tree in (("params", run.params), ("ema", run.ema)):

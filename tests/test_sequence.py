@@ -71,7 +71,7 @@ def test_more_visible_tokens_than_a_shard_has_capacity_for_are_not_lost(
 
 def masks_of_first_step(config) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return state.draw(key, jnp.arange(config.batch_size), config.model, config.loss).mask
+    return training_step.draw(key, jnp.arange(config.batch_size), config.model, config.loss).mask
 
 
 def test_pictures_are_the_same(deep, one_device, cut, rough):
