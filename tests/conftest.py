@@ -141,7 +141,7 @@ def train_on_one_device(monkeypatch, one_device):
 
 @pytest.fixture(scope="module")
 def traced_once():
-    """Share programs between a file's runs that are trained alike, since tracing dominates the time of tiny runs."""
+    """Share programs and first states between a file's runs that are trained alike: tracing dominates tiny runs."""
     programs, default = {}, Config()
 
     def trained(config: Config) -> Config:
@@ -161,10 +161,20 @@ def traced_once():
 
         return shared
 
+    def sharing_state(init):
+        def shared(plan: state.Blueprint):
+            key = init, trained(plan.config), plan.mesh
+            if key not in programs:
+                programs[key] = jax.device_get(init(plan))
+            return jax.device_put(programs[key], plan.shardings)
+
+        return shared
+
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((training_step, "make_train_step"), (validation, "make_eval_step"), (drawing, "Stepper")):
             patch.setattr(owner, name, sharing(getattr(owner, name)))
         patch.setattr(state, "_abstract", functools.cache(state._abstract))  # most of the time to make a blueprint
+        patch.setattr(state.Blueprint, "init", sharing_state(state.Blueprint.init))
         yield
 
 
