@@ -25,7 +25,7 @@ class Chip:
     torus: int = 0  # dimensions of a slice's torus; 0: every device of a node reaches every other
     wrap: int = 0  # a dimension forms rings only if its chips are a multiple of this (`closed`)
     platform: str = "tpu"  # for jax.experimental.topologies
-    sparse_cores: bool = False  # has SparseCores, which run collectives meanwhile (`xla_flags.SPARSE_CORE`)
+    sparse_cores: bool = False  # has SparseCores, which run collectives during computation (`xla_flags.SPARSE_CORE`)
     kernels: bool = False  # TPU: attention kernels are planned to beat XLA's matmuls (docs/performance.md)
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # for get_topology_desc
 

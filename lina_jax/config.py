@@ -44,7 +44,7 @@ class ModelConfig:
     head_width: int = 768  # channels of the diffusion head
     head_depth: int = 6  # blocks of the diffusion head
     attention: str = "linear"  # linear | softmax | hybrid
-    softmax_period: int = 8  # hybrid: every so many blocks are softmax blocks (see `hybrid_period`)
+    softmax_period: int = 8  # hybrid: one softmax block in so many (see `hybrid_period`)
     normalization: str = "division"  # division | subtraction: of linear attention
     depthwise_conv: bool = True  # add a depthwise convolution to the linear attention of the decoder half
     conv_kernel: int = 5  # side of that convolution's kernel; odd
@@ -67,7 +67,7 @@ class ModelConfig:
 
     @property
     def hybrid_period(self) -> int:
-        """Of hybrid attention: block i is a softmax block if i % period == period - 1. 0: attention is not hybrid."""
+        """With hybrid attention, block i is a softmax block if i % period == period - 1; 0 without it."""
         return self.softmax_period if self.attention == "hybrid" else 0
 
     @property

@@ -71,7 +71,10 @@ def _unknown(name: str, prefix: str, key: str, known: Collection[str]) -> UserEr
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """The value, checked against the field's type; only ints become floats and lists tuples; else UserError."""
+    """The value, checked against the field's type; only ints become floats, and lists tuples.
+
+    Raises UserError for other types.
+    """
     if isinstance(hint, types.UnionType):  # bool | None
         if value is None:
             return None

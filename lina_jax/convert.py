@@ -4,7 +4,7 @@ python -m lina_jax.convert --from_torch=DIR_OR_FILE --workdir=DIR [--config=FILE
     convert a published pipeline directory, its transformer/, or a file of weights to a workdir for train and sample
 python -m lina_jax.convert --workdir=DIR --to_torch=DIR [--raw] [--dtype=float32] [--max_shard_gb=5] [--checkpoint=STEP]
     the reverse: a pipeline directory that the published PyTorch code reads
-python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE [--raw] [--dtype=float32] [--checkpoint=STEP]
+python -m lina_jax.convert --workdir=DIR --to_safetensors=FILE.safetensors [--raw] [--dtype=float32] [--checkpoint=STEP]
     one file of all arrays, under the names that they have here
 python -m lina_jax.convert --workdir=DIR --to_stablehlo=DIR [--platforms=cpu,cuda,tpu] [--raw] [--checkpoint=STEP]
         [--autoencoder=DIR] [--text_encoder=DIR]
@@ -132,10 +132,11 @@ def to_safetensors(
 ) -> export.Weights:
     """Write a workdir's weights to one file and return them.
 
-    Raises UserError if the file exists, or its name does not end in .safetensors, by which readers know the format.
+    Raises UserError if the file exists, its name does not end in .safetensors, by which readers know the format, or
+    `dtype` cannot hold a value.
     """
-    if file.suffix != ".safetensors":
-        raise UserError(f"--to_safetensors={file}: expected a name that ends in .safetensors")
+    if file.suffix != ".safetensors" or file.is_dir():
+        raise UserError(f"--to_safetensors={file}: expected the name of a file that ends in .safetensors")
     check_new("to_safetensors", file)
     weights = export.load(workdir, ema=ema, step=step)
     with output_files.new_file(file) as partial:
@@ -318,7 +319,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "training directory; --from_torch creates it, the other operations read it")
     flags.DEFINE_string("from_torch", None, "import a published pipeline directory, its transformer/ or a weights file")
     flags.DEFINE_string("to_torch", None, "export to this new directory, in the published layout")
-    flags.DEFINE_string("to_safetensors", None, "export to this new file, with lina_jax's own names")
+    flags.DEFINE_string("to_safetensors", None, "export to this new .safetensors file, with lina_jax's own names")
     flags.DEFINE_string("to_stablehlo", None, "export the sampling program to this new directory")
     flags.DEFINE_list("platforms", list(export_program.PLATFORMS), "platforms for which --to_stablehlo exports")
     flags.DEFINE_string("autoencoder", "", "directory for --to_stablehlo; default: the config's autoencoder.path")

@@ -323,8 +323,8 @@ def training_batches(
     batches = grain.MapDataset.source(blocks).to_iter_dataset(grain.ReadOptions(concurrency, ahead))
     if workers:
         # At a run's end, after its last line, a process of Python's own would warn of memory that it then frees.
-        quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
+        quiet, given = "ignore::UserWarning:multiprocessing.resource_tracker", os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys([*(given.split(",") if given else []), quiet]))
         each = max(1, prefetch // workers)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=each)
         batches = batches.mp_prefetch(options, worker_init_fn=_live_as_long_as_the_parent)

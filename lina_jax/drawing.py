@@ -1,6 +1,6 @@
 """Drawing as all commands do it: which weights, encoders and settings, then image after image.
 
-`sample`, `evaluate`, `demo`, previews and reports share it; `generate` has the decoding loop itself.
+Commands, previews and reports share it; `generate` has the decoding loop itself.
 """
 
 import collections

@@ -319,7 +319,7 @@ class _Run:
 def _opened_reference(
     values: flags.FlagValues, network: Network | None, metrics: list[str], out: Path, blueprint: Blueprint | None
 ) -> Callable[[], reference.Reference] | None:
-    """The result of `reference.opened`, which has the errors, for --reference; None without that flag."""
+    """`reference.opened` for --reference, with its errors; None without that flag."""
     if not values.reference:
         return None
     return reference.opened(
@@ -339,7 +339,7 @@ class _Files:
     """Images of --samples_from to measure."""
 
     def __init__(self, values: flags.FlagValues, metrics: list[str], out: Path):
-        """Raises UserError if there are too few images, or the weights or the reference cannot be used."""
+        """Raises UserError if there are fewer images than --number, or the weights or the reference cannot be used."""
         self._values, self._metrics, self._out = values, metrics, out
         self._mesh = mesh_lib.build(mesh_lib.parse(values.mesh))
         self._source = image_sources.open_images(Path(values.samples_from).expanduser(), self._mesh)

@@ -1,4 +1,4 @@
-"""How layers run: what a config leaves open (remat, scan, kernels) as it plans fastest on its devices, and its memory.
+"""How layers run: remat, scans and kernels that a config leaves open, as planned fastest on its devices; their memory.
 
 Remat, scans and kernels change nothing beyond rounding, so a run may resume with other choices.
 """

@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
-from lina_jax import data, drawing, execution, generate, images, reading, sample, tf_example
+from lina_jax import data, drawing, execution, generate, images, pictures, reading, tf_example
 from lina_jax import mesh as mesh_lib
 from lina_jax.config import Config, DataConfig, SampleConfig
 from lina_jax.data import Records
@@ -183,7 +183,7 @@ def _folder(path: Path, mesh: Mesh) -> StoredImages:
     sizes = {Path(name): size for name, size in base.files_below(fs, root).items()}
     found = [file for file in sorted(sizes) if file.suffix.lower().removeprefix(".") in base.IMAGES]
     shown = [file for file in found if not base.is_hidden(file.relative_to(root).as_posix())]
-    files = [file for file in shown if not sample.is_grid(file)]
+    files = [file for file in shown if not pictures.is_grid(file)]
     if not files:
         raise UserError(f"{path}: no pictures in it ({', '.join(f'.{name}' for name in base.IMAGES)})")
 

@@ -77,7 +77,7 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
     `fsdp` of 0 is chosen: all devices that the other axes leave, if neither `data` nor `replica` is -1. Else it is the
     greatest common divisor of that number, WHOLE_TILES, and the sequence x tensor groups in a slice or node (`nodes`),
-    which `_along_whole_axes` may halve or double. `sequence` of 0 means 1, as no batch is known here.
+    or a size near it (`_along_whole_axes`). `sequence` of 0 means 1, as no batch is known here.
 
     Raises UserError with the arithmetic if the product of the axes is not the number of devices, `replica` does not fit
     the slices of a TPU, or the slices differ in size.

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lina_jax import output_files
 
+GRID, SETTINGS = "grid.png", "settings.json"  # what `lina_jax.sample` writes beside its images
 SHOWN = 36  # the most images that commands show of many
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged without smoothing
 SMALLEST_SHOWN = 256  # the same for an unfinished picture
@@ -36,6 +37,11 @@ def grid(images: np.ndarray, captions: Sequence[str] | None = None, columns: int
         paper.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x, y + height + 3), "\n".join(lines), fill=(40, 40, 40), font=font, spacing=3)
     return np.asarray(paper)
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is the grid that `lina_jax.sample` wrote beside its images."""
+    return path.name == GRID and (path.parent / SETTINGS).is_file()
 
 
 def save(path: Path, image: np.ndarray) -> None:

@@ -135,7 +135,8 @@ def measure(
 
     `work` keeps finished chunks, from which a later call resumes. The images are written to `npz` in ADM's format, with
     `labels` (N,) if given; this needs `work`. Without a network nothing is measured.
-    Raises UserError if the images are not of one size.
+
+    Raises UserError if the images are not of one size, or a kept chunk is damaged.
     """
     facts = {"count": count, "inception": network and network.digest, "npz": bool(npz), **source.facts}
     store = ChunkStore(work, facts)

@@ -23,7 +23,6 @@ from lina_jax.config import Config
 from lina_jax.errors import UserError
 from lina_jax.workdir import kind_of_weights
 
-_GRID, _SETTINGS = "grid.png", "settings.json"  # beside the pictures
 _GRID_PICTURES = 100  # a grid of thousands would not fit in memory
 
 
@@ -60,7 +59,7 @@ def earlier_pictures(out: Path, count: int) -> list[Path]:
 
     Raises UserError if `out` has files of another origin where `count` pictures are to go.
     """
-    settings = out / _SETTINGS
+    settings = out / pictures.SETTINGS
     if (out / "config.json").exists():
         raise UserError(f"--out={out}: this is a training directory, choose another place")
     earlier = 0
@@ -69,15 +68,10 @@ def earlier_pictures(out: Path, count: int) -> list[Path]:
             earlier = len(json.loads(settings.read_text())["conditions"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out={out}: settings.json is not from an earlier call, choose another place") from error
-    added = [_picture(out, i) for i in range(earlier, count)] + [out / _GRID] * (not settings.exists())
+    added = [_picture(out, i) for i in range(earlier, count)] + [out / pictures.GRID] * (not settings.exists())
     if other := next((path for path in added if path.exists()), None):
         raise UserError(f"--out={out}: {other.name} is not from an earlier call, choose another place")
     return [_picture(out, i) for i in range(earlier)]
-
-
-def is_grid(path: Path) -> bool:
-    """Whether a file is the grid of an earlier call."""
-    return path.name == _GRID and (path.parent / _SETTINGS).is_file()
 
 
 def _picture(out: Path, number: int) -> Path:
@@ -118,15 +112,15 @@ def _main(values: flags.FlagValues) -> None:
         "sample": dataclasses.asdict(settings),
     }
     # In this order, a call that is killed never leaves a picture beside settings that it was not drawn with.
-    for old in (*earlier, out / _GRID):
+    for old in (*earlier, out / pictures.GRID):
         old.unlink(missing_ok=True)
-    output_files.write_json(out / _SETTINGS, record)
+    output_files.write_json(out / pictures.SETTINGS, record)
     for i, image in enumerate(images):
         pictures.save(_picture(out, i), image)
     shown = [str(condition) for condition in conditions[:_GRID_PICTURES]]
-    pictures.save(out / _GRID, pictures.grid(images[:_GRID_PICTURES], shown))
+    pictures.save(out / pictures.GRID, pictures.grid(images[:_GRID_PICTURES], shown))
     together = f"the first {_GRID_PICTURES} as a grid" if len(images) > _GRID_PICTURES else "as a grid"
-    print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, {together} in {out / _GRID}")
+    print(f"{len(images)} image{'s' * (len(images) > 1)} in {out}, {together} in {out / pictures.GRID}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def set_aside_logs(workdir: Path) -> None:
     if jax.process_index() == 0 and any(rows_as_written(workdir / "metrics.jsonl")):
         place = next(path for i in itertools.count() if not (path := workdir / "earlier" / str(i)).exists())
         place.mkdir(parents=True)
-        for name in ("metrics.jsonl", "previews", "events"):
+        for name in ("previews", "events", "metrics.jsonl"):  # the last one is the sign that there is something to move
             if (workdir / name).exists():
                 (workdir / name).rename(place / name)
 

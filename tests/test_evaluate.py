@@ -66,6 +66,12 @@ def test_what_cannot_be_measured_is_refused_at_once(run_module, weights, shapes_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--npz=a.npz", "--mesh=fsdp=1", "--seed=1"])
+def test_flags_that_a_study_would_ignore_are_refused(run_module, flag):
+    result = run_module("evaluate", "--study=.", flag)
+    assert (result.returncode, result.stderr) == (2, f"error: {flag.partition('=')[0]} does not apply to --study\n")
+
+
 def test_a_reference_is_not_overwritten(run_module, weights, tmp_path):
     np.savez(tmp_path / "pool.npz", mu=np.zeros(4), sigma=np.eye(4))
     options = [f"--inception={weights}", f"--reference={tmp_path}/pool.npz", f"--npz={tmp_path}/pool.npz"]

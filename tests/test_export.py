@@ -91,9 +91,11 @@ def test_places_of_this_machine_stay_here(tiny):
 
 
 def test_a_weight_file_has_the_name_that_readers_expect(c2i_run, tmp_path):
-    with pytest.raises(UserError, match=r"weights.bin: expected a name that ends in .safetensors"):
-        convert.to_safetensors(c2i_run, tmp_path / "weights.bin")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "there.safetensors").mkdir()
+    for name in ("weights.bin", "there.safetensors"):
+        with pytest.raises(UserError, match=f"{name}: expected the name of a file that ends in .safetensors"):
+            convert.to_safetensors(c2i_run, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
 
 
 def test_models_without_a_published_counterpart_are_refused(tiny_text, rough, tmp_path):

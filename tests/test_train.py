@@ -103,6 +103,17 @@ def test_only_the_last_and_the_milestones_are_kept(config, tmp_path):
     assert Checkpoints(tmp_path / "run", settings, create=False).steps() == [0, 2, 4, 5]
 
 
+def test_logs_of_a_run_that_starts_over_are_set_aside(finished, config, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    train(dataclasses.replace(config, steps=3), workdir)
+    assert [row["step"] for row in metrics.read_jsonl(workdir / "metrics.jsonl")] == [1, 2, 3]
+    assert metrics.read_jsonl(workdir / "earlier" / "0" / "metrics.jsonl") == metrics.read_jsonl(
+        finished[0] / "metrics.jsonl"
+    )
+
+
 def test_a_logged_step_has_all_promised_scalars(finished, config):
     rows = metrics.read_jsonl(finished[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

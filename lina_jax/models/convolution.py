@@ -1,4 +1,4 @@
-"""Depthwise convolution of grids of tokens; its gradient is computed as is fastest: measured on CPUs, else planned."""
+"""Depthwise convolution of grids of tokens; its gradient in the way measured (CPUs) or planned as fastest."""
 
 import functools
 

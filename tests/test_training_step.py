@@ -1,4 +1,4 @@
-"""The train step: accumulation, skipped updates, averages, draws, and variants of the model that share one result."""
+"""The training step: accumulation, skipped updates, averages, draws, variants of the model that share one result."""
 
 import dataclasses
 
