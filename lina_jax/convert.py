@@ -49,6 +49,7 @@ from lina_jax import mesh as mesh_lib
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config, MeshConfig
 from lina_jax.errors import UserError
+from lina_jax.pipeline import Pipeline, open_pipeline
 from lina_jax.workdir import write_config
 
 
@@ -78,7 +79,7 @@ def from_torch(source: Path, workdir: Path, given: Config | None = None) -> Conf
     before anything is written.
     """
     check_new("workdir", workdir)
-    pipeline = published.open_pipeline(source)
+    pipeline = open_pipeline(source)
     check_dtypes(pipeline)
     config, assumed = published.config_of(pipeline, given)
     for assumption in assumed:
@@ -144,7 +145,7 @@ def to_safetensors(
     return weights
 
 
-def check_dtypes(pipeline: published.Pipeline) -> None:
+def check_dtypes(pipeline: Pipeline) -> None:
     """Raises UserError if tensors have different dtypes.
 
     The text buffer is exempt: beside the float32 parameters of the published EMA it has the dtype that was loaded.

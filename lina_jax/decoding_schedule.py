@@ -46,11 +46,13 @@ class Schedule:
         return bool(np.any(self.guidance > 1))
 
     def inputs(self, steps: slice | int) -> StepInputs:
+        """The values of one step, or of several along a first axis."""
         guidance = np.maximum(self.guidance, 1)  # below 1 means none, as published
         return StepInputs(self.visible[steps], self.predicted[steps], guidance[steps], self.euler_steps[steps],
                           self.sigmas[steps])  # fmt: skip
 
     def shape(self, stage: slice) -> StepShape:
+        """The sizes that hold every step of a stage."""
         euler = np.unique(self.euler_steps[stage])
         return StepShape(
             int(self.visible[stage].max()),

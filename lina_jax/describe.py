@@ -20,6 +20,7 @@ from lina_jax import config_fields, export, export_program, published, torch_lay
 from lina_jax.checkpoint import Checkpoints
 from lina_jax.config import Config
 from lina_jax.errors import UserError
+from lina_jax.pipeline import open_pipeline
 from lina_jax.torch_files import FLOATS, OWN_NAMES, Tensors, open_file, read_json
 from lina_jax.workdir import load_config
 
@@ -60,7 +61,7 @@ def open_content(path: Path) -> Content:
 
 def _published(path: Path) -> Content:
     """A pipeline, its transformer, autoencoder or text encoder, or a single file of weights of any of them."""
-    pipeline = published.open_pipeline(path)
+    pipeline = open_pipeline(path)
     unknown, step = "", pipeline.tensors.metadata.get("step") if pipeline.metadata else None
     try:
         config, assumed = published.config_of(pipeline, None)

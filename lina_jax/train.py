@@ -185,7 +185,10 @@ def _set_up(config: Config, workdir: Path, allow_config_change: bool) -> _Run:
     hosts.check_shared(f"checkpoints in {workdir}", lambda: saved_steps(workdir))
     lock, checkpoints, train_state, resumed, warm_report = _restore_or_start(blueprint, workdir)
     overdue = periodic.overdue(config, workdir, int(train_state.step))
-    return _Run(blueprint, train_records, measurements, overdue, lock, checkpoints, train_state, resumed, warm_report)
+    return _Run(
+        blueprint=blueprint, records=train_records, measurements=measurements, overdue=overdue, lock=lock,
+        checkpoints=checkpoints, state=train_state, resumed=resumed, warm_report=warm_report,
+    )  # fmt: skip
 
 
 def _restore_or_start(

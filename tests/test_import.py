@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lina_jax import convert, mesh, published, published_names, state, torch_layout
 from lina_jax.config import Config, default, freeze
 from lina_jax.errors import UserError
+from lina_jax.pipeline import Pipeline
 from lina_jax.workdir import check_config, load_config
 
 
@@ -43,12 +44,12 @@ class Named:
     metadata: dict = dataclasses.field(default_factory=dict)
 
 
-def abstract_pipeline(config: Config, **index) -> published.Pipeline:
+def abstract_pipeline(config: Config, **index) -> Pipeline:
     plan = state.make_blueprint(config, mesh.mesh_for_weights(config.model))
     flat = flatten_dict(plan.shapes.params) | flatten_dict(plan.shapes.frozen)
     shapes = torch_layout.published_shapes(list(torch_layout.entries(config.model)), unflatten_dict(flat))
     content = published_names.transformer_config(config)
-    return published.Pipeline(Path("published"), Named(shapes), content, index, {}, None, None)
+    return Pipeline(Path("published"), Named(shapes), content, index, {}, None, None)
 
 
 NAMED = [(suffix, 768, False) for suffix in published_names.VARIANTS] + [

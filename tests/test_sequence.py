@@ -11,7 +11,7 @@ import pytest
 
 from lina_jax import generate, hlo, mesh, programs, state, training_step
 from lina_jax.config import MeshConfig
-from lina_jax.models import sequence
+from lina_jax.models import draws, sequence
 
 # Relative difference of the gradient in the Euclidean norm, due to the order of summation. Measured 3.1e-7 at most over
 # these variants; the bound is eight times that. A missing reduction makes a difference of order 1.
@@ -71,7 +71,7 @@ def test_more_visible_tokens_than_a_shard_has_capacity_for_are_not_lost(
 
 def masks_of_first_step(config) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return training_step.draw(key, jnp.arange(config.batch_size), config.model, config.loss).mask
+    return draws.draw(key, jnp.arange(config.batch_size), config.model, config.loss).mask
 
 
 def test_pictures_are_the_same(deep, one_device, cut, rough):
