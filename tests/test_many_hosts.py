@@ -26,6 +26,7 @@ from lina_jax.prepare import Settings, prepare
 from lina_jax.train import train
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("traced_once")
 DEADLINE_S = 200  # for processes to reach some state, or to end
 HEARTBEAT_S = 6
 # Relative difference of the loss of a step. Only the order of summation may differ: measured 3.8e-7 at most over 150
