@@ -67,7 +67,7 @@ class ModelConfig:
 
     @property
     def hybrid_period(self) -> int:
-        """With hybrid attention, block i is a softmax block if i % period == period - 1; 0 without it."""
+        """The period of a hybrid's softmax blocks (`is_softmax_block`); 0 for other models."""
         return self.softmax_period if self.attention == "hybrid" else 0
 
     @property
@@ -101,6 +101,11 @@ class ModelConfig:
     @property
     def latent_size(self) -> tuple[int, int]:
         return self.image_grid[0] * self.patch_size, self.image_grid[1] * self.patch_size
+
+
+def is_softmax_block(index: int, period: int) -> bool:
+    """Whether a block is one of a hybrid's softmax blocks, the last of each `period`; never if that is 0."""
+    return period > 0 and index % period == period - 1
 
 
 @dataclasses.dataclass(frozen=True)

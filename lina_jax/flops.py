@@ -9,7 +9,7 @@ features, are left out. The MFU of training logs, plans and benchmarks uses thes
 
 import math
 
-from lina_jax.config import LossConfig, ModelConfig
+from lina_jax.config import LossConfig, ModelConfig, is_softmax_block
 from lina_jax.decoding_schedule import Schedule
 
 
@@ -31,8 +31,7 @@ def stack_flops(
     """Blocks first .. first + depth - 1 over `tokens` tokens of an image; the last outputs `read` (None: all)."""
     total = 0
     for i in range(first, first + depth):
-        period = model.hybrid_period
-        softmax = model.attention == "softmax" or (period > 0 and i % period == period - 1)
+        softmax = model.attention == "softmax" or is_softmax_block(i, model.hybrid_period)
         wanted = read if i == first + depth - 1 else None
         total += attention_flops(model, tokens, softmax=softmax, conv=conv and not softmax, read=wanted)
         total += 2 * (tokens if wanted is None else wanted) * 2 * model.mlp_ratio * model.width**2

@@ -80,9 +80,7 @@ class LatentRecorder:
         if resolution % stride:
             raise UserError(f"--resolution={resolution}: not a multiple of the autoencoder's stride {stride}")
         self._moments = (2 * self._autoencoder.latent_channels, resolution // stride, resolution // stride)
-        self._encode_images = jax.jit(
-            lambda params, pixels: self._autoencoder.encode(params, pixels.astype(jnp.float32) / 127.5 - 1.0)
-        )
+        self._encode_images = jax.jit(lambda params, pixels: self._autoencoder.encode(params, vae.from_uint8(pixels)))
         self._text, phi_params = None, {}
         if text_encoder:
             self._text, phi_params = encoders.load_text_encoder(text_encoder, length=TEXT_LENGTH, dtype=dtype)

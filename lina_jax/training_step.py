@@ -32,7 +32,7 @@ def model_inputs(blueprint: Blueprint, weights: Tree, batch: Batch, noise_of: Ca
     if "moments" in batch:
         moments = rearrange(batch["moments"], "b c h w -> b h w c")
     else:
-        moments = blueprint.encoders.moments(weights, batch["image"].astype(jnp.float32) / 127.5 - 1.0)
+        moments = blueprint.encoders.moments(weights, vae.from_uint8(batch["image"]))
     if config.autoencoder.kind == "identity":
         data = moments
     else:

@@ -226,18 +226,22 @@ def moment():
     return adam_moment
 
 
+# Its state is the last gradient. Optimizers are half of what there is to compile in a step of a tiny model.
 KEEPS_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradient, _, params=None: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )
 
 
+@pytest.fixture
+def no_optimizer(monkeypatch):
+    """Training steps compute losses and gradients alone."""
+    monkeypatch.setattr(optim, "optimizer", lambda *_: KEEPS_GRADIENT)
+
+
 @pytest.fixture(scope="session")
 def first_step():
-    """(config, devices) -> (loss, gradient) of the first step from a rough state.
-
-    Without an optimizer, which would be half of what there is to compile.
-    """
+    """(config, devices) -> (loss, gradient) of the first step from a rough state."""
 
     def step(config: Config, devices):
         with pytest.MonkeyPatch.context() as patch:

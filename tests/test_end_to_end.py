@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import inception_weights
@@ -11,7 +12,7 @@ import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from PIL import Image
 
-from lina_jax import data, image_sources, reference, shapes, state, train, training_step
+from lina_jax import data, image_sources, mesh, reference, shapes, state, train, training_step
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
@@ -74,27 +75,34 @@ def prepared(photos, encoders, tmp_path_factory):
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def experiment(tiny, encoders):
-    def make(data, *, online: bool, steps: int = 4):
+    def make(data, *, online: bool):
         paths = {kind: {"path": path} for kind, path in encoders.items()} if online else {}
         latents = {"kind": "sdxl", "stride": 8, "scaling_factor": 0.2} | paths.get("autoencoder", {})
         return tiny(
             model=MODEL, autoencoder=latents, text_encoder=paths.get("text_encoder", {}), data={"path": str(data)},
-            steps=steps, log={"preview_images": 0}, eval={"examples": 4}, checkpoint={"every": 2},
+            steps=4, log={"preview_images": 0}, eval={"examples": 4}, checkpoint={"every": 2},
         )  # fmt: skip
 
     return make
 
 
-def test_photos_become_latents_a_model_and_pictures(
-    prepared, encoders, experiment, tmp_path, run_module, config_file, train_on_one_device
-):
-    train.train(experiment(prepared / "latents", online=False), tmp_path / "run")
-    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def run_of_latents(prepared, experiment, one_device, tmp_path_factory):
+    """The workdir of a model that was trained on latents, without encoders."""
+    workdir = tmp_path_factory.mktemp("latents") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
+        train.train(experiment(prepared / "latents", online=False), workdir)
+    return workdir
+
+
+def test_photos_become_latents_a_model_and_pictures(run_of_latents, encoders, tmp_path, run_module):
+    losses = [json.loads(line) for line in (run_of_latents / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in losses if "loss" in line)
     drawn = run_module(
-        "sample", f"--workdir={tmp_path}/run", "--prompt=a red circle", "--num=2", f"--out={tmp_path}/drawn",
+        "sample", f"--workdir={run_of_latents}", "--prompt=a red circle", "--num=2", f"--out={tmp_path}/drawn",
         *(f"--{name}={path}" for name, path in encoders.items()),
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
@@ -127,17 +135,14 @@ def test_a_dataset_is_shown(prepared, photos, encoders, form, tmp_path):
         assert np.asarray(image).std() > 10
 
 
-def test_a_model_of_latents_says_what_it_lacks_for_drawing(
-    prepared, experiment, tmp_path, run_module, train_on_one_device
-):
-    train.train(experiment(prepared / "latents", online=False), tmp_path / "run")
-    drawn = run_module("sample", f"--workdir={tmp_path}/run", "--prompt=a red circle", f"--out={tmp_path}/drawn")
+def test_a_model_of_latents_says_what_it_lacks_for_drawing(run_of_latents, tmp_path, run_module):
+    drawn = run_module("sample", f"--workdir={run_of_latents}", "--prompt=a red circle", f"--out={tmp_path}/drawn")
     assert drawn.returncode == 2
     assert "--autoencoder=DIR" in drawn.stderr
     assert drawn.stderr.count("\n") == 1
 
 
-def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_device):
+def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_device, no_optimizer):
     losses = []
     for form, online in (("latents", False), ("pixels", True)):
         config = experiment(prepared / form, online=online)
@@ -153,11 +158,10 @@ def test_frozen_encoders_in_the_step_equal_a_cache(prepared, experiment, one_dev
 def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
     prepared, experiment, tmp_path, identical, train_on_one_device
 ):
-    whole = train.train(experiment(prepared / "pixels", online=True), tmp_path / "whole")
-    train.train(experiment(prepared / "pixels", online=True, steps=2), tmp_path / "halves")
-    assert identical(
-        train.train(experiment(prepared / "pixels", online=True), tmp_path / "halves").params, whole.params
-    )
+    config = experiment(prepared / "pixels", online=True)
+    whole = train.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert identical(train.train(config, tmp_path / "run").params, whole.params)
 
 
 def test_latents_are_measured_as_the_autoencoder_of_a_run_decodes_them(prepared, experiment, one_device, tmp_path):

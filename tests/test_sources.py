@@ -114,6 +114,14 @@ def test_linked_folders_are_read(folder, tmp_path):
     assert {item.key: item.label for item in items(source)} == {"cat/2.png": 0, "dog/1.png": 1}
 
 
+def test_a_pipe_is_left_out_and_named(folder, tmp_path, caplog):
+    """Reading it would wait for a writer."""
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    os.mkfifo(tmp_path / "photos" / "cat" / "1.png")
+    assert [item.key for item in items(folder({"cat/2.png": png(2)}))] == ["cat/2.png"]
+    assert "cat/1.png: left out, as it is not a file" in caplog.text
+
+
 def test_metadata_rows_are_items(folder):
     rows = [
         {"file_name": "a.png", "text": "first", "short": "1", "label": 2},

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lina_jax.config import is_softmax_block
 from lina_jax.mesh import RULES, batch_parts, constrain, gathered
 from lina_jax.models.attention import CONVOLUTION, Attention, AttentionConfig, Select
 from lina_jax.models.initializers import Keys
@@ -228,11 +229,7 @@ def stacked(make, count: int, rngs: nnx.Rngs) -> nnx.Module:
 def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, bool, range]]:
     """Runs of blocks of one kind: (name, whether they are a hybrid's softmax blocks, their indices)."""
     runs = []
-
-    def is_softmax(i):
-        return bool(softmax_period) and i % softmax_period == softmax_period - 1
-
-    for softmax, members in groupby(range(first, first + depth), is_softmax):
+    for softmax, members in groupby(range(first, first + depth), lambda i: is_softmax_block(i, softmax_period)):
         layers = list(members)
         runs.append((f"from_{layers[0]:02d}", softmax, range(layers[0], layers[-1] + 1)))
     return runs
@@ -241,7 +238,7 @@ def layer_runs(first: int, depth: int, softmax_period: int) -> list[tuple[str, b
 class Transformer(nnx.Module):
     """Blocks `first` .. `first + depth - 1` of a stack; runs of one kind are stacked, then scanned or unrolled.
 
-    `softmax_period` > 0 makes block i a plain softmax block when i % period == period - 1 (hybrid attention).
+    With `softmax_period` > 0, plain softmax blocks are among them (hybrid attention, `is_softmax_block`).
     """
 
     def __init__(

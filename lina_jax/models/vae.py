@@ -310,6 +310,11 @@ def unscale(config: VaeConfig, latents: jax.Array) -> jax.Array:
     return latents / config.scaling_factor + config.shift_factor
 
 
+def from_uint8(images: jax.Array) -> jax.Array:
+    """Images of bytes -> [-1, 1], float32."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
 def to_uint8(images: jax.Array) -> jax.Array:
     """Images in [-1, 1] (other values are clamped) -> 0..255, truncated."""
     return jnp.clip(images * 127.5 + 127.5, 0, 255).astype(jnp.uint8)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import fsspec
 import numpy as np
+from absl import logging
 from fsspec.core import has_magic
 from fsspec.utils import glob_translate
 
@@ -233,10 +234,12 @@ def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, 
         for entry in entries:
             if entry.is_dir():
                 yield from _local_files(entry.path, (*above, real))
-            else:
-                # A broken link is rejected, by name, when it is read.
-                lost = entry.is_symlink() and not os.path.exists(entry.path)
-                yield entry.path, 0 if lost else entry.stat().st_size
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                yield entry.path, 0  # a broken link, rejected by name when it is read
+            elif entry.is_file():
+                yield entry.path, entry.stat().st_size
+            else:  # reading a pipe would wait for its writer
+                logging.warning("%s: left out, as it is not a file", entry.path)
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
