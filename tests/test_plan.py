@@ -116,7 +116,7 @@ def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def run_plan(*args: str) -> subprocess.CompletedProcess:
-    return python("-m", "lina_jax.plan", *args)
+    return python("-m", "lina_jax.plan", *args, JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1")  # compiles faster
 
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs pip install 'lina_jax[tpu]'")
