@@ -256,7 +256,7 @@ LAYERS = {
     "float32, subtraction": SMALL | {"dtype": jnp.float32, "normalization": "subtraction", "gate": "decoupled"},
     "narrow heads": LARGE | {"width": 128, "heads": 16},
 }
-# All of GPUs; on TPUs, whose compilers are much the same, what is not large on one kind each.
+# GPUs compile every layer; of the TPUs, whose compilers are alike, only one kind each those that are not large.
 COMPILED = [("large", place) for place in COMPILERS] + [
     ("float32, subtraction", "v6e:2x2"), ("narrow heads", "v5p:2x2x1"),
     ("float32, subtraction", "h200:4"), ("narrow heads", "h200:4"),

@@ -18,6 +18,7 @@ from lina_jax.errors import UserError
 from lina_jax.featurise import Network
 from lina_jax.models import vae
 from lina_jax.prepare import Settings, Share, contact_sheet, prepare
+from lina_jax.workdir import saved_steps
 
 MODEL = {
     "condition": "text", "text_encoder": "features", "text_length": 16, "text_dim": 32,
@@ -161,6 +162,7 @@ def test_training_goes_on_bit_for_bit_with_encoders_in_the_step(
     config = experiment(prepared / "pixels", online=True)
     whole = train.train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert saved_steps(tmp_path / "run")[-1] == 2
     assert identical(train.train(config, tmp_path / "run").params, whole.params)
 
 
