@@ -64,6 +64,8 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
         _check_layout(config, path, opened.layout, text_encoder)
         if opened.layout != layout:
             raise UserError(f"{path} and {data.datasets[0][0]}: one holds latents or text features, the other does not")
+    if model.condition == "class":
+        _check_label_names([path for path, _ in data.datasets], splits)
     if layout.moments:
         columns = [decode.Moments(layout.moments)]
     else:
@@ -85,6 +87,16 @@ def open_records(config: Config, split: str, text_encoder: TextEncoder | None = 
         threads=data.threads,
         read_timeout=data.read_timeout,
     )
+
+
+def _check_label_names(paths: Sequence[str], splits: Sequence[Split]) -> None:
+    """Raises UserError if two datasets give a class different names; numbers are no names."""
+    first: dict[int, tuple[str, str]] = {}
+    for path, split in zip(paths, splits, strict=True):
+        for number, name in enumerate(split.label_names):
+            other, where = first.setdefault(number, (name, path))
+            if name != other and str(number) not in (name, other):
+                raise UserError(f"data.path: class {number} is {other!r} in {where}, but {name!r} in {path}")
 
 
 def _check_layout(config: Config, path: str, layout: reading.RecordLayout, text_encoder: TextEncoder | None) -> None:
@@ -134,6 +146,7 @@ class Records:
         """`short_caption` is the chance of the short caption; `flip` mirrors half of the images.
 
         `threads` threads read and decode the batches. A read that takes more than `read_timeout` seconds is retried.
+        Raises UserError for a weight that is too small for an exact order (`order.make`).
         """
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
@@ -141,6 +154,7 @@ class Records:
         self.threads, self._timeout = threads, read_timeout
         self._bad: set[tuple[int, int]] = set()
         self._truncated = 0
+        self.order(seed=0)  # a weight that is too small is refused now, before a run begins
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_pool"}

@@ -52,7 +52,7 @@ def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Orde
     """Order of a mixture; weights may have any sum. Raises UserError if one is too small to appear in every window."""
     if min(weights) * WINDOW < sum(weights):
         share = float(min(weights) / sum(weights))
-        raise UserError(f"one dataset has {share:.2g} of the sum of weights: each needs at least 1/{WINDOW}")
+        raise UserError(f"data.path: one dataset has {share:.2g} of the sum of weights: each needs at least 1/{WINDOW}")
     return Order(tuple(lengths), integers(weights), seed)
 
 

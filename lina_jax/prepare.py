@@ -165,6 +165,10 @@ def prepare(
         return totals
     if os.path.ismount(out):
         raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
+    if settings.source == "folder" and "://" not in settings.input:
+        collection = Path(settings.input).expanduser().resolve()
+        if out.is_relative_to(collection):  # what is written would become part of the collection
+            raise UserError(f"--out={out}: lies in --input={settings.input}; choose a directory outside of it")
     output_files.check("out", out.parent)
     if not share.index:
         output_files.check_renames("out", out.parent)

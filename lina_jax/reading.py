@@ -72,9 +72,15 @@ class Readers:
 class Split:
     """Random access to the serialized records of one split."""
 
-    def __init__(self, shards: Sequence[ShardSlice], layout: RecordLayout, manifest: str = ""):
+    def __init__(
+        self,
+        shards: Sequence[ShardSlice],
+        layout: RecordLayout,
+        manifest: str = "",
+        label_names: Sequence[str] = (),
+    ):
         """`manifest` is a digest of the dataset's metadata and the name of the split."""
-        self.layout, self.manifest = layout, manifest
+        self.layout, self.manifest, self.label_names = layout, manifest, tuple(label_names)
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         for shard in shards:
@@ -84,7 +90,7 @@ class Split:
         return self._ends[-1] if self._ends else 0
 
     def __getstate__(self):
-        return self._shards, self.layout, self.manifest
+        return self._shards, self.layout, self.manifest, self.label_names
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -159,7 +165,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         raise UserError(
             f"{directory} has no split {split!r}; its splits: {known}, or parts of them, such as {example!r}"
         ) from None
-    shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts]
+    shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts if part.take > 0]
     if local_copy:
         local_copy.copy_shards([os.path.basename(shard.path) for shard in shards], threads)
     else:
@@ -167,12 +173,17 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         if missing:
             raise UserError(f"{len(missing)} of the {len(shards)} shards of {split!r} are missing, first {missing[0]}")
     metadata = b"".join((directory / name).read_bytes() for name in ("dataset_info.json", "features.json"))
-    return Split(shards, _layout(info.features), hashlib.sha256(metadata + split.encode()).hexdigest()[:16])
+    manifest = hashlib.sha256(metadata + split.encode()).hexdigest()[:16]
+    return Split(shards, _layout(info.features), manifest, _label_names(info))
 
 
 def label_names(directory: str | Path) -> Sequence[str]:
     """Class names of a dataset, () if it has none. Raises UserError for a URL, or if its metadata cannot be read."""
-    label = _info(cache_lib.local_path(directory)).features["label"]
+    return _label_names(_info(cache_lib.local_path(directory)))
+
+
+def _label_names(info: tfds.core.DatasetInfo) -> Sequence[str]:
+    label = info.features["label"]
     return label.names if isinstance(label, tfds.features.ClassLabel) else ()
 
 

@@ -1,5 +1,6 @@
 """Batches depend on (seed, step) alone, not on processes or restarts, and survive bad records."""
 
+import contextlib
 import errno
 import io
 import json
@@ -23,7 +24,7 @@ from absl import flags
 from numbered_records import COLUMNS, COUNT, LENGTH, SIZE, batches, block, dataset, labels, one, open_records, png
 from PIL import Image
 
-from lina_jax import data, decode, reading, retry
+from lina_jax import data, decode, reading, records, retry
 from lina_jax.errors import RUN_AGAIN, TransientFailure, UserError, exit_message
 
 
@@ -239,9 +240,29 @@ def test_fixed_examples_stand_for_all(clean):
         data.fixed_examples(clean, COUNT + 1)
 
 
-def test_an_empty_split_is_refused(tiny_text, shapes_data):
-    with pytest.raises(UserError, match=rf"^{re.escape(str(shapes_data))}: split 'train\[:0\]' is empty$"):
-        data.open_records(tiny_text(), "train[:0]")
+@pytest.mark.parametrize("split", ["train[:0]", "train[5:3]"])
+def test_an_empty_split_is_refused(split, tiny_text, shapes_data):
+    with pytest.raises(UserError, match=f"^{re.escape(f'{shapes_data}: split {split!r} is empty')}$"):
+        data.open_records(tiny_text(), split)
+
+
+def test_a_weight_that_is_too_small_is_refused_when_records_are_opened(tiny_text, shapes_data):
+    """Later, a workdir would hold the mistake."""
+    with pytest.raises(UserError, match=r"data\.path: one dataset has 0.0005 of the sum of weights"):
+        data.open_records(tiny_text(data={"path": f"{shapes_data}=1,{shapes_data}=2000"}), "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"), [(["cat", "dog"], False), ([], False), (["cat"], False), (["ant", "cat"], True)], ids=str
+)
+def test_datasets_that_number_classes_differently_are_refused(names, refused, tiny, tmp_path):
+    for place, classes in (("a", ["cat", "dog"]), ("b", names)):
+        with records.create(tmp_path / place, "data", records.pixel_features(classes)) as writer:
+            writer.write("train", image=png(0), caption="", short_caption="", label=0, key="0")
+    config = tiny(data={"path": f"{tmp_path}/a=1,{tmp_path}/b=1"})
+    told = rf"data\.path: class 0 is 'cat' in {tmp_path}/a, but 'ant' in {tmp_path}/b"
+    with pytest.raises(UserError, match=told) if refused else contextlib.nullcontext():
+        data.open_records(config, "train")
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):

@@ -98,7 +98,9 @@ def test_ten_million_records_and_late_positions():
 
 
 def test_a_weight_too_small_for_a_window_is_refused():
-    with pytest.raises(UserError, match=r"one dataset has 0.0002 of the sum of weights: each needs at least 1/1024"):
+    with pytest.raises(
+        UserError, match=r"data.path: one dataset has 0.0002 of the sum of weights: each needs at least 1/1024"
+    ):
         order.make([10, 10], [Fraction(5000), Fraction(1)], seed=0)
     with pytest.raises(UserError, match="one dataset has 0 of"):
         order.make([10, 10], [Fraction(10**400), Fraction(1)], seed=0)

@@ -19,6 +19,8 @@ from test_prepare_units import SMALL
 from lina_jax import reading, records, tf_example
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
+from lina_jax.sources.base import Fields
+from lina_jax.sources.parquet import ParquetSource
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -282,6 +284,29 @@ def test_out_may_be_a_link_but_no_mount_point(tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
     with pytest.raises(UserError, match="volume: a mount point"):
         prepare(tmp_path / "volume", Settings(**SMALL))
+
+
+def test_out_may_not_be_within_the_collection(tmp_path):
+    """What a killed preparation leaves would be part of it."""
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"--out=.*/photos/out: lies in --input=.*/photos; choose a directory outside"):
+        prepare(tmp_path / "photos" / "out", Settings(source="folder", input=str(tmp_path / "photos"), validation=0))
+
+
+def test_directories_of_one_collection_name_classes_alike(tmp_path):
+    for place, names in (("1", "cat\ndog\n"), ("2", "dog\ncat\n")):
+        (tmp_path / place).mkdir()
+        pq.write_table(pa.table({"image": [b""], "label": [0]}), tmp_path / place / "a.parquet")
+        (tmp_path / place / "labels.txt").write_text(names)
+    with pytest.raises(UserError, match=r"/1 and .*/2 must have the same labels.txt, or none"):
+        ParquetSource(f"{tmp_path}/*/*.parquet", Fields("image", "", "", "label"), 100)
+
+
+def test_a_column_that_a_file_has_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array([b""]), pa.array(["a"]), pa.array(["b"])], ["image", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"--caption_column='text': .*a.parquet has several columns of that name"):
+        ParquetSource(f"{tmp_path}/a.parquet", Fields("image", "text"), 100)
 
 
 def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 
 import fsspec
 import numpy as np
@@ -120,6 +121,26 @@ def test_a_pipe_is_left_out_and_named(folder, tmp_path, caplog):
     os.mkfifo(tmp_path / "photos" / "cat" / "1.png")
     assert [item.key for item in items(folder({"cat/2.png": png(2)}))] == ["cat/2.png"]
     assert "cat/1.png: left out, as it is not a file" in caplog.text
+
+
+def test_pipes_that_are_named_are_not_read(folder, tmp_path, caplog):
+    (tmp_path / "photos").mkdir()
+    os.mkfifo(tmp_path / "photos" / "pipe.png")
+    (tmp_path / "photos" / "1.parquet").touch()
+    source = folder({"metadata.jsonl": b'{"file_name": "pipe.png", "text": "a"}'}, Fields("", "text", "", ""))
+    assert items(source) == [Reject("pipe.png", "not a file")]
+    caplog.clear()
+    assert list(base.find_files(f"{tmp_path}/photos/*p*")) == [f"{tmp_path}/photos/1.parquet"]
+    assert "pipe.png: left out, as it is not a file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"), [("filename,text", "filename, text"), ("file_name;text", "file_name;text")]
+)
+def test_metadata_without_file_names_is_refused(header, columns, folder):
+    message = f"metadata.csv: no row has a file_name; its columns: {columns}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        folder({"metadata.csv": f"{header}\n1.png,a\n".encode()}, Fields("", "text", "", ""))
 
 
 def test_metadata_rows_are_items(folder):

@@ -177,6 +177,8 @@ def find_files(pattern: str) -> dict[str, int]:
     if inner in found and found[inner]["type"] == "directory":
         raise UserError(f"no file matches {pattern!r}, a directory; did you mean {pattern}/*?")
     files = {path: about["size"] for path, about in sorted(found.items()) if about["type"] != "directory"}
+    if is_local(fs):
+        files = {path: size for path, size in files.items() if not _left_out(path)}
     if not files:
         raise UserError(f"no file matches {pattern!r}")
     return {path if is_local(fs) else fs.unstrip_protocol(path): size for path, size in files.items()}
@@ -236,10 +238,19 @@ def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, 
                 yield from _local_files(entry.path, (*above, real))
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 yield entry.path, 0  # a broken link, rejected by name when it is read
-            elif entry.is_file():
+            elif not _left_out(entry.path):
                 yield entry.path, entry.stat().st_size
-            else:  # reading a pipe would wait for its writer
-                logging.warning("%s: left out, as it is not a file", entry.path)
+
+
+def is_special(path: str) -> bool:
+    """Whether a local path is a pipe, socket or device, of which a read would wait for a writer or never end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def _left_out(path: str) -> bool:
+    if special := is_special(path):
+        logging.warning("%s: left out, as it is not a file", path)
+    return special
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -104,6 +104,8 @@ class FolderSource:
         if row.path.startswith("/") or ".." in row.path.split("/"):
             return Reject(row.path, "outside the folder")
         path = f"{self._root}/{row.path}"
+        if base.is_local(self._fs) and base.is_special(path):
+            return Reject(row.path, "not a file")
         try:
             image = base.read_bytes(self._fs, path)
         except (FileNotFoundError, ValueError):  # ValueError: a name that no file can have
@@ -119,8 +121,9 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     """The rows of the metadata file, and its digest; None if there is no such file."""
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if base.path_type(fs, f"{root}/{name}"):
-            rows, seen, content = [], set(), base.read_bytes(fs, f"{root}/{name}")
+            rows, seen, known, content = [], set(), set(), base.read_bytes(fs, f"{root}/{name}")
             for line, columns in parse(content):
+                known |= {column for column in columns if column} if isinstance(columns, dict) else set()
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:
                     problem = columns if isinstance(columns, str) else "metadata row without file_name"
@@ -131,6 +134,9 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
                     columns, problem = {}, "more fields than columns"
                 rows.append(_Row(path, columns, problem))
                 seen.add(_plain(path))
+            if not seen:
+                columns = ", ".join(sorted(known)) or "none"
+                raise UserError(f"{root}/{name}: no row has a file_name; its columns: {columns}")
             return rows, hashlib.sha256(content).hexdigest()
     return None
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ class ParquetSource:
         paths = list(files)
         self._short = base.relative(paths)
         self.contents = list(files.items())
-        self.label_names = _label_names(os.path.dirname(paths[0])) if fields.label else ()
+        self.label_names = _label_names(paths) if fields.label else ()
         self._broken: dict[str, str] = {}
         with ThreadPoolExecutor(_FOOTERS) as pool:
             rows = dict(zip(paths, pool.map(self._rows, paths), strict=True))
@@ -105,6 +105,8 @@ class ParquetSource:
             if column and column not in schema.names:
                 known = ", ".join(schema.names)
                 raise UserError(f"--{name}_column={column!r}: {path} has no such column; its columns: {known}")
+            if column and schema.names.count(column) > 1:
+                raise UserError(f"--{name}_column={column!r}: {path} has several columns of that name")
             if column and not fits(schema.field(column).type):
                 kind = schema.field(column).type
                 raise UserError(f"--{name}_column={column!r}: {path} holds {kind} there, not {wanted}")
@@ -120,7 +122,17 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _label_names(directory: str) -> tuple[str, ...]:
+def _label_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Class names beside the files. Raises UserError if directories name classes differently."""
+    first, *others = dict.fromkeys(map(os.path.dirname, paths))
+    names = _names_in(first)
+    for directory in others:
+        if _names_in(directory) != names:
+            raise UserError(f"{first} and {directory} must have the same labels.txt, or none")
+    return names
+
+
+def _names_in(directory: str) -> tuple[str, ...]:
     """Class names in labels.txt, one per line; () if there is no such file. Raises UserError if they cannot be used."""
     path = f"{directory}/labels.txt"
     fs, inner = base.filesystem(path)
