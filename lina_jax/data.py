@@ -146,7 +146,7 @@ class Records:
         """`short_caption` is the chance of the short caption; `flip` mirrors half of the images.
 
         `threads` threads read and decode the batches. A read that takes more than `read_timeout` seconds is retried.
-        Raises UserError for a weight that is too small for an exact order (`order.make`).
+        Raises UserError for a weight that is too small for an exact order (`order.integers`).
         """
         self._splits, self._columns = splits, columns
         self._weights = order.integers(weights)
@@ -154,7 +154,6 @@ class Records:
         self.threads, self._timeout = threads, read_timeout
         self._bad: set[tuple[int, int]] = set()
         self._truncated = 0
-        self.order(seed=0)  # a weight that is too small is refused now, before a run begins
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_pool"}

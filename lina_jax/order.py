@@ -49,15 +49,18 @@ class Order:
 
 
 def make(lengths: Sequence[int], weights: Sequence[Fraction], seed: int) -> Order:
-    """Order of a mixture; weights may have any sum. Raises UserError if one is too small to appear in every window."""
-    if min(weights) * WINDOW < sum(weights):
-        share = float(min(weights) / sum(weights))
-        raise UserError(f"data.path: one dataset has {share:.2g} of the sum of weights: each needs at least 1/{WINDOW}")
+    """Order of a mixture. Raises UserError as `integers` does."""
     return Order(tuple(lengths), integers(weights), seed)
 
 
 def integers(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest integers in the same proportion."""
+    """The smallest integers in the proportion of the weights, which may have any sum.
+
+    Raises UserError if a weight is too small for its dataset to appear in every window.
+    """
+    if min(weights) * WINDOW < sum(weights):
+        share = float(min(weights) / sum(weights))
+        raise UserError(f"data.path: one dataset has {share:.2g} of the sum of weights: each needs at least 1/{WINDOW}")
     scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
     scaled = [int(weight * scale) for weight in weights]
     return tuple(weight // math.gcd(*scaled) for weight in scaled)

@@ -45,7 +45,7 @@ from lina_jax import (
 from lina_jax.errors import UserError
 from lina_jax.recording import LatentRecorder, PixelRecorder, Record, Recorder, make_records
 from lina_jax.shares import WHOLE, Share, resolve_share, take_gpu
-from lina_jax.sources.base import Fields, Reject, Source
+from lina_jax.sources.base import Fields, Reject, Source, filesystem, is_local
 from lina_jax.sources.folder import FolderSource
 from lina_jax.sources.parquet import ParquetSource
 from lina_jax.sources.scenes import ShapesSource
@@ -138,6 +138,11 @@ class Settings:
     def fields(self) -> Fields:
         return Fields(*(getattr(self, f"{name}_column") for name in Fields._fields))
 
+    @property
+    def is_class_folder(self) -> bool:
+        """Whether every file below --input is an item: folders without metadata have no columns."""
+        return self.source == "folder" and not any(self.fields)
+
     def recorded(self) -> dict[str, Any]:
         """What identifies a dataset: its settings and, if scenes are rendered, a fingerprint of the rendering code."""
         scenes = {"scenes": shapes.fingerprint()} if self.source == "shapes" else {}
@@ -165,9 +170,9 @@ def prepare(
         return totals
     if os.path.ismount(out):
         raise UserError(f"--out={out}: a mount point, which a dataset cannot replace; choose a directory below it")
-    if settings.source == "folder" and "://" not in settings.input:
-        collection = Path(settings.input).expanduser().resolve()
-        if out.is_relative_to(collection):  # what is written would become part of the collection
+    if settings.is_class_folder:
+        fs, collection = filesystem(settings.input)
+        if is_local(fs) and out.is_relative_to(Path(collection).resolve()):  # it would become part of the collection
             raise UserError(f"--out={out}: lies in --input={settings.input}; choose a directory outside of it")
     output_files.check("out", out.parent)
     if not share.index:

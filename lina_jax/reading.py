@@ -79,7 +79,7 @@ class Split:
         manifest: str = "",
         label_names: Sequence[str] = (),
     ):
-        """`manifest` is a digest of the dataset's metadata and the name of the split."""
+        """`manifest` is a digest of the dataset's metadata and the name of the split; `label_names`: of its classes."""
         self.layout, self.manifest, self.label_names = layout, manifest, tuple(label_names)
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
@@ -165,6 +165,7 @@ def open_split(directory: str | Path, split: str, *, cache: str = "", timeout: f
         raise UserError(
             f"{directory} has no split {split!r}; its splits: {known}, or parts of them, such as {example!r}"
         ) from None
+    # A slice that ends before it begins has parts of negative length.
     shards = [ShardSlice(str(part.filename), part.skip, part.take) for part in parts if part.take > 0]
     if local_copy:
         local_copy.copy_shards([os.path.basename(shard.path) for shard in shards], threads)

@@ -5,11 +5,11 @@ import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pretended_tools import launch  # noqa: F401  (a fixture)
 
 from lina_jax import drawing, mesh, optim, state, training_step, validation
 from lina_jax.checkpoint import Checkpoints
@@ -186,13 +187,23 @@ def config(tiny_text) -> Config:
     return tiny_text(optim={"name": "muon"}, log=previews, eval={"every": 3, "examples": 6})
 
 
+@pytest.fixture(scope="session")
+def train_alone(one_device):
+    """`train` on one device, for fixtures that outlive `train_on_one_device`."""
+
+    def run(config: Config, workdir: Path) -> state.TrainState:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mesh, "build", lambda config, devices=None: one_device)
+            return train(config, workdir)
+
+    return run
+
+
 @pytest.fixture(scope="module")  # per module, to compile as the module's tests do
-def finished(config, tmp_path_factory, one_device) -> tuple[Path, state.TrainState]:
+def finished(config, tmp_path_factory, train_alone) -> tuple[Path, state.TrainState]:
     """Workdir of an uninterrupted run of six steps, and its last state on the host."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
-        return workdir, jax.device_get(train(config, workdir))
+    return workdir, jax.device_get(train_alone(config, workdir))
 
 
 def rough_state(plan: state.Blueprint, seed: int = 0) -> state.TrainState:
@@ -233,10 +244,18 @@ KEEPS_GRADIENT = optax.GradientTransformation(
 )
 
 
+@contextlib.contextmanager
+def gradients_alone():
+    """Blueprints made within are of training steps without an optimizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "optimizer", lambda *_: KEEPS_GRADIENT)
+        yield
+
+
 @pytest.fixture
-def no_optimizer(monkeypatch):
-    """Training steps compute losses and gradients alone."""
-    monkeypatch.setattr(optim, "optimizer", lambda *_: KEEPS_GRADIENT)
+def no_optimizer():
+    with gradients_alone():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -244,8 +263,7 @@ def first_step():
     """(config, devices) -> (loss, gradient) of the first step from a rough state."""
 
     def step(config: Config, devices):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optim, "optimizer", lambda *_: KEEPS_GRADIENT)
+        with gradients_alone():
             plan = state.make_blueprint(config, devices)
         run, metrics = training_step.make_train_step(plan)(rough_state(plan), random_batch(config))
         return float(metrics["loss"]), jax.device_get(run.opt_state)
@@ -361,45 +379,3 @@ def load_preset():
         return freeze(module.get_config(*([preset] if preset else [])))
 
     return load
-
-
-# Stub for gcloud, xpk, sbatch, srun and scontrol: logs its arguments and sbatch's standard input, then runs $ANSWER.
-STUB = f"""#!{sys.executable}
-import json, os, subprocess, sys
-name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
-text = sys.stdin.read() if name == "sbatch" else ""
-with open(os.environ["CALLS"], "a") as calls:
-    print(json.dumps([name, *words] + [text] * bool(text)), file=calls)
-exec(os.environ.get("ANSWER", ""))
-"""
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Run a launcher, or a program given as text, with stubs for the clusters' tools; returns result, calls, home."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    for name in ("gcloud", "xpk", "sbatch", "srun", "scontrol"):
-        (stubs / name).write_text(STUB)
-        (stubs / name).chmod(0o755)
-    (stubs / "python").symlink_to(sys.executable)
-    counter = iter(range(1000))
-
-    def run(script, *words, **environment):
-        home = tmp_path / f"home{next(counter)}"
-        home.mkdir()
-        text = str(script) if isinstance(script, Path) else script
-        command = ["bash", text, *words] if isinstance(script, Path) else ["bash", "-c", text]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("LINA_", "SLURM_", "CUDA_VISIBLE"))}
-        env |= {
-            "PATH": f"{stubs}:{env['PATH']}",
-            "HOME": str(home),
-            "CALLS": str(home / "calls"),
-            "PYTHON": sys.executable,
-        }
-        env |= {"TMPDIR": str(tmp_path), "LINA_POLL_SECONDS": "0"} | environment
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-        lines = (home / "calls").read_text().splitlines() if (home / "calls").exists() else []
-        return result, [json.loads(line) for line in lines], home
-
-    return run

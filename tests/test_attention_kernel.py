@@ -256,11 +256,6 @@ LAYERS = {
     "float32, subtraction": SMALL | {"dtype": jnp.float32, "normalization": "subtraction", "gate": "decoupled"},
     "narrow heads": LARGE | {"width": 128, "heads": 16},
 }
-# GPUs compile every layer; of the TPUs, whose compilers are alike, only one kind each those that are not large.
-COMPILED = [("large", place) for place in COMPILERS] + [
-    ("float32, subtraction", "v6e:2x2"), ("narrow heads", "v5p:2x2x1"),
-    ("float32, subtraction", "h200:4"), ("narrow heads", "h200:4"),
-]  # fmt: skip
 
 
 def compiled_layer(place, condition_tokens=64, **fields):
@@ -282,7 +277,8 @@ def compiled_layer(place, condition_tokens=64, **fields):
         return lowered.compile(compiler_options=topology.compiler_options(where)).as_text()
 
 
-@pytest.mark.parametrize(("layer", "place"), COMPILED)
+@pytest.mark.parametrize("place", COMPILERS)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_compilers_take_the_kernels(place, layer, no_plain_path):
     """Two forward kernels, two for gradients (on GPUs also the convolution's), and nothing of the plain path.
 

@@ -204,6 +204,7 @@ def test_a_batch_that_does_not_fit():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "the first argument must be one of: attention, train, sample, data"),
         (("dta",), "the first argument must be one of: attention, train, sample, data"),
         (("data", "more"), "unexpected argument 'more'"),
         (("data", "--parts=jpg"), "--parts=jpg: expected one or more of latents, jpeg, startup, memory"),
@@ -211,6 +212,10 @@ def test_a_batch_that_does_not_fit():
         (("attention", "--tokens=320,x"), "--tokens=320,x: expected positive whole numbers"),
         (("train", "--config=configs/bench.py", "--compare=none.json"), "--compare=none.json"),
         (("train", "--config=configs/bench.py", "--batches=3000000000"), "batch_size=3000000000: must be below 2**31"),
+        (
+            ("train", "--config=configs/bench.py", "--batches=10", "--config.optim.accumulate=4"),
+            "batch_size=10 is not divisible by optim.accumulate=4",
+        ),
     ],
 )
 def test_mistakes_are_one_line(run_module, arguments, message):

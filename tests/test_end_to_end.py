@@ -12,7 +12,7 @@ import pytest
 from encoder_checkpoints import write_autoencoder, write_phi
 from PIL import Image
 
-from lina_jax import data, image_sources, mesh, reference, shapes, state, train, training_step
+from lina_jax import data, image_sources, reference, shapes, state, train, training_step
 from lina_jax.encoders import load_encoders
 from lina_jax.errors import UserError
 from lina_jax.featurise import Network
@@ -90,12 +90,10 @@ def experiment(tiny, encoders):
 
 
 @pytest.fixture(scope="module")
-def run_of_latents(prepared, experiment, one_device, tmp_path_factory):
+def run_of_latents(prepared, experiment, train_alone, tmp_path_factory):
     """The workdir of a model that was trained on latents, without encoders."""
     workdir = tmp_path_factory.mktemp("latents") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "build", lambda config, devices=None: one_device)
-        train.train(experiment(prepared / "latents", online=False), workdir)
+    train_alone(experiment(prepared / "latents", online=False), workdir)
     return workdir
 
 

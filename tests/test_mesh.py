@@ -57,7 +57,8 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(
     assert error_between(gradient, want_gradient) < TOLERANCE[condition]
 
 
-@pytest.mark.parametrize(("scan", "accumulate"), [(False, 1), (True, 2)], ids=["unrolled", "scanned, accumulated"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_three_axes_with_loops_and_micro_batches_give_the_gradients_of_one_device(
     scan, accumulate, alone, config_of, first_step, error_between
 ):

@@ -19,8 +19,6 @@ from test_prepare_units import SMALL
 from lina_jax import reading, records, tf_example
 from lina_jax.errors import UserError
 from lina_jax.prepare import Settings, Share, prepare
-from lina_jax.sources.base import Fields
-from lina_jax.sources.parquet import ParquetSource
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -293,20 +291,11 @@ def test_out_may_not_be_within_the_collection(tmp_path):
         prepare(tmp_path / "photos" / "out", Settings(source="folder", input=str(tmp_path / "photos"), validation=0))
 
 
-def test_directories_of_one_collection_name_classes_alike(tmp_path):
-    for place, names in (("1", "cat\ndog\n"), ("2", "dog\ncat\n")):
-        (tmp_path / place).mkdir()
-        pq.write_table(pa.table({"image": [b""], "label": [0]}), tmp_path / place / "a.parquet")
-        (tmp_path / place / "labels.txt").write_text(names)
-    with pytest.raises(UserError, match=r"/1 and .*/2 must have the same labels.txt, or none"):
-        ParquetSource(f"{tmp_path}/*/*.parquet", Fields("image", "", "", "label"), 100)
-
-
-def test_a_column_that_a_file_has_twice_is_refused(tmp_path):
-    table = pa.Table.from_arrays([pa.array([b""]), pa.array(["a"]), pa.array(["b"])], ["image", "text", "text"])
-    pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"--caption_column='text': .*a.parquet has several columns of that name"):
-        ParquetSource(f"{tmp_path}/a.parquet", Fields("image", "text"), 100)
+def test_out_may_be_beside_images_that_metadata_lists(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "black"}')
+    listed = Settings(source="folder", input=str(tmp_path), caption_column="text", resolution=8, validation=0)
+    assert prepare(tmp_path / "out", listed)["images"] == {"train": 1}
 
 
 def test_a_device_that_fails_is_no_fault_of_the_place(tmp_path, monkeypatch):

@@ -315,15 +315,13 @@ def test_what_is_wrong_with_a_reference_is_known_before_it_is_computed(networks,
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_text, weights, compared, devices, tmp_path_factory):
+def trained(tiny_text, weights, compared, train_alone, tmp_path_factory):
     """(config, workdir, state) of a run of three steps on one device, measured after the second and the last."""
     path = tmp_path_factory.mktemp("trained")
     np.savez(path / "statistics.npz", mu=compared.pool.mean, sigma=compared.pool.covariance)
     measuring = {"images": 28, "images_every": 2, "inception": str(weights), "per_device": 4}
     config = tiny_text(steps=3, checkpoint={"every": 2}, eval={**measuring, "reference": str(path / "statistics.npz")})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "build", lambda config, among=None: devices[1])
-        return config, path / "run", train.train(config, path / "run")
+    return config, path / "run", train_alone(config, path / "run")
 
 
 def of_quality(workdir):

@@ -19,9 +19,10 @@ TOLERANCE = 2.5e-6
 VARIANTS = {
     "subtraction, decoupled gate": {"normalization": "subtraction", "kv_gate": "decoupled", "condition": "text"},
     "dynamic gate, rematerialised, scanned": {"kv_gate": "dynamic", "remat": "full", "scan_layers": True},
+    "key gate": {"kv_gate": "key"},
     "subtraction, value gate": {"normalization": "subtraction", "kv_gate": "value"},
     "hybrid, shared gate": {"attention": "hybrid", "softmax_period": 2, "kv_gate": "shared", "image_depth": 3},
-    "rotary, key gate": {"rotary": True, "heads": 1, "kv_gate": "key"},
+    "rotary": {"rotary": True, "heads": 1},
 }
 
 

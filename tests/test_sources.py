@@ -8,18 +8,14 @@ import re
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from lina_jax import records
 from lina_jax.errors import UserError
 from lina_jax.sources import base
-from lina_jax.sources import parquet as parquet_source
 from lina_jax.sources.base import Example, Fields, Reject
 from lina_jax.sources.folder import FolderSource
-from lina_jax.sources.parquet import ParquetSource
 from lina_jax.sources.tfds import TfdsSource
 
 
@@ -355,83 +351,3 @@ def test_what_tfds_cannot_give_is_named(prepared, tmp_path):
     (prepared / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match="prepare it with `tfds build tiny --file_format=array_record`"):
         TfdsSource(str(prepared), Fields("image"), 2)
-
-
-def parquet(path, count: int, first: int = 0) -> None:
-    values = range(first, first + count)
-    table = {"image": [png(i) for i in values], "text": [f"nº {i}" for i in values], "label": list(values)}
-    pq.write_table(pa.table(table), path, row_group_size=4)
-
-
-@pytest.mark.parametrize("unit_items", [3, 4, 7, 100])
-def test_units_cut_row_groups_anywhere(tmp_path, unit_items):
-    parquet(tmp_path / "a.parquet", 10)
-    parquet(tmp_path / "b.parquet", 3, first=10)
-    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text", "", "label"), unit_items)
-    assert [(item.label, item.caption) for item in items(source)] == [(i, f"nº {i}") for i in range(13)]
-    assert np.max([unit.count for unit in source.units]) <= unit_items
-
-
-def test_an_unreadable_parquet_file_is_one_reject(tmp_path):
-    parquet(tmp_path / "a.parquet", 3)
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
-    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
-    ((key, reason),) = reasons(source).items()
-    assert key == "b.parquet"
-    assert reason.startswith("unreadable file")
-    assert len(items(source)) == 4
-    with pytest.raises(UserError, match=r"cannot read .*b.parquet"):
-        ParquetSource(str(tmp_path / "b.parquet"), Fields("image", "text"), 100)
-
-
-def test_a_parquet_file_with_a_damaged_column_name_is_one_reject(tmp_path):
-    parquet(tmp_path / "a.parquet", 3)
-    parquet(tmp_path / "b.parquet", 3)
-    path = tmp_path / "b.parquet"
-    path.write_bytes(path.read_bytes().replace(b"label", b"\xffabel"))
-    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
-    assert list(reasons(source)) == ["b.parquet"]
-    assert len(items(source)) == 4
-
-
-def test_rows_that_a_damaged_parquet_file_keeps_back_are_rejects(tmp_path, monkeypatch):
-    """A few kinds of damage make Arrow deliver fewer rows than the footer promises, without an error."""
-    inner = pq.ParquetFile.iter_batches
-
-    def short(file, *args, row_groups, **options):
-        yield from (
-            batch.slice(0, 1 if row_groups == [1] else None)
-            for batch in inner(file, *args, row_groups=row_groups, **options)
-        )
-
-    parquet(tmp_path / "a.parquet", 10)
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short)
-    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
-    assert reasons(source) == dict.fromkeys(
-        [f"a.parquet:{row}" for row in (5, 6, 7)], "unreadable row group: it ends early"
-    )
-    assert len(items(source)) == 10
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOENT], ids=os.strerror)
-def test_a_parquet_file_that_the_system_refuses_ends_it(tmp_path, monkeypatch, number):
-    parquet(tmp_path / "a.parquet", 3)
-    monkeypatch.setattr(parquet_source, "_opened", refusing(number))
-    with pytest.raises(OSError, match=os.strerror(number)):
-        ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
-
-
-def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch):
-    """Neither for a footer nor for a row group."""
-
-    def short_of_memory(*_, **__):
-        raise pa.ArrowMemoryError("malloc of size 64 failed")
-
-    parquet(tmp_path / "a.parquet", 3)
-    source = ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", short_of_memory)
-    with pytest.raises(MemoryError):
-        items(source)
-    monkeypatch.setattr(parquet_source, "_opened", short_of_memory)
-    with pytest.raises(MemoryError):
-        ParquetSource(str(tmp_path / "*.parquet"), Fields("image", "text"), 100)

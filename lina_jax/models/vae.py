@@ -311,7 +311,7 @@ def unscale(config: VaeConfig, latents: jax.Array) -> jax.Array:
 
 
 def from_uint8(images: jax.Array) -> jax.Array:
-    """Images of bytes -> [-1, 1], float32."""
+    """Images (...) of values 0..255 -> [-1, 1], float32."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 

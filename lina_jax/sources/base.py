@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -236,18 +237,23 @@ def _local_files(directory: str, above: tuple[str, ...]) -> Iterator[tuple[str, 
         for entry in entries:
             if entry.is_dir():
                 yield from _local_files(entry.path, (*above, real))
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                yield entry.path, 0  # a broken link, rejected by name when it is read
-            elif not _left_out(entry.path):
+            elif entry.is_file():
                 yield entry.path, entry.stat().st_size
+            elif not _left_out(entry.path):
+                yield entry.path, 0  # a broken link, rejected by name when it is read
 
 
 def is_special(path: str) -> bool:
     """Whether a local path is a pipe, socket or device, of which a read would wait for a writer or never end."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _left_out(path: str) -> bool:
+    """`is_special`, of which a warning tells."""
     if special := is_special(path):
         logging.warning("%s: left out, as it is not a file", path)
     return special

@@ -32,8 +32,8 @@ class FolderSource:
     If there is a `metadata.jsonl` or `metadata.csv` (Hugging Face's convention: `file_name`, and the columns that
     `fields` names), its rows are the items. Otherwise, the first directory of an image's path is its class, numbered in
     the order of the sorted names, there are no captions, and hidden files are left out. Raises UserError if the
-    directory is missing or empty, or if `fields` does not fit: columns without metadata, metadata with neither captions
-    nor labels named, or a column that is in no row.
+    directory is missing or empty, if its metadata names no file, or if `fields` does not fit: columns without metadata,
+    metadata with neither captions nor labels named, or a column that is in no row.
     """
 
     def __init__(self, directory: str, fields: Fields, unit_items: int):
@@ -118,12 +118,14 @@ class FolderSource:
 
 
 def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
-    """The rows of the metadata file, and its digest; None if there is no such file."""
+    """The rows of the metadata file, and its digest; None if there is no such file.
+
+    Raises UserError if no row names a file.
+    """
     for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
         if base.path_type(fs, f"{root}/{name}"):
-            rows, seen, known, content = [], set(), set(), base.read_bytes(fs, f"{root}/{name}")
+            rows, seen, content = [], set(), base.read_bytes(fs, f"{root}/{name}")
             for line, columns in parse(content):
-                known |= {column for column in columns if column} if isinstance(columns, dict) else set()
                 path = columns.get("file_name") if isinstance(columns, dict) else None
                 if not isinstance(path, str) or not path:
                     problem = columns if isinstance(columns, str) else "metadata row without file_name"
@@ -135,8 +137,8 @@ def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
                 rows.append(_Row(path, columns, problem))
                 seen.add(_plain(path))
             if not seen:
-                columns = ", ".join(sorted(known)) or "none"
-                raise UserError(f"{root}/{name}: no row has a file_name; its columns: {columns}")
+                known = {column for _, row in parse(content) if isinstance(row, dict) for column in row if column}
+                raise UserError(f"{root}/{name}: no row has a file_name; its columns: {', '.join(sorted(known))}")
             return rows, hashlib.sha256(content).hexdigest()
     return None
 

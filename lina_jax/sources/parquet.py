@@ -123,7 +123,7 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _label_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """Class names beside the files. Raises UserError if directories name classes differently."""
+    """Class names beside the files, as in `_names_in`. Raises UserError, too, if directories name them differently."""
     first, *others = dict.fromkeys(map(os.path.dirname, paths))
     names = _names_in(first)
     for directory in others:
