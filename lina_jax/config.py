@@ -7,6 +7,7 @@ ours. The files in `configs/` change fields.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -151,7 +152,7 @@ class DataConfig:
         if len(entries) == 1:
             return ((self.path, Fraction(1)),)
         try:
-            pairs = [(path, Fraction(weight)) for path, _, weight in (entry.rpartition("=") for entry in entries)]
+            pairs = [(path, _weight(text)) for path, _, text in (entry.rpartition("=") for entry in entries)]
         except (ValueError, ZeroDivisionError):
             pairs = []
         if not pairs or not all(path and weight > 0 for path, weight in pairs):
@@ -163,6 +164,13 @@ class DataConfig:
         """The share of the examples that comes from each dataset."""
         weights = [weight for _, weight in self.datasets]
         return tuple(weight / sum(weights) for weight in weights)
+
+
+def _weight(text: str) -> Fraction:
+    """Raises ValueError unless it is a positive number that a float can hold: a fraction has all digits of 1e400."""
+    if "/" not in text and not 0 < float(text) < math.inf:
+        raise ValueError(text)
+    return Fraction(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,6 @@ class _Parser(flags.ArgumentParser):
     def parse(self, path: str) -> ml_collections.ConfigDict:
         config = load(path)
         for argument in sys.argv[1:]:
-            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            if override := re.match(r"--?(?:no)?config\.([^=]*)", argument):
                 config_fields.check_name(Config, override[1])
         return config

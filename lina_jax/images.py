@@ -5,7 +5,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 MAX_PIXELS = 2**27  # per image; more is a decompression bomb or a mistake
 
@@ -46,7 +46,9 @@ def decode(data: bytes | np.ndarray, min_size: int = 1) -> Image.Image:
             raise BadImage(f"smaller than {min_size} pixels")
         if long > MAX_ASPECT * short:
             raise BadImage(f"one side is more than {MAX_ASPECT} times the other")
-        image = _rgb(_upright(image))
+        is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+        white_is_zero = is_tiff and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        image = _rgb(_upright(image), white_is_zero)
         image.info = {}  # Pillow would write color profiles and comments into each encoded copy
         return image
     except BadImage:
@@ -67,11 +69,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, white_is_zero: bool) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         levels = np.asarray(image)
         if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
             raise BadImage(f"pixels of mode {image.mode}, neither 8 nor 16 bits")
+        if white_is_zero:  # which Pillow heeds for up to 8 bits
+            levels = 65535 - levels
+        levels = np.where(levels == image.info.get("transparency"), 65535, levels)  # the one level that is transparent
         return Image.fromarray(np.uint8(np.round(levels / 257))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

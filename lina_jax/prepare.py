@@ -205,7 +205,7 @@ def prepare(
             totals["rejected"], sum(receipt.items for receipt in receipts), max_reject_fraction, work.path
         )
         if not totals["images"].get("train"):
-            raise UserError(f"nothing to train on: {sum(totals['rejected'].values())} items rejected, see {work.path}")
+            raise UserError(f"nothing to train on: {rejects.listed(totals['rejected'], work.path)}")
         summary = {"settings": settings.recorded(), "totals": totals}
         work.assemble(receipts, settings.source, recorder.features(source.label_names), summary)
     except OSError as error:
@@ -242,6 +242,8 @@ def open_source(settings: Settings, recorder: Recorder) -> Source:
     source_class, _ = SOURCES[settings.source]
     source = source_class(settings.input, settings.fields, items)
     counts = [unit.count for unit in source.units]
+    if not any(count is None or count for count in counts):
+        raise UserError(f"--input={settings.input} has no items")
     if None not in counts and settings.validation >= sum(counts):
         raise UserError(f"--validation={settings.validation} leaves none of the {sum(counts)} items to train on")
     return source

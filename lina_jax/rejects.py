@@ -49,9 +49,13 @@ def check_fraction(rejected: dict[str, int], total: int, fraction: float, place:
     bad = sum(rejected.values())
     if bad > fraction * total:
         raise UserError(
-            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {_commonest(rejected)}; "
-            f"each is listed in {place}/units/*/rejects.jsonl"
+            f"{bad} of {total} items rejected, more than --max_reject_fraction={fraction}: {listed(rejected, place)}"
         )
+
+
+def listed(rejected: dict[str, int], place: Path) -> str:
+    """The commonest reasons, and where each reject is listed; `place` is the work directory."""
+    return f"{_commonest(rejected)}; each is listed in {place}/units/*/rejects.jsonl"
 
 
 def _commonest(rejected: dict[str, int]) -> str:

@@ -99,7 +99,9 @@ class WorkDirectory:
                 for split, item in items:
                     if isinstance(item, Reject):
                         rejected[item.reason] += 1
-                        rejects.write(json.dumps({"source": source, **item._asdict()}) + "\n")
+                        value = {"value": item.value} if item.value else {}
+                        line = {"source": source, "key": item.key, "reason": item.reason} | value
+                        rejects.write(json.dumps(line) + "\n")
                         continue
                     if split not in splits:
                         splits[split] = Shards(partial / split, shard_bytes)

@@ -134,7 +134,9 @@ def test_datasets_of_a_mixture(pixels):
     assert datasets("gs://a/b=0.7, /c=d=1/3") == (("gs://a/b", Fraction(7, 10)), ("/c=d", Fraction(1, 3)))
 
 
-@pytest.mark.parametrize("path", ["a,b", "a=1,b", "a=1,b=0", "a=1,b=-1", "a=1,=2", "a=1,b=x", "a=1,b=1/0", "a=1,"])
+@pytest.mark.parametrize(
+    "path", ["a,b", "a=1,b", "a=1,b=0", "a=1,b=-1", "a=1,=2", "a=1,b=x", "a=1,b=1/0", "a=1,b=1e400000000", "a=1,"]
+)
 def test_a_mixture_without_weights_is_refused(pixels, path):
     with pytest.raises(UserError, match=re.escape(f"data.path={path!r}: expected PATH, or PATH=WEIGHT,PATH=WEIGHT")):
         freeze(change(pixels, data={"path": path}))
@@ -290,12 +292,13 @@ def test_the_number_of_steps_belongs_to_a_cosine_schedule(pixels):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["--config.=1"], "unknown config field (known fields: seed, "),
         (["--config.modle.width=1"], "unknown config field modle.width (did you mean model?)"),
         (["--config.model.width=wide"], "--config.model.width=wide: expected a whole number"),
         (["--config.model.width=32", "--config.model.scan_layers=some"], "expected true or false"),
         (["--config.data.path=no/such/place"], "no/such/place"),
     ],
-    ids=["unknown field", "bad type", "bad type of an open field", "missing data"],
+    ids=["no field", "unknown field", "bad type", "bad type of an open field", "missing data"],
 )
 def test_the_command_line_says_what_is_wrong_in_one_line(run_module, tmp_path, overrides, message):
     workdir = tmp_path / "run"

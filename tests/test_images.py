@@ -30,6 +30,10 @@ def plain(mode: str, color, size=(6, 4)) -> Image.Image:
     return Image.new(mode, size, color)
 
 
+def levels_16(level: int) -> Image.Image:
+    return Image.fromarray(np.full((4, 6), level, np.uint16))
+
+
 def rotated(orientation: int, odd: bool = False, kind: str = "JPEG") -> bytes:
     """An image with an EXIF orientation and, if `odd`, a tag whose value has the wrong type."""
     image = Image.new("RGB", (32, 16), "black")
@@ -63,8 +67,11 @@ GOOD = {
     "half transparent": (encoded(plain("RGBA", (0, 0, 0, 127))), 128),
     "opaque": (encoded(plain("RGBA", (7, 7, 7, 255))), 7),
     "palette with a transparent color": (encoded(plain("P", 0), transparency=0), 255),
-    "16 bits": (encoded(Image.fromarray(np.full((4, 6), 257 * 90, np.uint16))), 90),
-    "16 bits TIFF": (encoded(Image.fromarray(np.full((4, 6), 65535, np.uint16)), "TIFF"), 255),
+    "16 bits": (encoded(levels_16(257 * 90)), 90),
+    "16 bits TIFF": (encoded(levels_16(65535), "TIFF"), 255),
+    "16 bits with a transparent level": (encoded(levels_16(300), transparency=300), 255),
+    "16 bits with another transparent level": (encoded(levels_16(0), transparency=300), 0),
+    "16 bits, white is zero": (encoded(levels_16(65535), "TIFF", tiffinfo={262: 0}), 0),
     "CMYK": (encoded(plain("CMYK", (0, 0, 0, 255)), "JPEG", quality=95), 0),
     "GIF": (encoded(plain("L", 50), "GIF"), 50),
     "animation": (encoded(plain("L", 20), "GIF", save_all=True, append_images=[plain("L", 90)]), 20),

@@ -91,7 +91,7 @@ def test_rejects_are_accounted_for(tmp_path):
         "truncated image": (encoded(1, size=(64, 64), kind="JPEG")[:-40], "c", 0),
         "empty caption": (encoded(1), " \n", 0),
         "missing label": (encoded(1), "d", None),
-        "label 7 is not one of the 2 classes": (encoded(1), "e", 7),
+        "label is not one of the 2 classes": (encoded(1), "e", 7),
     }
     pattern = parquet(tmp_path / "raw", [*bad.values(), (encoded(1), None, 0), *good(10)])
     (tmp_path / "raw" / "labels.txt").write_text("cat\ndog\n")

@@ -55,6 +55,13 @@ def test_an_unknown_protocol_and_an_impossible_pattern_are_named(tmp_path):
         base.find_files(f"{tmp_path}/a**b/*.tar")
 
 
+@pytest.mark.parametrize("name", ["part[1].tar", "what?.tar", "*.tar"])
+def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
+    for file in (name, "part1.tar"):
+        (tmp_path / file).write_bytes(b"tar")
+    assert base.find_files(f"{tmp_path}/{name}") == {f"{tmp_path}/{name}": 3}
+
+
 def test_a_directory_is_no_file(tmp_path):
     (tmp_path / "tars").mkdir()
     for place in (tmp_path, f"memory://{tmp_path}"):
@@ -233,12 +240,21 @@ def test_a_header_that_cannot_be_read_is_named(folder):
         folder({"a.png": png(1), "metadata.csv": table}, Fields("", "text", "", ""))
 
 
+def test_two_columns_of_one_name_are_refused(folder):
+    with pytest.raises(UserError, match=r"metadata\.csv: several columns named 'text'$"):
+        folder({"a.png": png(1), "metadata.csv": b"file_name,text,text\na.png,a cat,a dog\n"}, Fields(caption="text"))
+
+
+def test_two_files_of_metadata_are_refused(folder):
+    files = {"metadata.jsonl": b'{"file_name": "a.png", "text": "a"}', "metadata.csv": b"file_name,text\na.png,b\n"}
+    with pytest.raises(UserError, match=r"photos has metadata\.jsonl and metadata\.csv: remove the one"):
+        folder(files, Fields(caption="text"))
+
+
 def test_rows_are_named_by_their_lines(folder):
     fields = Fields("", "text", "", "")
     source = folder({"metadata.jsonl": b'{"file_name": "a.png", "text": "a"}\n\n{"text": "b"}\n'}, fields)
     assert "metadata.jsonl:3" in reasons(source)
-    source = folder({"a/x": b"", "metadata.csv": b"file_name,text\n\n,b\n"}, fields)
-    assert "metadata.jsonl:3" in reasons(source)  # read first
 
 
 def test_a_comma_too_many_costs_a_row_of_csv(folder):
@@ -268,12 +284,16 @@ def test_a_folder_that_changed_is_noticed(folder, files, changed):
     ("label", "reason"),
     [
         ("", "missing label"),
-        (2.5, "label 2.5 is not a whole number"),
-        (np.array([1, 2]), "label array([1, 2]) is not a number"),
+        (2.5, "label is not a whole number"),
+        (np.array([1, 2]), "label is not a number"),
+        (2**70, "label is too large"),
+        (5, "label is not one of the 5 classes"),
     ],
 )
 def test_labels_that_are_none_are_named(label, reason):
-    assert base.checked("key", Fields(label="label"), b"image", None, None, label) == Reject("key", reason)
+    """By one reason for all values, which counts them, and by the value."""
+    reject = base.checked("key", Fields(label="label"), b"image", None, None, label, classes=5)
+    assert reject == Reject("key", reason, "" if isinstance(label, str) else repr(label))
     for two in (np.float32(2), "2", "2.0"):  # pandas writes columns with gaps as floats
         assert base.checked("key", Fields(label="label"), b"image", None, None, two).label == 2
 

@@ -44,10 +44,11 @@ class Example(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """An item that cannot be used, and why."""
+    """An item that cannot be used, and why: a reason, by which items are counted, and the value that it is about."""
 
     key: str
     reason: str
+    value: str = ""
 
 
 class Unit(NamedTuple):
@@ -94,7 +95,7 @@ def raise_if_storage(error: Exception) -> None:
 
 
 class Unusable(Exception):
-    """Why an item cannot be used; sources turn it into a `Reject`."""
+    """Why an item cannot be used: reason and value of the `Reject` that sources turn it into."""
 
 
 def checked(
@@ -109,8 +110,8 @@ def checked(
             raise Unusable("empty caption")
         short_caption = _caption(short_caption) if fields.short_caption else ""
         return Example(key, image, caption, short_caption, _label(label, classes) if fields.label else -1)
-    except Unusable as reason:
-        return Reject(key, str(reason))
+    except Unusable as why:
+        return Reject(key, *why.args)
 
 
 def _caption(value: Any) -> str:
@@ -136,15 +137,15 @@ def _label(value: Any, classes: int) -> int:
             value = value.strip().removesuffix(".0")
         label = int(value)
     except (TypeError, ValueError, OverflowError):
-        raise Unusable(f"label {value!r:.40} is not a number") from None
+        raise Unusable("label is not a number", f"{value!r:.40}") from None
     if isinstance(value, float | np.floating) and label != value:
-        raise Unusable(f"label {value!r:.40} is not a whole number")
+        raise Unusable("label is not a whole number", f"{value!r:.40}")
     if label >= 2**63:
-        raise Unusable(f"label {value!r:.40} is too large")
+        raise Unusable("label is too large", f"{value!r:.40}")
     if label < 0:
         raise Unusable("missing label")
     if classes and label >= classes:
-        raise Unusable(f"label {label} is not one of the {classes} classes")
+        raise Unusable(f"label is not one of the {classes} classes", str(label))
     return label
 
 
@@ -165,7 +166,9 @@ def find_files(pattern: str) -> dict[str, int]:
     """The files that match a path, a glob or a URL, sorted, with their sizes. Raises UserError if there are none."""
     fs, inner = filesystem(pattern)
     try:
-        if is_local(fs):
+        if is_local(fs) and os.path.isfile(inner):  # its name may hold what a glob would read as a wildcard
+            found = {inner: fs.info(inner)}
+        elif is_local(fs):
             found = fs.glob(inner, detail=True)
         elif has_magic(inner):
             found = _matches(fs, inner)

@@ -32,8 +32,8 @@ class FolderSource:
     If there is a `metadata.jsonl` or `metadata.csv` (Hugging Face's convention: `file_name`, and the columns that
     `fields` names), its rows are the items. Otherwise, the first directory of an image's path is its class, numbered in
     the order of the sorted names, there are no captions, and hidden files are left out. Raises UserError if the
-    directory is missing or empty, if its metadata names no file, or if `fields` does not fit: columns without metadata,
-    metadata with neither captions nor labels named, or a column that is in no row.
+    directory is missing or empty, if it has two files of metadata or one that names no file, or if `fields` does not
+    fit: columns without metadata, metadata with neither captions nor labels named, or a column that is in no row.
     """
 
     def __init__(self, directory: str, fields: Fields, unit_items: int):
@@ -120,27 +120,30 @@ class FolderSource:
 def _metadata(fs, root: str) -> tuple[list[_Row], str] | None:
     """The rows of the metadata file, and its digest; None if there is no such file.
 
-    Raises UserError if no row names a file.
+    Raises UserError if there are two such files, or if no row names a file.
     """
-    for name, parse in (("metadata.jsonl", _jsonl), ("metadata.csv", _csv)):
-        if base.path_type(fs, f"{root}/{name}"):
-            rows, seen, content = [], set(), base.read_bytes(fs, f"{root}/{name}")
-            for line, columns in parse(content):
-                path = columns.get("file_name") if isinstance(columns, dict) else None
-                if not isinstance(path, str) or not path:
-                    problem = columns if isinstance(columns, str) else "metadata row without file_name"
-                    rows.append(_Row(f"{name}:{line}", {}, problem))
-                    continue
-                problem = "duplicate key" if _plain(path) in seen else ""
-                if None in columns:  # a line of CSV with a comma too many
-                    columns, problem = {}, "more fields than columns"
-                rows.append(_Row(path, columns, problem))
-                seen.add(_plain(path))
-            if not seen:
-                known = {column for _, row in parse(content) if isinstance(row, dict) for column in row if column}
-                raise UserError(f"{root}/{name}: no row has a file_name; its columns: {', '.join(sorted(known))}")
-            return rows, hashlib.sha256(content).hexdigest()
-    return None
+    there = [name for name in _METADATA if base.path_type(fs, f"{root}/{name}")]
+    if len(there) > 1:
+        raise UserError(f"{root} has {' and '.join(there)}: remove the one whose rows are not the items")
+    if not there:
+        return None
+    (name,) = there
+    rows, seen, content = [], set(), base.read_bytes(fs, f"{root}/{name}")
+    for line, columns in _METADATA[name](content):
+        path = columns.get("file_name") if isinstance(columns, dict) else None
+        if not isinstance(path, str) or not path:
+            problem = columns if isinstance(columns, str) else "metadata row without file_name"
+            rows.append(_Row(f"{name}:{line}", {}, problem))
+            continue
+        problem = "duplicate key" if _plain(path) in seen else ""
+        if None in columns:  # a line of CSV with a comma too many
+            columns, problem = {}, "more fields than columns"
+        rows.append(_Row(path, columns, problem))
+        seen.add(_plain(path))
+    if not seen:
+        known = {column for _, row in _METADATA[name](content) if isinstance(row, dict) for column in row if column}
+        raise UserError(f"{root}/{name}: no row has a file_name; its columns: {', '.join(sorted(known))}")
+    return rows, hashlib.sha256(content).hexdigest()
 
 
 def _plain(path: str) -> str:
@@ -164,9 +167,11 @@ def _csv(content: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
     lines = list(io.StringIO(content.decode("utf-8-sig", errors="surrogateescape")))
     rows = csv.DictReader(lines)
     try:
-        rows.fieldnames  # noqa: B018  reads the first line
+        names = rows.fieldnames or ()  # reads the first line
     except csv.Error as error:
         raise UserError(f"metadata.csv: unreadable header: {error}") from error
+    if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise UserError(f"metadata.csv: several columns named {', '.join(map(repr, repeated))}")
     while True:
         first = rows.line_num
         try:
@@ -186,3 +191,6 @@ def _ends_within_quotes(lines: list[str]) -> bool:
     except csv.Error as error:
         return "end of data" in str(error)
     return False
+
+
+_METADATA = {"metadata.jsonl": _jsonl, "metadata.csv": _csv}

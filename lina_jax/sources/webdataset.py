@@ -89,8 +89,8 @@ class WebDatasetSource:
             in_order = sorted(wanted, key=lambda extension: members[extension].offset_data)
             data = {extension: _content(archive, members[extension]) for extension in in_order}
             values = [_value(data, field) for field in fields]
-        except base.Unusable as reason:
-            return Reject(key, str(reason))
+        except base.Unusable as why:
+            return Reject(key, *why.args)
         return base.checked(key, fields, *values)
 
 
